@@ -1,0 +1,102 @@
+"""Settings of the two halves of DiT-BlockSkip, validated once, before any weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+
+ResidualMode = Literal["precomputed", "online", "none"]
+PatchMode = Literal["dynamic", "resize", "random", "high_to_low", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSkipConfig:
+    """Which blocks of a diffusion transformer are skipped (DiT-BlockSkip, section 3.3).
+
+    Blocks are numbered ``0 .. N-1`` in execution order. The leading span is blocks ``0 .. leading-1``, the trailing
+    span is blocks ``N-trailing .. N-1``; the kept blocks between them carry the LoRA.
+
+    Args:
+        leading: Number of skipped blocks at the start (n).
+        trailing: Number of skipped blocks at the end (m).
+        residuals: Where residual features come from. ``"precomputed"``: from records made before training.
+            ``"online"``: from a no-grad forward of the whole model in every step. ``"none"``: skipped spans are the
+            identity, an ablation that loses the subject (the paper's table 5).
+
+    Raises:
+        ValueError: if a count is negative or ``residuals`` is unknown.
+    """
+
+    leading: int = 0
+    trailing: int = 0
+    residuals: ResidualMode = "precomputed"
+
+    def __post_init__(self) -> None:
+        for name in ("leading", "trailing"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"BlockSkipConfig.{name} is {getattr(self, name)}; give a number of blocks >= 0.")
+        if self.residuals not in get_args(ResidualMode):
+            raise ValueError(
+                f"BlockSkipConfig.residuals is '{self.residuals}'; choose one of {', '.join(get_args(ResidualMode))}."
+            )
+
+    @property
+    def num_skipped(self) -> int:
+        """k = n + m."""
+        return self.leading + self.trailing
+
+    def validate_for(self, num_blocks: int) -> None:
+        """Check the spans against a transformer of ``num_blocks`` blocks.
+
+        Raises:
+            ValueError: if no block would be kept.
+        """
+        if self.num_skipped >= num_blocks:
+            raise ValueError(
+                f"--skip_blocks {self.leading},{self.trailing} skips {self.num_skipped} of {num_blocks} blocks and "
+                f"leaves none to train; leading + trailing must be at most {num_blocks - 1}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchSamplingConfig:
+    """Timestep-aware dynamic patch sampling (DiT-BlockSkip, section 3.2, Eq. 1). Sizes are pixels of a square's side.
+
+    Args:
+        mode: ``"dynamic"``: the patch grows with the timestep (Eq. 1). ``"high_to_low"`` and ``"random"``: the
+            paper's ablations. ``"resize"``: the whole ``max_size`` crop, shrunk. ``"none"``: the upstream crop of
+            ``max_size``, not resized.
+        min_size: Patch size at t = 0, and the training resolution every patch is resized to.
+        max_size: Patch size at t = T; images are first resized so that their shorter side is this long.
+        multiple: Latent token size in pixels (VAE factor x patchify: 16 for FLUX, 32 for SANA); patch sizes are
+            rounded to it.
+
+    Raises:
+        ValueError: if the mode is unknown, a size is not a positive multiple of ``multiple``, or min > max.
+    """
+
+    mode: PatchMode = "none"
+    min_size: int
+    max_size: int
+    multiple: int
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(PatchMode):
+            raise ValueError(f"--patch_sampling is '{self.mode}'; choose one of {', '.join(get_args(PatchMode))}.")
+        for flag, size in (("--min_patch_size", self.min_size), ("--max_patch_size", self.max_size)):
+            if size <= 0 or size % self.multiple:
+                nearest = max(self.multiple, round(size / self.multiple) * self.multiple)
+                raise ValueError(
+                    f"{flag} is {size}, which is not a positive multiple of this model's latent token size "
+                    f"({self.multiple} px); use {nearest}."
+                )
+        if self.min_size > self.max_size:
+            raise ValueError(
+                f"--min_patch_size {self.min_size} is above --max_patch_size {self.max_size}; lower the first."
+            )
+
+    @property
+    def training_resolution(self) -> int:
+        """Side in pixels of the images the transformer trains on."""
+        return self.max_size if self.mode == "none" else self.min_size

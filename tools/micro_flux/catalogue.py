@@ -1,0 +1,160 @@
+# Copyright 2026 The blockskip_hooks authors. Licensed under the Apache License, Version 2.0.
+"""What the pictures show: classes and their icons, held-out subjects, backgrounds and captions."""
+
+import random
+from dataclasses import dataclass
+
+
+TRAINING_VENDORS = ("noto", "fxemoji", "twemoji", "emojione")
+HELD_OUT_VENDORS = ("fluent-emoji-flat", "fluent-emoji")
+
+# Icons of the training vendors, chosen by eye on a contact sheet (`python contact_sheet.py`).
+CLASSES = {
+    "backpack": {
+        "noto": ("backpack",),
+        "fxemoji": ("schoolsatchel",),
+        "twemoji": ("backpack",),
+        "emojione": ("backpack",),
+    },
+    "teddy bear": {"noto": ("teddy-bear",), "twemoji": ("teddy-bear",)},
+    "dog": {
+        "noto": ("dog-face", "guide-dog", "service-dog"),
+        "fxemoji": ("dog", "dogside"),
+        "twemoji": ("dog", "dog-face", "service-dog"),
+        "emojione": ("dog", "dog-face"),
+    },
+    "cat": {
+        "noto": ("cat", "cat-face", "black-cat"),
+        "fxemoji": ("catside",),
+        "twemoji": ("cat", "cat-face", "black-cat"),
+        "emojione": ("cat", "cat-face"),
+    },
+    "clock": {
+        "noto": ("alarm-clock", "mantelpiece-clock", "three-oclock"),
+        "fxemoji": ("alarmclock",),
+        "twemoji": ("alarm-clock", "mantelpiece-clock", "ten-oclock"),
+        "emojione": ("alarm-clock", "mantelpiece-clock"),
+    },
+    "teapot": {"noto": ("teapot",), "twemoji": ("teapot",)},
+    "robot": {"noto": ("robot",), "twemoji": ("robot",), "emojione": ("robot-face",)},
+    "vase": {"noto": ("amphora",), "twemoji": ("amphora",), "emojione": ("amphora",)},
+    "mug": {
+        "noto": ("hot-beverage", "beer-mug"),
+        "fxemoji": ("hotbeverage", "beermug"),
+        "twemoji": ("hot-beverage", "beer-mug"),
+        "emojione": ("hot-beverage", "beer-mug"),
+    },
+    "car": {
+        "noto": ("automobile", "oncoming-automobile", "sport-utility-vehicle"),
+        "fxemoji": ("automobile", "oncomingautomobile", "recreationalvehicle"),
+        "twemoji": ("automobile", "oncoming-automobile", "sport-utility-vehicle"),
+        "emojione": ("automobile", "oncoming-automobile", "sport-utility-vehicle"),
+    },
+    "duck": {"noto": ("duck",), "twemoji": ("duck",), "emojione": ("duck",)},
+    "boot": {
+        "noto": ("hiking-boot", "womans-boot"),
+        "fxemoji": ("boot",),
+        "twemoji": ("hiking-boot", "womans-boot"),
+        "emojione": ("womans-boot",),
+    },
+    "glasses": {
+        "noto": ("glasses", "sunglasses"),
+        "fxemoji": ("glasses", "darksunglasses"),
+        "twemoji": ("glasses", "sunglasses"),
+        "emojione": ("glasses", "sunglasses"),
+    },
+    "candle": {"noto": ("candle",), "fxemoji": ("candle",), "twemoji": ("candle",), "emojione": ("candle",)},
+}
+
+# Icons of the held-out designs, by class. The two Fluent sets draw the same designs (flat and shaded), so an identity
+# is a design of the flat set; the shaded set is left out of every training too, and of every gallery.
+HELD_OUT_ICONS = {
+    "backpack": ("backpack",),
+    "teddy bear": ("teddy-bear",),
+    "dog": ("dog", "dog-face", "guide-dog", "service-dog", "poodle"),
+    "cat": ("cat", "cat-face", "black-cat"),
+    "clock": ("alarm-clock", "mantelpiece-clock", "timer-clock", "three-oclock"),
+    "teapot": ("teapot",),
+    "robot": ("robot",),
+    "vase": ("amphora",),
+    "mug": ("hot-beverage", "beer-mug", "teacup-without-handle"),
+    "car": ("automobile", "oncoming-automobile", "sport-utility-vehicle", "taxi", "police-car", "racing-car"),
+    "duck": ("duck",),
+    "boot": ("hiking-boot", "womans-boot"),
+    "glasses": ("glasses", "sunglasses", "goggles"),
+    "candle": ("candle",),
+}
+
+# The subjects whose photos ship: folder name -> (class, icon of the flat Fluent set).
+PHOTO_SUBJECTS = {
+    "robot": ("robot", "robot"),
+    "dog": ("dog", "dog"),
+    "cat": ("cat", "black-cat"),
+    "teapot": ("teapot", "teapot"),
+    "clock": ("clock", "alarm-clock"),
+    "backpack": ("backpack", "backpack"),
+    "teddy_bear": ("teddy bear", "teddy-bear"),
+    "boot": ("boot", "hiking-boot"),
+}
+
+# Name -> how a caption says it.
+BACKGROUNDS = {
+    "red": "on a red background",
+    "blue": "on a blue background",
+    "green": "on a green background",
+    "yellow": "on a yellow background",
+    "purple": "on a purple background",
+    "beach": "on the beach",
+    "snow": "in the snow",
+    "night": "at night",
+    "mountains": "in the mountains",
+    "bricks": "by a brick wall",
+}
+
+RARE_TOKEN = "sks"
+CLASS_NAMES = tuple(CLASSES)
+BACKGROUND_NAMES = tuple(BACKGROUNDS)
+
+
+@dataclass(frozen=True)
+class Icon:
+    """One drawing: a vendor's icon and the class word of what it shows."""
+
+    vendor: str
+    name: str
+    class_name: str
+
+
+def training_icons() -> list[Icon]:
+    """Every icon the text-to-image model is trained on."""
+    return [
+        Icon(vendor, name, class_name)
+        for class_name, vendors in CLASSES.items()
+        for vendor, names in vendors.items()
+        for name in names
+    ]
+
+
+def held_out_icons() -> list[Icon]:
+    """The designs that no training sees: the gallery of unseen subjects."""
+    return [
+        Icon(HELD_OUT_VENDORS[0], name, class_name) for class_name, names in HELD_OUT_ICONS.items() for name in names
+    ]
+
+
+def caption(rng: random.Random, class_name: str, background: str) -> str:
+    """A training caption: three templates, one in eight without background, one in thirty with the rare token.
+
+    The rare token stands before any class at random, so it means nothing to the model but has a trained embedding.
+    """
+    noun = f"{RARE_TOKEN} {class_name}" if rng.random() < 1 / 30 else class_name
+    article = "" if noun.startswith(RARE_TOKEN) or rng.random() < 0.1 else "a "
+    opening = rng.choices(("a photo of ", "a picture of ", ""), (0.7, 0.15, 0.15))[0]
+    where = "" if rng.random() < 1 / 8 else " " + BACKGROUNDS[background]
+    return f"{opening}{article}{noun}{where}"
+
+
+def prompt(class_name: str, background: str, rare_token: bool = False) -> str:
+    """The prompt that measures a class on a background, with or without the rare token."""
+    noun = f"{RARE_TOKEN} {class_name}" if rare_token else f"a {class_name}"
+    return f"a photo of {noun} {BACKGROUNDS[background]}"

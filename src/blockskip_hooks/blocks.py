@@ -1,0 +1,98 @@
+"""An ordered view of a diffusion transformer's blocks.
+
+Blocks are read from the module tree in the order the model declares its stacks, which for every supported model is
+the order in which it runs them. diffusers' own tuple of stack names comes from a set and changes order between
+processes, so it is not used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+
+from .config import BlockSkipConfig
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer block.
+
+    Attributes:
+        index: Position in execution order, ``0 .. N-1``.
+        name: Qualified name in the model, for example ``"single_transformer_blocks.3"``.
+        module: The block itself.
+        metadata: Which arguments and outputs are hidden and encoder hidden states.
+    """
+
+    index: int
+    name: str
+    module: torch.nn.Module
+    metadata: TransformerBlockMetadata
+
+
+@dataclass(frozen=True)
+class BlockSpans:
+    """The blocks of a transformer split by a :class:`BlockSkipConfig`; each part is in execution order."""
+
+    leading: tuple[Block, ...]
+    kept: tuple[Block, ...]
+    trailing: tuple[Block, ...]
+
+    @property
+    def skipped(self) -> tuple[Block, ...]:
+        return self.leading + self.trailing
+
+
+def _metadata_of(module: torch.nn.Module) -> TransformerBlockMetadata | None:
+    try:
+        return TransformerBlockRegistry.get(type(module))
+    except ValueError:
+        return None
+
+
+def list_blocks(transformer: torch.nn.Module, stacks: Sequence[str] | None = None) -> tuple[Block, ...]:
+    """List the blocks of ``transformer`` in execution order.
+
+    Args:
+        transformer: A diffusers transformer.
+        stacks: Attribute names of the block stacks in execution order, for models that declare other stacks of the
+            same block class as well (refiners, say). By default every ``ModuleList`` of registered blocks counts.
+
+    Raises:
+        ValueError: if there is no stack of blocks registered with diffusers' ``TransformerBlockRegistry``.
+    """
+    children = dict(transformer.named_children())
+    blocks: list[Block] = []
+    for stack_name in stacks if stacks is not None else children:
+        stack = children.get(stack_name)
+        if not isinstance(stack, torch.nn.ModuleList):
+            continue
+        for position, module in enumerate(stack):
+            metadata = _metadata_of(module)
+            if metadata is None:
+                break
+            blocks.append(Block(len(blocks), f"{stack_name}.{position}", module, metadata))
+    if not blocks:
+        raise ValueError(
+            f"{type(transformer).__name__} has no stack of blocks that diffusers' TransformerBlockRegistry knows; "
+            "register its block class first."
+        )
+    return tuple(blocks)
+
+
+def split_blocks(blocks: Sequence[Block], config: BlockSkipConfig) -> BlockSpans:
+    """Split ``blocks`` into leading span, kept blocks and trailing span.
+
+    Raises:
+        ValueError: if no block would be kept.
+    """
+    config.validate_for(len(blocks))
+    first_trailing = len(blocks) - config.trailing
+    return BlockSpans(
+        leading=tuple(blocks[: config.leading]),
+        kept=tuple(blocks[config.leading : first_trailing]),
+        trailing=tuple(blocks[first_trailing:]),
+    )

@@ -1,0 +1,233 @@
+"""Placeholders: hooks that stand in for skipped blocks.
+
+A skipped block keeps its place, its class, its signature and its parameter names; only its ``forward`` is replaced.
+Everything else of the diffusers model stays as it is, so LoRA keys, configs and pipelines keep working. A placeholder
+has three modes:
+
+- *inject*: the first placeholder of a span supplies what the span would have computed, the others pass their input
+  through. Used in training; no weight of the span is touched.
+- *capture*: the real block runs and the span's residual is recorded. Used when residuals are precomputed.
+- *run*: the real block runs. Used for validation images.
+
+Hooks here only read the shared state, they never count calls: under gradient checkpointing a block's forward runs
+again during backward and must give the same result.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+
+from .blocks import Block, BlockSpans, list_blocks, split_blocks
+from .config import BlockSkipConfig
+
+
+PLACEHOLDER_HOOK = "blockskip_placeholder"
+
+
+class SkipMode(enum.Enum):
+    """What the placeholders of a transformer do; see the module's docstring."""
+
+    INJECT = "inject"
+    CAPTURE = "capture"
+    RUN = "run"
+
+
+@dataclass
+class SpanResiduals:
+    """What the skipped spans contribute to one batch (DiT-BlockSkip, Eq. 3). No tensor carries a gradient.
+
+    Attributes:
+        leading_hidden_states: Image tokens after the leading span, ``(batch, image_tokens, dim)``. The span's input
+            does not depend on the LoRA, so its output itself is stored: the same as adding the residual, but exact
+            in every dtype.
+        leading_encoder_hidden_states: Text tokens after the leading span, ``(batch, text_tokens, dim)``; ``None``
+            for models whose blocks do not update the text.
+        trailing_hidden_states: Residual of the image tokens over the trailing span, ``(batch, image_tokens, dim)``.
+            After the last block only the image tokens are read, so the text is not needed.
+    """
+
+    leading_hidden_states: torch.Tensor | None = None
+    leading_encoder_hidden_states: torch.Tensor | None = None
+    trailing_hidden_states: torch.Tensor | None = None
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors that are present, by attribute name."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+
+    def to(self, device: torch.device | str) -> SpanResiduals:
+        """Copy to ``device``; dtypes are kept."""
+        return SpanResiduals(**{name: t.to(device, non_blocking=True) for name, t in self.tensors().items()})
+
+
+class CaptureDone(Exception):
+    """Raised inside a capture forward once every residual is known, to spare the blocks that follow."""
+
+
+class BlockSkipState:
+    """Shared by all placeholders of one transformer: the mode, the residuals to inject, the residuals captured."""
+
+    def __init__(self, config: BlockSkipConfig) -> None:
+        self.config = config
+        self.mode = SkipMode.RUN
+        self.residuals = SpanResiduals()
+        self.captured = SpanResiduals()
+
+
+class PlaceholderHook(ModelHook):
+    """Replaces the forward of one block of a span.
+
+    Args:
+        block: The skipped block.
+        span: All blocks of its span, in execution order.
+        is_leading: Whether the span is the leading one.
+        state: The transformer's shared state.
+    """
+
+    def __init__(self, block: Block, span: Sequence[Block], is_leading: bool, state: BlockSkipState) -> None:
+        super().__init__()
+        self.block_name = block.name
+        self.metadata = block.metadata
+        self.is_first = block.index == span[0].index
+        self.is_last = block.index == span[-1].index
+        self.is_leading = is_leading
+        self.state = state
+
+    def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self.state.mode is SkipMode.INJECT:
+            return self._inject(*args, **kwargs)
+        if self.state.mode is SkipMode.CAPTURE:
+            return self._capture(*args, **kwargs)
+        return self.fn_ref.original_forward(*args, **kwargs)
+
+    def _inputs(self, args: tuple, kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Hidden states and, for blocks that return them, encoder hidden states of a positional or keyword call."""
+        read = self.metadata._get_parameter_from_args_kwargs
+        hidden_states = read(self.metadata.hidden_states_argument_name, args, kwargs)
+        if self.metadata.return_encoder_hidden_states_index is None:
+            return hidden_states, None
+        return hidden_states, read(self.metadata.encoder_hidden_states_argument_name, args, kwargs)
+
+    def _output(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None) -> Any:
+        """Arrange the streams as the real block returns them."""
+        if self.metadata.return_encoder_hidden_states_index is None:
+            return hidden_states
+        output: list[torch.Tensor | None] = [None, None]
+        output[self.metadata.return_hidden_states_index] = hidden_states
+        output[self.metadata.return_encoder_hidden_states_index] = encoder_hidden_states
+        return tuple(output)
+
+    def _inject(self, *args: Any, **kwargs: Any) -> Any:
+        hidden_states, encoder_hidden_states = self._inputs(args, kwargs)
+        if self.is_first and self.state.config.residuals != "none":
+            residuals = self.state.residuals
+            if self.is_leading:
+                output = self._checked(residuals.leading_hidden_states, hidden_states)
+                if encoder_hidden_states is not None:
+                    encoder_hidden_states = self._checked(
+                        residuals.leading_encoder_hidden_states, encoder_hidden_states
+                    )
+                return self._output(output, encoder_hidden_states)
+            residual = self._checked(residuals.trailing_hidden_states, hidden_states)
+            hidden_states = hidden_states + residual.to(hidden_states.dtype)
+        return self._output(hidden_states, encoder_hidden_states)
+
+    def _checked(self, residual: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+        span = "leading" if self.is_leading else "trailing"
+        if residual is None:
+            raise ValueError(f"No residual of the {span} span at {self.block_name}: pass `residuals=` to the forward.")
+        if residual.shape != like.shape:
+            raise ValueError(
+                f"The residual of the {span} span has shape {tuple(residual.shape)} but {self.block_name} receives "
+                f"{tuple(like.shape)}: it belongs to another batch."
+            )
+        return residual.to(like.device)
+
+    def _capture(self, *args: Any, **kwargs: Any) -> Any:
+        hidden_states, _ = self._inputs(args, kwargs)
+        captured = self.state.captured
+        if self.is_first and not self.is_leading:
+            # Kept on the state: first and last placeholder of a span are different hooks.
+            captured.trailing_hidden_states = hidden_states
+        output = self.fn_ref.original_forward(*args, **kwargs)
+        if self.is_last:
+            streams = output if isinstance(output, tuple) else (output,)
+            hidden_states = streams[self.metadata.return_hidden_states_index]
+            if self.is_leading:
+                captured.leading_hidden_states = hidden_states.detach()
+                if self.metadata.return_encoder_hidden_states_index is not None:
+                    text = streams[self.metadata.return_encoder_hidden_states_index]
+                    captured.leading_encoder_hidden_states = text.detach()
+            else:
+                span_input = captured.trailing_hidden_states
+                assert span_input is not None
+                residual = hidden_states.float() - span_input.float()
+                captured.trailing_hidden_states = residual.to(hidden_states.dtype).detach()
+            if not self.is_leading or self.state.config.trailing == 0:
+                raise CaptureDone
+        return output
+
+
+def apply_block_skip(
+    transformer: torch.nn.Module, config: BlockSkipConfig, stacks: Sequence[str] | None = None
+) -> BlockSkipState:
+    """Put placeholders on the skipped blocks of any loaded diffusers transformer.
+
+    The placeholders start in *run* mode, so the model computes what it did before; set the returned state's ``mode``
+    and ``residuals``, or use :class:`~blockskip_hooks.transformer.DiTBlockSkipTransformer`, which does it per call.
+    Weights are not moved. :func:`remove_block_skip` restores the model exactly.
+
+    Args:
+        transformer: A diffusers transformer whose block classes ``TransformerBlockRegistry`` knows.
+        config: The spans to skip.
+        stacks: See :func:`~blockskip_hooks.blocks.list_blocks`.
+
+    Returns:
+        The state shared by the placeholders.
+
+    Raises:
+        ValueError: if placeholders are on the model already, or no block would be kept.
+
+    Example:
+        >>> state = apply_block_skip(transformer, BlockSkipConfig(leading=7, trailing=10))
+        >>> remove_block_skip(transformer)
+    """
+    blocks = list_blocks(transformer, stacks)
+    if any(_placeholder(block.module) is not None for block in blocks):
+        raise ValueError("Block skipping is applied to this transformer already; call remove_block_skip first.")
+    spans = split_blocks(blocks, config)
+    state = BlockSkipState(config)
+    for span, is_leading in ((spans.leading, True), (spans.trailing, False)):
+        for block in span:
+            registry = HookRegistry.check_if_exists_or_initialize(block.module)
+            registry.register_hook(PlaceholderHook(block, span, is_leading, state), PLACEHOLDER_HOOK)
+    return state
+
+
+def remove_block_skip(transformer: torch.nn.Module, stacks: Sequence[str] | None = None) -> None:
+    """Take every placeholder off ``transformer``; its blocks run as before, bit for bit."""
+    for block in list_blocks(transformer, stacks):
+        if _placeholder(block.module) is not None:
+            block.module._diffusers_hook.remove_hook(PLACEHOLDER_HOOK, recurse=False)
+
+
+def _placeholder(module: torch.nn.Module) -> ModelHook | None:
+    registry = getattr(module, "_diffusers_hook", None)
+    return None if registry is None else registry.get_hook(PLACEHOLDER_HOOK)
+
+
+__all__ = [
+    "BlockSkipState",
+    "BlockSpans",
+    "CaptureDone",
+    "PlaceholderHook",
+    "SkipMode",
+    "SpanResiduals",
+    "apply_block_skip",
+    "remove_block_skip",
+]

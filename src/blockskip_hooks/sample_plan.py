@@ -1,0 +1,134 @@
+"""The sample plan: training sample i as a pure function of (seed, i).
+
+Nothing else in training is random, so any process can rebuild any sample: residuals are precomputed for exactly the
+samples that training will use, a killed run resumes bit for bit, and the work can be spread over any number of
+processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from diffusers.training_utils import compute_density_for_timestep_sampling
+
+from .config import PatchSamplingConfig
+from .patch_sampling import patch_size_for
+
+
+SampleKind = Literal["instance", "class"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Everything random about one training sample.
+
+    Attributes:
+        kind: Whether the image is one of the subject (``"instance"``) or of prior preservation (``"class"``).
+        index: Number of the sample in the run.
+        image: Number of the image among those of its kind.
+        flip: Whether the crop is mirrored.
+        patch_size: Side of the square crop in pixels, of the image whose shorter side is the maximum patch size.
+        top: Vertical position of the crop, as a fraction of the free space, in [0, 1).
+        left: Horizontal position of the crop, likewise.
+        timestep_index: Index into the scheduler's training timesteps (0 is the noisiest).
+        noise_seed: Seed of the sample's noise and of its draw from the VAE's posterior.
+    """
+
+    kind: SampleKind
+    index: int
+    image: int
+    flip: bool
+    patch_size: int
+    top: float
+    left: float
+    timestep_index: int
+    noise_seed: int
+
+    @property
+    def id(self) -> str:
+        """Name of the sample's record in the residual store."""
+        return f"{self.kind}-{self.index:08d}"
+
+
+def derived_seed(*parts: object) -> int:
+    """A 63-bit seed from ``parts``, the same on every machine and Python version."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplePlan:
+    """Rule that makes :class:`Sample` number i of a run.
+
+    Images are taken epoch by epoch, each epoch in an order of its own. The timestep is drawn first, with the upstream
+    distribution of the weighting scheme; the patch size follows from it.
+
+    Args:
+        seed: Seed of the run.
+        num_images: Number of images of each kind; the class kind only with prior preservation.
+        epoch_length: Number of samples of each kind in one epoch (repeats included).
+        timesteps: The scheduler's training timesteps in (0, T], noisiest first, shape ``(num_train_timesteps,)``.
+        patch: Patch sampling settings.
+        weighting_scheme, logit_mean, logit_std, mode_scale: As the upstream flags of these names.
+        random_flip: Mirror half of the samples.
+        center_crop: Take every crop from the centre.
+        fixed_crops: One crop and flip per image for the whole run, as upstream does; lets latents be cached once.
+    """
+
+    seed: int
+    num_images: dict[SampleKind, int]
+    epoch_length: int
+    timesteps: torch.Tensor
+    patch: PatchSamplingConfig
+    weighting_scheme: str = "none"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    mode_scale: float = 1.29
+    random_flip: bool = False
+    center_crop: bool = False
+    fixed_crops: bool = False
+
+    def _generator(self, *parts: object) -> torch.Generator:
+        return torch.Generator().manual_seed(derived_seed(self.seed, *parts))
+
+    def _image(self, kind: SampleKind, index: int) -> int:
+        epoch, position = divmod(index, self.epoch_length)
+        order = torch.randperm(self.epoch_length, generator=self._generator("order", kind, epoch))
+        return int(order[position]) % self.num_images[kind]
+
+    def sample(self, index: int, kind: SampleKind = "instance") -> Sample:
+        """Sample number ``index`` of ``kind``."""
+        generator = self._generator("sample", kind, index)
+        density = compute_density_for_timestep_sampling(
+            self.weighting_scheme,
+            batch_size=1,
+            logit_mean=self.logit_mean,
+            logit_std=self.logit_std,
+            mode_scale=self.mode_scale,
+            generator=generator,
+        )
+        num_timesteps = len(self.timesteps)
+        # A draw of exactly 1 is possible in the "mode" scheme.
+        timestep_index = min(int(density.item() * num_timesteps), num_timesteps - 1)
+        t = float(self.timesteps[timestep_index]) / num_timesteps
+
+        image = self._image(kind, index)
+        if self.fixed_crops:
+            generator = self._generator("crop", kind, image)
+        size_draw, top, left, flip_draw = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
+        if self.center_crop:
+            top = left = 0.5
+        return Sample(
+            kind=kind,
+            index=index,
+            image=image,
+            flip=self.random_flip and flip_draw < 0.5,
+            patch_size=patch_size_for(self.patch, t, size_draw),
+            top=top,
+            left=left,
+            timestep_index=timestep_index,
+            noise_seed=derived_seed(self.seed, "noise", kind, index),
+        )

@@ -1,0 +1,210 @@
+"""A diffusion transformer of which only the kept blocks are resident."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from accelerate import init_empty_weights
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from accelerate.utils import PrefixedDataset, set_module_tensor_to_device
+
+from .blocks import Block, BlockSpans, list_blocks, split_blocks
+from .checkpoint_index import index_safetensors, weights_loader
+from .config import BlockSkipConfig
+from .hooks import CaptureDone, SkipMode, SpanResiduals, apply_block_skip, remove_block_skip
+
+
+class DiTBlockSkipTransformer(torch.nn.Module):
+    """A diffusers transformer whose leading and trailing spans are placeholders (DiT-BlockSkip, section 3.3).
+
+    The wrapped model keeps its class, parameter names and block numbers, so adapters, LoRA files and pipelines work
+    on :attr:`transformer` as on the full model. Skipped blocks either stay where they are, or hold no weights and
+    stream them one block at a time when the whole model is needed (:meth:`from_pretrained`, ``offload_device``).
+
+    Args:
+        transformer: A loaded diffusers transformer.
+        config: The spans to skip.
+        stacks: See :func:`~blockskip_hooks.blocks.list_blocks`.
+        offload_device: Move the weights of skipped blocks to host memory and stream them, block by block, to this
+            device when they run. By default they stay where they are.
+
+    Raises:
+        ValueError: if no block would be kept or placeholders are on the model already.
+
+    Example:
+        >>> model = DiTBlockSkipTransformer.from_pretrained(folder, BlockSkipConfig(leading=19, trailing=9))
+        >>> residuals = model.capture_residuals(**inputs)
+        >>> prediction = model(**inputs, residuals=residuals, return_dict=False)[0]
+    """
+
+    def __init__(
+        self,
+        transformer: torch.nn.Module,
+        config: BlockSkipConfig,
+        stacks: Sequence[str] | None = None,
+        *,
+        offload_device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self._stacks = stacks
+        self.spans: BlockSpans = split_blocks(list_blocks(transformer, stacks), config)
+        if offload_device is not None:
+            for block in self.spans.skipped:
+                _stream(block, offload_device, None)
+        self.skip_state = apply_block_skip(transformer, config, stacks)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_path: str | Path,
+        config: BlockSkipConfig,
+        *,
+        subfolder: str | None = "transformer",
+        torch_dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        variant: str | None = None,
+        stacks: Sequence[str] | None = None,
+    ) -> DiTBlockSkipTransformer:
+        """Load the kept blocks only; skipped blocks are read from the checkpoint when the whole model runs.
+
+        The checkpoint is never whole in memory: kept weights are read tensor by tensor, skipped ones one block at a
+        time by accelerate's disk dispatch.
+
+        Args:
+            pretrained_model_path: Folder of a pipeline (or of a transformer, with ``subfolder=None``).
+            config: The spans to skip.
+            subfolder: The transformer's folder inside the pipeline's.
+            torch_dtype: Dtype of all weights, but for modules the model class keeps in float32.
+            device: Where kept weights live and every block runs.
+            variant: Weight variant in the file names, such as ``"fp16"``.
+            stacks: See :func:`~blockskip_hooks.blocks.list_blocks`.
+
+        Raises:
+            ValueError: if weights are missing, have other shapes than the config says, or are not safetensors.
+        """
+        folder = Path(pretrained_model_path) / (subfolder or "")
+        model_config = diffusers.AutoModel.load_config(str(folder))
+        model_class = getattr(diffusers, model_config["_class_name"])
+        with init_empty_weights(include_buffers=False):
+            transformer = model_class.from_config(model_config)
+        _cast_floating(transformer, torch_dtype)
+        transformer.requires_grad_(False).eval()
+
+        index = index_safetensors(folder, variant)
+        tensors = transformer.state_dict(keep_vars=True)
+        missing = sorted(set(tensors) - set(index))
+        if missing:
+            raise ValueError(f"{folder} lacks {len(missing)} tensors of {model_class.__name__}, first {missing[0]}.")
+        loader = weights_loader(index, {name: tensor.dtype for name, tensor in tensors.items()})
+
+        skipped = split_blocks(list_blocks(transformer, stacks), config).skipped
+        prefixes = tuple(f"{block.name}." for block in skipped)
+        for name, tensor in tensors.items():
+            if not name.startswith(prefixes):
+                value = loader[name]
+                if value.shape != tensor.shape:
+                    raise ValueError(
+                        f"{folder}: {name} has shape {tuple(value.shape)}, but the model's config asks for "
+                        f"{tuple(tensor.shape)}."
+                    )
+                set_module_tensor_to_device(transformer, name, device, value=value)
+        for name, buffer in transformer.named_buffers():
+            set_module_tensor_to_device(transformer, name, device, value=buffer)
+        for block in skipped:
+            _stream(block, device, PrefixedDataset(loader, f"{block.name}."))
+        return cls(transformer, config, stacks)
+
+    def remove(self) -> torch.nn.Module:
+        """Take the placeholders and the streaming off and return the model.
+
+        Weights that were in memory are put back; blocks read from a checkpoint by :meth:`from_pretrained` are left
+        without weights.
+        """
+        remove_block_skip(self.transformer, self._stacks)
+        for block in self.spans.skipped:
+            remove_hook_from_module(block.module)
+        return self.transformer
+
+    def forward(self, *args: Any, residuals: SpanResiduals | None = None, **kwargs: Any) -> Any:
+        """Run the transformer with the spans replaced by ``residuals``, or whole without them.
+
+        Arguments and result are the wrapped model's. The residuals stay in use until the next call, because gradient
+        checkpointing runs placeholders again during backward.
+
+        Raises:
+            ValueError: if a span has no residual, or one of another shape.
+        """
+        self.skip_state.mode = SkipMode.RUN if residuals is None else SkipMode.INJECT
+        self.skip_state.residuals = residuals or SpanResiduals()
+        return self.transformer(*args, **kwargs)
+
+    @torch.no_grad()
+    def capture_residuals(self, *args: Any, **kwargs: Any) -> SpanResiduals:
+        """Run the model as far as needed without gradients and return what its spans contribute (Eq. 3).
+
+        Adapters take part as they are: with LoRA at zero these are the base model's residuals.
+
+        Args:
+            *args: As for the wrapped model.
+            **kwargs: As for the wrapped model.
+
+        Returns:
+            The batch's residuals, in the dtype of the hidden states.
+        """
+        state = self.skip_state
+        if not self.spans.skipped:
+            return SpanResiduals()
+        state.mode, state.captured = SkipMode.CAPTURE, SpanResiduals()
+        try:
+            self.transformer(*args, **kwargs)
+        except CaptureDone:
+            pass
+        finally:
+            captured, state.captured, state.mode = state.captured, SpanResiduals(), SkipMode.RUN
+        return captured
+
+    @contextmanager
+    def full_model(self) -> Iterator[torch.nn.Module]:
+        """Let the wrapped model compute every block, streamed where needed; for pipelines and validation."""
+        previous = self.skip_state.mode
+        self.skip_state.mode = SkipMode.RUN
+        try:
+            yield self.transformer
+        finally:
+            self.skip_state.mode = previous
+
+    @property
+    def skipped_parameter_names(self) -> list[str]:
+        """Names, in this module's state dict, of the parameters of skipped blocks."""
+        prefixes = tuple(f"transformer.{block.name}." for block in self.spans.skipped)
+        return [name for name, _ in self.named_parameters() if name.startswith(prefixes)]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("transformer"), name)
+
+
+def _stream(block: Block, device: torch.device | str, weights: Mapping[str, torch.Tensor] | None) -> None:
+    """Let a block read its weights only while it runs: from ``weights``, or from a host copy of what it holds now."""
+    hook = AlignDevicesHook(
+        execution_device=torch.device(device), offload=True, weights_map=weights, place_submodules=True
+    )
+    add_hook_to_module(block.module, hook)
+
+
+def _cast_floating(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Set the dtype of an empty model's weights, honouring the modules its class keeps in float32."""
+    model.to(dtype)
+    for pattern in getattr(model, "_keep_in_fp32_modules", None) or ():
+        for name, module in model.named_modules():
+            if pattern in name.split("."):
+                module.float()
+

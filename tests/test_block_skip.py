@@ -1,0 +1,226 @@
+"""Truths E1-E3 of block skipping: placeholders with residuals equal the full model, streaming changes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig
+
+from blockskip_hooks import BlockSkipConfig, DiTBlockSkipTransformer, SpanResiduals, apply_block_skip, remove_block_skip
+from blockskip_hooks.blocks import list_blocks
+from blockskip_hooks.hooks import SkipMode
+from tests.tiny import TINY_FAMILIES, TinyFamily, randomise
+
+
+VALID_SPANS = [(n, m) for n in range(5) for m in range(5) if n + m < 5]
+
+
+def add_lora(transformer: torch.nn.Module, block_names: list[str], *, randomise_b: bool = False) -> None:
+    """Give the named blocks rank-2 attention LoRA; B starts at zero unless asked otherwise."""
+    targets = [f"{name}.attn.{proj}" for name in block_names for proj in ("to_q", "to_k", "to_v")]
+    torch.manual_seed(0)
+    transformer.requires_grad_(False)
+    transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=targets))
+    cast_training_params(transformer)
+    if randomise_b:
+        for name, parameter in transformer.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+
+
+def forward(model: torch.nn.Module, inputs: dict, **kwargs) -> torch.Tensor:
+    return model(**inputs, **kwargs, return_dict=False)[0]
+
+
+@pytest.mark.parametrize("spans", VALID_SPANS, ids=str)
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+def test_residuals_reproduce_the_full_model(tiny: TinyFamily, spans: tuple[int, int], checkpointing: bool):
+    """E1, for every (n, m), a span across the double/single-stream border included."""
+    inputs = tiny.make_inputs(2)
+    with torch.no_grad():
+        expected = forward(tiny.make_transformer(), inputs)
+    model = DiTBlockSkipTransformer(tiny.make_transformer(), BlockSkipConfig(leading=spans[0], trailing=spans[1]))
+    if checkpointing:
+        model.transformer.enable_gradient_checkpointing()
+    residuals = model.capture_residuals(**inputs)
+    actual = forward(model, inputs, residuals=residuals)
+    assert (actual - expected).abs().max() <= 1e-5
+    if spans[1] == 0:
+        assert torch.equal(actual, expected)
+
+
+def test_skipped_blocks_matter_and_do_not_run(tiny: TinyFamily):
+    """Without residuals the prediction is another one; with them the skipped weights are not read at all."""
+    inputs = tiny.make_inputs(1)
+    model = DiTBlockSkipTransformer(tiny.make_transformer(), BlockSkipConfig(leading=1, trailing=2))
+    residuals = model.capture_residuals(**inputs)
+    with torch.no_grad():
+        expected = forward(model, inputs, residuals=residuals)
+        for block in model.spans.skipped:
+            for parameter in block.module.parameters():
+                parameter.fill_(float("nan"))
+        assert torch.equal(forward(model, inputs, residuals=residuals), expected)
+    identity = DiTBlockSkipTransformer(
+        tiny.make_transformer(), BlockSkipConfig(leading=1, trailing=2, residuals="none")
+    )
+    assert (forward(identity, inputs, residuals=SpanResiduals()) - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("leading", range(1, 5))
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+def test_gradients_equal_the_full_model_without_trailing_span(tiny: TinyFamily, leading: int, checkpointing: bool):
+    """E2: m = 0, LoRA away from zero, every LoRA gradient."""
+    inputs = tiny.make_inputs(2)
+
+    def gradients(skip: bool) -> dict[str, torch.Tensor]:
+        model: torch.nn.Module = tiny.make_transformer()
+        names = [block.name for block in list_blocks(model)[leading:]]
+        add_lora(model, names, randomise_b=True)
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        kwargs = {}
+        if skip:
+            model = DiTBlockSkipTransformer(model, BlockSkipConfig(leading=leading))
+            kwargs["residuals"] = model.capture_residuals(**inputs)
+        forward(model, inputs, **kwargs).square().mean().backward()
+        return {
+            name.removeprefix("transformer.", ) if skip else name: parameter.grad
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
+
+    expected, actual = gradients(False), gradients(True)
+    assert expected.keys() == actual.keys() and expected
+    for name, gradient in expected.items():
+        assert gradient.abs().max() > 0, name
+        assert (actual[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+def test_trailing_span_passes_the_gradient_through(tiny: TinyFamily):
+    """With m > 0 the skip is the identity for gradients, so every kept LoRA still receives one."""
+    inputs = tiny.make_inputs(2)
+    model = DiTBlockSkipTransformer(tiny.make_transformer(), BlockSkipConfig(leading=1, trailing=2))
+    add_lora(model.transformer, [block.name for block in model.spans.kept], randomise_b=True)
+    residuals = model.capture_residuals(**inputs)
+    forward(model, inputs, residuals=residuals).square().mean().backward()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert trained and all(p.grad is not None and p.grad.abs().max() > 0 for p in trained.values())
+
+
+@pytest.mark.parametrize("max_shard_size", ["10GB", "20KB"], ids=["one file", "shards"])
+def test_streamed_forward_is_the_ordinary_forward(tiny: TinyFamily, tmp_path: Path, max_shard_size: str):
+    """E3: bit for bit, and skipped blocks hold weights only while they run."""
+    transformer = tiny.make_transformer()
+    transformer.save_pretrained(tmp_path / "transformer", max_shard_size=max_shard_size)
+    inputs = tiny.make_inputs(2)
+    with torch.no_grad():
+        expected = forward(transformer, inputs)
+    model = DiTBlockSkipTransformer.from_pretrained(tmp_path, BlockSkipConfig(leading=2, trailing=1))
+    with torch.no_grad(), model.full_model():
+        assert torch.equal(forward(model.transformer, inputs), expected)
+    assert all(p.is_meta for block in model.spans.skipped for p in block.module.parameters())
+    assert not any(p.is_meta for block in model.spans.kept for p in block.module.parameters())
+    residuals = model.capture_residuals(**inputs)
+    assert (forward(model, inputs, residuals=residuals) - expected).abs().max() <= 1e-5
+
+
+def test_host_offload_streams_and_is_undone(tiny: TinyFamily):
+    inputs = tiny.make_inputs(1)
+    transformer = tiny.make_transformer()
+    with torch.no_grad():
+        expected = forward(transformer, inputs)
+    before = {name: tensor.clone() for name, tensor in transformer.state_dict().items()}
+    model = DiTBlockSkipTransformer(transformer, BlockSkipConfig(leading=2, trailing=2), offload_device="cpu")
+    assert all(p.is_meta for block in model.spans.skipped for p in block.module.parameters())
+    with torch.no_grad():
+        assert torch.equal(forward(model, inputs), expected)
+    restored = model.remove()
+    with torch.no_grad():
+        assert torch.equal(forward(restored, inputs), expected)
+    assert before.keys() == restored.state_dict().keys()
+    assert all(torch.equal(before[name], tensor) for name, tensor in restored.state_dict().items())
+
+
+def test_bfloat16_weights_stream_in_their_dtype(tmp_path: Path):
+    tiny = TINY_FAMILIES[0]
+    tiny.make_transformer().to(torch.bfloat16).save_pretrained(tmp_path / "transformer")
+    inputs = {
+        k: v.bfloat16() if isinstance(v, torch.Tensor) and k != "img_ids" else v for k, v in tiny.make_inputs(1).items()
+    }
+    config = BlockSkipConfig(leading=2, trailing=1)
+    model = DiTBlockSkipTransformer.from_pretrained(tmp_path, config, torch_dtype=torch.bfloat16)
+    residuals = model.capture_residuals(**inputs)
+    assert residuals.leading_hidden_states.dtype == torch.bfloat16
+    with torch.no_grad():
+        full = forward(model, inputs)
+        assert (forward(model, inputs, residuals=residuals) - full).abs().max() <= 0.05 * full.abs().max()
+
+
+def test_apply_and_remove_leave_the_model_as_it_was(tiny: TinyFamily):
+    transformer = tiny.make_transformer()
+    inputs = tiny.make_inputs(1)
+    with torch.no_grad():
+        expected = forward(transformer, inputs)
+        state = apply_block_skip(transformer, BlockSkipConfig(leading=2, trailing=1))
+        assert state.mode is SkipMode.RUN and torch.equal(forward(transformer, inputs), expected)
+        with pytest.raises(ValueError, match="already"):
+            apply_block_skip(transformer, BlockSkipConfig(leading=1))
+        remove_block_skip(transformer)
+        assert torch.equal(forward(transformer, inputs), expected)
+    apply_block_skip(transformer, BlockSkipConfig(leading=1))
+
+
+def test_blocks_are_listed_in_execution_order(tiny: TinyFamily):
+    transformer = tiny.make_transformer()
+    order: list[int] = []
+    blocks = list_blocks(transformer)
+    for block in blocks:
+        block.module.register_forward_pre_hook(lambda *_, index=block.index: order.append(index))
+    with torch.no_grad():
+        forward(transformer, tiny.make_inputs(1))
+    assert order == list(range(tiny.num_blocks))
+
+
+def test_wrong_residuals_and_spans_are_named():
+    tiny = TINY_FAMILIES[0]
+    model = DiTBlockSkipTransformer(tiny.make_transformer(), BlockSkipConfig(leading=1, trailing=1))
+    residuals = model.capture_residuals(**tiny.make_inputs(1))
+    with pytest.raises(ValueError, match="another batch"):
+        forward(model, tiny.make_inputs(2), residuals=residuals)
+    with pytest.raises(ValueError, match="No residual of the leading span"):
+        forward(model, tiny.make_inputs(1), residuals=SpanResiduals())
+    with pytest.raises(ValueError, match="leaves none to train"):
+        DiTBlockSkipTransformer(tiny.make_transformer(), BlockSkipConfig(leading=3, trailing=2))
+    with pytest.raises(ValueError, match=">= 0"):
+        BlockSkipConfig(leading=-1)
+
+
+def test_wrapper_is_transparent():
+    tiny = TINY_FAMILIES[0]
+    model = DiTBlockSkipTransformer(tiny.make_transformer(), BlockSkipConfig(leading=1))
+    assert model.config.num_layers == 2
+    assert model.dtype == torch.float32
+    assert not hasattr(model, "no_such_attribute")
+
+
+def test_loading_names_what_is_wrong(tmp_path: Path):
+    tiny = TINY_FAMILIES[0]
+    config = BlockSkipConfig(leading=1)
+    transformer = tiny.make_transformer()
+    transformer.save_pretrained(tmp_path / "pickled" / "transformer", safe_serialization=False)
+    with pytest.raises(ValueError, match="no safetensors weights"):
+        DiTBlockSkipTransformer.from_pretrained(tmp_path / "pickled", config)
+
+    transformer.save_pretrained(tmp_path / "truncated" / "transformer")
+    weights = tmp_path / "truncated" / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        DiTBlockSkipTransformer.from_pretrained(tmp_path / "truncated", config)
+
+    randomise(transformer).register_to_config(in_channels=12)
+    transformer.save_pretrained(tmp_path / "mismatch" / "transformer")
+    with pytest.raises(ValueError, match="x_embedder.weight has shape"):
+        DiTBlockSkipTransformer.from_pretrained(tmp_path / "mismatch", config)

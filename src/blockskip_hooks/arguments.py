@@ -1,0 +1,461 @@
+"""Command line of the training script: the flags, what the user typed, and the rules that need nothing loaded."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib.util
+import logging
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args
+
+from .config import BlockSkipConfig, PatchMode, ResidualMode
+
+
+logger = logging.getLogger(__name__)
+
+_BYTE_UNITS = {"": 1, "b": 1} | {
+    f"{prefix}{suffix}": base**power
+    for power, prefix in enumerate("kmgt", start=1)
+    for suffix, base in (("b", 1000), ("ib", 1024))
+}
+_TRUE_WORDS = ("true", "yes", "on", "1")
+_FALSE_WORDS = ("false", "no", "off", "0")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Argument parser whose errors are one line; with some ninety flags the usage text would hide the reason."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (--help lists every flag)\n")
+
+
+def parse_bool(text: str) -> bool:
+    """Turn the words true/yes/on/1 and false/no/off/0, in any case, into what they say.
+
+    Raises:
+        argparse.ArgumentTypeError: for any other text.
+    """
+    word = text.strip().lower()
+    if word not in _TRUE_WORDS + _FALSE_WORDS:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither True nor False")
+    return word in _TRUE_WORDS
+
+
+def parse_bytes(text: str) -> int:
+    """Number of bytes in a text like ``"8GB"`` (1e9), ``"500MiB"`` (2**20), ``"1.5 TB"`` or ``"1000000"``.
+
+    Raises:
+        ValueError: if the text has another form or the amount is below one byte.
+    """
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)", text.strip())
+    unit = _BYTE_UNITS.get(match[2].lower()) if match else None
+    if match is None or unit is None or float(match[1]) * unit < 1:
+        raise ValueError(f"'{text}' is not a number of bytes; write it like 8GB, 500MiB or 1000000.")
+    # Whole numbers stay exact: a float has no room for every large byte count.
+    return int(match[1]) * unit if match[1].isdigit() else int(float(match[1]) * unit)
+
+
+def parse_skip_blocks(text: str, num_blocks: int | None = None) -> tuple[int, int] | int | Literal["auto", "none"]:
+    """Read ``--skip_blocks``.
+
+    Args:
+        text: ``"none"``, ``"auto"``, ``"N"`` (blocks to skip in all, divided between the ends later) or ``"n,m"``
+            (leading and trailing blocks).
+        num_blocks: Number of blocks of the transformer, to check that one is left; None where it is not known yet.
+
+    Returns:
+        The word, the number, or the pair.
+
+    Raises:
+        ValueError: if the text has another form or no block would be left to train.
+    """
+    word = text.strip().lower()
+    if word == "auto":
+        return "auto"
+    if word == "none":
+        return "none"
+    match = re.fullmatch(r"([0-9]{1,9})(?:\s*,\s*([0-9]{1,9}))?", word, re.ASCII)
+    if match is None:
+        raise ValueError(
+            f"--skip_blocks is '{text}'; give none, auto, a number of blocks (10) or leading,trailing (4,6)."
+        )
+    if match[2] is not None:
+        leading, trailing = int(match[1]), int(match[2])
+        if num_blocks is not None:
+            BlockSkipConfig(leading=leading, trailing=trailing).validate_for(num_blocks)
+        return leading, trailing
+    skipped = int(match[1])
+    if num_blocks is not None and skipped >= num_blocks:
+        raise ValueError(
+            f"--skip_blocks {skipped} leaves none of {num_blocks} blocks to train; give at most {num_blocks - 1}."
+        )
+    return skipped
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Parser with the flags of the upstream FLUX DreamBooth-LoRA script, and those of block skipping."""
+    # Without abbreviations a command keeps its meaning when flags are added.
+    parser = _Parser(
+        description="DreamBooth-LoRA on a diffusion transformer, with part of its blocks skipped.", allow_abbrev=False
+    )
+
+    flag = parser.add_argument_group("model").add_argument
+    flag("--pretrained_model_name_or_path", help="Hub id or folder of a pipeline; without it, the embedded model.")
+    flag("--revision", help="Branch, tag or commit of the model on the hub.")
+    flag("--variant", help="Weight file variant, fp16 say.")
+    flag("--cache_dir", help="Where downloaded models and datasets are kept.")
+    flag("--max_sequence_length", type=int, default=512, help="Tokens of a prompt that the T5 encoder sees.")
+    flag("--guidance_scale", type=float, default=3.5, help="Guidance value fed to guidance-distilled models.")
+
+    flag = parser.add_argument_group("photos").add_argument
+    flag("--instance_data_dir", help="Folder with photos of the subject; name.txt beside name.jpg is its caption.")
+    flag("--instance_prompt", help="Prompt for photos without a caption, with the subject's rare word in it.")
+    flag(
+        "--dataset_name", help="Dataset with the photos, a hub id or a local folder, in place of --instance_data_dir."
+    )
+    flag("--dataset_config_name", help="Configuration of --dataset_name.")
+    flag("--image_column", default="image", help="Column of --dataset_name with the photos.")
+    flag("--caption_column", help="Column of --dataset_name with captions.")
+    flag("--repeats", type=int, default=1, help="How many times each photo counts in an epoch.")
+    flag("--resolution", type=int, default=512, help="Training crop in pixels, and the default largest patch.")
+    flag("--center_crop", action="store_true", help="Crop from the middle; otherwise anywhere.")
+    flag("--random_flip", action="store_true", help="Mirror half of the samples.")
+
+    flag = parser.add_argument_group("block skipping").add_argument
+    flag("--skip_blocks", default="auto", help="Blocks to skip: none, auto, N in all, or n,m (leading,trailing).")
+    flag("--skip_ratio", type=float, default=0.3, help="Part of all blocks that --skip_blocks auto skips.")
+    flag(
+        "--residuals",
+        choices=get_args(ResidualMode),
+        default="precomputed",
+        help="What stands in for skipped blocks: records made before training, a forward in every step, or nothing.",
+    )
+    flag("--residual_dir", help="Folder of the residual records; by default inside --output_dir.")
+    flag("--residual_budget", help="Disk the records may fill at a time, like 8GB; fewer are then made per stretch.")
+    flag("--precompute_batch_size", type=int, help="Samples per forward when making records; default: what fits.")
+    flag("--overwrite_residuals", action="store_true", help="Replace records that another run left.")
+    flag("--plan_only", action="store_true", help="Print the plan and its memory and disk needs, write it, and stop.")
+
+    flag = parser.add_argument_group("patch sampling").add_argument
+    flag(
+        "--patch_sampling",
+        choices=("auto", *get_args(PatchMode)),
+        default="auto",
+        help="How large a patch each timestep trains on; auto is dynamic when blocks are skipped, else none.",
+    )
+    flag("--min_patch_size", type=int, help="Smallest patch, and the size trained at; default: half of --resolution.")
+    flag("--max_patch_size", type=int, help="Largest patch; default: --resolution.")
+
+    flag = parser.add_argument_group("prior preservation").add_argument
+    flag("--with_prior_preservation", action="store_true", help="Also train on pictures of the subject's class.")
+    flag("--prior_loss_weight", type=float, default=1.0, help="Weight of the class pictures in the loss.")
+    flag("--class_data_dir", help="Folder of class pictures; those that are missing are generated.")
+    flag("--class_prompt", help="Prompt of the class pictures.")
+    flag("--num_class_images", type=int, default=100, help="Class pictures wanted in --class_data_dir.")
+    flag("--sample_batch_size", type=int, default=4, help="Class pictures generated at a time.")
+    flag("--prior_generation_precision", choices=("no", "fp32", "fp16", "bf16"), help="Number format for them.")
+
+    flag = parser.add_argument_group("LoRA").add_argument
+    flag("--rank", type=int, default=4, help="Rank of the LoRA matrices.")
+    flag("--lora_alpha", type=int, default=4, help="LoRA scale; updates are multiplied by alpha / rank.")
+    flag("--lora_dropout", type=float, default=0.0, help="Dropout in the LoRA layers.")
+    flag("--lora_layers", help="Comma-separated ends of the names of the layers to adapt, within kept blocks.")
+    flag("--train_text_encoder", action="store_true", help="Also train a LoRA on the CLIP text encoder.")
+
+    flag = parser.add_argument_group("training").add_argument
+    flag("--train_batch_size", type=int, default=4, help="Samples per step and process.")
+    flag("--gradient_accumulation_steps", type=int, default=1, help="Batches per optimizer step.")
+    flag("--num_train_epochs", type=int, default=1, help="Passes over the photos.")
+    flag("--max_train_steps", type=int, help="Optimizer steps in all; takes the place of --num_train_epochs.")
+    flag("--seed", type=int, help="Seed of everything random; without it each run differs.")
+    flag("--gradient_checkpointing", action="store_true", help="Less activation memory for one more forward.")
+    flag("--cache_latents", action="store_true", help="Encode the photos once and free the VAE.")
+    flag("--dataloader_num_workers", type=int, default=0, help="Processes that prepare samples; 0: the main one.")
+    flag(
+        "--weighting_scheme",
+        choices=("sigma_sqrt", "logit_normal", "mode", "cosmap", "none"),
+        default="none",
+        help="Distribution of timesteps and weight of the loss.",
+    )
+    flag("--logit_mean", type=float, default=0.0, help="Mean for --weighting_scheme logit_normal.")
+    flag("--logit_std", type=float, default=1.0, help="Standard deviation for --weighting_scheme logit_normal.")
+    flag("--mode_scale", type=float, default=1.29, help="Scale for --weighting_scheme mode.")
+
+    flag = parser.add_argument_group("optimizer").add_argument
+    flag("--optimizer", default="AdamW", help="AdamW or prodigy.")
+    flag("--learning_rate", type=float, default=1e-4, help="Peak learning rate; about 1 with prodigy.")
+    flag("--text_encoder_lr", type=float, default=5e-6, help="Learning rate of the text encoder's LoRA.")
+    flag("--scale_lr", action="store_true", help="Multiply the rate by processes, batch size and accumulation.")
+    flag("--lr_scheduler", default="constant", help="Shape of the learning rate over time, cosine say.")
+    flag("--lr_warmup_steps", type=int, default=500, help="Steps over which the learning rate rises.")
+    flag("--lr_num_cycles", type=int, default=1, help="Restarts of cosine_with_restarts.")
+    flag("--lr_power", type=float, default=1.0, help="Exponent of polynomial.")
+    flag("--use_8bit_adam", action="store_true", help="AdamW with 8-bit state, from bitsandbytes.")
+    flag("--adam_beta1", type=float, default=0.9, help="First beta, of prodigy too.")
+    flag("--adam_beta2", type=float, default=0.999, help="Second beta, of prodigy too.")
+    flag("--adam_weight_decay", type=float, default=1e-4, help="Weight decay of the transformer's LoRA.")
+    flag("--adam_weight_decay_text_encoder", type=float, default=1e-3, help="Weight decay of the encoder's LoRA.")
+    flag("--adam_epsilon", type=float, default=1e-8, help="Added to the denominator, of prodigy too.")
+    flag("--prodigy_beta3", type=float, help="Beta of prodigy's step size; default: the root of the second beta.")
+    flag("--prodigy_decouple", type=parse_bool, default=True, help="Decoupled weight decay in prodigy: True or False.")
+    flag("--prodigy_use_bias_correction", type=parse_bool, default=True, help="Bias correction: True or False.")
+    flag("--prodigy_safeguard_warmup", type=parse_bool, default=True, help="Hold prodigy back in warmup: True, False.")
+    flag("--max_grad_norm", type=float, default=1.0, help="Norm that gradients are clipped to.")
+
+    flag = parser.add_argument_group("validation").add_argument
+    flag("--validation_prompt", help="Prompt to draw pictures of during and after training.")
+    flag("--num_validation_images", type=int, default=4, help="Pictures per validation.")
+    flag("--validation_epochs", type=int, default=50, help="Epochs between validations.")
+    flag("--skip_final_inference", action="store_true", help="Draw no pictures after training.")
+
+    flag = parser.add_argument_group("output").add_argument
+    flag("--output_dir", default="flux-dreambooth-lora", help="Folder for the LoRA, reports and checkpoints.")
+    flag("--checkpointing_steps", type=int, default=500, help="Steps between checkpoints.")
+    flag("--checkpoints_total_limit", type=int, help="Checkpoints kept; older ones are removed.")
+    flag("--resume_from_checkpoint", help="Checkpoint folder to go on from, or latest.")
+    flag("--upcast_before_saving", action="store_true", help="Save the LoRA in float32.")
+    flag("--logging_dir", default="logs", help="Folder for tracker logs, inside --output_dir.")
+    flag("--report_to", default="tensorboard", help="Tracker: tensorboard, wandb, ..., all, or none.")
+    flag("--push_to_hub", action="store_true", help="Upload the result to the hub.")
+    flag("--hub_token", help="Token for the upload; logging in beforehand is safer.")
+    flag("--hub_model_id", help="Name of the repository on the hub; default: the name of --output_dir.")
+
+    flag = parser.add_argument_group("machine").add_argument
+    flag("--mixed_precision", choices=("no", "fp16", "bf16"), help="Number format; default: accelerate's setting.")
+    flag("--allow_tf32", action="store_true", help="Let NVIDIA cards multiply matrices in TF32.")
+    flag("--enable_npu_flash_attention", action="store_true", help="Flash attention on Ascend NPUs.")
+    flag("--local_rank", type=int, default=-1, help="Process number on this machine; LOCAL_RANK takes precedence.")
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse a command line and remember which flags were typed.
+
+    Args:
+        argv: Arguments without the program name, or None for those of the process.
+
+    Returns:
+        The flags, and ``given``: a frozenset of the names (``"skip_blocks"``) that the command line held, whether or
+        not their value is the default. ``local_rank`` is the variable ``LOCAL_RANK`` where a launcher set it.
+
+    A flag that cannot be parsed ends the program with one line on stderr and code 2.
+    """
+    parser = build_parser()
+    defaults = vars(parser.parse_args([]))
+    # argparse fills in a default only where the namespace has no value yet, so what stays was not typed.
+    untyped = object()
+    args, unknown = parser.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(defaults, untyped)))
+    if unknown:
+        name = unknown[0].split("=")[0]
+        close = difflib.get_close_matches(name, [f"--{dest}" for dest in defaults], n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    given = frozenset(dest for dest, value in vars(args).items() if value is not untyped)
+    args = argparse.Namespace(**{dest: vars(args)[dest] if dest in given else defaults[dest] for dest in defaults})
+    args.given = given
+    launcher_rank = os.environ.get("LOCAL_RANK", "-1")
+    if launcher_rank != "-1":
+        args.local_rank = int(launcher_rank)
+    return args
+
+
+def apply_defaults(args: argparse.Namespace, defaults: Mapping[str, Any]) -> None:
+    """Put the defaults of a model or family in place of those flags that the user did not type.
+
+    Args:
+        args: From `parse_args`; changed in place.
+        defaults: Value by flag name without the dashes.
+
+    Raises:
+        ValueError: if a name is not a flag; nothing is changed then.
+    """
+    unknown = sorted(name for name in defaults if name == "given" or name not in vars(args))
+    if unknown:
+        raise ValueError(f"Defaults for unknown flags: {', '.join(unknown)}; remove them or correct the names.")
+    for name, value in defaults.items():
+        if name not in args.given:
+            setattr(args, name, value)
+
+
+_AT_LEAST_ONE = (
+    "resolution repeats max_sequence_length min_patch_size max_patch_size precompute_batch_size rank lora_alpha "
+    "train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps sample_batch_size num_class_images "
+    "validation_epochs checkpointing_steps checkpoints_total_limit lr_num_cycles"
+)
+_NOT_NEGATIVE = (
+    "dataloader_num_workers lr_warmup_steps num_validation_images seed guidance_scale prior_loss_weight "
+    "adam_weight_decay adam_weight_decay_text_encoder"
+)
+_ABOVE_ZERO = "learning_rate text_encoder_lr adam_epsilon max_grad_norm logit_std lr_power"
+_FROM_ZERO_BELOW_ONE = "lora_dropout adam_beta1 adam_beta2 prodigy_beta3"
+_PRODIGY_FLAGS = "prodigy_beta3 prodigy_decouple prodigy_use_bias_correction prodigy_safeguard_warmup"
+
+
+def validate_args(args: argparse.Namespace) -> None:
+    """Check the rules between flags that need no model, photo or network, and warn of flags without effect.
+
+    The optimizer may be written in any case; ``--report_to none`` means no tracker.
+
+    Args:
+        args: From `parse_args`, after `apply_defaults` where there are defaults.
+
+    Raises:
+        ValueError: one line that names the flag, its value and what to give instead.
+    """
+    _check_numbers(args)
+    _check_photos(args)
+    _check_skipping(args)
+    _check_optimizer(args)
+    _check_output(args)
+    for name, needs in _without_effect(args):
+        if name in args.given:
+            logger.warning("--%s has no effect without %s.", name, needs)
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    for names, fits, wanted in (
+        (_AT_LEAST_ONE, lambda value: value >= 1, "1 or more"),
+        (_NOT_NEGATIVE, lambda value: value >= 0, "0 or more"),
+        (_ABOVE_ZERO, lambda value: value > 0, "a number above 0"),
+        (_FROM_ZERO_BELOW_ONE, lambda value: 0 <= value < 1, "a number from 0 up to, but not including, 1"),
+        ("skip_ratio", lambda value: 0 < value < 1, "a number between 0 and 1, or --skip_blocks none"),
+        ("logit_mean mode_scale", lambda value: True, "a finite number"),
+        ("seed", lambda value: value < 2**32, "a number below 2**32"),
+    ):
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not (math.isfinite(value) and fits(value)):
+                raise ValueError(f"--{name} is {value}; give {wanted}.")
+
+
+def _check_photos(args: argparse.Namespace) -> None:
+    # Photos that came with the embedded model's defaults give way to the user's; two of the user's are a mistake.
+    if {"instance_data_dir", "dataset_name"} <= args.given:
+        raise ValueError(
+            f"--instance_data_dir {args.instance_data_dir} and --dataset_name {args.dataset_name} both name the "
+            "photos; give one of them."
+        )
+    has_photos = args.instance_data_dir or args.dataset_name
+    if args.pretrained_model_name_or_path is not None:
+        model = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
+        if not has_photos:
+            raise ValueError(f"{model} needs photos; give --instance_data_dir or --dataset_name.")
+        if not (args.instance_prompt or "").strip():
+            raise ValueError(f'{model} needs --instance_prompt; give one like "a photo of sks dog".')
+    elif {"instance_data_dir", "dataset_name"} & args.given and "instance_prompt" not in args.given:
+        logger.warning("No --instance_prompt for your photos: those without a caption get the embedded model's.")
+
+    if args.with_prior_preservation:
+        for name, example in (("class_data_dir", "a folder"), ("class_prompt", '"a photo of a dog", say')):
+            if not getattr(args, name):
+                raise ValueError(f"--with_prior_preservation needs --{name}; give {example}.")
+
+
+def _check_skipping(args: argparse.Namespace) -> None:
+    parse_skip_blocks(args.skip_blocks)
+    smallest, largest = args.min_patch_size, args.max_patch_size
+    if _patch_mode(args) != "none" or None not in (smallest, largest):
+        lower = smallest or max(1, args.resolution // 2)
+        upper = largest or args.resolution
+        if lower > upper:
+            low = f"--min_patch_size {lower}" + ("" if smallest else " (half of --resolution)")
+            high = f"--max_patch_size {upper}" + ("" if largest else " (--resolution)")
+            raise ValueError(f"{low} is above {high}; lower the first or raise the second.")
+    if args.residual_budget is not None:
+        try:
+            parse_bytes(args.residual_budget)
+        except ValueError as error:
+            raise ValueError(f"--residual_budget is {error}") from None
+
+
+def _check_optimizer(args: argparse.Namespace) -> None:
+    from diffusers.optimization import SchedulerType  # slow to import, and --help can do without
+
+    optimizer = args.optimizer.lower()
+    if optimizer not in ("adamw", "prodigy"):
+        raise ValueError(f"--optimizer is '{args.optimizer}'; choose AdamW or prodigy.")
+    if optimizer == "prodigy":
+        if importlib.util.find_spec("prodigyopt") is None:
+            raise ValueError("--optimizer prodigy needs a package that is not installed; run: pip install prodigyopt")
+        if args.learning_rate <= 0.1:
+            logger.warning("--learning_rate %s is low for prodigy, which works best near 1.", args.learning_rate)
+    elif args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("--use_8bit_adam needs a package that is not installed; run: pip install bitsandbytes")
+
+    # The piecewise schedule takes step rules, and there is no flag for them.
+    schedulers = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]
+    if args.lr_scheduler not in schedulers:
+        raise ValueError(f"--lr_scheduler is '{args.lr_scheduler}'; choose one of {', '.join(schedulers)}.")
+
+
+def _check_output(args: argparse.Namespace) -> None:
+    from accelerate.tracking import get_available_trackers
+    from accelerate.utils import LoggerType
+
+    trackers = [kind.value for kind in LoggerType]
+    if args.report_to not in (*trackers, "none"):
+        raise ValueError(f"--report_to is '{args.report_to}'; choose one of {', '.join(trackers)}, none.")
+    if args.report_to == "wandb" and args.hub_token is not None:
+        raise ValueError("--hub_token would be shown by --report_to wandb; drop it and run `hf auth login` instead.")
+    # accelerate leaves out a tracker whose package is missing without a word.
+    if args.report_to not in (*(kind.value for kind in get_available_trackers()), "all", "none"):
+        raise ValueError(f"--report_to {args.report_to} is not installed; install it or give --report_to none.")
+
+    folder = Path(args.output_dir)
+    # The folder may be several levels short of existing; the first that does exist decides.
+    existing = next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path("/"))
+    if not existing.is_dir():
+        raise ValueError(f"--output_dir {folder}: {existing} is a file; name a folder.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"--output_dir {folder} cannot be written; name a folder that you may write to.")
+
+    checkpoint = args.resume_from_checkpoint
+    if checkpoint not in (None, "latest") and not (Path(checkpoint).is_dir() or (folder / checkpoint).is_dir()):
+        raise ValueError(
+            f"--resume_from_checkpoint {checkpoint} is not a folder, nor one in --output_dir {folder}; "
+            "give an existing checkpoint or latest."
+        )
+
+
+def _skips(args: argparse.Namespace) -> bool:
+    return parse_skip_blocks(args.skip_blocks) not in ("none", 0, (0, 0))
+
+
+def _patch_mode(args: argparse.Namespace) -> str:
+    """What ``--patch_sampling`` comes to, as far as the flags alone tell."""
+    if args.patch_sampling != "auto":
+        return args.patch_sampling
+    return "dynamic" if _skips(args) else "none"
+
+
+def _without_effect(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """Pairs of a flag that this run does not look at, and what would make it count."""
+    skipping = _skips(args)
+    prodigy = args.optimizer.lower() == "prodigy"
+    for useful, names, needs in (
+        (args.with_prior_preservation, ("class_data_dir", "class_prompt"), "--with_prior_preservation"),
+        (args.dataset_name, ("dataset_config_name", "image_column", "caption_column"), "--dataset_name"),
+        (parse_skip_blocks(args.skip_blocks) == "auto", ("skip_ratio",), "--skip_blocks auto"),
+        (skipping, ("residuals",), "skipped blocks"),
+        (
+            skipping and args.residuals == "precomputed",
+            ("residual_dir", "residual_budget", "precompute_batch_size", "overwrite_residuals"),
+            "precomputed residuals of skipped blocks",
+        ),
+        (_patch_mode(args) != "none", ("min_patch_size",), "--patch_sampling other than none"),
+        (args.train_text_encoder, ("text_encoder_lr", "adam_weight_decay_text_encoder"), "--train_text_encoder"),
+        (prodigy, _PRODIGY_FLAGS.split(), "--optimizer prodigy"),
+        (not prodigy, ("use_8bit_adam",), "--optimizer AdamW"),
+        (args.weighting_scheme == "logit_normal", ("logit_mean", "logit_std"), "--weighting_scheme logit_normal"),
+        (args.weighting_scheme == "mode", ("mode_scale",), "--weighting_scheme mode"),
+        (args.validation_prompt, ("num_validation_images", "validation_epochs"), "--validation_prompt"),
+        (args.push_to_hub, ("hub_model_id",), "--push_to_hub"),
+    ):
+        if not useful:
+            for name in names:
+                yield name, needs

@@ -1,0 +1,351 @@
+"""Photos: found in a folder or a dataset, checked before any model loads, kept small, and cropped on request."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from tqdm.auto import tqdm
+
+
+logger = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+# Photos people do have, which Pillow does not read everywhere: leaving them out must not go unnoticed.
+_UNSUPPORTED_SUFFIXES = (".avif", ".dng", ".heic", ".heif", ".jxl")
+# The shorter side is scaled to the training size, so a sliver of a picture would need gigabytes.
+_MAX_ASPECT_RATIO = 16
+_PROGRESS_FROM = 51
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One picture that has not been decoded yet.
+
+    Args:
+        name: File name, or row number in a dataset; unique within a set and stable between runs.
+        caption: Text of the picture, or None where the instance prompt is to be used.
+        opener: Returns a fresh, possibly lazy PIL image of any mode.
+        path: The file, or None for a dataset row.
+    """
+
+    name: str
+    caption: str | None
+    opener: Callable[[], Image.Image] = field(repr=False, compare=False)
+    path: Path | None = None
+
+    def decode(self) -> Image.Image:
+        """Decode the whole picture: first frame, upright, 8-bit RGB, transparency on white.
+
+        Raises:
+            ValueError: if the picture is a sliver that cannot be scaled to a square.
+            Exception: whatever Pillow raises for damaged files: OSError, SyntaxError, ValueError, ...
+        """
+        with warnings.catch_warnings():
+            # Pillow warns from 90 megapixels on and refuses from 180: the first is a large photo, not an attack.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with self.opener() as image:
+                image.load()
+                rgb = _to_rgb(ImageOps.exif_transpose(image))
+        if max(rgb.size) > _MAX_ASPECT_RATIO * min(rgb.size):
+            raise ValueError(f"{rgb.width} x {rgb.height} pixels is too narrow")
+        return rgb
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert any Pillow mode to RGB, keeping the picture's brightness and showing transparency as white."""
+    if image.mode.startswith("I") or image.mode == "F":
+        return _grey_from_wide(np.asarray(image)).convert("RGB")
+    if image.getbands()[-1] in ("A", "a") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _grey_from_wide(values: np.ndarray) -> Image.Image:
+    """Scale a 16-bit, 32-bit or float grey picture to 8 bits; Pillow's own conversion clips it to white."""
+    pixels = np.nan_to_num(values.astype(np.float64))
+    peak = float(pixels.max())
+    if values.dtype.kind == "f":
+        white = 1.0 if peak <= 1 else 255.0 if peak <= 255 else peak
+    else:
+        white = max(65535.0, peak)
+    return Image.fromarray(np.rint(np.clip(pixels / white, 0, 1) * 255).astype(np.uint8))
+
+
+def image_paths(folder: Path) -> list[Path]:
+    """Picture files directly in ``folder``, by suffix, sorted by name; anything hidden or of another kind is left."""
+    return sorted(
+        (
+            path
+            for path in folder.iterdir()
+            if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and not path.is_dir()
+        ),
+        key=lambda path: path.name,
+    )
+
+
+def scan_photos(folder: Path, *, flag: str = "--instance_data_dir", show_progress: bool = True) -> list[Photo]:
+    """Find the photos of a folder and decode each once, so that a damaged file stops the run before it starts.
+
+    A ``.txt`` file beside a picture, of the same stem, is its caption. Other files and folders do not matter.
+
+    Args:
+        folder: Folder of pictures; subfolders are not entered.
+        flag: Command-line flag that named the folder, for the messages.
+        show_progress: Show a bar when there are many photos; only one process should.
+
+    Raises:
+        ValueError: if the folder is missing or holds no picture, or listing every picture or caption that cannot
+            be read.
+    """
+    if not folder.is_dir():
+        problem = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise ValueError(f"{flag} {folder} {problem}; name the folder that holds the photos.")
+    paths = image_paths(folder)
+    if not paths:
+        supported = " ".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
+        raise ValueError(f"{flag} {folder}: no images found in this folder (supported: {supported}).")
+    left_out = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in _UNSUPPORTED_SUFFIXES)
+    if left_out:
+        logger.warning("%s %s: left out %s; convert to jpg or png to use them.", flag, folder, ", ".join(left_out))
+
+    photos = [Photo(path.name, _read_caption(path, flag), partial(Image.open, path), path) for path in paths]
+    _verify(photos, f"{flag} {folder}", show_progress)
+    return photos
+
+
+def _read_caption(image_path: Path, flag: str) -> str | None:
+    path = image_path.with_suffix(".txt")
+    if not path.is_file():
+        return None
+    try:
+        # "-sig": editors on Windows put a byte order mark first, which would become part of the prompt.
+        return path.read_text(encoding="utf-8-sig").strip() or None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{flag} {path.parent}: caption {path.name} is not UTF-8 text; save it as UTF-8.") from error
+
+
+def load_dataset_photos(
+    dataset_name: str,
+    config_name: str | None = None,
+    image_column: str = "image",
+    caption_column: str | None = None,
+    cache_dir: str | None = None,
+    *,
+    show_progress: bool = True,
+) -> list[Photo]:
+    """Photos of the train split of a hub dataset or a local image folder with ``metadata.jsonl``, in dataset order.
+
+    Args:
+        dataset_name: Hub id or local folder, as `datasets.load_dataset` takes it.
+        config_name: Configuration of the dataset, or None for its only one.
+        image_column: Column with the pictures.
+        caption_column: Column with one text per picture, or None: every picture gets the instance prompt.
+        cache_dir: Where downloads are kept, or None for the usual place.
+        show_progress: Show a bar when there are many photos; only one process should.
+
+    Raises:
+        ValueError: if the dataset cannot be loaded, a column is missing or of the wrong kind, or listing every row
+            that cannot be decoded.
+    """
+    import datasets  # slow to import, and only this path needs it
+
+    where = f"--dataset_name {dataset_name}"
+    try:
+        splits = datasets.load_dataset(dataset_name, config_name, cache_dir=cache_dir)
+    except Exception as error:  # builders, file systems and the hub client all raise their own kinds
+        raise ValueError(
+            f"{where} cannot be loaded ({_one_line(error)}); check the id or folder, --dataset_config_name and access."
+        ) from error
+    if "train" not in splits:
+        raise ValueError(f"{where} has no 'train' split, only {', '.join(splits)}; name a dataset that has one.")
+    table = splits["train"]
+    columns = ", ".join(table.column_names)
+    for flag, column in (("--image_column", image_column), ("--caption_column", caption_column)):
+        if column is not None and column not in table.column_names:
+            raise ValueError(f"{flag} '{column}' is not in {where}; it has {columns}.")
+    if not isinstance(table.features[image_column], datasets.Image):
+        raise ValueError(f"--image_column '{image_column}' of {where} does not hold images; it has {columns}.")
+    if len(table) == 0:
+        raise ValueError(f"{where} has no rows; name a dataset with at least one image.")
+
+    captions = [None] * len(table) if caption_column is None else list(table[caption_column])
+    if any(caption is not None and not isinstance(caption, str) for caption in captions):
+        raise ValueError(f"--caption_column '{caption_column}' of {where} does not hold text; it has {columns}.")
+    # Reading a row decodes all of its image columns; the other columns are dropped first.
+    images = table.select_columns([image_column])
+    photos = [
+        Photo(f"{row:06d}", (caption or "").strip() or None, partial(_row_image, images, row, image_column))
+        for row, caption in enumerate(captions)
+    ]
+    _verify(photos, where, show_progress)
+    return photos
+
+
+def _row_image(table: Sequence, row: int, column: str) -> Image.Image:
+    image = table[row][column]
+    if image is None:
+        raise ValueError("no image in this row")
+    return image
+
+
+def _verify(photos: Sequence[Photo], where: str, show_progress: bool) -> None:
+    """Decode every photo and raise one ValueError that names all that fail."""
+    broken = []
+    for photo in _progress(photos, "Checking photos", show_progress):
+        try:
+            photo.decode()
+        except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ...: all mean the same here
+            broken.append(f"{photo.name} ({_reason(photo, error)})")
+    if broken:
+        count = "1 image" if len(broken) == 1 else f"{len(broken)} images"
+        raise ValueError(f"{where}: {count} cannot be read: {', '.join(broken)}; replace or remove.")
+
+
+def _reason(photo: Photo, error: Exception) -> str:
+    if photo.path is not None and photo.path.exists() and photo.path.stat().st_size == 0:
+        return "empty file"
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image"  # Pillow's text repeats the whole path
+    if isinstance(error, Image.DecompressionBombError):
+        return "too many pixels"
+    return _one_line(error)
+
+
+def _one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def _progress(photos: Sequence[Photo], title: str, show: bool) -> Sequence[Photo]:
+    return tqdm(photos, desc=title, unit="photo", disable=not show or len(photos) < _PROGRESS_FROM)
+
+
+class PhotoSet:
+    """Decoded photos in memory, as 8-bit RGB whose shorter side is ``max_size``; the originals are not kept.
+
+    Args:
+        photos: What `scan_photos` or `load_dataset_photos` returned.
+        max_size: Length in pixels of every photo's shorter side, the largest patch that can be cropped.
+        show_progress: Show a bar when there are many photos; only one process should.
+
+    Raises:
+        ValueError: if there is no photo or ``max_size`` is not positive.
+    """
+
+    def __init__(self, photos: Sequence[Photo], max_size: int, *, show_progress: bool = True) -> None:
+        if not photos:
+            raise ValueError("PhotoSet needs at least one photo.")
+        if max_size < 1:
+            raise ValueError(f"PhotoSet.max_size is {max_size}; give a number of pixels >= 1.")
+        self.max_size = max_size
+        self._names = [photo.name for photo in photos]
+        self._captions = [photo.caption for photo in photos]
+        self._pixels = [
+            _scaled_pixels(photo.decode(), max_size) for photo in _progress(photos, "Loading photos", show_progress)
+        ]
+        self._digests: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        return len(self._pixels)
+
+    def name(self, index: int) -> str:
+        """Name of the photo, see `Photo`."""
+        return self._names[index]
+
+    def caption(self, index: int) -> str | None:
+        """Caption of the photo, or None where the instance prompt is to be used."""
+        return self._captions[index]
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Height and width in pixels after scaling."""
+        height, width, _ = self._pixels[index].shape
+        return height, width
+
+    def digest(self, index: int) -> str:
+        """SHA-256 (hex) of the size and the scaled pixels: equal digests mean equal crops, whatever the file name."""
+        if index not in self._digests:
+            pixels = self._pixels[index]
+            self._digests[index] = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
+        return self._digests[index]
+
+    def crop(
+        self,
+        index: int,
+        *,
+        patch_size: int,
+        output_size: int,
+        top: float = 0.0,
+        left: float = 0.0,
+        flip: bool = False,
+        center: bool = False,
+    ) -> torch.Tensor:
+        """Cut a square patch, resize it with antialiasing (Lanczos) and mirror it if asked.
+
+        The positions are fractions so that a sample plan need not know picture sizes: a uniform draw from [0, 1)
+        gives every possible offset the same chance.
+
+        Args:
+            index: Which photo.
+            patch_size: Side of the patch in pixels of the scaled photo, at most ``max_size``.
+            output_size: Side of the result in pixels; a patch of this size is not resampled.
+            top: Vertical position in [0, 1); the offset is ``floor(top * (height - patch_size + 1))``.
+            left: Horizontal position in [0, 1), likewise.
+            flip: Mirror the result left to right.
+            center: Take the patch from the middle; ``top`` and ``left`` are then not used.
+
+        Returns:
+            float32 tensor of shape (3, output_size, output_size) with values in [-1, 1].
+
+        Raises:
+            ValueError: if a size or a position is out of range.
+        """
+        if not 1 <= patch_size <= self.max_size:
+            raise ValueError(f"patch_size is {patch_size}; it must be from 1 to max_size ({self.max_size}).")
+        if output_size < 1:
+            raise ValueError(f"output_size is {output_size}; give a number of pixels >= 1.")
+        pixels = self._pixels[index]
+        y, x = (
+            _center_offset(length, patch_size) if center else _offset(fraction, length, patch_size)
+            for fraction, length in zip((top, left), pixels.shape[:2])
+        )
+        patch = pixels[y : y + patch_size, x : x + patch_size]
+        if patch_size != output_size:
+            # Cropped first: Pillow's `resize(box=...)` lets pixels outside the box into its edges.
+            image = Image.fromarray(np.ascontiguousarray(patch))
+            patch = np.asarray(image.resize((output_size, output_size), Image.Resampling.LANCZOS))
+        if flip:
+            patch = patch[:, ::-1]
+        tensor = torch.from_numpy(patch.transpose(2, 0, 1).astype(np.float32))
+        # These operations in this order are what ToTensor and Normalize([0.5], [0.5]) do, to the last bit.
+        return tensor.div_(255).sub_(0.5).div_(0.5).contiguous()
+
+
+def _scaled_pixels(image: Image.Image, shorter_side: int) -> np.ndarray:
+    """uint8 array (H, W, 3) with min(H, W) == shorter_side and the aspect ratio kept to the nearest pixel."""
+    scale = shorter_side / min(image.size)
+    width, height = (max(shorter_side, round(length * scale)) for length in image.size)
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    return np.array(image)
+
+
+def _offset(fraction: float, length: int, patch_size: int) -> int:
+    if not 0 <= fraction < 1:
+        raise ValueError(f"A crop position is {fraction}; it must be at least 0 and below 1.")
+    return math.floor(fraction * (length - patch_size + 1))
+
+
+def _center_offset(length: int, patch_size: int) -> int:
+    # Half a pixel is rounded as torchvision's CenterCrop does it, to the even neighbour.
+    return round((length - patch_size) / 2)

@@ -1,0 +1,210 @@
+"""What a run costs: seconds and peak memory of each stage, library versions, and crash-safe JSON files."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from blockskip_hooks.version import __version__
+
+
+SCHEMA = 1
+SAMPLING_INTERVAL = 0.05
+
+
+@dataclass
+class StageCost:
+    """Cost of one stage; the fields are those of ``stages`` in run_report.json."""
+
+    name: str
+    seconds: float = 0.0
+    peak_rss_bytes: int = 0
+    peak_device_bytes: int | None = None
+
+
+class _RssSampler(threading.Thread):
+    """Highest resident memory of this process while the thread runs.
+
+    A thread, because most of a stage's memory lives inside single calls (a VAE batch, a backward pass) that return
+    only after it has been freed. Spikes shorter than the interval can be missed; torch releases the GIL in its
+    kernels, so a busy main thread does not starve the sampling.
+    """
+
+    def __init__(self, interval: float) -> None:
+        super().__init__(name="rss-sampler", daemon=True)
+        self._process = psutil.Process()
+        self._interval = interval
+        self._stop_requested = threading.Event()
+        self.peak = self._process.memory_info().rss
+
+    def run(self) -> None:
+        while not self._stop_requested.wait(self._interval):
+            self._sample()
+
+    def stop(self) -> int:
+        """End the thread and return the peak in bytes."""
+        self._stop_requested.set()
+        self.join()
+        self._sample()
+        return self.peak
+
+    def _sample(self) -> None:
+        self.peak = max(self.peak, self._process.memory_info().rss)
+
+
+class StageMonitor:
+    """Measures the stages of a run in this process.
+
+    A stage that is entered again continues: its seconds add up and its peaks are the highest of all entries. That is
+    how stretches work, which alternate between precompute and train.
+
+    Args:
+        interval: Seconds between two readings of the resident memory.
+
+    Example::
+
+        monitor = StageMonitor()
+        with monitor.stage("encode"):
+            encode_prompts()
+        monitor.as_list()  # [{"name": "encode", "seconds": 3.1, "peak_rss_bytes": ..., "peak_device_bytes": None}]
+    """
+
+    def __init__(self, interval: float = SAMPLING_INTERVAL) -> None:
+        self._interval = interval
+        self._stages: dict[str, StageCost] = {}
+        self._running: str | None = None
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measure the body of the ``with`` statement as stage ``name``; also when it raises.
+
+        Raises:
+            RuntimeError: if another stage is running, because their device peaks could not be told apart.
+        """
+        if self._running is not None:
+            raise RuntimeError(f"Stage '{name}' starts while stage '{self._running}' is still running.")
+        self._running = name
+        cost = self._stages.setdefault(name, StageCost(name))
+        _reset_device_peak()
+        sampler = _RssSampler(self._interval)
+        sampler.start()
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            cost.seconds += time.monotonic() - start
+            cost.peak_rss_bytes = max(cost.peak_rss_bytes, sampler.stop())
+            device_peak = _device_peak()
+            if device_peak is not None:
+                cost.peak_device_bytes = max(cost.peak_device_bytes or 0, device_peak)
+            self._running = None
+
+    def as_list(self) -> list[dict[str, Any]]:
+        """Stages in the order in which they were first entered, as run_report.json stores them."""
+        return [asdict(cost) for cost in self._stages.values()]
+
+
+def _cuda_in_use() -> bool:
+    # is_available() alone would count a GPU that a CPU run leaves untouched, and reading its statistics would
+    # create a CUDA context of several hundred MiB.
+    return torch.cuda.is_available() and torch.cuda.is_initialized()
+
+
+def _reset_device_peak() -> None:
+    if _cuda_in_use():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _device_peak() -> int | None:
+    return torch.cuda.max_memory_allocated() if _cuda_in_use() else None
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the libraries whose change can change a result; None for one not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in ("torch", "diffusers", "peft", "accelerate", "transformers"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    # A source tree on PYTHONPATH has no metadata, and an editable install may carry that of an older version.
+    found["blockskip_hooks"] = __version__
+    return found
+
+
+def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
+    """Write ``data`` as JSON with ``"schema"`` as its first key; after a failure the old file is still whole.
+
+    Numbers that JSON does not have (NaN, infinities) become null, so that one diverged loss does not make the whole
+    file unreadable for strict parsers.
+
+    Raises:
+        TypeError: if ``data`` holds something that JSON cannot express. Nothing is written then.
+    """
+    document = {"schema": data.get("schema", SCHEMA), **{key: data[key] for key in data if key != "schema"}}
+    write_text(path, json.dumps(_finite(document), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Replace a text file in one step, so that a reader or a crash never meets half of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, because os.replace is atomic only inside one file system. Not from tempfile: its files are
+    # readable by their owner only, and the replaced file would inherit that.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def format_bytes(count: float | None) -> str:
+    """Bytes for people, in binary units: ``1.91 GiB``, ``640 MiB``, and a dash for unknown."""
+    if count is None:
+        return "–"
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    index = 0
+    while count >= 1024 and index < len(units) - 1:
+        count /= 1024
+        index += 1
+    digits = 0 if index == 0 or count >= 100 else 1 if count >= 10 else 2
+    return f"{count:.{digits}f} {units[index]}"
+
+
+def format_seconds(seconds: float | None) -> str:
+    """A duration for people: ``0.42 s``, ``6 min 12 s``, ``1 h 04 min``, and a dash for unknown."""
+    if seconds is None:
+        return "–"
+    if seconds < 59.95:
+        return f"{seconds:.2f} s" if seconds < 1 else f"{seconds:.1f} s"
+    minutes = round(seconds) // 60
+    if minutes < 60:
+        return f"{minutes} min {round(seconds) % 60:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,330 @@
+"""report.html: one self-contained page about a finished run, and contact sheets of its images."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from itertools import zip_longest
+from pathlib import Path
+from statistics import fmean, quantiles
+from typing import Any
+
+import jinja2
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from blockskip_hooks.model_card import usage_snippet
+from blockskip_hooks.monitor import format_bytes, format_seconds, write_text
+
+
+# Longest side of an embedded picture. Base64 of untouched camera photos would make a page of a hundred megabytes.
+RESULT_PIXELS = 1024
+PHOTO_PIXELS = 512
+# Pictures up to this side are shown with hard pixel edges: smoothing would hide what the model really made.
+PIXEL_ART_SIDE = 128
+# Width and height of the loss chart in its own units; the page stretches it.
+CHART_WIDTH, CHART_HEIGHT = 1000, 300
+CHART_POINTS = 1200
+
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
+_SECRET_KEY = re.compile(r"(^|_)(hub_token|api_key|password|secret)$")
+_SECRET_TEXT = re.compile(r"(--(?:hub_token|\w*api_key|\w*password|\w*secret)[=\s]+)\S+|\bhf_\w{20,}")
+
+
+@dataclass
+class ReportImages:
+    """Pictures of a run.
+
+    Args:
+        photos: The training photos.
+        crops: Training samples as the model saw them, each with a caption such as "t = 731, patch 56 px".
+        prompts: Validation prompts.
+        before: Images of the base model, one list for each prompt; may be empty.
+        after: Images with the trained LoRA, one list for each prompt.
+    """
+
+    photos: list[Image.Image] = field(default_factory=list)
+    crops: list[tuple[str, Image.Image]] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
+    before: list[list[Image.Image]] = field(default_factory=list)
+    after: list[list[Image.Image]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image the way the page needs it."""
+
+    src: str
+    alt: str
+    width: int
+    height: int
+    pixelated: bool
+
+
+def write_report(
+    output_dir: str | Path,
+    run_report: Mapping[str, Any],
+    plan: Mapping[str, Any],
+    *,
+    images: ReportImages,
+    command: str,
+    settings: Mapping[str, Any],
+) -> Path:
+    """Write report.html into ``output_dir``. Parts that are missing from the inputs are left out of the page.
+
+    Args:
+        output_dir: Folder of the run.
+        run_report: Contents of run_report.json.
+        plan: Contents of plan.json.
+        images: Pictures to show.
+        command: Command line that repeats the run. Tokens in it are masked.
+        settings: All settings by flag name, tokens are masked. ``pipeline_kwargs``, if there, is not a setting but
+            holds arguments of the pipeline call that the usage snippet prints.
+
+    Returns:
+        Path of the page.
+    """
+    environment = jinja2.Environment(
+        # Not PackageLoader: importlib.resources also finds the templates of a zipped package.
+        loader=jinja2.FunctionLoader(
+            lambda name: (resources.files("blockskip_hooks") / "templates" / name).read_text(encoding="utf-8")
+        ),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"bytes": _unbroken(format_bytes), "seconds": _unbroken(format_seconds)}
+    output_dir = Path(output_dir)
+    model = str(run_report.get("model") or "path/to/base-model")
+    settings = dict(settings)
+    snippet = usage_snippet(
+        model,
+        settings.get("output_dir") or output_dir,
+        next((text for text in (*images.prompts, settings.get("instance_prompt")) if text), "a photo"),
+        settings.pop("pipeline_kwargs", None),
+        _DTYPES.get(str(settings.get("mixed_precision"))),
+    )
+    page = environment.get_template("report.html").render(
+        run=run_report,
+        plan=plan,
+        model=Path(model).name if Path(model).is_absolute() else model,
+        instance_prompt=settings.get("instance_prompt"),
+        rank=settings.get("rank"),
+        skip=_skip(run_report.get("skip") or plan.get("skip") or {}),
+        patch=run_report.get("patch") or plan.get("patch") or {},
+        train=run_report.get("train") or {},
+        stages=_stages(run_report.get("stages") or [], plan.get("stages") or []),
+        loss=_loss_chart((run_report.get("train") or {}).get("loss") or []),
+        results=_results(images),
+        photos=[_picture(photo, f"Training photo {i}", PHOTO_PIXELS) for i, photo in enumerate(images.photos, 1)],
+        crops=[(text, _picture(crop, f"Training sample, {text}", PHOTO_PIXELS)) for text, crop in images.crops],
+        settings=[(key, _mask(key, value)) for key, value in settings.items()],
+        command=[word for word in re.split(r"(\s+)", _SECRET_TEXT.sub(r"\1***", command.strip())) if word],
+        snippet=snippet,
+    )
+    write_text(output_dir / "report.html", page)
+    return output_dir / "report.html"
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[Image.Image]], labels: Sequence[str] | None, path: str | Path, scale: int = 1
+) -> Path:
+    """Save images as a grid on white, as PNG.
+
+    Args:
+        rows: Images of each row; rows may differ in length.
+        labels: A line of text above each row, shortened to the width of the sheet, or None.
+        path: Where the PNG goes.
+        scale: Whole-number enlargement with hard pixel edges.
+
+    Raises:
+        ValueError: if there are no images, or not one label for each row.
+    """
+    if not any(rows):
+        raise ValueError("contact_sheet got no images.")
+    if labels is not None and len(labels) != len(rows):
+        raise ValueError(f"contact_sheet got {len(labels)} labels for {len(rows)} rows; give one for each row.")
+    gap, text_height = 8, 24 if labels is not None else 0
+    cell_width = max(image.width for row in rows for image in row) * scale
+    cell_height = max(image.height for row in rows for image in row) * scale
+    width = max(len(row) for row in rows) * (cell_width + gap) + gap
+    height = len(rows) * (text_height + cell_height + gap) + gap
+    sheet = Image.new("RGB", (width, height), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=15)
+    for row_index, row in enumerate(rows):
+        top = gap + row_index * (text_height + cell_height + gap)
+        if labels is not None:
+            text = " ".join(labels[row_index].split())
+            shown = text
+            while shown and draw.textlength(shown, font=font) > width - 2 * gap:
+                text = text[:-1]
+                shown = text.rstrip() + "..."
+            draw.text((gap, top), shown, fill="black", font=font)
+        for column, image in enumerate(row):
+            enlarged = _flat(image).resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (gap + column * (cell_width + gap), top + text_height))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path, format="PNG", optimize=True)
+    return path
+
+
+def _flat(image: Image.Image) -> Image.Image:
+    """``image`` upright and as RGB, transparency on white: plain conversion would turn it black."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _picture(image: Image.Image, alt: str, longest: int) -> Picture:
+    image = _flat(image)
+    image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    small = max(image.size) <= 256
+    # Small pictures are exact, and as PNG still no bigger than a JPEG's artefacts are worth.
+    image.save(buffer, "PNG", optimize=True) if small else image.save(buffer, "JPEG", quality=88)
+    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    src = f"data:image/{'png' if small else 'jpeg'};base64,{data}"
+    return Picture(src, alt, image.width, image.height, max(image.size) <= PIXEL_ART_SIDE)
+
+
+def _results(images: ReportImages) -> list[dict[str, Any]]:
+    def pictures(kind: str, prompt: str, row: Sequence[Image.Image]) -> list[Picture]:
+        return [_picture(image, f"{kind}: {prompt}", RESULT_PIXELS) for image in row]
+
+    results = []
+    for prompt, before, after in zip_longest(images.prompts, images.before, images.after):
+        prompt, before, after = prompt or "no prompt", before or [], after or []
+        if before or after:
+            sides = {"before": pictures("Base model", prompt, before), "after": pictures("With LoRA", prompt, after)}
+            results.append({"prompt": prompt, **sides})
+    return results
+
+
+def _skip(skip: Mapping[str, Any]) -> dict[str, Any] | None:
+    if not skip.get("blocks"):
+        return None
+    blocks, leading, trailing = skip["blocks"], skip.get("leading") or 0, skip.get("trailing") or 0
+    origin = {
+        "flag": "chosen with --skip_blocks",
+        "table": f"from the table {skip.get('table') or 'shipped with the package'}",
+        "search": "found by a masking search",
+        "rule": "from the general rule, as no table has this model",
+    }
+    spans = (("leading", 0, leading), ("kept", leading, blocks - trailing), ("trailing", blocks - trailing, blocks))
+    return {
+        "blocks": blocks,
+        "leading": leading,
+        "trailing": trailing,
+        "kept": blocks - leading - trailing,
+        "ratio": (leading + trailing) / blocks,
+        "cells": ["kept" if leading <= index < blocks - trailing else "skipped" for index in range(blocks)],
+        "spans": [{"name": name, "first": first, "count": end - first, "last": end - 1} for name, first, end in spans],
+        "origin": origin.get(str(skip.get("source")), ""),
+    }
+
+
+def _stages(measured: Sequence[Mapping[str, Any]], planned: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Measured and planned figures side by side, in the order of the run, planned-only stages last."""
+    by_name = {stage["name"]: stage for stage in planned}
+    names = list(dict.fromkeys([stage["name"] for stage in measured] + list(by_name)))
+    if not names:
+        return None
+    runs = {stage["name"]: stage for stage in measured}
+    total = sum(stage.get("seconds") or 0 for stage in measured)
+    rows = []
+    for name in names:
+        run, plan = runs.get(name, {}), by_name.get(name, {})
+        rows.append(
+            {
+                "name": name,
+                "seconds": run.get("seconds"),
+                "share": (run.get("seconds") or 0) / total if total else 0,
+                "rss": run.get("peak_rss_bytes"),
+                "device": run.get("peak_device_bytes"),
+                "simulated": plan.get("peak_device_bytes"),
+                "parameters": plan.get("parameter_bytes"),
+                "activations": plan.get("activation_bytes"),
+                "planned_seconds": plan.get("seconds"),
+            }
+        )
+    columns = ("seconds", "rss", "device", "simulated", "planned_seconds")
+    peaks = {key: max((row[key] or 0 for row in rows), default=0) or None for key in ("rss", "device", "simulated")}
+    shown = {key for key in columns if any(row[key] is not None for row in rows)}
+    return {"rows": rows, "total": total or None, "peaks": peaks, "shown": shown}
+
+
+def _loss_chart(losses: Sequence[float | None]) -> dict[str, Any] | None:
+    """SVG paths and axis ticks (positions in percent) of the raw loss and its moving average."""
+    points = [(step, loss) for step, loss in enumerate(losses, 1) if loss is not None and math.isfinite(loss)]
+    if len(points) < 2:
+        return None
+    values = [loss for _, loss in points]
+    window = min(len(values), max(5, len(values) // 20))
+    average = [fmean(values[max(0, end - window) : end]) for end in range(1, len(values) + 1)]
+    # A few spikes would flatten everything else, so the scale leaves out the highest half percent.
+    low, high = min(values), max(quantiles(values, n=200)[-1], max(average)) if len(values) >= 200 else max(values)
+    y_ticks = _ticks(0.0 if 0 <= low < 0.4 * high else low, high, 4)
+    bottom, top = y_ticks[0], y_ticks[-1]
+    last = len(losses)
+    # The first step is 1, and a label for 2 or 3 would lie on top of its own.
+    x_ticks = [1.0, *(tick for tick in _ticks(1, last, 5) if 0.04 * last < tick <= last and tick.is_integer())]
+
+    def path(series: Sequence[tuple[int, float]]) -> str:
+        coordinates = []
+        for step, value in series:
+            y = (top - min(max(value, bottom), top)) / (top - bottom)
+            coordinates.append(f"{(step - 1) / (last - 1) * CHART_WIDTH:.1f} {y * CHART_HEIGHT:.1f}")
+        return "M" + "L".join(coordinates)
+
+    return {
+        "raw": path(_thin(points)),
+        "average": path(_thin([(step, mean) for (step, _), mean in zip(points, average)])),
+        "y_ticks": [(f"{tick:g}", 100 * (top - tick) / (top - bottom)) for tick in y_ticks],
+        "x_ticks": [(f"{tick:,.0f}", 100 * (tick - 1) / (last - 1)) for tick in x_ticks],
+        "width": CHART_WIDTH,
+        "height": CHART_HEIGHT,
+        "window": window,
+        "first": average[window - 1],
+        "final": average[-1],
+        "missing": len(losses) - len(points),
+    }
+
+
+def _thin(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """At most `CHART_POINTS` points: the lowest and the highest of each bucket, so that spikes stay visible."""
+    size = math.ceil(2 * len(points) / CHART_POINTS)
+    if size <= 2:
+        return list(points)
+    thinned = []
+    for start in range(0, len(points), size):
+        bucket = points[start : start + size]
+        extremes = {min(bucket, key=lambda point: point[1]), max(bucket, key=lambda point: point[1])}
+        thinned += sorted(extremes)
+    return thinned
+
+
+def _ticks(low: float, high: float, intervals: int) -> list[float]:
+    """Round numbers from at or below ``low`` to at or above ``high``."""
+    span = (high - low) or abs(high) or 1.0
+    magnitude = 10.0 ** math.floor(math.log10(span / intervals))
+    step = next(factor * magnitude for factor in (1, 2, 2.5, 5, 10) if factor * magnitude >= span / intervals * 0.999)
+    first, final = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [index * step for index in range(first, max(final, first + 1) + 1)]
+
+
+def _unbroken(formatter: Callable[[float | None], str]) -> Callable[[float | None], str]:
+    # A line break between a number and its unit is hard to read.
+    return lambda value: formatter(value).replace(" ", "\u00a0")
+
+
+def _mask(key: str, value: Any) -> str:
+    if value is None:
+        return "–"
+    return "***" if _SECRET_KEY.search(key) else _SECRET_TEXT.sub(r"\1***", str(value))

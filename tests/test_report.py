@@ -1,0 +1,326 @@
+"""The report page, contact sheets and the model card: safe with any text, complete without network."""
+
+import ast
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from blockskip_hooks.model_card import code_block, code_span, is_hub_id, usage_snippet, write_model_card
+from blockskip_hooks.report import ReportImages, contact_sheet, write_report
+
+
+HOSTILE = "<script>alert(1)</script> \"x\" 'y' `z` | [a](b) {{ 7 * 7 }}\n---\n# no"
+RUN: dict[str, Any] = {
+    "schema": 1,
+    "model": "owner/tiny",
+    "family": "flux",
+    "base_revision": "abc123",
+    "weights": "pytorch_lora_weights.safetensors",
+    "skip": {"blocks": 12, "leading": 2, "trailing": 3, "ratio": 5 / 12, "source": "table", "table": "flux.json"},
+    "patch": {"mode": "dynamic", "min": 32, "max": 64, "training_resolution": 32},
+    "stages": [
+        {"name": "encode", "seconds": 3.25, "peak_rss_bytes": 640 * 2**20, "peak_device_bytes": None},
+        {"name": "train", "seconds": 118.0, "peak_rss_bytes": 1400 * 2**20, "peak_device_bytes": None},
+    ],
+    "train": {"steps": 150, "samples": 750, "step_seconds_median": 0.3, "loss": [1 / step for step in range(1, 151)]},
+    "residuals": {"mode": "precomputed", "records": 750, "bytes": 2**27, "stretches": 2, "dtype": "bfloat16"},
+    "versions": {"python": "3.11", "peft": None},
+}
+PLAN: dict[str, Any] = {
+    "schema": 1,
+    "skip": RUN["skip"],
+    "patch": RUN["patch"],
+    "stages": [
+        {
+            "name": "train",
+            "peak_device_bytes": 300 * 2**20,
+            "parameter_bytes": 100 * 2**20,
+            "activation_bytes": 200 * 2**20,
+            "tflops_per_step": 0.5,
+            "seconds": None,
+        }
+    ],
+    "residuals": {"records": 750, "bytes": 2**27, "stretches": 2},
+    "fits": {"budget_bytes": 2**32, "ok": True},
+}
+
+
+class Page(HTMLParser):
+    """Elements of a page and its visible text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self._in_style = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self._in_style = tag == "style"
+
+    def handle_endtag(self, tag: str) -> None:
+        self._in_style = False
+
+    def handle_data(self, data: str) -> None:
+        if not self._in_style:
+            self.text += data
+
+    def of(self, tag: str, class_: str | None = None) -> list[dict[str, str | None]]:
+        return [a for name, a in self.elements if name == tag and (class_ is None or a.get("class") == class_)]
+
+
+def picture(size: int = 64, mode: str = "RGB") -> Image.Image:
+    return Image.new(mode, (size, size), 120 if mode == "L" else "red")
+
+
+def report(folder: Path, run: dict[str, Any] = RUN, plan: dict[str, Any] = PLAN, **overrides: Any) -> Page:
+    arguments: dict[str, Any] = {
+        "images": ReportImages(
+            photos=[picture(), picture(600)],
+            crops=[("t = 731, patch 56 px", picture(32))],
+            prompts=[HOSTILE, "a photo of sks dog at night"],
+            before=[[picture()], [picture()]],
+            after=[[picture()], [picture(64, "RGBA")]],
+        ),
+        "command": "accelerate launch train.py --skip_blocks auto",
+        "settings": {"instance_prompt": HOSTILE, "rank": 16, "resolution": 64, "class_data_dir": None},
+    } | overrides
+    return Page(write_report(folder, run, plan, **arguments).read_text(encoding="utf-8"))
+
+
+def words(page: Page) -> str:
+    return " ".join(page.text.split())
+
+
+def test_text_from_outside_cannot_become_markup(tmp_path: Path):
+    skip = RUN["skip"] | {"table": HOSTILE}
+    run = RUN | {"model": HOSTILE, "base_revision": HOSTILE, "versions": {HOSTILE: HOSTILE}, "skip": skip}
+    images = ReportImages([picture()], [(HOSTILE, picture())], [HOSTILE], [[picture()]], [[picture()]])
+    page = report(tmp_path, run, images=images, command=HOSTILE, settings={HOSTILE: HOSTILE})
+    assert not page.of("script")
+    assert page.text.count("<script>alert(1)</script>") >= 8
+    assert "{{ 7 * 7 }}" in page.text
+    assert not any(key.startswith("on") for _, attributes in page.elements for key in attributes)
+    assert any("<script>" in (image["alt"] or "") for image in page.of("img"))
+
+
+def test_page_needs_no_network(tmp_path: Path):
+    page = report(tmp_path)
+    for tag, attributes in page.elements:
+        for key in ("src", "href", "srcset", "poster", "data"):
+            assert (attributes.get(key) or "data:").startswith("data:"), (tag, attributes)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "url(" not in text and "@import" not in text
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_images_have_alternatives_and_small_ones_keep_their_pixels(tmp_path: Path):
+    images = report(tmp_path).of("img")
+    assert len(images) == 7
+    assert all((image["alt"] or "").strip() for image in images)
+    for image in images:
+        assert (image.get("class") == "pixelated") == (int(image["width"] or 0) <= 128)
+        assert (image["src"] or "").startswith("data:image/png" if image["width"] == "64" else "data:image/")
+
+
+def test_sections_carry_the_figures(tmp_path: Path):
+    page = report(tmp_path)
+    text = words(page)
+    assert len(page.of("i", "kept")) == 7 + 1 and len(page.of("i", "skipped")) == 5 + 2  # bar and legend
+    for expected in (
+        "150 steps with 5 of 12 blocks skipped",
+        "n = 2, m = 3, from the table flux.json",
+        "7 kept, with LoRA blocks 2–8",
+        "from 32 px at t = 0 to 64 px",
+        "t = 731, patch 56 px",
+        "1.37 GiB",
+        "simulated",
+        "300 MiB",
+        "fits its memory budget of 4.00 GiB",
+        "128 MiB",
+        "bfloat16",
+        "peft not installed",
+        "load_lora_weights",
+        "accelerate launch train.py --skip_blocks auto",
+        "All 4 settings",
+    ):
+        assert expected in text, expected
+    assert not page.of("details")[0]  # closed
+
+
+@pytest.mark.parametrize("source", ["flag", "table", "search", "rule"])
+def test_block_numbers_say_where_they_come_from(tmp_path: Path, source: str):
+    text = words(report(tmp_path, RUN | {"skip": RUN["skip"] | {"source": source}}))
+    origin = {"flag": "--skip_blocks", "table": "table", "search": "masking search", "rule": "general rule"}[source]
+    assert re.search(rf"n = 2, m = 3, [^)]*{origin}", text)
+
+
+def test_missing_parts_are_left_out(tmp_path: Path):
+    empty = report(tmp_path, {}, {}, images=ReportImages(), command="", settings={})
+    assert not empty.of("img") and not empty.of("svg") and not empty.of("table")
+    stages = [{"name": "train", "peak_device_bytes": None}]
+    page = report(
+        tmp_path,
+        RUN | {"train": RUN["train"] | {"loss": []}, "residuals": {"mode": "none"}},
+        {"stages": stages},
+        images=ReportImages(prompts=["a", "b"], after=[[picture(), picture()]]),
+    )
+    assert len(page.of("img")) == 2 and "Base model" not in page.text
+    assert not page.of("svg") and "simulated" not in page.text and "None" not in page.text
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        [0.5] * 3,
+        [0.0, 0.0],
+        [1e-9, 2e-9],
+        [math.nan, 0.4, None, 0.3, math.inf],
+        [5e3, 1.0],
+        [i % 7 for i in range(9999)],
+    ],
+)
+def test_loss_curve_is_drawn_inside_its_frame(tmp_path: Path, losses: list[float | None]):
+    page = report(tmp_path, RUN | {"train": {"steps": len(losses), "loss": losses}})
+    paths = {path["class"]: path["d"] or "" for path in page.of("path")}
+    for name in ("raw", "average"):
+        points = [tuple(map(float, point.split())) for point in paths[name][1:].split("L")]
+        assert 2 <= len(points) <= 1300
+        assert all(0 <= x <= 1000 and 0 <= y <= 300 for x, y in points)
+        assert [x for x, _ in points] == sorted(x for x, _ in points)
+    missing = sum(loss is None or not math.isfinite(loss) for loss in losses)
+    assert (f"{missing} steps without a finite loss" in words(page)) == bool(missing)
+
+
+def test_tokens_never_reach_the_page(tmp_path: Path):
+    token = "hf_" + "a" * 30
+    settings = {"hub_token": "secret", "hub_model_id": "me/dog", "note": f"with {token}"}
+    page = report(tmp_path, command=f"train.py --hub_token secret --hub_token={token}", settings=settings)
+    assert "secret" not in page.text and token not in page.text
+    assert "--hub_token *** --hub_token=***" in words(page) and "me/dog" in page.text
+
+
+def test_snippet_is_valid_python_with_the_pipeline_arguments(tmp_path: Path):
+    settings = {"instance_prompt": "x", "mixed_precision": "bf16", "pipeline_kwargs": {"max_sequence_length": 32}}
+    page = report(tmp_path, settings=settings)
+    assert "max_sequence_length=32" in page.text and "torch.bfloat16" in page.text
+    assert "pipeline_kwargs" not in page.text
+    code = usage_snippet("owner/tiny", tmp_path, HOSTILE, {"guidance_scale": 3.5, "negative_prompt": None})
+    strings = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+    assert HOSTILE in strings and str(tmp_path) in strings and 3.5 in strings
+
+
+def test_contact_sheet_enlarges_without_smoothing(tmp_path: Path):
+    image = Image.new("RGB", (2, 1), "red")
+    image.putpixel((1, 0), (0, 0, 255))
+    path = contact_sheet([[image, image], [image]], None, tmp_path / "new" / "sheet.png", scale=10)
+    sheet = Image.open(path)
+    assert sheet.size == (2 * 20 + 3 * 8, 2 * 10 + 3 * 8)
+    assert {colour for _, colour in sheet.getcolors()} == {(255, 255, 255), (255, 0, 0), (0, 0, 255)}
+    labelled = contact_sheet([[picture()]], ["a very long prompt " * 20], tmp_path / "labelled.png")
+    assert Image.open(labelled).size == (80, 24 + 64 + 16)
+
+
+@pytest.mark.parametrize(("rows", "labels"), [([], None), ([[]], None), ([[Image.new("L", (1, 1))]], ["a", "b"])])
+def test_contact_sheet_names_bad_input(tmp_path: Path, rows: list[list[Image.Image]], labels: list[str] | None):
+    with pytest.raises(ValueError, match="contact_sheet"):
+        contact_sheet(rows, labels, tmp_path / "sheet.png")
+
+
+def card(folder: Path, **overrides: Any) -> ModelCard:
+    arguments: dict[str, Any] = {
+        "repo_id": "me/sks-dog",
+        "base_model": "owner/tiny",
+        "base_license": "apache-2.0",
+        "instance_prompt": "a photo of sks dog",
+        "validation_prompt": "a photo of sks dog at night",
+        "images": [picture(), picture()],
+        "run_report": RUN,
+        "train_text_encoder": False,
+        "tags": ["flux", "lora"],
+        "snippet": usage_snippet("owner/tiny", "me/sks-dog", "a photo of sks dog"),
+    } | overrides
+    return ModelCard.load(write_model_card(folder, **arguments))
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the Hub was asked")
+
+    monkeypatch.setattr("huggingface_hub.repocard.hf_hub_download", refuse)
+
+
+def test_card_has_the_front_matter_of_a_lora(tmp_path: Path):
+    data = card(tmp_path).data
+    assert data.tags == [
+        *("text-to-image", "diffusers-training", "diffusers", "lora", "template:sd-lora", "blockskip", "flux")
+    ]
+    assert (data.base_model, data.license, data.library_name) == ("owner/tiny", "apache-2.0", "diffusers")
+    assert data.instance_prompt == "a photo of sks dog"
+    assert data.widget == [
+        {"text": "a photo of sks dog at night", "output": {"url": f"image_{index}.png"}} for index in range(2)
+    ]
+    assert all((tmp_path / entry["output"]["url"]).is_file() for entry in data.widget)
+
+
+def test_card_says_how_the_lora_was_trained_and_used(tmp_path: Path):
+    text = card(tmp_path).text
+    for expected in (
+        "# me/sks-dog",
+        "<Gallery />",
+        "5 of the transformer's 12 blocks were skipped",
+        "| Blocks kept, with LoRA | 7 of 12 |",
+        "| Patch sampling | dynamic, 32 to 64 px, trained at 32 px |",
+        "| Steps | 150, 750 samples |",
+        "| Peak process memory | 1.37 GiB, measured in stage train |",
+        "pipeline.load_lora_weights",
+        "Use `a photo of sks dog`",
+    ):
+        assert expected in text, expected
+    assert "TODO" not in text
+    plain = card(tmp_path, run_report={}, images=[], instance_prompt=None, base_license=None)
+    assert "DiT-BlockSkip" not in plain.text and "Gallery" not in plain.text and plain.data.license is None
+
+
+def test_card_survives_hostile_prompts(tmp_path: Path):
+    result = card(tmp_path, repo_id=HOSTILE, instance_prompt=HOSTILE, validation_prompt=[HOSTILE, "b"])
+    assert result.data.instance_prompt == HOSTILE
+    assert [entry["text"] for entry in result.data.widget] == [HOSTILE, "b"]
+    outside_code = re.sub(r"(`+).+?\1", "", result.text)
+    assert not re.search(r"(?<!\\)<script", outside_code)
+    assert len(re.findall(r"^#+ ", result.text, re.MULTILINE)) == 5
+
+
+def test_card_metadata_holds_only_what_the_hub_accepts(tmp_path: Path):
+    folder = tmp_path / "home" / "base"
+    folder.mkdir(parents=True)
+    result = card(tmp_path, base_model=str(folder), base_license="FLUX.1 [dev] Non-Commercial")
+    assert result.data.base_model is None and str(tmp_path) not in result.text.split("## How to use it")[0]
+    assert result.data.license == "other" and result.data.license_name == "flux.1-dev-non-commercial"
+
+
+def test_card_refuses_prompts_that_do_not_match_the_images(tmp_path: Path):
+    with pytest.raises(ValueError, match="3 prompts for 2 images"):
+        card(tmp_path, validation_prompt=["a", "b", "c"])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["a", "`", "a `` b", "``` x"])
+def test_code_cannot_be_closed_from_inside(text: str):
+    span, block = code_span(text), code_block(text, "python")
+    for fenced in (span, block):
+        fence = re.match("`+", fenced)
+        assert fence and fenced.endswith(fence.group()) and fence.group() not in fenced.strip("`")
+
+
+@pytest.mark.parametrize(("name", "expected"), [("a/b", True), ("a", False), ("./a/b", False), ("/a/b", False)])
+def test_hub_ids(name: str, expected: bool):
+    assert is_hub_id(name) is expected

@@ -166,6 +166,7 @@ def test_missing_parts_are_left_out(tmp_path: Path):
     empty = report(tmp_path, {}, {}, images=ReportImages(), command="", settings={})
     assert not empty.of("img") and not empty.of("svg") and not empty.of("table")
     stages = [{"name": "train", "peak_device_bytes": None}]
+    assert "Use the result" in empty.text
     page = report(
         tmp_path,
         RUN | {"train": RUN["train"] | {"loss": []}, "residuals": {"mode": "none"}},
@@ -288,6 +289,14 @@ def test_card_says_how_the_lora_was_trained_and_used(tmp_path: Path):
     assert "TODO" not in text
     plain = card(tmp_path, run_report={}, images=[], instance_prompt=None, base_license=None)
     assert "DiT-BlockSkip" not in plain.text and "Gallery" not in plain.text and plain.data.license is None
+
+
+def test_a_run_without_residuals_does_not_claim_them(tmp_path: Path):
+    run = RUN | {"residuals": {"mode": "none"}}
+    assert (
+        "replaced by" not in words(report(tmp_path, run)) and "replaced by" not in card(tmp_path, run_report=run).text
+    )
+    assert "replaced by" in words(report(tmp_path)) and "replaced by" in card(tmp_path).text
 
 
 def test_card_survives_hostile_prompts(tmp_path: Path):

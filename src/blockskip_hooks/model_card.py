@@ -184,9 +184,12 @@ def _body(
         trigger = "The training photos had captions of their own; prompts worded like them bring up the subject."
     skip = run_report.get("skip") or {}
     skipped = (skip.get("leading") or 0) + (skip.get("trailing") or 0)
+    # Without residuals a skipped span is the identity, an ablation; the card must not claim the method.
+    ablation = (run_report.get("residuals") or {}).get("mode") == "none"
+    replaced = " without a replacement" if ablation else " and replaced by their residual features"
     method = (
-        f" and DiT-BlockSkip: {skipped} of the transformer's {skip['blocks']} blocks were skipped during training and "
-        "replaced by their residual features, so that only the kept blocks had to be in memory"
+        f" and DiT-BlockSkip: {skipped} of the transformer's {skip['blocks']} blocks were skipped during training"
+        f"{replaced}, so that only the kept blocks had to be in memory"
         if skipped
         else ""
     )

@@ -9,7 +9,13 @@ import torch
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 
-from blockskip_hooks import BlockSkipConfig, DiTBlockSkipTransformer, SpanResiduals, apply_block_skip, remove_block_skip
+from blockskip_hooks import (
+    BlockSkipConfig,
+    DiTBlockSkipTransformer,
+    SpanResiduals,
+    apply_block_skip,
+    remove_block_skip,
+)
 from blockskip_hooks.blocks import list_blocks
 from blockskip_hooks.hooks import SkipMode
 from tests.tiny import TINY_FAMILIES, TinyFamily, randomise
@@ -87,7 +93,11 @@ def test_gradients_equal_the_full_model_without_trailing_span(tiny: TinyFamily, 
             kwargs["residuals"] = model.capture_residuals(**inputs)
         forward(model, inputs, **kwargs).square().mean().backward()
         return {
-            name.removeprefix("transformer.", ) if skip else name: parameter.grad
+            name.removeprefix(
+                "transformer.",
+            )
+            if skip
+            else name: parameter.grad
             for name, parameter in model.named_parameters()
             if parameter.requires_grad
         }
@@ -148,7 +158,8 @@ def test_bfloat16_weights_stream_in_their_dtype(tmp_path: Path):
     tiny = TINY_FAMILIES[0]
     tiny.make_transformer().to(torch.bfloat16).save_pretrained(tmp_path / "transformer")
     inputs = {
-        k: v.bfloat16() if isinstance(v, torch.Tensor) and k != "img_ids" else v for k, v in tiny.make_inputs(1).items()
+        k: v.bfloat16() if isinstance(v, torch.Tensor) and k != "img_ids" else v
+        for k, v in tiny.make_inputs(1).items()
     }
     config = BlockSkipConfig(leading=2, trailing=1)
     model = DiTBlockSkipTransformer.from_pretrained(tmp_path, config, torch_dtype=torch.bfloat16)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from tokenizers import Tokenizer
+from tokenizers.models import Unigram
+from tokenizers.pre_tokenizers import Metaspace
+from tokenizers.processors import TemplateProcessing
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
 
 @dataclass(frozen=True)
@@ -82,3 +89,80 @@ TINY_FAMILIES = [
     TinyFamily("flux-dev", _flux(True), _flux_inputs(True), 5),
     TinyFamily("flux-schnell", _flux(False), _flux_inputs(False), 5),
 ]
+
+
+WORDS = "a photo of sks dog cat on in the red blue beach snow object".split()
+
+
+def _tokenizers(folder: Path) -> tuple[CLIPTokenizer, T5TokenizerFast]:
+    """Word-level tokenizers of the real classes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = {token: i for i, token in enumerate(["<|startoftext|>", "<|endoftext|>", *(f"{w}</w>" for w in WORDS)])}
+    for letter in "abcdefghijklmnopqrstuvwxyz":
+        vocabulary.setdefault(letter, len(vocabulary))
+        vocabulary.setdefault(f"{letter}</w>", len(vocabulary))
+    merges = []
+    for word in WORDS:
+        # Byte-pair merges that build each word from the left.
+        pieces = [*word[:-1], f"{word[-1]}</w>"]
+        while len(pieces) > 1:
+            merges.append((pieces[0], pieces[1]))
+            pieces[:2] = ["".join(pieces[:2])]
+            vocabulary.setdefault(pieces[0], len(vocabulary))
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in dict.fromkeys(merges)))
+    clip = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -100.0), *((f"▁{word}", 0.0) for word in WORDS), ("▁", -20.0)]
+    pieces += [(letter, -20.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
+    words = Tokenizer(Unigram(pieces, unk_id=2))
+    words.pre_tokenizer = Metaspace(replacement="▁", prepend_scheme="always")
+    words.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    words.save(str(folder / "tokenizer.json"))
+    names = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "extra_ids": 0, "model_max_length": 512}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5TokenizerFast", **names}))
+    t5 = T5TokenizerFast.from_pretrained(folder)
+    return clip, t5
+
+
+def save_tiny_flux(folder: Path, guidance_embeds: bool = True) -> Path:
+    """Write a whole FLUX pipeline of the real classes: VAE factor 4, so latent tokens are 8 px."""
+    torch.manual_seed(0)
+    clip_tokenizer, t5_tokenizer = _tokenizers(folder / "tokenizer_files")
+    clip = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(clip_tokenizer),
+            hidden_size=20,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            projection_dim=20,
+            bos_token_id=0,
+            eos_token_id=1,
+        )
+    )
+    t5 = T5EncoderModel(
+        T5Config(vocab_size=len(t5_tokenizer), d_model=24, d_ff=32, d_kv=12, num_layers=2, num_heads=2)
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        scaling_factor=0.8,
+        shift_factor=0.1,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=False,
+    )
+    FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae,
+        text_encoder=clip.eval(),
+        tokenizer=clip_tokenizer,
+        text_encoder_2=t5.eval(),
+        tokenizer_2=t5_tokenizer,
+        transformer=_flux(guidance_embeds)(),
+    ).save_pretrained(folder)
+    return folder

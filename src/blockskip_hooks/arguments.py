@@ -127,7 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--random_flip", action="store_true", help="Mirror half of the samples.")
 
     flag = parser.add_argument_group("block skipping").add_argument
-    flag("--skip_blocks", default="auto", help="Blocks to skip: none, auto, N in all, or n,m (leading,trailing).")
+    flag("--skip_blocks", default="none", help="Blocks to skip: none, auto, N in all, or n,m (leading,trailing).")
     flag("--skip_ratio", type=float, default=0.3, help="Part of all blocks that --skip_blocks auto skips.")
     flag(
         "--residuals",

@@ -39,7 +39,7 @@ def index_safetensors(folder: Path, variant: str | None = None) -> dict[str, Pat
         if weights.is_file():
             try:
                 with safe_open(str(weights), framework="pt") as file:
-                    return {name: weights for name in file.keys()}  # noqa: SIM118
+                    return dict.fromkeys(file.keys(), weights)  # noqa: SIM118
             except SafetensorError as error:
                 raise ValueError(f"{weights} is not a whole safetensors file: {error}.") from error
     raise ValueError(

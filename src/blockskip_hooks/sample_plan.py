@@ -74,7 +74,7 @@ class SamplePlan:
         patch: Patch sampling settings.
         weighting_scheme, logit_mean, logit_std, mode_scale: As the upstream flags of these names.
         random_flip: Mirror half of the samples.
-        center_crop: Take every crop from the centre.
+        center_crop: Take every crop from the centre; positions have no effect then.
         fixed_crops: One crop and flip per image for the whole run, as upstream does; lets latents be cached once.
     """
 
@@ -119,8 +119,6 @@ class SamplePlan:
         if self.fixed_crops:
             generator = self._generator("crop", kind, image)
         size_draw, top, left, flip_draw = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
-        if self.center_crop:
-            top = left = 0.5
         return Sample(
             kind=kind,
             index=index,

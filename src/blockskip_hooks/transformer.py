@@ -202,9 +202,9 @@ def _stream(block: Block, device: torch.device | str, weights: Mapping[str, torc
 
 def _cast_floating(model: torch.nn.Module, dtype: torch.dtype) -> None:
     """Set the dtype of an empty model's weights, honouring the modules its class keeps in float32."""
-    model.to(dtype)
+    # Not the method of diffusers' models, which warns of what the loop below takes care of.
+    torch.nn.Module.to(model, dtype)
     for pattern in getattr(model, "_keep_in_fp32_modules", None) or ():
         for name, module in model.named_modules():
             if pattern in name.split("."):
                 module.float()
-

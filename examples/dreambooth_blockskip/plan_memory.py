@@ -1,0 +1,138 @@
+#!/usr/bin/env python
+"""What personalising a model would need, without its files: memory per stage, FLOPs and disk, all simulated.
+
+Example:
+    python plan_memory.py --preset flux.1-dev --skip_blocks 19,9 --resolution 512 --training_resolution 256
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from blockskip_hooks.arguments import parse_bytes
+from blockskip_hooks.blocks import list_blocks
+from blockskip_hooks.config import BlockSkipConfig, PatchSamplingConfig
+from blockskip_hooks.monitor import format_bytes
+from blockskip_hooks.planner import PlanRequest, Preset, format_plan, load_preset, plan_run, preset_names
+from blockskip_hooks.selection import Selection, select_blocks
+from blockskip_hooks.simulation import empty_transformer
+
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags; those of the training script mean the same here."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = parser.add_argument
+    flag("--preset", required=True, help=f"Model: {', '.join(preset_names())}.")
+    flag("--skip_blocks", default="auto", help="Blocks to skip: none, auto, N in all, or n,m (leading,trailing).")
+    flag("--skip_ratio", type=float, default=0.3, help="Part of all blocks that --skip_blocks auto skips.")
+    flag("--resolution", type=int, default=512, help="Largest patch in pixels.")
+    flag("--training_resolution", type=int, help="Side trained at; default: half of --resolution if blocks skip.")
+    flag("--rank", type=int, default=4, help="Rank of the LoRA matrices.")
+    flag("--lora_layers", help="Comma-separated ends of the names of the layers to adapt, within kept blocks.")
+    flag("--train_batch_size", type=int, default=1, help="Samples per step.")
+    flag("--precompute_batch_size", type=int, help="Samples per precompute forward; default: what training leaves.")
+    flag("--max_sequence_length", type=int, default=512, help="Tokens of a prompt.")
+    flag("--max_train_steps", type=int, default=500, help="Steps, for the disk that records take.")
+    flag("--residual_budget", help="Disk the records may fill at a time, like 8GB.")
+    flag("--memory_budget", help="Accelerator memory every stage should fit in, like 12GiB.")
+    flag("--validation_resolution", type=int, help="Side of validation images; without it there are none.")
+    flag("--mixed_precision", choices=tuple(DTYPES), default="bf16", help="Dtype of the frozen weights.")
+    flag("--gradient_checkpointing", action="store_true", help="Less activation memory for one more forward.")
+    flag("--use_8bit_adam", action="store_true", help="AdamW with 8-bit state.")
+    flag("--json", action="store_true", help="Print the plan as JSON.")
+    return parser
+
+
+def make_requests(args: argparse.Namespace, preset: Preset) -> tuple[PlanRequest, PlanRequest]:
+    """The plan asked for, and plain LoRA at the full resolution on the same terms.
+
+    Raises:
+        ValueError: one line that names the flag and the fix.
+    """
+    for name in ("rank", "train_batch_size", "max_sequence_length", "max_train_steps"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} is {getattr(args, name)}; give 1 or more.")
+    num_blocks = len(list_blocks(empty_transformer(preset.transformer_config), preset.family.block_stacks))
+    selection: Selection = select_blocks(args.skip_blocks, args.skip_ratio, num_blocks, (preset.name,))
+    config = BlockSkipConfig(leading=selection.leading, trailing=selection.trailing)
+    training_resolution = args.training_resolution
+    if training_resolution is None:
+        training_resolution = args.resolution // 2 if config.num_skipped else args.resolution
+    shared: dict[str, Any] = {"max_size": args.resolution, "multiple": preset.family.latent_token_size}
+    patch = PatchSamplingConfig(
+        mode="none" if training_resolution == args.resolution else "dynamic", min_size=training_resolution, **shared
+    )
+    layers = args.lora_layers.split(",") if args.lora_layers else None
+    request = PlanRequest(
+        family=preset.family,
+        transformer_config=preset.transformer_config,
+        config=config,
+        patch=patch,
+        batch_size=args.train_batch_size,
+        rank=args.rank,
+        lora_targets=preset.lora_targets(config, layers),
+        text_tokens=args.max_sequence_length,
+        weight_dtype=DTYPES[args.mixed_precision],
+        gradient_checkpointing=args.gradient_checkpointing,
+        use_8bit_adam=args.use_8bit_adam,
+        cache_latents=True,
+        precompute_batch_size=args.precompute_batch_size,
+        num_samples=args.max_train_steps * args.train_batch_size,
+        residual_budget_bytes=parse_bytes(args.residual_budget) if args.residual_budget else None,
+        text_encoders=preset.text_encoders,
+        validation_resolution=args.validation_resolution,
+        memory_budget_bytes=parse_bytes(args.memory_budget) if args.memory_budget else None,
+        skip_source=selection.source,
+        skip_table=selection.table,
+    )
+    plain = BlockSkipConfig()
+    comparison = replace(
+        request,
+        config=plain,
+        patch=PatchSamplingConfig(mode="none", min_size=args.resolution, **shared),
+        lora_targets=preset.lora_targets(plain, layers),
+        text_encoders=(),
+        validation_resolution=None,
+    )
+    return request, comparison
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the script; the exit code is 0, or 2 with one line on stderr for settings that cannot work."""
+    args = build_parser().parse_args(argv)
+    try:
+        preset = load_preset(args.preset)
+        request, comparison = make_requests(args, preset)
+        plan, plain = plan_run(request), _train(plan_run(comparison))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    train = _train(plan)
+    if args.json:
+        print(json.dumps({**plan, "model": preset.name, "plain_lora": plain}, indent=2))
+        return 0
+    print(format_plan(plan, model=f"{preset.name} (architecture only, no model files)"))
+    print(
+        f"Compare  plain LoRA at {args.resolution} px, simulated: {format_bytes(plain['peak_device_bytes'])} and "
+        f"{plain['tflops_per_step']:.3g} TFLOP per step; this plan trains in "
+        f"{train['peak_device_bytes'] / plain['peak_device_bytes']:.0%} of the memory with "
+        f"{train['tflops_per_step'] / plain['tflops_per_step']:.0%} of the TFLOP"
+    )
+    return 0
+
+
+def _train(plan: dict[str, Any]) -> dict[str, Any]:
+    return next(stage for stage in plan["stages"] if stage["name"] == "train")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

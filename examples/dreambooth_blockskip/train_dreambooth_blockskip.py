@@ -1,0 +1,178 @@
+#!/usr/bin/env python
+"""DreamBooth-LoRA of a diffusion transformer with part of its blocks skipped (DiT-BlockSkip, CVPR 2026).
+
+Takes the flags of diffusers' DreamBooth-LoRA scripts and adds ``--skip_blocks``, ``--patch_sampling`` and their
+companions. Without a model named it runs on the small model and photos that ship with the package.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import sys
+import warnings
+
+
+# Optional packages that transformers misses (torchvision) do not matter here.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+warnings.filterwarnings("ignore", category=FutureWarning)
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+
+from blockskip_hooks import DiTBlockSkipTransformer
+from blockskip_hooks.arguments import parse_args
+from blockskip_hooks.checkpoints import find_checkpoint
+from blockskip_hooks.class_images import make_class_images
+from blockskip_hooks.encode import encode_prompts
+from blockskip_hooks.monitor import StageMonitor, write_json
+from blockskip_hooks.outputs import push_to_hub, run_report, write_outputs
+from blockskip_hooks.plan import describe_plan, plan_run
+from blockskip_hooks.residual_store import ResidualStore
+from blockskip_hooks.run import Run, prepare_run, segments, stretches, weight_dtype
+from blockskip_hooks.trainer import Trainer
+from blockskip_hooks.training_data import SampleMaker
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the script.
+
+    Returns:
+        The exit code: 0, 2 for settings that cannot work, 1 for a run that cannot go on. Both say why in one line.
+    """
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    args = parse_args(argv)
+    monitor = StageMonitor()
+    try:
+        with monitor.stage("plan"):
+            run = prepare_run(args)
+            accelerator = make_accelerator(run)
+            plan = plan_run(run, weight_dtype(accelerator), accelerator.num_processes)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if accelerator.is_main_process:
+        print(describe_plan(run, plan), flush=True)
+        write_json(run.output_dir / "plan.json", plan)
+    if args.plan_only:
+        return 0
+    try:
+        train(run, accelerator, monitor, plan, shlex.join(sys.argv[1:] if argv is None else argv))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        accelerator.end_training()
+    return 0
+
+
+def make_accelerator(run: Run) -> Accelerator:
+    """Devices, processes, precision and trackers as the flags and the accelerate config ask for."""
+    args = run.args
+    if args.allow_tf32 and torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = True
+    return Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(
+            project_dir=args.output_dir, logging_dir=str(run.output_dir / args.logging_dir)
+        ),
+    )
+
+
+def train(run: Run, accelerator: Accelerator, monitor: StageMonitor, plan: dict, command: str) -> None:
+    """Encode, load, train stretch by stretch, save."""
+    args, family = run.args, run.family
+    dtype, device = weight_dtype(accelerator), accelerator.device
+    checkpoint = find_checkpoint(run.output_dir, args.resume_from_checkpoint)
+    seed = run.resolve_seed(checkpoint)
+
+    # Prior preservation: class images that are not there yet.
+    if args.with_prior_preservation:
+        with monitor.stage("class_images"):
+            make_class_images(run, accelerator, dtype, seed)
+
+    # Encode every prompt once; the text encoders are gone afterwards.
+    sources = run.photo_sources()
+    negative = run.pipeline_kwargs.get("negative_prompt")
+    prompts = [prompt for source in sources.values() for prompt in source.prompts()]
+    with monitor.stage("encode"):
+        embeds, text = encode_prompts(
+            family,
+            [*prompts, *run.prompts, *([] if negative is None else [negative])],
+            max_sequence_length=args.max_sequence_length,
+            dtype=dtype,
+            device=device,
+            keep_trainable=args.train_text_encoder,
+            show_progress=accelerator.is_main_process,
+        )
+
+    # The sample plan: from here on nothing is random.
+    sample_plan = run.sample_plan(seed, {kind: len(source.photos) for kind, source in sources.items()})
+    maker = SampleMaker(sample_plan, sources, family, embeds, device, dtype)
+    steps_per_epoch, max_train_steps = run.schedule(sample_plan.num_images, accelerator.num_processes)
+
+    store, steps_per_stretch = None, max_train_steps
+    if run.uses_store:
+        steps_per_stretch = run.steps_per_stretch(run.record_bytes(maker), run.samples_per_step(accelerator))
+        with accelerator.main_process_first():
+            store = ResidualStore(
+                run.residual_dir, run.describe_records(sample_plan, sources, dtype), overwrite=run.may_overwrite
+            )
+
+    # Load the kept blocks only; LoRA, optimiser and learning-rate schedule.
+    with monitor.stage("load"):
+        model = DiTBlockSkipTransformer.from_pretrained(
+            family.model_path,
+            run.config,
+            torch_dtype=dtype,
+            device=device,
+            variant=args.variant,
+            stacks=family.block_stacks,
+        )
+        if args.enable_npu_flash_attention:
+            model.transformer.set_attention_backend("_native_npu")
+        trainer = Trainer(run, accelerator, monitor, maker, model, text, store, max_train_steps)
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+        accelerator.print(f"Resuming from {checkpoint.name}, {trainer.step} of {max_train_steps} steps done.")
+    if accelerator.is_main_process and args.report_to != "none":
+        accelerator.init_trackers(f"dreambooth-{family.name}-lora", run.trackable_settings())
+
+    # The loop: records of a stretch, then its steps.
+    validation_steps = args.validation_epochs * steps_per_epoch if args.validation_prompt else max_train_steps
+    num_stretches = 0
+    for stretch, first in stretches(trainer.step, max_train_steps, steps_per_stretch):
+        num_stretches += 1
+        trainer.precompute(stretch)
+        for part in segments(range(first, stretch.stop), validation_steps):
+            trainer.train(part)
+            if part.stop % validation_steps == 0 and part.stop < max_train_steps:
+                trainer.log_images(run.prompts, trainer.images(run.prompts, negative))
+        if store is not None and stretch.stop < max_train_steps:
+            store.drop()
+
+    # Save.
+    accelerator.wait_for_everyone()
+    trainer.export()
+    if accelerator.is_main_process:
+        before, after = [], []
+        if run.prompts and args.num_validation_images and not args.skip_final_inference:
+            before = trainer.images(run.prompts, negative, with_adapters=False)
+            after = trainer.images(run.prompts, negative)
+            trainer.log_images(run.prompts, after)
+        report = run_report(run, trainer, monitor.as_list(), num_stretches)
+        write_outputs(run, trainer, report, plan, command, before, after)
+        if args.push_to_hub:
+            print(f"Uploaded to {push_to_hub(run)}.")
+        print(run.closing_words(report))
+    accelerator.wait_for_everyone()
+    if store is not None and not args.residual_dir:
+        store.remove()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""Checkpoints: complete or absent, without pickle, and enough to continue bit for bit.
+
+Training draws everything from the sample plan, so a checkpoint needs no random state: the LoRA, the optimiser and a
+few numbers are all.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from .monitor import write_json
+
+
+logger = logging.getLogger(__name__)
+
+SCHEMA = 1
+OPTIMIZER_NAME = "optimizer.safetensors"
+STATE_NAME = "training_state.json"
+_PATTERN = re.compile(r"checkpoint-(\d+)")
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Complete checkpoints, oldest first; other names beside them do not matter."""
+    found = {
+        int(match[1]): path
+        for path in (output_dir.iterdir() if output_dir.is_dir() else ())
+        if (match := _PATTERN.fullmatch(path.name)) and (path / STATE_NAME).is_file()
+    }
+    return [found[step] for step in sorted(found)]
+
+
+def find_checkpoint(output_dir: Path, resume_from: str | None) -> Path | None:
+    """The checkpoint that ``--resume_from_checkpoint`` means, or ``None`` to start anew.
+
+    Raises:
+        ValueError: if a named checkpoint is not a complete one.
+    """
+    if resume_from is None:
+        return None
+    if resume_from == "latest":
+        checkpoints = list_checkpoints(output_dir)
+        if not checkpoints:
+            logger.warning("--resume_from_checkpoint latest: no checkpoint in %s, starting anew.", output_dir)
+        return checkpoints[-1] if checkpoints else None
+    for path in (output_dir / resume_from, Path(resume_from)):
+        if (path / STATE_NAME).is_file():
+            return path
+    raise ValueError(f"--resume_from_checkpoint {resume_from} holds no {STATE_NAME}; name a complete checkpoint.")
+
+
+def begin_checkpoint(output_dir: Path, step: int) -> Path:
+    """An empty folder to write a checkpoint into; :func:`commit_checkpoint` gives it its name."""
+    folder = output_dir / f"checkpoint-{step}.tmp"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def commit_checkpoint(folder: Path, total_limit: int | None) -> Path:
+    """Give a written checkpoint its name, then drop the oldest ones above the limit."""
+    final = folder.with_suffix("")
+    shutil.rmtree(final, ignore_errors=True)
+    folder.rename(final)
+    if total_limit is not None:
+        for old in list_checkpoints(final.parent)[:-total_limit]:
+            shutil.rmtree(old)
+    return final
+
+
+def save_training_state(folder: Path, optimizer: Any, scheduler: Any, **numbers: Any) -> None:
+    """Write optimiser tensors as safetensors and everything else as JSON.
+
+    Args:
+        folder: The checkpoint's folder.
+        optimizer: Any torch optimiser.
+        scheduler: The LR scheduler.
+        **numbers: Further JSON-able values, among them ``step``.
+    """
+    state = optimizer.state_dict()
+    tensors: dict[str, torch.Tensor] = {}
+    scalars: dict[str, dict[str, Any]] = {}
+    for index, entries in state["state"].items():
+        for name, value in entries.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{index}/{name}"] = value.detach().cpu().clone().contiguous()
+            else:
+                scalars.setdefault(str(index), {})[name] = value
+    save_file(tensors, str(folder / OPTIMIZER_NAME))
+    groups = [{name: _plain(value) for name, value in group.items()} for group in state["param_groups"]]
+    write_json(
+        folder / STATE_NAME,
+        {
+            "schema": SCHEMA,
+            **numbers,
+            "optimizer": {"scalars": scalars, "param_groups": groups},
+            "scheduler": {name: _plain(value) for name, value in scheduler.state_dict().items()},
+        },
+    )
+
+
+def load_training_state(folder: Path, optimizer: Any, scheduler: Any) -> dict[str, Any]:
+    """Restore what :func:`save_training_state` wrote and return the JSON part.
+
+    Raises:
+        ValueError: if the checkpoint belongs to another optimiser or set of parameters.
+    """
+    state = json.loads((folder / STATE_NAME).read_text())
+    saved = state["optimizer"]
+    entries: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in saved["scalars"].items()}
+    for key, tensor in load_file(str(folder / OPTIMIZER_NAME)).items():
+        index, _, name = key.partition("/")
+        entries.setdefault(int(index), {})[name] = tensor
+    current = optimizer.state_dict()["param_groups"]
+    same = [len(g["params"]) for g in saved["param_groups"]] == [len(g["params"]) for g in current] and all(
+        old.keys() == new.keys() for old, new in zip(saved["param_groups"], current)
+    )
+    if not same:
+        raise ValueError(
+            f"--resume_from_checkpoint {folder} was made with another optimizer or other LoRA layers; use the "
+            "settings it was made with."
+        )
+    groups = [
+        {name: tuple(value) if isinstance(new[name], tuple) else value for name, value in old.items()}
+        for old, new in zip(saved["param_groups"], current)
+    ]
+    optimizer.load_state_dict({"state": entries, "param_groups": groups})
+    scheduler.load_state_dict(state["scheduler"])
+    return state
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, torch.Tensor) else value

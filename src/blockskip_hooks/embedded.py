@@ -1,0 +1,47 @@
+"""The small pretrained model and the subject photos that ship with the package."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+
+DEFAULT_SUBJECT = "robot"
+
+
+def _asset(*parts: str) -> Path:
+    # A real folder, because diffusers and transformers read paths: the package is never imported from a zip file.
+    return Path(str(resources.files("blockskip_hooks"))).joinpath("assets", *parts)
+
+
+def embedded_model() -> Path:
+    """Folder of the embedded pipeline."""
+    return _asset("micro_flux")
+
+
+def embedded_subjects() -> dict[str, dict[str, Any]]:
+    """The embedded subjects by name: class word, instance prompt, validation prompts, attribution."""
+    subjects = json.loads(_asset("photos", "subjects.json").read_text())["subjects"]
+    return {name: dict(subject) for name, subject in subjects.items()}
+
+
+def embedded_photos(subject: str = DEFAULT_SUBJECT) -> Path:
+    """Folder with a subject's photos."""
+    return _asset("photos", subject)
+
+
+def model_defaults(model_path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Flag defaults and pipeline arguments that a model folder asks for in ``blockskip_defaults.json``.
+
+    Returns:
+        Defaults by flag name, and keyword arguments of the pipeline call; both empty without the file.
+    """
+    file = model_path / "blockskip_defaults.json"
+    if not file.is_file():
+        return {}, {}
+    defaults = json.loads(file.read_text())
+    pipeline_kwargs = defaults.pop("pipeline_kwargs", {})
+    defaults.pop("schema", None)
+    return defaults, pipeline_kwargs

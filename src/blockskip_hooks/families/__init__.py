@@ -1,0 +1,46 @@
+"""Model families. The only place in the package that knows a model's name.
+
+A new family is one file here and one line in :data:`FAMILIES`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from .base import Family, PromptEmbeds
+from .flux import Flux
+
+
+FAMILIES: dict[str, type[Family]] = {
+    "FluxPipeline": Flux,
+}
+"""Family by the pipeline class that a model's ``model_index.json`` names."""
+
+
+def detect_family(model_path: Path) -> type[Family]:
+    """The family of a pipeline folder.
+
+    Raises:
+        ValueError: if the folder is not a pipeline, or one of no supported family.
+    """
+    index_file = model_path / "model_index.json"
+    try:
+        index = json.loads(index_file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--pretrained_model_name_or_path {model_path} is not a diffusers pipeline: {index_file.name} cannot be "
+            f"read ({type(error).__name__})."
+        ) from error
+    pipeline = index.get("_class_name")
+    if pipeline not in FAMILIES:
+        raise ValueError(
+            f"--pretrained_model_name_or_path {model_path} is a {pipeline}; supported are {', '.join(FAMILIES)}."
+        )
+    missing = [name for name in ("transformer", "vae", "scheduler") if not (model_path / name).is_dir()]
+    if missing:
+        raise ValueError(f"--pretrained_model_name_or_path {model_path} lacks the folder(s) {', '.join(missing)}.")
+    return FAMILIES[pipeline]
+
+
+__all__ = ["FAMILIES", "Family", "PromptEmbeds", "detect_family"]

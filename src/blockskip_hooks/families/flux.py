@@ -1,0 +1,113 @@
+"""FLUX.1: double-stream blocks, then single-stream blocks; CLIP pooled and T5 token embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, FluxPipeline
+
+from .base import Family, PromptEmbeds
+
+
+class Flux(Family):
+    """FLUX.1-dev, FLUX.1-schnell and models of their architecture."""
+
+    name = "flux"
+    pipeline_class = FluxPipeline
+    text_components = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    lora_layers = (
+        "attn.to_k",
+        "attn.to_q",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.add_k_proj",
+        "attn.add_q_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+        "ff.net.0.proj",
+        "ff.net.2",
+        "ff_context.net.0.proj",
+        "ff_context.net.2",
+    )
+    text_stream_layers = (
+        "attn.add_q_proj",
+        "attn.to_add_out",
+        "ff_context.net.0.proj",
+        "ff_context.net.2",
+    )
+    text_lora_layers = ("q_proj", "k_proj", "v_proj", "out_proj")
+    tags = ("flux", "flux-diffusers")
+
+    @property
+    def vae_scale_factor(self) -> int:
+        return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
+
+    @property
+    def latent_token_size(self) -> int:
+        return 2 * self.vae_scale_factor
+
+    @torch.no_grad()
+    def encode_prompts(
+        self, pipeline: DiffusionPipeline, prompts: Sequence[str], max_sequence_length: int
+    ) -> list[PromptEmbeds]:
+        tokens, pooled, _ = pipeline.encode_prompt(
+            list(prompts), prompt_2=None, max_sequence_length=max_sequence_length
+        )
+        return [
+            {"prompt_embeds": t, "pooled_prompt_embeds": p} for t, p in zip(tokens.cpu(), pooled.cpu(), strict=True)
+        ]
+
+    def transformer_inputs(
+        self,
+        transformer_config: Mapping[str, Any],
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        embeds: PromptEmbeds,
+        guidance_scale: float,
+    ) -> dict[str, Any]:
+        batch, channels, height, width = noisy_latents.shape
+        device, dtype = noisy_latents.device, noisy_latents.dtype
+        guidance = None
+        if transformer_config["guidance_embeds"]:
+            guidance = torch.full((batch,), guidance_scale, device=device)
+        return {
+            "hidden_states": FluxPipeline._pack_latents(noisy_latents, batch, channels, height, width),
+            "timestep": timesteps / self.scheduler.config["num_train_timesteps"],
+            "guidance": guidance,
+            "pooled_projections": embeds["pooled_prompt_embeds"],
+            "encoder_hidden_states": embeds["prompt_embeds"],
+            "txt_ids": torch.zeros(embeds["prompt_embeds"].shape[1], 3, device=device, dtype=dtype),
+            "img_ids": FluxPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, device, dtype),
+        }
+
+    def prediction_to_latents(self, prediction: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        factor = self.vae_scale_factor
+        return FluxPipeline._unpack_latents(prediction, like.shape[-2] * factor, like.shape[-1] * factor, factor)
+
+    def trainable_text_encoder(self, pipeline: DiffusionPipeline) -> torch.nn.Module:
+        return pipeline.text_encoder
+
+    def prompt_tokens(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> torch.Tensor:
+        tokens = pipeline.tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=pipeline.tokenizer_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        return tokens.input_ids
+
+    def refresh_embeds(
+        self, text_encoder: torch.nn.Module, tokens: torch.Tensor, embeds: PromptEmbeds
+    ) -> PromptEmbeds:
+        pooled = text_encoder(tokens, output_hidden_states=False).pooler_output
+        return {**embeds, "pooled_prompt_embeds": pooled.to(embeds["prompt_embeds"].dtype)}
+
+    def pipeline_inputs(self, embeds: PromptEmbeds, negative: PromptEmbeds | None) -> dict[str, torch.Tensor]:
+        inputs = dict(embeds)
+        if negative is not None:
+            inputs["negative_prompt_embeds"] = negative["prompt_embeds"]
+            inputs["negative_pooled_prompt_embeds"] = negative["pooled_prompt_embeds"]
+        return inputs

@@ -1,0 +1,183 @@
+"""LoRA on the kept blocks: where it goes, how it is added, read back and exported, and whether it learns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.training_utils import _collate_lora_metadata, cast_training_params
+from diffusers.utils import convert_unet_state_dict_to_peft
+from peft import LoraConfig, set_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict
+
+from .families import Family
+from .sample_plan import derived_seed
+from .transformer import DiTBlockSkipTransformer
+
+
+WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+
+
+def lora_targets(
+    model: DiTBlockSkipTransformer, layers: Sequence[str], text_stream_layers: Sequence[str] = ()
+) -> list[str]:
+    """Full names of the linear layers that get LoRA: those outside the skipped blocks that match ``layers``.
+
+    Args:
+        model: The transformer.
+        layers: Names or name endings, as in ``--lora_layers``.
+        text_stream_layers: Layers that only act on the text. In the last kept block before a trailing span nothing
+            reads their output, so they would never learn and are left out.
+
+    Raises:
+        ValueError: if a layer matches nothing outside the skipped blocks.
+    """
+    skipped = tuple(f"{block.name}." for block in model.spans.skipped)
+    last_kept = f"{model.spans.kept[-1].name}."
+    names = [name for name, module in model.transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+
+    def matches(name: str, layer: str) -> bool:
+        return name == layer or name.endswith(f".{layer}")
+
+    targets = []
+    for layer in layers:
+        everywhere = [name for name in names if matches(name, layer)]
+        kept = [name for name in everywhere if not name.startswith(skipped)] if skipped else everywhere
+        if not kept:
+            if not everywhere:
+                reason = "no linear layer of the transformer has this name"
+            else:
+                reason = f"its {len(everywhere)} matches are all in skipped blocks"
+            raise ValueError(f"--lora_layers '{layer}' matches nothing that trains: {reason}.")
+        targets += kept
+    if model.spans.trailing:
+        unread = [name for name in targets if name.startswith(last_kept) and _ends_with(name, text_stream_layers)]
+        targets = [name for name in targets if name not in set(unread)]
+    return list(dict.fromkeys(targets))
+
+
+def _ends_with(name: str, layers: Sequence[str]) -> bool:
+    return any(name.endswith(f".{layer}") for layer in layers)
+
+
+def add_lora(
+    module: torch.nn.Module, targets: Sequence[str], *, rank: int, alpha: int, dropout: float, seed: int
+) -> list[torch.nn.Parameter]:
+    """Freeze ``module``, add LoRA in float32 and return its parameters. Weights start the same for the same seed."""
+    module.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derived_seed(seed, "lora"))
+        module.add_adapter(
+            LoraConfig(
+                r=rank,
+                lora_alpha=alpha,
+                lora_dropout=dropout,
+                init_lora_weights="gaussian",
+                target_modules=list(targets),
+            )
+        )
+    cast_training_params(module, dtype=torch.float32)
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def save_lora(
+    folder: Path,
+    family: type[Family],
+    transformer: torch.nn.Module,
+    text_encoder: torch.nn.Module | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write ``pytorch_lora_weights.safetensors`` as the stock pipeline reads it, with the LoRA metadata.
+
+    Only the adapters are read; the base weights are neither copied nor cast.
+
+    Args:
+        folder: Where to; made if absent.
+        family: Whose pipeline class writes the file.
+        transformer: The diffusers transformer with the adapter (not the wrapper: keys are the full model's).
+        text_encoder: The trained text encoder, if any.
+        dtype: Cast the LoRA to this dtype; ``None`` keeps float32.
+    """
+    modules: dict[str, torch.nn.Module] = {"transformer": transformer}
+    if text_encoder is not None:
+        modules["text_encoder"] = text_encoder
+    layers = {}
+    for name, module in modules.items():
+        state = get_peft_model_state_dict(module)
+        layers[f"{name}_lora_layers"] = {
+            key: value.detach().to("cpu", dtype or value.dtype).contiguous() for key, value in state.items()
+        }
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = f"{WEIGHTS_NAME}.tmp"
+    family.pipeline_class.save_lora_weights(
+        str(folder), **layers, weight_name=temporary, **_collate_lora_metadata(modules)
+    )
+    (folder / temporary).replace(folder / WEIGHTS_NAME)
+
+
+def load_lora(
+    folder: Path, family: type[Family], transformer: torch.nn.Module, text_encoder: torch.nn.Module | None = None
+) -> None:
+    """Read weights that :func:`save_lora` wrote into adapters that are in place.
+
+    Raises:
+        ValueError: if the file belongs to other layers.
+    """
+    state = family.pipeline_class.lora_state_dict(str(folder), weight_name=WEIGHTS_NAME)
+    for prefix, module in (("transformer", transformer), ("text_encoder", text_encoder)):
+        if module is None:
+            continue
+        part = {k.removeprefix(f"{prefix}."): v for k, v in state.items() if k.startswith(f"{prefix}.")}
+        part = convert_unet_state_dict_to_peft(part)
+        expected = get_peft_model_state_dict(module)
+        if part.keys() != expected.keys() or any(part[k].shape != v.shape for k, v in expected.items()):
+            raise ValueError(
+                f"--resume_from_checkpoint {folder} was made with other LoRA layers or another rank than this run; "
+                "use the settings it was made with, or start anew in another --output_dir."
+            )
+        set_peft_model_state_dict(module, part, adapter_name="default")
+
+
+def check_gradients(model: torch.nn.Module) -> None:
+    """After the first backward: every LoRA must be reached (its B has a gradient; A's is zero while B is).
+
+    Raises:
+        ValueError: naming the first layer that is not.
+    """
+    for name, parameter in _lora_b(model).items():
+        if parameter.grad is None or not bool(parameter.grad.any()):
+            raise ValueError(
+                f"The LoRA of {_layer(name)} receives no gradient, so it would never learn; leave the layer out of "
+                "--lora_layers, or report this as a bug."
+            )
+
+
+def check_learned(model: torch.nn.Module) -> None:
+    """Before saving: no LoRA may still be at zero, or hold a value that is not finite.
+
+    Raises:
+        ValueError: naming the first layer.
+    """
+    for name, parameter in _lora_b(model).items():
+        if not bool(parameter.any()):
+            raise ValueError(f"The LoRA of {_layer(name)} is still zero after training; nothing was learnt there.")
+        if not bool(parameter.isfinite().all()):
+            raise ValueError(f"The LoRA of {_layer(name)} is not finite; lower --learning_rate.")
+
+
+def _lora_b(model: torch.nn.Module) -> Mapping[str, torch.nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if "lora_B" in name and p.requires_grad}
+
+
+def _layer(parameter_name: str) -> str:
+    return parameter_name.partition(".lora_B")[0]
+
+
+def describe_trainable(model: DiTBlockSkipTransformer, parameters: Sequence[torch.nn.Parameter]) -> dict[str, Any]:
+    """What trains: number of parameters and names of the kept blocks."""
+    return {
+        "parameters": sum(parameter.numel() for parameter in parameters),
+        "blocks": [block.name for block in model.spans.kept],
+    }

@@ -1,0 +1,110 @@
+"""Precompute: records for the samples of a stretch, before training on them (DiT-BlockSkip, section 3.3)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import find_executable_batch_size
+from diffusers import AutoencoderKL
+from peft.tuners.tuners_utils import BaseTunerLayer
+from tqdm.auto import tqdm
+
+from .hooks import SpanResiduals
+from .residual_store import Record, ResidualStore
+from .sample_plan import Sample
+from .training_data import Batch, SampleMaker
+from .transformer import DiTBlockSkipTransformer
+
+
+# Streaming reads the skipped weights once per batch, so bigger is faster until activations fill the device.
+LARGEST_BATCH = {"cpu": 32, "cuda": 64}
+
+
+@contextlib.contextmanager
+def base_model(transformer: torch.nn.Module) -> Iterator[None]:
+    """Within this context adapters take no part, so residuals are the frozen model's."""
+    has_adapters = any(isinstance(module, BaseTunerLayer) for module in transformer.modules())
+    if has_adapters:
+        transformer.disable_adapters()
+    try:
+        yield
+    finally:
+        if has_adapters:
+            transformer.enable_adapters()
+
+
+def capture(model: DiTBlockSkipTransformer, maker: SampleMaker, batch: Batch, guidance_scale: float) -> SpanResiduals:
+    """Residuals of one batch by a no-grad forward of the whole model."""
+    inputs = maker.family.transformer_inputs(
+        model.config, batch.noisy_latents, batch.timesteps, batch.embeds, guidance_scale
+    )
+    return model.capture_residuals(**inputs, return_dict=False)
+
+
+def precompute_records(
+    samples: Sequence[Sample],
+    *,
+    model: DiTBlockSkipTransformer,
+    maker: SampleMaker,
+    vae: AutoencoderKL,
+    store: ResidualStore,
+    guidance_scale: float,
+    batch_size: int | None = None,
+    with_residuals: bool = True,
+    progress: tqdm | None = None,
+) -> int:
+    """Write the records that ``store`` lacks: clean latents and, with skipped blocks, the spans' residuals.
+
+    Weights of skipped blocks are read once per batch of samples. Adapters are left out: residuals are the base
+    model's.
+
+    Args:
+        samples: Samples to have records of.
+        model: The transformer.
+        maker: Builds batches.
+        vae: Encodes crops.
+        store: Takes the records.
+        guidance_scale: As in training.
+        batch_size: Samples per forward; by default the largest that fits the device.
+        with_residuals: Whether to run the transformer at all.
+        progress: Advanced by one per sample, present ones included.
+
+    Returns:
+        Number of records written.
+    """
+    missing = [sample for sample in samples if sample.id not in store]
+    if progress is not None:
+        progress.update(len(samples) - len(missing))
+    start_size = batch_size or min(len(missing), LARGEST_BATCH.get(maker.device.type, 32)) or 1
+    done = 0
+
+    @find_executable_batch_size(starting_batch_size=start_size)
+    def run(size: int) -> None:
+        # Called again with half the size when memory runs out; what is written stays.
+        nonlocal done
+        while done < len(missing):
+            part = missing[done : done + size]
+            batch = maker.batch(part, maker.encode(vae, part))
+            residuals = SpanResiduals()
+            if with_residuals:
+                residuals = capture(model, maker, batch, guidance_scale)
+            store.write(_records(batch, residuals))
+            done += len(part)
+            if progress is not None:
+                progress.update(len(part))
+
+    with base_model(model.transformer):
+        run()
+    return done
+
+
+def _records(batch: Batch, residuals: SpanResiduals) -> dict[str, Record]:
+    stacked: dict[str, Any] = {"latents": batch.latents, **residuals.tensors()}
+    on_cpu = {name: tensor.cpu() for name, tensor in stacked.items()}
+    return {
+        sample.id: {name: tensor[row].clone() for name, tensor in on_cpu.items()}
+        for row, sample in enumerate(batch.samples)
+    }

@@ -1,0 +1,411 @@
+"""A run before any weight is read: every setting resolved and checked, so that mistakes cost seconds."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from accelerate import Accelerator, init_empty_weights
+from accelerate.utils import broadcast_object_list
+from diffusers import DiffusionPipeline
+
+from .arguments import apply_defaults, parse_bytes, validate_args
+from .blocks import list_blocks
+from .checkpoints import STATE_NAME
+from .config import BlockSkipConfig, PatchSamplingConfig
+from .data import Photo, PhotoSet, load_dataset_photos, scan_photos
+from .embedded import DEFAULT_SUBJECT, embedded_model, embedded_photos, embedded_subjects, model_defaults
+from .families import Family, detect_family
+from .hooks import SpanResiduals
+from .lora import WEIGHTS_NAME, lora_targets
+from .monitor import format_seconds
+from .residual_store import folder_digest
+from .sample_plan import SampleKind, SamplePlan
+from .selection import Selection, select_blocks
+from .training_data import PhotoSource, SampleMaker
+from .transformer import DiTBlockSkipTransformer
+from .version import __version__
+
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_RESIDUAL_BUDGET = 16 * 10**9
+
+
+@dataclass
+class Run:
+    """Settings of one run, resolved.
+
+    Attributes:
+        args: The flags, after family and model defaults.
+        family: The model's family, on the model's folder.
+        model_name: What the user called the model, for reports.
+        embedded: Whether the embedded model is used.
+        skeleton: The transformer without weights, placeholders on.
+        selection: The skipped blocks.
+        config: The same as a config.
+        patch: Patch sampling.
+        targets: Full names of the layers that get LoRA.
+        photos: The instance photos, not decoded yet.
+        prompts: Validation prompts.
+        pipeline_kwargs: Arguments of the pipeline call that the model asks for.
+    """
+
+    args: argparse.Namespace
+    family: Family
+    model_name: str
+    embedded: bool
+    skeleton: DiTBlockSkipTransformer
+    selection: Selection
+    config: BlockSkipConfig
+    patch: PatchSamplingConfig
+    targets: list[str]
+    photos: list[Photo]
+    prompts: list[str]
+    pipeline_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.args.output_dir)
+
+    @property
+    def skips(self) -> bool:
+        return self.config.num_skipped > 0
+
+    @property
+    def uses_store(self) -> bool:
+        """Whether training reads records: precomputed residuals, or latents cached ahead of training."""
+        return (self.skips and self.config.residuals == "precomputed") or self.args.cache_latents
+
+    @property
+    def kinds(self) -> tuple[SampleKind, ...]:
+        return ("instance", "class") if self.args.with_prior_preservation else ("instance",)
+
+    def photo_sources(self) -> dict[SampleKind, PhotoSource]:
+        """Decode the photos; class images must exist by now."""
+        args = self.args
+        sources: dict[SampleKind, PhotoSource] = {
+            "instance": PhotoSource(PhotoSet(self.photos, self.patch.max_size), args.instance_prompt or "")
+        }
+        if args.with_prior_preservation:
+            photos = scan_photos(Path(args.class_data_dir), flag="--class_data_dir")[: args.num_class_images]
+            sources["class"] = PhotoSource(
+                PhotoSet(photos, self.patch.max_size), args.class_prompt, use_captions=False
+            )
+        return sources
+
+    def sample_plan(self, seed: int, num_images: dict[SampleKind, int]) -> SamplePlan:
+        """The run's sample plan for this many photos of each kind."""
+        args = self.args
+        return SamplePlan(
+            seed=seed,
+            num_images=num_images,
+            epoch_length=self.epoch_length(num_images),
+            timesteps=self.family.scheduler.timesteps,
+            patch=self.patch,
+            weighting_scheme=args.weighting_scheme,
+            logit_mean=args.logit_mean,
+            logit_std=args.logit_std,
+            mode_scale=args.mode_scale,
+            random_flip=args.random_flip,
+            center_crop=args.center_crop,
+            fixed_crops=args.cache_latents and self.patch.mode == "none",
+        )
+
+    def epoch_length(self, num_images: dict[SampleKind, int]) -> int:
+        """Samples of each kind in an epoch."""
+        return max(num_images["instance"] * self.args.repeats, num_images.get("class", 0))
+
+    def schedule(self, num_images: dict[SampleKind, int], num_processes: int) -> tuple[int, int]:
+        """Optimiser steps of an epoch and of the run, as the upstream flags define them."""
+        args = self.args
+        per_step = args.train_batch_size * args.gradient_accumulation_steps * num_processes
+        steps_per_epoch = math.ceil(self.epoch_length(num_images) / per_step)
+        return steps_per_epoch, args.max_train_steps or args.num_train_epochs * steps_per_epoch
+
+    def residual_budget(self) -> int:
+        """Bytes that the residual store may take."""
+        if self.args.residual_budget is not None:
+            return parse_bytes(self.args.residual_budget)
+        folder = self.residual_dir
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        return min(DEFAULT_RESIDUAL_BUDGET, shutil.disk_usage(existing).free // 2)
+
+    def describe_records(self, plan: SamplePlan, sources: dict[SampleKind, PhotoSource], dtype: torch.dtype) -> dict:
+        """Everything that records depend on; its digest is the residual store's fingerprint."""
+        path, args = self.family.model_path, self.args
+        components = ("transformer", "vae", *self.family.text_components)
+        return {
+            "version": __version__,
+            "weights": {name: folder_digest(path / name) for name in components if (path / name).is_dir()},
+            "spans": [self.config.leading, self.config.trailing] if self.config.residuals == "precomputed" else None,
+            "photos": {
+                kind: [[source.photos.digest(i), source.prompt_for(i)] for i in range(len(source.photos))]
+                for kind, source in sources.items()
+            },
+            "samples": {
+                field.name: str(getattr(plan, field.name)) for field in fields(plan) if field.name != "timesteps"
+            },
+            "timesteps": hashlib.sha256(plan.timesteps.numpy().tobytes()).hexdigest(),
+            "guidance_scale": args.guidance_scale,
+            "max_sequence_length": args.max_sequence_length,
+            "dtype": str(dtype),
+        }
+
+    def record_bytes(self, maker: SampleMaker) -> int:
+        """Bytes of one record, from a forward of the weightless transformer."""
+        side = self.patch.training_resolution // self.family.vae_scale_factor
+        with torch.device("meta"):
+            latents = torch.empty(1, self.family.latent_channels, side, side, dtype=maker.dtype)
+            embeds = {
+                name: torch.empty(1, *tensor.shape, dtype=maker.dtype)
+                for name, tensor in next(iter(maker.embeds.values())).items()
+            }
+            inputs = self.family.transformer_inputs(
+                self.skeleton.config, latents, torch.empty(1), embeds, self.args.guidance_scale
+            )
+        residuals = SpanResiduals()
+        if self.skips and self.config.residuals == "precomputed":
+            residuals = self.skeleton.to(maker.dtype).capture_residuals(**inputs, return_dict=False)
+        tensors = (latents, *residuals.tensors().values())
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def steps_per_stretch(self, record_bytes: int, samples_per_step: int) -> int:
+        """Optimiser steps whose records fit the residual budget.
+
+        Raises:
+            ValueError: if not even one step's records do.
+        """
+        budget = self.residual_budget()
+        step_bytes = record_bytes * samples_per_step * len(self.kinds)
+        if step_bytes > budget:
+            raise ValueError(
+                f"--residual_budget {budget} bytes is less than the records of one step, {step_bytes} bytes "
+                f"({samples_per_step * len(self.kinds)} of {record_bytes}); raise it or lower --train_batch_size."
+            )
+        return budget // step_bytes
+
+    def samples_per_step(self, accelerator: Accelerator) -> int:
+        """Samples of each kind that one optimiser step takes, over all processes."""
+        return self.args.train_batch_size * self.args.gradient_accumulation_steps * accelerator.num_processes
+
+    @property
+    def may_overwrite(self) -> bool:
+        """Whether records of another run may be dropped: always in the run's own folder, else when told to."""
+        return self.args.overwrite_residuals or not self.args.residual_dir
+
+    def trackable_settings(self) -> dict[str, Any]:
+        """The flags as trackers take them: plain values, and no token."""
+        hidden = {"hub_token", "given"}
+        return {
+            name: value if isinstance(value, (bool, int, float, str)) else str(value)
+            for name, value in vars(self.args).items()
+            if name not in hidden
+        }
+
+    def closing_words(self, report: dict[str, Any]) -> str:
+        """The last lines a user sees: what came out, and how to use it."""
+        losses = report["train"]["loss"]
+        loss = f", loss {losses[-1]:.4f}" if losses else ""
+        seconds = sum(stage["seconds"] for stage in report["stages"])
+        return (
+            f"Trained {report['train']['steps']} steps in {format_seconds(seconds)}{loss}.\n"
+            f"LoRA:   {self.output_dir / WEIGHTS_NAME}\nReport: {self.output_dir / 'report.html'}"
+        )
+
+    def resolve_seed(self, checkpoint: Path | None) -> int:
+        """The seed: the flag's, the checkpoint's, or a new one that is kept in the report.
+
+        Raises:
+            ValueError: if the flag contradicts the checkpoint.
+        """
+        seed = self.args.seed
+        if checkpoint is not None:
+            resumed = json.loads((checkpoint / STATE_NAME).read_text())["seed"]
+            if seed not in (None, resumed):
+                raise ValueError(f"--seed {seed} is not the seed of {checkpoint}, {resumed}; leave the flag out.")
+            seed = resumed
+        if seed is None:
+            # Every process must draw the same samples.
+            (seed,) = broadcast_object_list([int.from_bytes(os.urandom(4), "big")])
+        self.args.seed = seed
+        return seed
+
+    @property
+    def residual_dir(self) -> Path:
+        return Path(self.args.residual_dir) if self.args.residual_dir else self.output_dir / "residuals"
+
+
+def prepare_run(args: argparse.Namespace) -> Run:
+    """Resolve and check everything that needs no weights.
+
+    Args:
+        args: From :func:`~blockskip_hooks.arguments.parse_args`; changed in place.
+
+    Raises:
+        ValueError: one line that names the flag and the fix.
+        OSError: if a folder cannot be read or written.
+    """
+    embedded = args.pretrained_model_name_or_path is None
+    model_name = args.pretrained_model_name_or_path or "blockskip-hooks/micro-flux"
+    if not embedded:
+        # What the user typed is checked before a download starts.
+        validate_args(args)
+    model_path = embedded_model() if embedded else resolve_model(args)
+    family_class = detect_family(model_path)
+    defaults, pipeline_kwargs = model_defaults(model_path)
+    prompts: list[str] = []
+    if embedded:
+        defaults |= _embedded_defaults(args)
+        if "instance_data_dir" in defaults:
+            prompts = embedded_subjects()[DEFAULT_SUBJECT]["validation_prompts"]
+    apply_defaults(args, {**family_class.flag_defaults, **defaults})
+    validate_args(args)
+    if args.validation_prompt is not None:
+        prompts = [args.validation_prompt]
+
+    family = family_class(model_path, args.variant)
+    skeleton, selection, config = _select(args, family, model_name)
+    layers = [name.strip() for name in args.lora_layers.split(",")] if args.lora_layers else list(family.lora_layers)
+    targets = lora_targets(skeleton, layers, family.text_stream_layers)
+    patch = _patch_sampling(args, family, skips=config.num_skipped > 0)
+    photos = _find_photos(args)
+    if not args.instance_prompt and any(photo.caption is None for photo in photos):
+        raise ValueError("--instance_prompt is missing and not every photo has a caption; give the prompt.")
+    if args.train_text_encoder and not family.text_lora_layers:
+        raise ValueError(f"--train_text_encoder is not available for {family.name}; leave it out.")
+    _check_writable(Path(args.output_dir))
+    return Run(
+        args=args,
+        family=family,
+        model_name=model_name,
+        embedded=embedded,
+        skeleton=skeleton,
+        selection=selection,
+        config=config,
+        patch=patch,
+        targets=targets,
+        photos=photos,
+        prompts=prompts,
+        pipeline_kwargs=pipeline_kwargs,
+    )
+
+
+def _embedded_defaults(args: argparse.Namespace) -> dict[str, Any]:
+    if {"instance_data_dir", "dataset_name"} & args.given:
+        return {"instance_prompt": "a photo of sks object"}
+    subject = embedded_subjects()[DEFAULT_SUBJECT]
+    return {
+        "instance_data_dir": str(embedded_photos(DEFAULT_SUBJECT)),
+        "instance_prompt": subject["instance_prompt"],
+        "class_prompt": subject["class_prompt"],
+    }
+
+
+def resolve_model(args: argparse.Namespace) -> Path:
+    """The local folder of ``--pretrained_model_name_or_path``; a hub id is downloaded as a pipeline would be.
+
+    Raises:
+        ValueError: if it is neither a folder nor a hub id that can be downloaded.
+    """
+    name = args.pretrained_model_name_or_path
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(
+            DiffusionPipeline.download(
+                name,
+                revision=args.revision,
+                variant=args.variant,
+                cache_dir=args.cache_dir,
+                token=args.hub_token,
+                use_safetensors=True,
+            )
+        )
+    except Exception as error:
+        # The hub client raises many types for a missing id, a gated model, or no network.
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"--pretrained_model_name_or_path {name} is not a folder and could not be downloaded ({reason}); check "
+            "the name, your access to it and the network."
+        ) from error
+
+
+def _select(
+    args: argparse.Namespace, family: Family, model_name: str
+) -> tuple[DiTBlockSkipTransformer, Selection, BlockSkipConfig]:
+    config = diffusers.AutoModel.load_config(str(family.model_path / "transformer"))
+    with init_empty_weights():
+        transformer = getattr(diffusers, config["_class_name"]).from_config(config)
+    num_blocks = len(list_blocks(transformer, family.block_stacks))
+    names = (model_name, config.get("_name_or_path"))
+    selection = select_blocks(args.skip_blocks, args.skip_ratio, num_blocks, names)
+    skip_config = BlockSkipConfig(leading=selection.leading, trailing=selection.trailing, residuals=args.residuals)
+    return DiTBlockSkipTransformer(transformer, skip_config, family.block_stacks), selection, skip_config
+
+
+def _patch_sampling(args: argparse.Namespace, family: Family, skips: bool) -> PatchSamplingConfig:
+    mode = args.patch_sampling
+    if mode == "auto":
+        mode = "dynamic" if skips else "none"
+    multiple = family.latent_token_size
+    if args.resolution % multiple:
+        raise ValueError(
+            f"--resolution is {args.resolution}, which is not a multiple of this model's latent token size "
+            f"({multiple} px); use {max(multiple, round(args.resolution / multiple) * multiple)}."
+        )
+    largest = args.max_patch_size or args.resolution
+    # Half of the resolution may miss the grid; the nearest size on it is meant.
+    half = max(multiple, round(args.resolution / 2 / multiple) * multiple)
+    smallest = args.min_patch_size or min(half, largest)
+    return PatchSamplingConfig(mode=mode, min_size=smallest, max_size=largest, multiple=multiple)
+
+
+def _find_photos(args: argparse.Namespace) -> list[Photo]:
+    if args.dataset_name:
+        return load_dataset_photos(
+            args.dataset_name, args.dataset_config_name, args.image_column, args.caption_column, args.cache_dir
+        )
+    return scan_photos(Path(args.instance_data_dir))
+
+
+def _check_writable(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"--output_dir {folder} cannot be written; choose another folder.")
+
+
+def stretches(first_step: int, last_step: int, steps_per_stretch: int) -> Iterator[tuple[range, int]]:
+    """Split a run into stretches on a grid that starts at step 0, so that a resumed run has the same ones.
+
+    Yields:
+        The steps of a whole stretch and the first of them that is still to be trained.
+    """
+    start = first_step // steps_per_stretch * steps_per_stretch
+    for begin in range(start, last_step, steps_per_stretch):
+        yield range(begin, min(begin + steps_per_stretch, last_step)), max(begin, first_step)
+
+
+def segments(steps: range, every: int) -> Iterator[range]:
+    """Split ``steps`` at the multiples of ``every``."""
+    start = steps.start
+    while start < steps.stop:
+        stop = min((start // every + 1) * every, steps.stop)
+        yield range(start, stop)
+        start = stop
+
+
+def weight_dtype(accelerator: Accelerator) -> torch.dtype:
+    """Dtype of frozen weights under the accelerator's mixed precision."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)

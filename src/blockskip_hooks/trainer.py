@@ -1,0 +1,308 @@
+"""The training loop: precompute a stretch, train on it, save; everything random comes from the sample plan."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import free_memory
+from PIL import Image
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from .checkpoints import begin_checkpoint, commit_checkpoint, load_training_state, save_training_state
+from .encode import TrainedText
+from .hooks import SpanResiduals
+from .images import generate_images
+from .lora import add_lora, check_gradients, check_learned, load_lora, save_lora
+from .losses import combine_losses, flow_matching_loss
+from .monitor import StageMonitor
+from .optimizers import make_optimizer
+from .precompute import base_model, capture, precompute_records
+from .residual_store import Record, ResidualStore
+from .run import Run
+from .sample_plan import Sample, derived_seed
+from .training_data import Batch, RecordDataset, SampleMaker, collate_by_kind
+from .transformer import DiTBlockSkipTransformer
+
+
+class Trainer:
+    """One run's model, optimiser and progress.
+
+    Args:
+        run: Settings.
+        accelerator: Devices, processes and precision.
+        monitor: Measures stages.
+        maker: Builds batches.
+        model: The transformer with only its kept blocks loaded.
+        text: The text encoder that trains along, if any.
+        store: Records, or ``None`` when crops are encoded in every step.
+        max_train_steps: Optimiser steps of the whole run.
+
+    Attributes:
+        step: Optimiser steps done.
+        losses: Loss of each of them.
+        step_seconds: Seconds of each step of this process.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        accelerator: Accelerator,
+        monitor: StageMonitor,
+        maker: SampleMaker,
+        model: DiTBlockSkipTransformer,
+        text: TrainedText | None,
+        store: ResidualStore | None,
+        max_train_steps: int,
+    ) -> None:
+        args, seed = run.args, maker.plan.seed
+        self.run, self.accelerator, self.monitor, self.maker = run, accelerator, monitor, maker
+        self.model, self.store, self.max_train_steps = model, store, max_train_steps
+        self.step = 0
+        self.losses: list[float] = []
+        self.step_seconds: list[float] = []
+        self.samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+
+        adapter = {"rank": args.rank, "alpha": args.lora_alpha, "dropout": args.lora_dropout, "seed": seed}
+        self.parameters = add_lora(model.transformer, run.targets, **adapter)
+        self.text, self.text_encoder = text, text.encoder if text else None
+        text_parameters: list[torch.nn.Parameter] = []
+        if text:
+            text_parameters = add_lora(text.encoder, run.family.text_lora_layers, **adapter)
+        if args.gradient_checkpointing:
+            model.transformer.enable_gradient_checkpointing()
+            if text:
+                text.encoder.gradient_checkpointing_enable()
+
+        rate = args.learning_rate * (self.samples_per_step if args.scale_lr else 1)
+        optimizer = make_optimizer(args, self.parameters, text_parameters, rate)
+        scheduler = get_scheduler(
+            args.lr_scheduler,
+            optimizer=optimizer,
+            num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
+            num_training_steps=max_train_steps * accelerator.num_processes,
+            num_cycles=args.lr_num_cycles,
+            power=args.lr_power,
+        )
+        self.parameters = self.parameters + text_parameters
+        # Every process has the same weights already, and those of skipped blocks cannot be sent: they are not there.
+        torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+            model, model.skipped_parameter_names
+        )
+        # accelerate must not move the model either: kept blocks are in place.
+        self.wrapped, self.optimizer, self.scheduler = accelerator.prepare(
+            model, optimizer, scheduler, device_placement=[False, True, True]
+        )
+        self.trained = [self.wrapped]
+        if text:
+            text.encoder = accelerator.prepare(text.encoder)
+            self.trained.append(text.encoder)
+        # Without records every step encodes its crops, so the VAE stays.
+        self._resident_vae = run.family.load_vae(maker.dtype, accelerator.device) if store is None else None
+
+    @contextlib.contextmanager
+    def vae(self) -> Iterator[AutoencoderKL]:
+        """The VAE, loaded for this context only unless every step needs it."""
+        vae = self._resident_vae or self.run.family.load_vae(self.maker.dtype, self.accelerator.device)
+        try:
+            yield vae
+        finally:
+            del vae
+            free_memory()
+
+    def precompute(self, steps: range) -> None:
+        """Make this process's records of a stretch, where they are missing."""
+        if self.store is None:
+            return
+        args = self.run.args
+        with self.monitor.stage("precompute"), self.vae() as vae, self.accelerator.autocast():
+            samples = self.maker.samples(self._my_indices(steps))
+            with self._progress(len(samples), "Precomputing records") as bar:
+                precompute_records(
+                    samples,
+                    model=self.model,
+                    maker=self.maker,
+                    vae=vae,
+                    store=self.store,
+                    guidance_scale=args.guidance_scale,
+                    batch_size=args.precompute_batch_size,
+                    with_residuals=self.run.skips and self.run.config.residuals == "precomputed",
+                    progress=bar,
+                )
+
+    def train(self, steps: range) -> None:
+        """Train the given optimiser steps; their records must be in the store."""
+        args, accelerator = self.run.args, self.accelerator
+        loader = accelerator.prepare(
+            DataLoader(
+                RecordDataset(self.maker, self.store, self._sample_range(steps)),
+                batch_size=args.train_batch_size,
+                collate_fn=collate_by_kind,
+                num_workers=args.dataloader_num_workers,
+            )
+        )
+        for module in self.trained:
+            module.train()
+        with self.monitor.stage("train"), self._progress(self.max_train_steps, "Training", self.step) as bar:
+            started, micro_losses = time.perf_counter(), []
+            for samples, payloads in loader:
+                if args.lora_dropout:
+                    torch.manual_seed(derived_seed(self.maker.plan.seed, "dropout", samples[0].id))
+                with accelerator.accumulate(*self.trained):
+                    loss = self._loss(self._batch(samples, payloads))
+                    accelerator.backward(loss)
+                    if accelerator.sync_gradients:
+                        if self.step == 0:
+                            check_gradients(self.model.transformer)
+                        accelerator.clip_grad_norm_(self.parameters, args.max_grad_norm)
+                    self.optimizer.step()
+                    self.scheduler.step()
+                    self.optimizer.zero_grad()
+                micro_losses.append(accelerator.gather(loss.detach()[None]).mean())
+                if accelerator.sync_gradients:
+                    self._finish_step(torch.stack(micro_losses).mean().item(), samples, bar)
+                    self.step_seconds.append(time.perf_counter() - started)
+                    started, micro_losses = time.perf_counter(), []
+
+    def _batch(self, samples: list[Sample], payloads: list[Record]) -> Batch:
+        if self.store is not None:
+            batch = self.maker.batch_from_records(samples, payloads)
+        else:
+            assert self._resident_vae is not None
+            crops = torch.stack([payload["pixels"] for payload in payloads])
+            batch = self.maker.batch(samples, self.maker.encode(self._resident_vae, samples, crops))
+        if self.run.skips and self.run.config.residuals == "none":
+            batch.residuals = SpanResiduals()
+        elif self.run.skips and self.run.config.residuals == "online":
+            with self.accelerator.autocast():
+                batch.residuals = capture(self.model, self.maker, batch, self.run.args.guidance_scale)
+        if self.text:
+            tokens = torch.stack([self.text.tokens[prompt] for prompt in batch.prompts])
+            batch.embeds = self.run.family.refresh_embeds(
+                self.text.encoder, tokens.to(self.accelerator.device), batch.embeds
+            )
+        return batch
+
+    def _loss(self, batch: Batch) -> torch.Tensor:
+        args, family = self.run.args, self.run.family
+        inputs = family.transformer_inputs(
+            self.model.config, batch.noisy_latents, batch.timesteps, batch.embeds, args.guidance_scale
+        )
+        prediction = self.wrapped(**inputs, residuals=batch.residuals, return_dict=False)[0]
+        prediction = family.prediction_to_latents(prediction, batch.latents)
+        losses = flow_matching_loss(prediction, batch.target, batch.sigmas, args.weighting_scheme)
+        return combine_losses(losses, args.with_prior_preservation, args.prior_loss_weight)
+
+    def _finish_step(self, loss: float, samples: list[Sample], bar: tqdm) -> None:
+        if not torch.isfinite(torch.tensor(loss)):
+            raise ValueError(
+                f"The loss of step {self.step + 1} is {loss} (samples {samples[0].id} to {samples[-1].id}); lower "
+                "--learning_rate or check these photos. Checkpoints written so far are intact."
+            )
+        self.step += 1
+        self.losses.append(loss)
+        rate = self.scheduler.get_last_lr()[0]
+        self.accelerator.log({"loss": loss, "lr": rate}, step=self.step)
+        bar.update()
+        bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.1e}")
+        if self.step % self.run.args.checkpointing_steps == 0:
+            self.save_checkpoint()
+
+    def save_checkpoint(self) -> None:
+        """Write ``checkpoint-N``; complete or absent."""
+        if not self.accelerator.is_main_process:
+            return
+        folder = begin_checkpoint(self.run.output_dir, self.step)
+        save_lora(folder, type(self.run.family), self.model.transformer, self.text_encoder)
+        save_training_state(
+            folder,
+            self.optimizer,
+            self.scheduler,
+            step=self.step,
+            seed=self.maker.plan.seed,
+            loss=self.losses,
+        )
+        commit_checkpoint(folder, self.run.args.checkpoints_total_limit)
+
+    def resume(self, checkpoint: Path) -> None:
+        """Continue from a checkpoint.
+
+        Raises:
+            ValueError: if it belongs to other settings.
+        """
+        load_lora(checkpoint, type(self.run.family), self.model.transformer, self.text_encoder)
+        state = load_training_state(checkpoint, self.optimizer, self.scheduler)
+        self.step, self.losses = state["step"], list(state["loss"])
+
+    def export(self) -> None:
+        """Write the final LoRA in the dtype of the base weights, or float32 with ``--upcast_before_saving``.
+
+        Raises:
+            ValueError: if some LoRA has not learnt anything.
+        """
+        if self.step:
+            check_learned(self.model.transformer)
+        if self.accelerator.is_main_process:
+            dtype = torch.float32 if self.run.args.upcast_before_saving else self.maker.dtype
+            save_lora(
+                self.run.output_dir, type(self.run.family), self.model.transformer, self.text_encoder, dtype=dtype
+            )
+
+    def images(self, prompts: list[str], negative: str | None, with_adapters: bool = True) -> list[list[Image.Image]]:
+        """Validation images of the whole model, in every call from the same noise."""
+        embeds = dict(self.maker.embeds)
+        if self.text and with_adapters:
+            self._refresh(embeds, [*prompts, *([] if negative is None else [negative])])
+        adapters = contextlib.nullcontext() if with_adapters else base_model(self.model.transformer)
+        with self.monitor.stage("validate"), self.vae() as vae, adapters, self.accelerator.autocast():
+            return generate_images(
+                [embeds[prompt] for prompt in prompts],
+                family=self.run.family,
+                model=self.model,
+                vae=vae,
+                negative=None if negative is None else embeds[negative],
+                num_images=self.run.args.num_validation_images,
+                seed=self.maker.plan.seed,
+                pipeline_kwargs=self.run.pipeline_kwargs,
+            )
+
+    def log_images(self, prompts: list[str], images: list[list[Image.Image]]) -> None:
+        """Give validation images to the trackers that show images."""
+        for tracker in self.accelerator.trackers:
+            if tracker.name not in ("tensorboard", "wandb"):
+                continue
+            values = {prompt: np.stack([np.asarray(i) for i in row]) for prompt, row in zip(prompts, images)}
+            if tracker.name == "tensorboard":
+                tracker.log_images(values, step=self.step, dataformats="NHWC")
+            else:
+                tracker.log_images(values, step=self.step)
+
+    @torch.no_grad()
+    def _refresh(self, embeds: dict, prompts: list[str]) -> None:
+        assert self.text is not None
+        for prompt in prompts:
+            tokens = self.text.tokens[prompt][None].to(self.accelerator.device)
+            batched = {name: tensor[None] for name, tensor in embeds[prompt].items()}
+            fresh = self.run.family.refresh_embeds(self.text.encoder, tokens, batched)
+            embeds[prompt] = {name: tensor[0].cpu() for name, tensor in fresh.items()}
+
+    def _sample_range(self, steps: range) -> range:
+        return range(steps.start * self.samples_per_step, steps.stop * self.samples_per_step)
+
+    def _my_indices(self, steps: range) -> list[int]:
+        """This process's share of the samples, dealt out as the training loader deals them."""
+        indices: Any = self._sample_range(steps)
+        loader: DataLoader = DataLoader(indices, batch_size=self.run.args.train_batch_size)
+        return [index for batch in self.accelerator.prepare(loader) for index in batch.tolist()]
+
+    def _progress(self, total: int, description: str, initial: int = 0) -> tqdm:
+        return tqdm(total=total, initial=initial, desc=description, disable=not self.accelerator.is_local_main_process)

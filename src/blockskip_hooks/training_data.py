@@ -1,0 +1,212 @@
+"""From the sample plan to what one training step needs: crops, latents, noise and, with skipped blocks, residuals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import AutoencoderKL
+
+from .data import PhotoSet
+from .families import Family, PromptEmbeds
+from .hooks import SpanResiduals
+from .residual_store import Record, ResidualStore
+from .sample_plan import Sample, SampleKind, SamplePlan, derived_seed
+
+
+@dataclass(frozen=True)
+class PhotoSource:
+    """Photos of one kind and the prompts they are trained with.
+
+    Attributes:
+        photos: The decoded photos.
+        prompt: Prompt of photos without a caption.
+        use_captions: Whether captions replace the prompt.
+    """
+
+    photos: PhotoSet
+    prompt: str
+    use_captions: bool = True
+
+    def prompt_for(self, image: int) -> str:
+        caption = self.photos.caption(image) if self.use_captions else None
+        return caption or self.prompt
+
+    def prompts(self) -> list[str]:
+        """Every prompt once, in order of first use."""
+        return list(dict.fromkeys(self.prompt_for(image) for image in range(len(self.photos))))
+
+
+@dataclass
+class Batch:
+    """One step's inputs; instance samples first, then, with prior preservation, as many class samples.
+
+    Attributes:
+        samples: The samples, B of them.
+        latents: Clean scaled latents, ``(B, C, H, W)``.
+        noise: Gaussian noise of the same shape.
+        timesteps: ``(B,)``, in the scheduler's units.
+        sigmas: Noise levels, ``(B, 1, 1, 1)``.
+        embeds: Prompt embeddings with a batch dimension.
+        prompts: Their prompts.
+        residuals: What the skipped spans contribute, or ``None`` when no record holds it.
+    """
+
+    samples: list[Sample]
+    latents: torch.Tensor
+    noise: torch.Tensor
+    timesteps: torch.Tensor
+    sigmas: torch.Tensor
+    embeds: PromptEmbeds
+    prompts: list[str]
+    residuals: SpanResiduals | None
+
+    @property
+    def noisy_latents(self) -> torch.Tensor:
+        """Rectified-flow interpolation ``(1 - sigma) x + sigma noise``."""
+        return (1.0 - self.sigmas) * self.latents + self.sigmas * self.noise
+
+    @property
+    def target(self) -> torch.Tensor:
+        """Velocity ``noise - x``."""
+        return self.noise - self.latents
+
+
+class SampleMaker:
+    """Builds batches from samples, from their records where there are any.
+
+    Args:
+        plan: The sample plan.
+        sources: Photos and prompts by kind.
+        family: The model's family.
+        embeds: Embeddings of every prompt, on the CPU.
+        device: Where batches go.
+        dtype: Dtype of latents and embeddings.
+    """
+
+    def __init__(
+        self,
+        plan: SamplePlan,
+        sources: dict[SampleKind, PhotoSource],
+        family: Family,
+        embeds: dict[str, PromptEmbeds],
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> None:
+        self.plan = plan
+        self.sources = sources
+        self.family = family
+        self.embeds = embeds
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self._posteriors: dict[tuple[SampleKind, int], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def samples(self, indices: Iterable[int]) -> list[Sample]:
+        """The samples of a step: ``indices`` of every kind, instance first."""
+        indices = list(indices)
+        return [self.plan.sample(index, kind) for kind in self.sources for index in indices]
+
+    def crop(self, sample: Sample) -> torch.Tensor:
+        """The sample's image as the VAE sees it, ``(3, r, r)`` in [-1, 1] at the training resolution r."""
+        return self.sources[sample.kind].photos.crop(
+            sample.image,
+            patch_size=sample.patch_size,
+            top=sample.top,
+            left=sample.left,
+            flip=sample.flip,
+            center=self.plan.center_crop,
+            output_size=self.plan.patch.training_resolution,
+        )
+
+    @torch.no_grad()
+    def encode(self, vae: AutoencoderKL, samples: Sequence[Sample], crops: torch.Tensor | None = None) -> torch.Tensor:
+        """Crops through the VAE: scaled latents ``(B, C, H, W)``, each drawn from the posterior with its own seed.
+
+        Args:
+            vae: The VAE.
+            samples: The samples.
+            crops: Their crops, ``(B, 3, r, r)``, if they were made already.
+        """
+        if self.plan.fixed_crops:
+            posteriors = [self._fixed_posterior(vae, sample) for sample in samples]
+            mean, std = (torch.stack(parts) for parts in zip(*posteriors, strict=True))
+        else:
+            if crops is None:
+                crops = torch.stack([self.crop(sample) for sample in samples])
+            mean, std = self.family.posterior(vae, crops)
+        noise = [
+            torch.randn(
+                mean.shape[1:], generator=torch.Generator().manual_seed(derived_seed(s.noise_seed, "posterior"))
+            )
+            for s in samples
+        ]
+        return self.family.scale_latents(mean + std * torch.stack(noise).to(mean)).to(self.dtype)
+
+    def _fixed_posterior(self, vae: AutoencoderKL, sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
+        """The posterior of an image whose crop never changes, computed once."""
+        key = (sample.kind, sample.image)
+        if key not in self._posteriors:
+            mean, std = self.family.posterior(vae, self.crop(sample)[None])
+            self._posteriors[key] = (mean[0], std[0])
+        return self._posteriors[key]
+
+    def batch(self, samples: Sequence[Sample], latents: torch.Tensor, residuals: SpanResiduals | None = None) -> Batch:
+        """Complete clean latents with noise, noise levels and prompts."""
+        scheduler = self.family.scheduler
+        indices = [sample.timestep_index for sample in samples]
+        # Noise is drawn on the CPU in float32, so that every device and dtype trains on the same sample.
+        noise = torch.stack(
+            [torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(s.noise_seed)) for s in samples]
+        )
+        prompts = [self.sources[sample.kind].prompt_for(sample.image) for sample in samples]
+        embeds = {
+            name: torch.stack([self.embeds[prompt][name] for prompt in prompts]).to(self.device, self.dtype)
+            for name in self.embeds[prompts[0]]
+        }
+        latents = latents.to(self.device, self.dtype)
+        return Batch(
+            samples=list(samples),
+            latents=latents,
+            noise=noise.to(latents),
+            timesteps=scheduler.timesteps[indices].to(self.device),
+            sigmas=scheduler.sigmas[indices].to(latents).reshape(-1, 1, 1, 1),
+            embeds=embeds,
+            prompts=prompts,
+            residuals=None if residuals is None else residuals.to(self.device),
+        )
+
+    def batch_from_records(self, samples: Sequence[Sample], records: Sequence[Record]) -> Batch:
+        """A batch whose latents and residuals were precomputed."""
+        stacked = {name: torch.stack([record[name] for record in records]) for name in records[0]}
+        latents = stacked.pop("latents")
+        return self.batch(samples, latents, SpanResiduals(**stacked) if stacked else None)
+
+
+class RecordDataset(torch.utils.data.Dataset):
+    """Map-style view of part of the sample plan: one item for each index, of every kind.
+
+    Items are ``(samples, payloads)`` with one entry per kind; a payload is the sample's record, or its crop when
+    there is no store.
+    """
+
+    def __init__(self, maker: SampleMaker, store: ResidualStore | None, indices: range) -> None:
+        self.maker = maker
+        self.store = store
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, item: int) -> tuple[list[Sample], list[Record]]:
+        samples = self.maker.samples([self.indices[item]])
+        if self.store is None:
+            return samples, [{"pixels": self.maker.crop(sample)} for sample in samples]
+        return samples, [self.store.read(sample.id) for sample in samples]
+
+
+def collate_by_kind(items: Sequence[tuple[list[Sample], list[Record]]]) -> tuple[list[Sample], list[Record]]:
+    """Join items so that all instance samples come before all class samples."""
+    samples = [sample for of_kind in zip(*(item[0] for item in items), strict=True) for sample in of_kind]
+    payloads = [payload for of_kind in zip(*(item[1] for item in items), strict=True) for payload in of_kind]
+    return samples, payloads

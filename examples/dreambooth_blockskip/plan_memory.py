@@ -19,7 +19,8 @@ from blockskip_hooks.arguments import parse_bytes
 from blockskip_hooks.blocks import list_blocks
 from blockskip_hooks.config import BlockSkipConfig, PatchSamplingConfig
 from blockskip_hooks.monitor import format_bytes
-from blockskip_hooks.planner import PlanRequest, Preset, format_plan, load_preset, plan_run, preset_names
+from blockskip_hooks.planner import PlanRequest, format_plan, plan_run
+from blockskip_hooks.presets import Preset, load_preset, preset_names
 from blockskip_hooks.selection import Selection, select_blocks
 from blockskip_hooks.simulation import empty_transformer
 

@@ -6,24 +6,17 @@ fragmentation and the device context. It is what the method bounds, not what a m
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from importlib import resources
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from .config import BlockSkipConfig, PatchSamplingConfig
-from .families import FAMILIES, Family
+from .families import Family
 from .hooks import SpanResiduals
-from .lora import lora_targets
 from .monitor import format_bytes
-from .precompute import record_bytes
-from .simulation import FakeTransformer, Usage, empty_transformer, simulate_text_encoder, simulate_vae
-from .transformer import DiTBlockSkipTransformer
+from .simulation import FakeTransformer, Usage, simulate_text_encoder, simulate_vae
 
 
 SCHEMA = 1
@@ -146,7 +139,9 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
         assert capture is not None
         batch_size, capture = _precompute_batch(request, fake, capture, train, vae, states)
         encode = vae.encode(batch_size)
-        stages.append(_stage("precompute", encode.then(capture.beside(parameter_bytes=vae.parameter_bytes)), batch_size))
+        stages.append(
+            _stage("precompute", encode.then(capture.beside(parameter_bytes=vae.parameter_bytes)), batch_size)
+        )
     elif request.cache_latents:
         stages.append(_stage("precompute", vae.encode(1), 1))
     else:
@@ -205,9 +200,7 @@ class _Vae:
         return self._beside_transformer(self._simulate(1, resolution, decode=True))
 
     def _simulate(self, batch_size: int, resolution: int, *, decode: bool) -> Usage:
-        return simulate_vae(
-            self._request.family, batch_size, resolution, self._request.weight_dtype, decode=decode
-        )
+        return simulate_vae(self._request.family, batch_size, resolution, self._request.weight_dtype, decode=decode)
 
     def _beside_transformer(self, usage: Usage) -> Usage:
         return usage.beside(parameter_bytes=self._base.parameter_bytes, lora_bytes=self._base.lora_bytes)
@@ -254,8 +247,8 @@ def _records(request: PlanRequest, residuals: SpanResiduals) -> dict[str, int]:
         return {"records": 0, "bytes": 0, "stretches": 0}
     side = request.patch.training_resolution // request.family.vae_scale_factor
     stored = residuals if request.stores_residuals else SpanResiduals()
-    one = SpanResiduals(**{name: tensor[:1] for name, tensor in stored.tensors().items()})
-    per_record = record_bytes((request.family.latent_channels, side, side), one, request.weight_dtype)
+    per_record = request.family.latent_channels * side * side * request.weight_dtype.itemsize
+    per_record += sum(tensor[0].numel() * tensor.element_size() for tensor in stored.tensors().values())
     stretches = 1
     if request.residual_budget_bytes is not None:
         # A stretch holds whole steps.
@@ -340,66 +333,11 @@ def format_plan(plan: Mapping[str, Any], *, model: str | None = None, outputs: M
         stretches = f"{records['stretches']} stretch" + ("es" if records["stretches"] != 1 else "")
         most = -(-records["bytes"] // max(records["stretches"], 1))
         at_once = "" if records["stretches"] <= 1 else f", about {format_bytes(most)} at a time"
-        lines.append(
-            f"Disk     {records['records']} records, {format_bytes(records['bytes'])} in {stretches}{at_once} (simulated)"
-        )
+        size = format_bytes(records["bytes"])
+        lines.append(f"Disk     {records['records']} records, {size} in {stretches}{at_once} (simulated)")
     if fits["ok"] is not None:
         verdict = "fits" if fits["ok"] else "does not fit"
         lines.append(f"Budget   {verdict} in {format_bytes(fits['budget_bytes'])} (simulated)")
     for description, place in (outputs or {}).items():
         lines.append(f"Writes   {description}: {place}")
     return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class Preset:
-    """The public architecture of a model, enough for a plan without its files.
-
-    Attributes:
-        name: Name of the model.
-        family: Its family, on configs alone.
-        transformer_config: Config of its transformer.
-        text_encoders: Configs of its text encoders.
-    """
-
-    name: str
-    family: Family
-    transformer_config: dict[str, Any]
-    text_encoders: list[dict[str, Any]] = field(default_factory=list)
-
-    def skeleton(self, config: BlockSkipConfig) -> DiTBlockSkipTransformer:
-        """The transformer without weights, placeholders on."""
-        return DiTBlockSkipTransformer(
-            empty_transformer(self.transformer_config), config, self.family.block_stacks
-        )
-
-    def lora_targets(self, config: BlockSkipConfig, layers: Sequence[str] | None = None) -> list[str]:
-        """Full names of the layers that get LoRA; see :func:`~blockskip_hooks.lora.lora_targets`."""
-        return lora_targets(
-            self.skeleton(config), layers or self.family.lora_layers, self.family.text_stream_layers
-        )
-
-
-def preset_names() -> list[str]:
-    """Names that :func:`load_preset` knows."""
-    folder = resources.files("blockskip_hooks") / "presets"
-    return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
-
-
-def load_preset(name: str) -> Preset:
-    """Read a preset.
-
-    Raises:
-        ValueError: if there is none of this name.
-    """
-    if name not in preset_names():
-        raise ValueError(f"--preset '{name}' does not exist; choose one of {', '.join(preset_names())}.")
-    data = json.loads((resources.files("blockskip_hooks") / "presets" / f"{name}.json").read_text())
-    # A family reads its configs from a model folder, and keeps what it read.
-    with tempfile.TemporaryDirectory() as folder:
-        for component, file_name in (("vae", "config.json"), ("scheduler", "scheduler_config.json")):
-            path = Path(folder) / component / file_name
-            path.parent.mkdir()
-            path.write_text(json.dumps(data[component]))
-        family = FAMILIES[data["pipeline"]](Path(folder))
-    return Preset(data["name"], family, data["transformer"], data["text_encoders"])

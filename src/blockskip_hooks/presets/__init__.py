@@ -1,0 +1,80 @@
+"""Public architectures of models, so that a run can be planned without the model's files."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ..config import BlockSkipConfig
+from ..families import FAMILIES, Family
+from ..lora import lora_targets
+from ..simulation import empty_transformer
+from ..transformer import DiTBlockSkipTransformer
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The public architecture of a model, enough for a plan without its files.
+
+    Attributes:
+        name: Name of the model.
+        family: Its family, on configs alone.
+        transformer_config: Config of its transformer.
+        text_encoders: Configs of its text encoders.
+    """
+
+    name: str
+    family: Family
+    transformer_config: dict[str, Any]
+    text_encoders: list[dict[str, Any]] = field(default_factory=list)
+
+    def skeleton(self, config: BlockSkipConfig) -> DiTBlockSkipTransformer:
+        """The transformer without weights, placeholders on."""
+        return DiTBlockSkipTransformer(empty_transformer(self.transformer_config), config, self.family.block_stacks)
+
+    def lora_targets(self, config: BlockSkipConfig, layers: Sequence[str] | None = None) -> list[str]:
+        """Full names of the layers that get LoRA; see :func:`~blockskip_hooks.lora.lora_targets`.
+
+        Args:
+            config: The spans to skip.
+            layers: Names or name endings; by default the family's, as far as kept blocks have them.
+
+        Raises:
+            ValueError: if one of the given layers matches nothing in the kept blocks.
+        """
+        skeleton = self.skeleton(config)
+        if layers is None:
+            ends = self.family.lora_layers
+            kept = [f"{block.name}.{n}" for block in skeleton.spans.kept for n, _ in block.module.named_modules()]
+            layers = [end for end in ends if any(name.endswith(f".{end}") for name in kept)]
+        return lora_targets(skeleton, layers, self.family.text_stream_layers)
+
+
+def preset_names() -> list[str]:
+    """Names that :func:`load_preset` knows."""
+    folder = resources.files(__name__)
+    return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
+
+
+def load_preset(name: str) -> Preset:
+    """Read a preset.
+
+    Raises:
+        ValueError: if there is none of this name.
+    """
+    if name not in preset_names():
+        raise ValueError(f"--preset '{name}' does not exist; choose one of {', '.join(preset_names())}.")
+    data = json.loads((resources.files(__name__) / f"{name}.json").read_text())
+    # A family reads its configs from a model folder, and keeps what it read.
+    with tempfile.TemporaryDirectory() as folder:
+        for component, file_name in (("vae", "config.json"), ("scheduler", "scheduler_config.json")):
+            path = Path(folder) / component / file_name
+            path.parent.mkdir()
+            path.write_text(json.dumps(data[component]))
+        family = FAMILIES[data["pipeline"]](Path(folder))
+    return Preset(data["name"], family, data["transformer"], data["text_encoders"])

@@ -1,0 +1,365 @@
+"""Memory and FLOPs of transformer forwards and training steps, without weights and without running kernels.
+
+The real diffusers classes run on fake tensors: shapes, dtypes and lifetimes are those of a real run, no number is
+computed. What is counted is the storage of live tensors, as an allocator without fragmentation would hold it, and
+the FLOPs of matrix products. The fake tensors live on the CPU, where backward needs no driver; operators that other
+devices fuse or keep in another dtype may differ by a few percent there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import AutoencoderKL
+from torch._subclasses import FakeTensorMode
+
+from .blocks import Block
+from .config import BlockSkipConfig
+from .counters import CountFlops, LiveBytes
+from .families import Family
+from .hooks import SpanResiduals
+from .lora import add_lora
+from .losses import combine_losses, flow_matching_loss
+from .precompute import base_model
+from .training_data import Batch
+from .transformer import DiTBlockSkipTransformer, _cast_floating
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a piece of work needs.
+
+    Attributes:
+        peak_bytes: Most live bytes at a time, parameters included.
+        parameter_bytes: Of them, parameters of the model without LoRA, a streamed block included.
+        lora_bytes: Of them, LoRA weights and their optimizer state.
+        product_flops: FLOPs of matrix products and convolutions.
+        attention_flops: FLOPs of attention.
+    """
+
+    peak_bytes: int
+    parameter_bytes: int
+    lora_bytes: int = 0
+    product_flops: int = 0
+    attention_flops: int = 0
+
+    @property
+    def activation_bytes(self) -> int:
+        """The rest: inputs, activations, and gradients alive at the peak."""
+        return max(0, self.peak_bytes - self.parameter_bytes - self.lora_bytes)
+
+    def beside(self, *, parameter_bytes: int = 0, lora_bytes: int = 0) -> Usage:
+        """The same work while other parameters, or LoRA weights and optimizer state, are resident."""
+        return replace(
+            self,
+            peak_bytes=self.peak_bytes + parameter_bytes + lora_bytes,
+            parameter_bytes=self.parameter_bytes + parameter_bytes,
+            lora_bytes=self.lora_bytes + lora_bytes,
+        )
+
+    def then(self, other: Usage) -> Usage:
+        """This work and, after it, another: the bytes of the larger, the FLOPs of both."""
+        return replace(
+            max(self, other, key=lambda usage: usage.peak_bytes),
+            product_flops=self.product_flops + other.product_flops,
+            attention_flops=self.attention_flops + other.attention_flops,
+        )
+
+
+class FakeTransformer:
+    """A transformer with block skipping, LoRA and no weights.
+
+    Kept blocks have fake weights in ``dtype``, LoRA ones in float32. Skipped blocks have weights only while they run.
+
+    Args:
+        family: The model's family.
+        transformer_config: Config of the transformer, with its ``_class_name``.
+        config: The spans to skip.
+        rank: Rank of the LoRA matrices.
+        lora_targets: Full names of the modules that get LoRA.
+        dtype: Dtype of the model's weights. In half precision the training step runs under autocast.
+
+    Raises:
+        ValueError: if the config names no transformer of diffusers, or no block would be kept.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        transformer_config: Mapping[str, Any],
+        config: BlockSkipConfig,
+        *,
+        rank: int,
+        lora_targets: Sequence[str],
+        dtype: torch.dtype,
+    ) -> None:
+        self.family = family
+        self.transformer_config = transformer_config
+        self.dtype = dtype
+        self.fake_mode = FakeTensorMode()
+        transformer = empty_transformer(transformer_config)
+        _cast_floating(transformer, dtype)
+        transformer.requires_grad_(False)
+        if lora_targets:
+            # Settings other than the rank change neither memory nor FLOPs.
+            add_lora(transformer, lora_targets, rank=rank, alpha=rank, dropout=0.0, seed=0)
+        self.model = DiTBlockSkipTransformer(transformer, config, family.block_stacks)
+        skipped = {id(part) for block in self.model.spans.skipped for part in block.module.modules()}
+        with self.fake_mode:
+            for module in transformer.modules():
+                if id(module) not in skipped:
+                    _materialise(module)
+
+    @property
+    def lora_parameters(self) -> list[torch.nn.Parameter]:
+        """The trainable weights."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def capture(
+        self, batch_size: int, resolution: int, text_tokens: int, *, with_adapters: bool = False
+    ) -> tuple[Usage, SpanResiduals]:
+        """A precompute forward: no gradients, skipped blocks streamed one at a time.
+
+        Args:
+            batch_size: Samples per forward.
+            resolution: Side of the images in pixels.
+            text_tokens: Tokens of a prompt.
+            with_adapters: Whether LoRA takes part, as in residuals computed online.
+
+        Returns:
+            What it needs, and fake residuals with the batch's shapes.
+        """
+        adapters = contextlib.nullcontext() if with_adapters else base_model(self.model.transformer)
+        with adapters, self._measured() as (live, flops):
+            inputs = self._inputs(self._batch(batch_size, resolution, text_tokens))
+            with self._autocast(), _streamed(self.model.spans.skipped):
+                residuals = self.model.capture_residuals(**inputs, return_dict=False)
+        return self._usage(live, flops, self._largest_skipped_block()), residuals
+
+    @torch.no_grad()
+    def infer(self, batch_size: int, resolution: int, text_tokens: int) -> Usage:
+        """A forward of the whole model without gradients, skipped blocks streamed one at a time."""
+        with self._measured() as (live, flops):
+            inputs = self._inputs(self._batch(batch_size, resolution, text_tokens))
+            with self._autocast(), _streamed(self.model.spans.skipped), self.model.full_model() as transformer:
+                transformer(**inputs, return_dict=False)
+        return self._usage(live, flops, self._largest_skipped_block())
+
+    def train(
+        self,
+        batch_size: int,
+        resolution: int,
+        text_tokens: int,
+        residuals: SpanResiduals,
+        *,
+        gradient_checkpointing: bool = False,
+        accumulated_gradients: bool = False,
+    ) -> Usage:
+        """Forward, flow-matching loss and backward of one training step.
+
+        Args:
+            batch_size: Samples per forward.
+            resolution: Side of the images in pixels.
+            text_tokens: Tokens of a prompt.
+            residuals: With the shapes and dtypes of a sample's residuals; their batch size does not matter.
+            gradient_checkpointing: Whether blocks are computed again in backward.
+            accumulated_gradients: Whether gradients of earlier batches are there already.
+
+        Returns:
+            What it needs, without optimizer state.
+        """
+        transformer: Any = self.model.transformer
+        if gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
+        self.model.train()
+        with self._measured() as (live, flops):
+            if accumulated_gradients:
+                for parameter in self.lora_parameters:
+                    parameter.grad = torch.zeros_like(parameter)
+            batch = self._batch(batch_size, resolution, text_tokens)
+            batch.residuals = SpanResiduals(
+                **{n: torch.empty((batch_size, *t.shape[1:]), dtype=t.dtype) for n, t in residuals.tensors().items()}
+            )
+            inputs = self._inputs(batch)
+            with self._autocast():
+                prediction = self.model(**inputs, residuals=batch.residuals, return_dict=False)[0]
+            prediction = self.family.prediction_to_latents(prediction.float(), batch.latents)
+            losses = flow_matching_loss(prediction, batch.target, batch.sigmas, "none")
+            combine_losses(losses, with_prior_preservation=False, prior_loss_weight=0.0).backward()
+        for parameter in self.lora_parameters:
+            parameter.grad = None
+        return self._usage(live, flops, 0)
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        """Mixed precision as accelerate sets it up."""
+        if self.dtype not in (torch.bfloat16, torch.float16):
+            return contextlib.nullcontext()
+        return torch.autocast("cpu", self.dtype)
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        return self.family.transformer_inputs(
+            self.transformer_config, batch.noisy_latents, batch.timesteps, batch.embeds, guidance_scale=1.0
+        )
+
+    def _batch(self, batch_size: int, resolution: int, text_tokens: int) -> Batch:
+        side = resolution // self.family.vae_scale_factor
+        shape = (batch_size, self.family.latent_channels, side, side)
+        shapes = embed_shapes(self.transformer_config, text_tokens)
+        return Batch(
+            samples=[],
+            latents=torch.empty(shape, dtype=self.dtype),
+            noise=torch.empty(shape, dtype=self.dtype),
+            timesteps=torch.empty(batch_size),
+            sigmas=torch.empty((batch_size, 1, 1, 1), dtype=self.dtype),
+            embeds={name: torch.empty((batch_size, *s), dtype=self.dtype) for name, s in shapes.items()},
+            prompts=[],
+            residuals=None,
+        )
+
+    @contextlib.contextmanager
+    def _measured(self) -> Iterator[tuple[LiveBytes, CountFlops]]:
+        with self.fake_mode, LiveBytes() as live, CountFlops() as flops:
+            live.track(self._resident())
+            yield live, flops
+
+    def _resident(self) -> Iterator[torch.Tensor]:
+        yield from (p for p in self.model.parameters() if p.device.type != "meta")
+        yield from (b for b in self.model.buffers() if b.device.type != "meta")
+
+    def _largest_skipped_block(self) -> int:
+        return max((sum(map(_num_bytes, b.module.parameters())) for b in self.model.spans.skipped), default=0)
+
+    def _usage(self, live: LiveBytes, flops: CountFlops, streamed_bytes: int) -> Usage:
+        lora_bytes = sum(map(_num_bytes, self.lora_parameters))
+        return Usage(
+            peak_bytes=live.peak,
+            parameter_bytes=sum(map(_num_bytes, self._resident())) - lora_bytes + streamed_bytes,
+            lora_bytes=lora_bytes,
+            product_flops=flops.products,
+            attention_flops=flops.attention,
+        )
+
+
+def empty_transformer(transformer_config: Mapping[str, Any]) -> torch.nn.Module:
+    """The transformer of a config on the meta device: its modules and names, without memory.
+
+    Raises:
+        ValueError: if the config does not name a model class of diffusers.
+    """
+    model_class = getattr(diffusers, str(transformer_config.get("_class_name")), None)
+    if model_class is None:
+        raise ValueError(
+            f"The transformer's config names the class {transformer_config.get('_class_name')}, which diffusers "
+            f"{diffusers.__version__} does not have."
+        )
+    with torch.device("meta"):
+        return model_class.from_config(dict(transformer_config))
+
+
+def simulate_vae(family: Family, batch_size: int, resolution: int, dtype: torch.dtype, *, decode: bool) -> Usage:
+    """What the family's VAE needs to encode, or decode, images.
+
+    Args:
+        family: The model's family.
+        batch_size: Images at a time.
+        resolution: Their side in pixels.
+        dtype: Dtype of weights and images.
+        decode: Whether latents become images; otherwise images become latents.
+    """
+    with torch.device("meta"):
+        vae = torch.nn.Module.to(AutoencoderKL.from_config(dict(family.vae_config)), dtype)
+    vae.requires_grad_(False)
+    with FakeTensorMode(), torch.no_grad(), LiveBytes() as live, CountFlops() as flops:
+        for module in vae.modules():
+            _materialise(module)
+        parameter_bytes = live.current
+        if decode:
+            side = resolution // family.vae_scale_factor
+            latents = torch.empty((batch_size, family.latent_channels, side, side), dtype=dtype)
+            vae.decode(latents, return_dict=False)
+        else:
+            family.posterior(vae, torch.empty((batch_size, 3, resolution, resolution), dtype=dtype))
+    return Usage(live.peak, parameter_bytes, 0, flops.products, flops.attention)
+
+
+def simulate_text_encoder(config: Mapping[str, Any], batch_size: int, text_tokens: int, dtype: torch.dtype) -> Usage:
+    """What a text encoder of transformers needs to encode prompts.
+
+    Args:
+        config: Its config, with ``model_type`` and ``architectures``.
+        batch_size: Prompts at a time.
+        text_tokens: Tokens of a prompt; an encoder with fewer positions gets as many as it has.
+        dtype: Dtype of its weights.
+    """
+    settings = {name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")}
+    model_class = getattr(transformers, settings["architectures"][0])
+    model_config = model_class.config_class.from_dict(settings)
+    with torch.device("meta"):
+        encoder = torch.nn.Module.to(model_class(model_config), dtype)
+    encoder.requires_grad_(False).eval()
+    tokens = min(text_tokens, getattr(model_config, "max_position_embeddings", text_tokens))
+    with FakeTensorMode(), torch.no_grad(), LiveBytes() as live, CountFlops() as flops:
+        for module in encoder.modules():
+            _materialise(module)
+        parameter_bytes = live.current
+        encoder(input_ids=torch.zeros((batch_size, tokens), dtype=torch.long))
+    return Usage(live.peak, parameter_bytes, 0, flops.products, flops.attention)
+
+
+def embed_shapes(transformer_config: Mapping[str, Any], text_tokens: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of one prompt's embeddings, from the widths that the transformer's config declares for its inputs."""
+    shapes: dict[str, tuple[int, ...]] = {"prompt_embeds": (text_tokens, transformer_config["joint_attention_dim"])}
+    if transformer_config.get("pooled_projection_dim"):
+        shapes["pooled_prompt_embeds"] = (transformer_config["pooled_projection_dim"],)
+    return shapes
+
+
+def _num_bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _materialise(module: torch.nn.Module) -> list[tuple[dict[str, Any], str, torch.Tensor]]:
+    """Give a module's own parameters and buffers memory; returns what undoes it."""
+    replaced: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+    holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+    for holder in holders:
+        for name, tensor in holder.items():
+            if tensor is None:
+                continue
+            value: torch.Tensor = torch.empty(tuple(tensor.shape), dtype=tensor.dtype)
+            if isinstance(tensor, torch.nn.Parameter):
+                value = torch.nn.Parameter(value, requires_grad=tensor.requires_grad)
+            replaced.append((holder, name, tensor))
+            holder[name] = value
+    return replaced
+
+
+@contextlib.contextmanager
+def _streamed(blocks: Sequence[Block]) -> Iterator[None]:
+    """Within this context a block's weights take memory while it runs, as when they are read from the checkpoint."""
+    loaded: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+
+    def load(module: torch.nn.Module, args: Any) -> None:
+        for part in module.modules():
+            loaded.extend(_materialise(part))
+
+    def unload(*_: Any) -> None:
+        for holder, name, tensor in loaded:
+            holder[name] = tensor
+        loaded.clear()
+
+    handles = [block.module.register_forward_pre_hook(load) for block in blocks]
+    handles += [block.module.register_forward_hook(unload) for block in blocks]
+    try:
+        yield
+    finally:
+        # A capture forward leaves its last block by an exception, which skips the forward hook.
+        unload()
+        for handle in handles:
+            handle.remove()

@@ -91,13 +91,15 @@ TINY_FAMILIES = [
 ]
 
 
-WORDS = "a photo of sks dog cat on in the red blue beach snow object".split()
+WORDS = ["a", "photo", "of", "sks", "dog", "cat", "on", "in", "the", "red", "blue", "beach", "snow", "object"]
 
 
 def _tokenizers(folder: Path) -> tuple[CLIPTokenizer, T5TokenizerFast]:
     """Word-level tokenizers of the real classes."""
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = {token: i for i, token in enumerate(["<|startoftext|>", "<|endoftext|>", *(f"{w}</w>" for w in WORDS)])}
+    vocabulary = {
+        token: i for i, token in enumerate(["<|startoftext|>", "<|endoftext|>", *(f"{w}</w>" for w in WORDS)])
+    }
     for letter in "abcdefghijklmnopqrstuvwxyz":
         vocabulary.setdefault(letter, len(vocabulary))
         vocabulary.setdefault(f"{letter}</w>", len(vocabulary))

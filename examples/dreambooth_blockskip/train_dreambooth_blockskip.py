@@ -29,7 +29,7 @@ from blockskip_hooks.class_images import make_class_images
 from blockskip_hooks.encode import encode_prompts
 from blockskip_hooks.monitor import StageMonitor, write_json
 from blockskip_hooks.outputs import push_to_hub, run_report, write_outputs
-from blockskip_hooks.plan import describe_plan, plan_run
+from blockskip_hooks.plan import describe_plan, plan_for, planned_batch_size
 from blockskip_hooks.residual_store import ResidualStore
 from blockskip_hooks.run import Run, prepare_run, segments, stretches, weight_dtype
 from blockskip_hooks.trainer import Trainer
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         with monitor.stage("plan"):
             run = prepare_run(args)
             accelerator = make_accelerator(run)
-            plan = plan_run(run, weight_dtype(accelerator), accelerator.num_processes)
+            plan = plan_for(run, weight_dtype(accelerator), accelerator.num_processes)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -147,7 +147,7 @@ def train(run: Run, accelerator: Accelerator, monitor: StageMonitor, plan: dict,
     num_stretches = 0
     for stretch, first in stretches(trainer.step, max_train_steps, steps_per_stretch):
         num_stretches += 1
-        trainer.precompute(stretch)
+        trainer.precompute(stretch, args.precompute_batch_size or planned_batch_size(plan))
         for part in segments(range(first, stretch.stop), validation_steps):
             trainer.train(part)
             if part.stop % validation_steps == 0 and part.stop < max_train_steps:

@@ -32,26 +32,22 @@ def lora_targets(
             reads their output, so they would never learn and are left out.
 
     Raises:
-        ValueError: if a layer matches nothing outside the skipped blocks.
+        ValueError: if nothing matches outside the skipped blocks, or a name matches nothing at all.
     """
     skipped = tuple(f"{block.name}." for block in model.spans.skipped)
     last_kept = f"{model.spans.kept[-1].name}."
     names = [name for name, module in model.transformer.named_modules() if isinstance(module, torch.nn.Linear)]
-
-    def matches(name: str, layer: str) -> bool:
-        return name == layer or name.endswith(f".{layer}")
-
-    targets = []
+    targets: list[str] = []
     for layer in layers:
-        everywhere = [name for name in names if matches(name, layer)]
-        kept = [name for name in everywhere if not name.startswith(skipped)] if skipped else everywhere
-        if not kept:
-            if not everywhere:
-                reason = "no linear layer of the transformer has this name"
-            else:
-                reason = f"its {len(everywhere)} matches are all in skipped blocks"
-            raise ValueError(f"--lora_layers '{layer}' matches nothing that trains: {reason}.")
-        targets += kept
+        matches = [name for name in names if name == layer or name.endswith(f".{layer}")]
+        if not matches:
+            raise ValueError(f"--lora_layers '{layer}' is the name of no linear layer of this model; correct it.")
+        targets += [name for name in matches if not (skipped and name.startswith(skipped))]
+    if not targets:
+        raise ValueError(
+            f"--lora_layers '{','.join(layers)}' matches layers of skipped blocks only; name layers that the kept "
+            f"blocks ({model.spans.kept[0].name} to {model.spans.kept[-1].name}) have, or skip fewer blocks."
+        )
     if model.spans.trailing:
         unread = [name for name in targets if name.startswith(last_kept) and _ends_with(name, text_stream_layers)]
         targets = [name for name in targets if name not in set(unread)]

@@ -92,6 +92,11 @@ class Run:
     def kinds(self) -> tuple[SampleKind, ...]:
         return ("instance", "class") if self.args.with_prior_preservation else ("instance",)
 
+    @property
+    def transformer_config(self) -> dict[str, Any]:
+        """Config of the transformer, with its class name."""
+        return diffusers.AutoModel.load_config(str(self.family.model_path / "transformer"))
+
     def photo_sources(self) -> dict[SampleKind, PhotoSource]:
         """Decode the photos; class images must exist by now."""
         args = self.args

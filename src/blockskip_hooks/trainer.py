@@ -119,8 +119,14 @@ class Trainer:
             del vae
             free_memory()
 
-    def precompute(self, steps: range) -> None:
-        """Make this process's records of a stretch, where they are missing."""
+    def precompute(self, steps: range, batch_size: int | None = None) -> None:
+        """Make this process's records of a stretch, where they are missing.
+
+        Args:
+            steps: The whole stretch, also when part of it has been trained: records then come out of the same
+                batches, and with the same last bits, as in a run that was never stopped.
+            batch_size: Samples per forward; halved when memory runs out.
+        """
         if self.store is None:
             return
         args = self.run.args
@@ -134,7 +140,7 @@ class Trainer:
                     vae=vae,
                     store=self.store,
                     guidance_scale=args.guidance_scale,
-                    batch_size=args.precompute_batch_size,
+                    batch_size=batch_size,
                     with_residuals=self.run.skips and self.run.config.residuals == "precomputed",
                     progress=bar,
                 )

@@ -65,6 +65,11 @@ class Family(ABC):
         """Pixels per transformer token along one side: VAE factor x patchify."""
 
     @property
+    @abstractmethod
+    def image_size(self) -> int:
+        """Side in pixels of the images that the pipeline makes unless told otherwise."""
+
+    @property
     def latent_channels(self) -> int:
         """Channels of the VAE's latents."""
         return self.vae_config["latent_channels"]

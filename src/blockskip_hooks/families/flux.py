@@ -48,6 +48,10 @@ class Flux(Family):
     def latent_token_size(self) -> int:
         return 2 * self.vae_scale_factor
 
+    @property
+    def image_size(self) -> int:
+        return 128 * self.vae_scale_factor
+
     @torch.no_grad()
     def encode_prompts(
         self, pipeline: DiffusionPipeline, prompts: Sequence[str], max_sequence_length: int

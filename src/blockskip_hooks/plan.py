@@ -1,0 +1,78 @@
+"""The plan of a prepared run: what the planner simulates, and the text a run starts with."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+
+from .planner import PlanRequest, format_plan, plan_run
+from .run import Run
+
+
+def plan_for(run: Run, dtype: torch.dtype, num_processes: int) -> dict[str, Any]:
+    """Simulate the stages of ``run`` and return the contents of ``plan.json``.
+
+    Args:
+        run: The prepared run.
+        dtype: Dtype of frozen weights.
+        num_processes: Processes that share the work.
+    """
+    args, family = run.args, run.family
+    num_images = {kind: args.num_class_images if kind == "class" else len(run.photos) for kind in run.kinds}
+    _, steps = run.schedule(num_images, num_processes)
+    samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * num_processes * len(run.kinds)
+    config_files = [family.model_path / name / "config.json" for name in family.text_components]
+    request = PlanRequest(
+        family=family,
+        transformer_config=run.transformer_config,
+        config=run.config,
+        patch=run.patch,
+        rank=args.rank,
+        lora_targets=run.targets,
+        batch_size=args.train_batch_size * len(run.kinds),
+        text_tokens=args.max_sequence_length,
+        weight_dtype=dtype,
+        gradient_checkpointing=args.gradient_checkpointing,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        use_8bit_adam=args.use_8bit_adam,
+        cache_latents=args.cache_latents,
+        precompute_batch_size=args.precompute_batch_size,
+        num_samples=steps * samples_per_step,
+        residual_budget_bytes=run.residual_budget() if run.uses_store else None,
+        text_encoders=[json.loads(file.read_text()) for file in config_files if file.is_file()],
+        validation_resolution=run.pipeline_kwargs.get("height", family.image_size) if run.prompts else None,
+        skip_source=run.selection.source,
+        skip_table=run.selection.table,
+    )
+    return plan_run(request)
+
+
+def planned_batch_size(plan: dict[str, Any]) -> int | None:
+    """Samples per precompute forward that need no more memory than a training step, by the plan."""
+    return next((stage["batch_size"] for stage in plan["stages"] if stage["name"] == "precompute"), None)
+
+
+def describe_plan(run: Run, plan: dict[str, Any]) -> str:
+    """The first screen: what happens, on what, in how much memory, and what is written where."""
+    args = run.args
+    photos = args.dataset_name or args.instance_data_dir
+    model = f"{run.model_name} ({run.family.name})"
+    lines = []
+    if run.embedded:
+        lines.append("No --pretrained_model_name_or_path: using the embedded model, a small real FLUX pipeline.")
+        if "instance_data_dir" not in args.given and not args.dataset_name:
+            lines.append("No --instance_data_dir: using the embedded photos of an unseen subject.")
+    outputs = {
+        "LoRA, report, plan, card": str(run.output_dir),
+        "checkpoints": f"every {args.checkpointing_steps} steps",
+    }
+    if run.uses_store:
+        outputs["records"] = str(run.residual_dir) + ("" if args.residual_dir else " (removed at the end)")
+    lines.append(format_plan(plan, model=model, outputs=outputs))
+    lines.insert(-1, f'Photos   {len(run.photos)} from {photos}, prompt "{args.instance_prompt}"')
+    return "\n".join(lines)
+
+
+__all__ = ["describe_plan", "plan_for", "planned_batch_size"]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from diffusers.training_utils import free_memory
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from .families import Family, PromptEmbeds
 
@@ -19,7 +20,7 @@ PROMPTS_AT_ONCE = 8
 class TrainedText:
     """The text encoder that trains along, and its tokens of every prompt."""
 
-    encoder: torch.nn.Module
+    encoder: PreTrainedModel
     tokens: dict[str, torch.Tensor]
 
 

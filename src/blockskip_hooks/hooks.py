@@ -213,7 +213,7 @@ def remove_block_skip(transformer: torch.nn.Module, stacks: Sequence[str] | None
     """Take every placeholder off ``transformer``; its blocks run as before, bit for bit."""
     for block in list_blocks(transformer, stacks):
         if _placeholder(block.module) is not None:
-            block.module._diffusers_hook.remove_hook(PLACEHOLDER_HOOK, recurse=False)
+            HookRegistry.check_if_exists_or_initialize(block.module).remove_hook(PLACEHOLDER_HOOK, recurse=False)
 
 
 def _placeholder(module: torch.nn.Module) -> ModelHook | None:

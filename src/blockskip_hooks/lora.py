@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from diffusers.training_utils import _collate_lora_metadata, cast_training_params
 from diffusers.utils import convert_unet_state_dict_to_peft
 from peft import LoraConfig, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
+from transformers import PreTrainedModel
 
 from .families import Family
 from .sample_plan import derived_seed
@@ -59,7 +61,7 @@ def _ends_with(name: str, layers: Sequence[str]) -> bool:
 
 
 def add_lora(
-    module: torch.nn.Module, targets: Sequence[str], *, rank: int, alpha: int, dropout: float, seed: int
+    module: ModelMixin | PreTrainedModel, targets: Sequence[str], *, rank: int, alpha: int, dropout: float, seed: int
 ) -> list[torch.nn.Parameter]:
     """Freeze ``module``, add LoRA in float32 and return its parameters. Weights start the same for the same seed."""
     module.requires_grad_(False)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import find_executable_batch_size
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, ModelMixin
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tqdm.auto import tqdm
 
@@ -24,7 +24,7 @@ LARGEST_BATCH = {"cpu": 32, "cuda": 64}
 
 
 @contextlib.contextmanager
-def base_model(transformer: torch.nn.Module) -> Iterator[None]:
+def base_model(transformer: ModelMixin) -> Iterator[None]:
     """Within this context adapters take no part, so residuals are the frozen model's."""
     has_adapters = any(isinstance(module, BaseTunerLayer) for module in transformer.modules())
     if has_adapters:

@@ -12,6 +12,7 @@ import torch
 from accelerate import init_empty_weights
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from accelerate.utils import PrefixedDataset, set_module_tensor_to_device
+from diffusers import ModelMixin
 
 from .blocks import Block, BlockSpans, list_blocks, split_blocks
 from .checkpoint_index import index_safetensors, weights_loader
@@ -44,14 +45,14 @@ class DiTBlockSkipTransformer(torch.nn.Module):
 
     def __init__(
         self,
-        transformer: torch.nn.Module,
+        transformer: ModelMixin,
         config: BlockSkipConfig,
         stacks: Sequence[str] | None = None,
         *,
         offload_device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.transformer = transformer
+        self.transformer: ModelMixin = transformer
         self._stacks = stacks
         self.spans: BlockSpans = split_blocks(list_blocks(transformer, stacks), config)
         if offload_device is not None:
@@ -120,7 +121,7 @@ class DiTBlockSkipTransformer(torch.nn.Module):
             _stream(block, device, PrefixedDataset(loader, f"{block.name}."))
         return cls(transformer, config, stacks)
 
-    def remove(self) -> torch.nn.Module:
+    def remove(self) -> ModelMixin:
         """Take the placeholders and the streaming off and return the model.
 
         Weights that were in memory are put back; blocks read from a checkpoint by :meth:`from_pretrained` are left
@@ -170,7 +171,7 @@ class DiTBlockSkipTransformer(torch.nn.Module):
         return captured
 
     @contextmanager
-    def full_model(self) -> Iterator[torch.nn.Module]:
+    def full_model(self) -> Iterator[ModelMixin]:
         """Let the wrapped model compute every block, streamed where needed; for pipelines and validation."""
         previous = self.skip_state.mode
         self.skip_state.mode = SkipMode.RUN

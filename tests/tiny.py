@@ -167,4 +167,6 @@ def save_tiny_flux(folder: Path, guidance_embeds: bool = True) -> Path:
         tokenizer_2=t5_tokenizer,
         transformer=_flux(guidance_embeds)(),
     ).save_pretrained(folder)
+    images = {"height": 32, "width": 32, "num_inference_steps": 2}
+    (folder / "blockskip_defaults.json").write_text(json.dumps({"schema": 1, "pipeline_kwargs": images}))
     return folder

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import shutil
 from pathlib import Path
@@ -120,7 +121,9 @@ def load_training_state(folder: Path, optimizer: Any, scheduler: Any) -> dict[st
         entries.setdefault(int(index), {})[name] = tensor
     current = optimizer.state_dict()["param_groups"]
     same = [len(g["params"]) for g in saved["param_groups"]] == [len(g["params"]) for g in current] and all(
-        old.keys() == new.keys() for old, new in zip(saved["param_groups"], current)
+        # Prodigy adds entries to its groups as it goes.
+        new.keys() <= old.keys()
+        for old, new in zip(saved["param_groups"], current)
     )
     if not same:
         raise ValueError(
@@ -128,7 +131,7 @@ def load_training_state(folder: Path, optimizer: Any, scheduler: Any) -> dict[st
             "settings it was made with."
         )
     groups = [
-        {name: tuple(value) if isinstance(new[name], tuple) else value for name, value in old.items()}
+        {name: _restore(value, new.get(name)) for name, value in old.items()}
         for old, new in zip(saved["param_groups"], current)
     ]
     optimizer.load_state_dict({"state": entries, "param_groups": groups})
@@ -137,4 +140,14 @@ def load_training_state(folder: Path, optimizer: Any, scheduler: Any) -> dict[st
 
 
 def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, torch.Tensor) else value
+    """A value as JSON can hold it; JSON has no infinity, which Prodigy's growth rate is."""
+    if isinstance(value, torch.Tensor):
+        value = value.item()
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _restore(value: Any, like: Any) -> Any:
+    """A value from JSON in the type that the optimiser holds."""
+    if isinstance(like, tuple):
+        return tuple(value)
+    return float(value) if isinstance(like, float) else value

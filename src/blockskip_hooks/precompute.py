@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from accelerate.utils import find_executable_batch_size
 from diffusers import AutoencoderKL, ModelMixin
 from peft.tuners.tuners_utils import BaseTunerLayer

@@ -1,0 +1,387 @@
+"""Training through the script: truths E4-E6, resume, and the modes of residuals, on a tiny FLUX pipeline."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import FluxPipeline
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from blockskip_hooks.data import PhotoSet, scan_photos
+from blockskip_hooks.families.flux import Flux
+from blockskip_hooks.lora import add_lora, lora_targets
+from blockskip_hooks.transformer import BlockSkipConfig, DiTBlockSkipTransformer
+from tests.tiny import save_tiny_flux
+
+
+ROOT = Path(__file__).parents[1]
+PROMPT = "a photo of sks dog"
+WEIGHTS = "pytorch_lora_weights.safetensors"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    path = ROOT / "examples" / "dreambooth_blockskip" / "train_dreambooth_blockskip.py"
+    spec = importlib.util.spec_from_file_location("train_dreambooth_blockskip", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_flux(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    generator = torch.Generator().manual_seed(0)
+    for number, size in enumerate([(80, 64), (64, 64), (64, 96)]):
+        pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).resize(size).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture
+def train(script: ModuleType, model: Path, photos: Path, tmp_path: Path):
+    """Run the script with small settings; returns its output folder."""
+
+    def run(*flags: str, name: str = "out", expect: int = 0) -> Path:
+        output = tmp_path / name
+        settings = {
+            "--pretrained_model_name_or_path": model,
+            "--instance_data_dir": photos,
+            "--instance_prompt": PROMPT,
+            "--output_dir": output,
+            "--resolution": 64,
+            "--max_sequence_length": 12,
+            "--train_batch_size": 2,
+            "--max_train_steps": 4,
+            "--checkpointing_steps": 100,
+            "--rank": 2,
+            "--learning_rate": 1e-2,
+            "--lr_warmup_steps": 0,
+            "--seed": 3,
+            "--report_to": "none",
+        }
+        # Accelerate's state lives as long as the process; a run of its own would start without.
+        AcceleratorState._reset_state(reset_partial_state=True)
+        given = {flag for flag in flags if flag.startswith("--")}
+        argv = [str(part) for flag, value in settings.items() if flag not in given for part in (flag, value)]
+        assert script.main([*argv, *flags]) == expect
+        return output
+
+    return run
+
+
+def losses(output: Path) -> list[float]:
+    return json.loads((output / "run_report.json").read_text())["train"]["loss"]
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / WEIGHTS)
+
+
+def assert_same_weights(actual: Path, expected: Path) -> None:
+    a, b = weights(actual), weights(expected)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def test_plain_mode_is_a_straightforward_loop(train, model: Path, photos: Path):
+    """E6: the same losses as a loop over the stock model, on the same samples."""
+    output = train("--skip_blocks", "none", "--patch_sampling", "none")
+
+    from blockskip_hooks.config import PatchSamplingConfig
+    from blockskip_hooks.sample_plan import SamplePlan, derived_seed
+
+    family = Flux(model)
+    patch = PatchSamplingConfig(mode="none", min_size=32, max_size=64, multiple=8)
+    plan = SamplePlan(
+        seed=3, num_images={"instance": 3}, epoch_length=3, timesteps=family.scheduler.timesteps, patch=patch
+    )
+    pictures = PhotoSet(scan_photos(photos), 64)
+    pipeline = FluxPipeline.from_pretrained(model)
+    tokens, pooled, text_ids = pipeline.encode_prompt([PROMPT] * 2, max_sequence_length=12)
+    tokens, pooled = tokens.detach(), pooled.detach()
+    transformer = pipeline.transformer
+    targets = lora_targets(DiTBlockSkipTransformer(transformer, BlockSkipConfig()), family.lora_layers)
+    parameters = add_lora(transformer, targets, rank=2, alpha=4, dropout=0.0, seed=3)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=1e-4)
+    expected = []
+    for step in range(4):
+        samples = [plan.sample(2 * step), plan.sample(2 * step + 1)]
+        crops = [
+            pictures.crop(s.image, patch_size=64, top=s.top, left=s.left, flip=s.flip, output_size=64) for s in samples
+        ]
+        with torch.no_grad():
+            posterior = pipeline.vae.encode(torch.stack(crops)).latent_dist
+        draws = [
+            torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(derived_seed(s.noise_seed, "posterior")))
+            for s in samples
+        ]
+        latents = ((posterior.mean + posterior.std * torch.stack(draws)) - 0.1) * 0.8
+        noise = torch.stack(
+            [torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(s.noise_seed)) for s in samples]
+        )
+        timesteps = family.scheduler.timesteps[[s.timestep_index for s in samples]]
+        sigmas = (timesteps / 1000).reshape(-1, 1, 1, 1)
+        noisy = (1 - sigmas) * latents + sigmas * noise
+        prediction = transformer(
+            hidden_states=FluxPipeline._pack_latents(noisy, 2, 4, 16, 16),
+            timestep=timesteps / 1000,
+            guidance=torch.full((2,), 3.5),
+            pooled_projections=pooled,
+            encoder_hidden_states=tokens,
+            txt_ids=text_ids,
+            img_ids=FluxPipeline._prepare_latent_image_ids(2, 8, 8, "cpu", torch.float32),
+            return_dict=False,
+        )[0]
+        prediction = FluxPipeline._unpack_latents(prediction, 64, 64, 4)
+        loss = ((prediction - (noise - latents)) ** 2).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(loss.item())
+    assert losses(output) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("residuals", ["precomputed", "online"])
+def test_without_trailing_span_training_is_lora_on_the_remaining_blocks(train, residuals: str):
+    """E2 over whole runs: skipping the leading span changes neither losses nor weights."""
+    flags = ("--patch_sampling", "none", "--lora_layers")
+    skipped = train("--skip_blocks", "2,0", "--residuals", residuals, *flags, "attn.to_q,attn.to_v", name="skipped")
+    kept = ",".join(f"single_transformer_blocks.{i}.attn.{p}" for i in range(3) for p in ("to_q", "to_v"))
+    plain = train("--skip_blocks", "none", *flags, kept, name="plain")
+    assert losses(skipped) == pytest.approx(losses(plain), rel=1e-4)
+    for name, value in weights(plain).items():
+        assert torch.allclose(weights(skipped)[name], value, atol=1e-5), name
+
+
+def test_exported_lora_is_a_stock_lora(train, model: Path):
+    """E4: kept blocks only, metadata, loads into the stock pipeline and changes its image."""
+    output = train("--skip_blocks", "1,2", "--validation_prompt", PROMPT, "--skip_final_inference")
+    kept = ("transformer.transformer_blocks.1.", "transformer.single_transformer_blocks.0.")
+    assert all(name.startswith(kept) for name in weights(output))
+    assert {name[: len("transformer.transformer_blocks.1.")] for name in weights(output)} >= {kept[0]}
+    with safe_open(output / WEIGHTS, framework="pt") as file:
+        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert metadata["transformer.r"] == 2 and metadata["transformer.lora_alpha"] == 4
+
+    pipeline = FluxPipeline.from_pretrained(model)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def image() -> torch.Tensor:
+        return torch.from_numpy(
+            pipeline(
+                PROMPT,
+                height=32,
+                width=32,
+                num_inference_steps=2,
+                max_sequence_length=12,
+                generator=torch.Generator().manual_seed(0),
+                output_type="np",
+            ).images
+        )
+
+    before = image()
+    pipeline.load_lora_weights(output)
+    assert (image() - before).abs().max() > 1e-3
+
+
+def test_full_model_with_the_lora_differs_by_the_trailing_approximation_only(train, model: Path):
+    """E4, second half: with fresh residuals of the trained model the two agree to rounding."""
+    output = train("--skip_blocks", "1,2")
+    pipeline = FluxPipeline.from_pretrained(model)
+    pipeline.load_lora_weights(output)
+    wrapped = DiTBlockSkipTransformer(pipeline.transformer, BlockSkipConfig(leading=1, trailing=2))
+    from tests.tiny import TINY_FAMILIES
+
+    inputs = TINY_FAMILIES[0].make_inputs(2)
+    pipeline.transformer.disable_adapters()
+    base_residuals = wrapped.capture_residuals(**inputs)
+    pipeline.transformer.enable_adapters()
+    fresh_residuals = wrapped.capture_residuals(**inputs)
+    with torch.no_grad():
+        full = wrapped(**inputs, return_dict=False)[0]
+        fresh = wrapped(**inputs, residuals=fresh_residuals, return_dict=False)[0]
+        stale = wrapped(**inputs, residuals=base_residuals, return_dict=False)[0]
+    assert (fresh - full).abs().max() <= 1e-5
+    assert (stale - full).abs().max() > 1e-4
+    assert torch.equal(fresh_residuals.leading_hidden_states, base_residuals.leading_hidden_states)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--skip_blocks", "1,2"),
+        ("--skip_blocks", "none"),
+        ("--skip_blocks", "2,1", "--residual_budget", "40KB", "--lora_dropout", "0.3"),
+        ("--skip_blocks", "1,1", "--optimizer", "prodigy", "--learning_rate", "1", "--lr_scheduler", "cosine"),
+        ("--skip_blocks", "1,1", "--gradient_accumulation_steps", "2", "--train_text_encoder"),
+    ],
+    ids=["skip", "plain", "stretches and dropout", "prodigy and cosine", "accumulation and text encoder"],
+)
+def test_resumed_run_equals_the_uninterrupted_one(train, flags: tuple[str, ...]):
+    """E5: bit for bit; the interrupted run stops after step 2 of 4, with its records gone."""
+    whole = train(*flags, "--upcast_before_saving", name="whole")
+    halves = train(*flags, "--checkpointing_steps", "2", name="halves")
+    for leftover in [halves / WEIGHTS, *halves.glob("checkpoint-4/*")]:
+        leftover.unlink()
+    (halves / "checkpoint-4").rmdir()
+    train(*flags, "--resume_from_checkpoint", "latest", "--upcast_before_saving", name="halves")
+    assert_same_weights(halves, whole)
+    assert losses(halves) == losses(whole)
+    assert len(losses(halves)) == 4
+
+
+def test_records_left_by_a_killed_run_are_used_again(train, tmp_path: Path):
+    store = tmp_path / "records"
+    first = train("--skip_blocks", "1,2", "--residual_dir", str(store), name="first")
+    second = train("--skip_blocks", "1,2", "--residual_dir", str(store), name="second")
+    assert json.loads((first / "run_report.json").read_text())["residuals"]["records"] == 8
+    assert json.loads((second / "run_report.json").read_text())["residuals"]["records"] == 0
+    assert_same_weights(first, second)
+
+
+def test_stretches_bound_the_disk_and_change_nothing(train, tmp_path: Path):
+    one = train("--skip_blocks", "1,2", name="one")
+    several = train("--skip_blocks", "1,2", "--residual_budget", "30KB", name="several")
+    residuals = json.loads((several / "run_report.json").read_text())["residuals"]
+    assert residuals["stretches"] > 1
+    assert_same_weights(one, several)
+    assert not (several / "residuals").exists()
+
+
+def test_residuals_matter(train):
+    with_residuals = train("--skip_blocks", "1,2", name="with")
+    without = train("--skip_blocks", "1,2", "--residuals", "none", name="without")
+    assert losses(with_residuals) != pytest.approx(losses(without), rel=1e-2)
+
+
+def test_cached_latents_give_the_same_training_on_fixed_crops(train):
+    fixed = ("--skip_blocks", "none", "--center_crop")
+    assert losses(train(*fixed, name="a")) == pytest.approx(
+        losses(train(*fixed, "--cache_latents", name="b")), rel=1e-5
+    )
+
+
+def test_captions_belong_to_their_photos(train, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A caption follows its photo however samples are drawn."""
+    from blockskip_hooks import training_data
+
+    folder = tmp_path / "captioned"
+    folder.mkdir()
+    for path, word in zip(sorted(photos.iterdir()), ("red", "blue", "snow")):
+        (folder / path.name).write_bytes(path.read_bytes())
+        (folder / path.name).with_suffix(".txt").write_text(f"a photo of sks dog {word}")
+    seen = []
+    original = training_data.SampleMaker.batch
+
+    def spy(self, samples, latents, residuals=None):
+        batch = original(self, samples, latents, residuals)
+        for sample, prompt, tokens in zip(batch.samples, batch.prompts, batch.embeds["prompt_embeds"]):
+            seen.append((sample.image, prompt, tokens))
+        return batch
+
+    monkeypatch.setattr(training_data.SampleMaker, "batch", spy)
+    train("--skip_blocks", "1,1", "--instance_data_dir", str(folder))
+    assert {image for image, _, _ in seen} == {0, 1, 2}
+    for image, prompt, tokens in seen:
+        assert prompt.endswith(("red", "blue", "snow")[image])
+        assert all(torch.equal(tokens, other) == (image == other_image) for other_image, _, other in seen)
+
+
+def test_prior_preservation_makes_and_trains_on_class_images(train, tmp_path: Path):
+    classes = tmp_path / "classes"
+    flags = ("--with_prior_preservation", "--class_data_dir", str(classes), "--class_prompt", "a photo of dog")
+    small = ("--num_class_images", "2", "--sample_batch_size", "2")
+    output = train("--skip_blocks", "1,1", "--train_batch_size", "1", *flags, *small)
+    assert len(list(classes.glob("*.jpg"))) == 2
+    assert len(losses(output)) == 4
+
+
+def test_trained_text_encoder_is_exported(train, model: Path):
+    output = train("--skip_blocks", "1,1", "--train_text_encoder", "--text_encoder_lr", "1e-2")
+    prefixes = {name.partition(".")[0] for name in weights(output)}
+    assert prefixes == {"transformer", "text_encoder"}
+    trained = [
+        value for name, value in weights(output).items() if name.startswith("text_encoder") and "lora_B" in name
+    ]
+    assert trained and all(value.any() for value in trained)
+    FluxPipeline.from_pretrained(model).load_lora_weights(output)
+
+
+def test_adapters_stay_float32_under_bfloat16(train):
+    output = train("--skip_blocks", "1,1", "--mixed_precision", "bf16", "--checkpointing_steps", "4")
+    assert {value.dtype for value in load_file(output / "checkpoint-4" / WEIGHTS).values()} == {torch.float32}
+    assert {value.dtype for value in weights(output).values()} == {torch.bfloat16}
+
+
+def test_checkpoint_limit(train):
+    output = train("--skip_blocks", "1,1", "--checkpointing_steps", "1", "--checkpoints_total_limit", "2")
+    assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_plan_only_writes_the_plan_and_nothing_else(train):
+    output = train("--skip_blocks", "auto", "--plan_only")
+    assert [path.name for path in output.iterdir()] == ["plan.json"]
+    plan = json.loads((output / "plan.json").read_text())
+    assert plan["schema"] == 1 and plan["skip"]["source"] == "rule"
+    assert {stage["name"] for stage in plan["stages"]} >= {"encode", "precompute", "train"}
+
+
+def test_outputs_follow_the_schema(train):
+    flags = ("--validation_prompt", "a photo of sks dog on the beach", "--num_validation_images", "1")
+    output = train("--skip_blocks", "1,1", *flags)
+    report = json.loads((output / "run_report.json").read_text())
+    assert report["schema"] == 1
+    assert set(report) == {
+        "schema", "model", "family", "base_revision", "weights", "skip", "patch", "stages", "train", "residuals",
+        "versions",
+    }  # fmt: skip
+    assert [stage["name"] for stage in report["stages"]] == [
+        "plan",
+        "encode",
+        "load",
+        "precompute",
+        "train",
+        "validate",
+    ]
+    assert report["train"]["steps"] == 4 and len(report["train"]["loss"]) == 4
+    page = (output / "report.html").read_text()
+    assert page.count("data:image/") >= 6
+    assert (output / "README.md").is_file() and (output / "image_0.png").is_file()
+
+
+def test_text_encoders_are_gone_in_training(train, monkeypatch: pytest.MonkeyPatch):
+    """No live module or tensor of the text encoders when the first step runs."""
+    import gc
+
+    from transformers import CLIPTextModel, T5EncoderModel
+
+    from blockskip_hooks.trainer import Trainer
+
+    alive = []
+    original = Trainer.train
+
+    def spy(self, steps):
+        gc.collect()
+        alive.extend(o for o in gc.get_objects() if isinstance(o, (CLIPTextModel, T5EncoderModel)))
+        return original(self, steps)
+
+    before = {id(o) for o in gc.get_objects() if isinstance(o, (CLIPTextModel, T5EncoderModel))}
+    monkeypatch.setattr(Trainer, "train", spy)
+    train("--skip_blocks", "1,1")
+    assert not [o for o in alive if id(o) not in before]

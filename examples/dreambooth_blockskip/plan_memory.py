@@ -68,6 +68,7 @@ def make_requests(args: argparse.Namespace, preset: Preset) -> tuple[PlanRequest
     training_resolution = args.training_resolution
     if training_resolution is None:
         training_resolution = args.resolution // 2 if config.num_skipped else args.resolution
+    _check_resolutions(args.resolution, training_resolution, preset.family.latent_token_size)
     shared: dict[str, Any] = {"max_size": args.resolution, "multiple": preset.family.latent_token_size}
     patch = PatchSamplingConfig(
         mode="none" if training_resolution == args.resolution else "dynamic", min_size=training_resolution, **shared
@@ -88,10 +89,10 @@ def make_requests(args: argparse.Namespace, preset: Preset) -> tuple[PlanRequest
         cache_latents=True,
         precompute_batch_size=args.precompute_batch_size,
         num_samples=args.max_train_steps * args.train_batch_size,
-        residual_budget_bytes=parse_bytes(args.residual_budget) if args.residual_budget else None,
+        residual_budget_bytes=_bytes_of(args, "residual_budget"),
         text_encoders=preset.text_encoders,
         validation_resolution=args.validation_resolution,
-        memory_budget_bytes=parse_bytes(args.memory_budget) if args.memory_budget else None,
+        memory_budget_bytes=_bytes_of(args, "memory_budget"),
         skip_source=selection.source,
         skip_table=selection.table,
     )
@@ -105,6 +106,23 @@ def make_requests(args: argparse.Namespace, preset: Preset) -> tuple[PlanRequest
         validation_resolution=None,
     )
     return request, comparison
+
+
+def _check_resolutions(resolution: int, training_resolution: int, multiple: int) -> None:
+    for flag, size in (("--resolution", resolution), ("--training_resolution", training_resolution)):
+        if size <= 0 or size % multiple:
+            nearest = max(multiple, round(size / multiple) * multiple)
+            raise ValueError(f"{flag} is {size}, which is not a positive multiple of {multiple} px; use {nearest}.")
+    if training_resolution > resolution:
+        raise ValueError(f"--training_resolution {training_resolution} is above --resolution {resolution}; lower it.")
+
+
+def _bytes_of(args: argparse.Namespace, name: str) -> int | None:
+    text = getattr(args, name)
+    try:
+        return None if text is None else parse_bytes(text)
+    except ValueError as error:
+        raise ValueError(f"--{name} is {error}") from None
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 
@@ -39,7 +38,6 @@ class LiveBytes(TorchDispatchMode):
         for tensor in tensors:
             if tensor.device.type != "meta":
                 self._count(tensor.untyped_storage())
-        self.peak = max(self.peak, self.current)
 
     def reset_peak(self) -> None:
         """Start the peak anew from what is alive now."""
@@ -47,8 +45,15 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        self.track(leaf for leaf in tree_iter(output) if isinstance(leaf, torch.Tensor))
+        self._track_output(output)
         return output
+
+    def _track_output(self, output: Any) -> None:
+        if isinstance(output, torch.Tensor):
+            self._count(output.untyped_storage())
+        elif isinstance(output, (tuple, list)):
+            for part in output:
+                self._track_output(part)
 
     def __exit__(self, *exc_info: Any) -> None:
         super().__exit__(*exc_info)
@@ -63,6 +68,7 @@ class LiveBytes(TorchDispatchMode):
         if key not in self._finalizers:
             num_bytes = storage.nbytes()
             self.current += num_bytes
+            self.peak = max(self.peak, self.current)
             self._finalizers[key] = weakref.finalize(storage, self._free, key, num_bytes)
 
     def _free(self, key: int, num_bytes: int) -> None:
@@ -89,6 +95,11 @@ class CountFlops(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
+        self.count(func, args, kwargs, output)
+        return output
+
+    def count(self, func: Any, args: Any, kwargs: Any, output: Any) -> None:
+        """Add one call of an operator."""
         packet = getattr(func, "_overloadpacket", None)
         if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
             self.attention += sdpa_flop_count(*(t.shape for t in args[:3]))
@@ -96,4 +107,23 @@ class CountFlops(TorchDispatchMode):
             self.attention += sdpa_backward_flop_count(*(t.shape for t in args[:4]))
         elif packet in flop_registry:
             self.products += flop_registry[packet](*args, **kwargs, out_val=output)
+
+
+class Meter(LiveBytes):
+    """Live bytes and FLOPs in one pass: each mode on top of fake tensors costs as much as the fake tensors.
+
+    Attributes:
+        flops: The FLOPs so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = CountFlops()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if func is not torch.ops.prim.device.default:
+            self._track_output(output)
+            self.flops.count(func, args, kwargs, output)
         return output

@@ -21,7 +21,7 @@ from torch._subclasses import FakeTensorMode
 
 from .blocks import Block
 from .config import BlockSkipConfig
-from .counters import CountFlops, LiveBytes
+from .counters import Meter
 from .families import Family
 from .hooks import SpanResiduals
 from .lora import add_lora
@@ -136,20 +136,20 @@ class FakeTransformer:
             What it needs, and fake residuals with the batch's shapes.
         """
         adapters = contextlib.nullcontext() if with_adapters else base_model(self.model.transformer)
-        with adapters, self._measured() as (live, flops):
+        with adapters, self._measured() as meter:
             inputs = self._inputs(self._batch(batch_size, resolution, text_tokens))
             with self._autocast(), _streamed(self.model.spans.skipped):
                 residuals = self.model.capture_residuals(**inputs, return_dict=False)
-        return self._usage(live, flops, self._largest_skipped_block()), residuals
+        return self._usage(meter, self._largest_skipped_block()), residuals
 
     @torch.no_grad()
     def infer(self, batch_size: int, resolution: int, text_tokens: int) -> Usage:
         """A forward of the whole model without gradients, skipped blocks streamed one at a time."""
-        with self._measured() as (live, flops):
+        with self._measured() as meter:
             inputs = self._inputs(self._batch(batch_size, resolution, text_tokens))
             with self._autocast(), _streamed(self.model.spans.skipped), self.model.full_model() as transformer:
                 transformer(**inputs, return_dict=False)
-        return self._usage(live, flops, self._largest_skipped_block())
+        return self._usage(meter, self._largest_skipped_block())
 
     def train(
         self,
@@ -178,7 +178,7 @@ class FakeTransformer:
         if gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         self.model.train()
-        with self._measured() as (live, flops):
+        with self._measured() as meter:
             if accumulated_gradients:
                 for parameter in self.lora_parameters:
                     parameter.grad = torch.zeros_like(parameter)
@@ -194,7 +194,7 @@ class FakeTransformer:
             combine_losses(losses, with_prior_preservation=False, prior_loss_weight=0.0).backward()
         for parameter in self.lora_parameters:
             parameter.grad = None
-        return self._usage(live, flops, 0)
+        return self._usage(meter, 0)
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         """Mixed precision as accelerate sets it up."""
@@ -223,10 +223,10 @@ class FakeTransformer:
         )
 
     @contextlib.contextmanager
-    def _measured(self) -> Iterator[tuple[LiveBytes, CountFlops]]:
-        with self.fake_mode, LiveBytes() as live, CountFlops() as flops:
-            live.track(self._resident())
-            yield live, flops
+    def _measured(self) -> Iterator[Meter]:
+        with self.fake_mode, Meter() as meter:
+            meter.track(self._resident())
+            yield meter
 
     def _resident(self) -> Iterator[torch.Tensor]:
         yield from (p for p in self.model.parameters() if p.device.type != "meta")
@@ -235,14 +235,14 @@ class FakeTransformer:
     def _largest_skipped_block(self) -> int:
         return max((sum(map(_num_bytes, b.module.parameters())) for b in self.model.spans.skipped), default=0)
 
-    def _usage(self, live: LiveBytes, flops: CountFlops, streamed_bytes: int) -> Usage:
+    def _usage(self, meter: Meter, streamed_bytes: int) -> Usage:
         lora_bytes = sum(map(_num_bytes, self.lora_parameters))
         return Usage(
-            peak_bytes=live.peak,
+            peak_bytes=meter.peak,
             parameter_bytes=sum(map(_num_bytes, self._resident())) - lora_bytes + streamed_bytes,
             lora_bytes=lora_bytes,
-            product_flops=flops.products,
-            attention_flops=flops.attention,
+            product_flops=meter.flops.products,
+            attention_flops=meter.flops.attention,
         )
 
 
@@ -275,17 +275,17 @@ def simulate_vae(family: Family, batch_size: int, resolution: int, dtype: torch.
     with torch.device("meta"):
         vae = torch.nn.Module.to(AutoencoderKL.from_config(dict(family.vae_config)), dtype)
     vae.requires_grad_(False)
-    with FakeTensorMode(), torch.no_grad(), LiveBytes() as live, CountFlops() as flops:
+    with FakeTensorMode(), torch.no_grad(), Meter() as meter:
         for module in vae.modules():
             _materialise(module)
-        parameter_bytes = live.current
+        parameter_bytes = meter.current
         if decode:
             side = resolution // family.vae_scale_factor
             latents = torch.empty((batch_size, family.latent_channels, side, side), dtype=dtype)
             vae.decode(latents, return_dict=False)
         else:
             family.posterior(vae, torch.empty((batch_size, 3, resolution, resolution), dtype=dtype))
-    return Usage(live.peak, parameter_bytes, 0, flops.products, flops.attention)
+    return Usage(meter.peak, parameter_bytes, 0, meter.flops.products, meter.flops.attention)
 
 
 def simulate_text_encoder(config: Mapping[str, Any], batch_size: int, text_tokens: int, dtype: torch.dtype) -> Usage:
@@ -304,12 +304,12 @@ def simulate_text_encoder(config: Mapping[str, Any], batch_size: int, text_token
         encoder = torch.nn.Module.to(model_class(model_config), dtype)
     encoder.requires_grad_(False).eval()
     tokens = min(text_tokens, getattr(model_config, "max_position_embeddings", text_tokens))
-    with FakeTensorMode(), torch.no_grad(), LiveBytes() as live, CountFlops() as flops:
+    with FakeTensorMode(), torch.no_grad(), Meter() as meter:
         for module in encoder.modules():
             _materialise(module)
-        parameter_bytes = live.current
+        parameter_bytes = meter.current
         encoder(input_ids=torch.zeros((batch_size, tokens), dtype=torch.long))
-    return Usage(live.peak, parameter_bytes, 0, flops.products, flops.attention)
+    return Usage(meter.peak, parameter_bytes, 0, meter.flops.products, meter.flops.attention)
 
 
 def embed_shapes(transformer_config: Mapping[str, Any], text_tokens: int) -> dict[str, tuple[int, ...]]:

@@ -1,0 +1,347 @@
+"""The planner: its simulated peaks against real tensors, and the plan it writes."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from blockskip_hooks import BlockSkipConfig, DiTBlockSkipTransformer, PatchSamplingConfig, SpanResiduals
+from blockskip_hooks.counters import CountFlops, LiveBytes
+from blockskip_hooks.families import FAMILIES, Family
+from blockskip_hooks.lora import add_lora, lora_targets
+from blockskip_hooks.losses import flow_matching_loss
+from blockskip_hooks.planner import PlanRequest, format_plan, plan_run
+from blockskip_hooks.presets import Preset, load_preset
+from blockskip_hooks.simulation import FakeTransformer, empty_transformer
+from tests.tiny import TINY_FAMILIES
+
+
+ROOT = Path(__file__).parents[1]
+TEXT_TOKENS = 5
+LAYERS = ["attn.to_q", "attn.to_k", "attn.to_v"]
+
+
+@pytest.fixture(scope="module")
+def preset(tmp_path_factory: pytest.TempPathFactory) -> Preset:
+    """A tiny FLUX as a preset, with the scheduler of the real one."""
+    folder = tmp_path_factory.mktemp("tiny")
+    load_preset("flux.1-dev").family.scheduler.save_pretrained(folder / "scheduler")
+    vae = {
+        "_class_name": "AutoencoderKL",
+        "down_block_types": ["DownEncoderBlock2D"] * 2,
+        "up_block_types": ["UpDecoderBlock2D"] * 2,
+        "block_out_channels": [8, 8],
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "norm_num_groups": 4,
+        "scaling_factor": 1.0,
+        "shift_factor": 0.0,
+    }
+    (folder / "vae").mkdir()
+    (folder / "vae" / "config.json").write_text(json.dumps(vae))
+    transformer = TINY_FAMILIES[0].make_transformer()
+    config = {**transformer.config, "_class_name": type(transformer).__name__}
+    return Preset("tiny", FAMILIES["FluxPipeline"](folder), config)
+
+
+def request_for(preset: Preset, leading: int = 0, trailing: int = 0, side: int = 32, **changes: Any) -> PlanRequest:
+    config = BlockSkipConfig(leading=leading, trailing=trailing)
+    settings: dict[str, Any] = {
+        "family": preset.family,
+        "transformer_config": preset.transformer_config,
+        "config": config,
+        "patch": PatchSamplingConfig(min_size=side, max_size=side, multiple=preset.family.latent_token_size),
+        "rank": 4,
+        "lora_targets": preset.lora_targets(config, LAYERS),
+        "batch_size": 2,
+        "text_tokens": TEXT_TOKENS,
+        "weight_dtype": torch.float32,
+        "cache_latents": True,
+        "num_samples": 20,
+        "precompute_batch_size": 1,
+    }
+    return PlanRequest(**{**settings, **changes})
+
+
+def stage(plan: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(stage for stage in plan["stages"] if stage["name"] == name)
+
+
+def real_peak(preset: Preset, request: PlanRequest) -> int:
+    """Peak bytes of live tensors in a real training step with the optimizer's state in place."""
+    family: Family = preset.family
+    dtype = request.weight_dtype
+    transformer = torch.nn.Module.to(TINY_FAMILIES[0].make_transformer(), dtype)
+    model = DiTBlockSkipTransformer(transformer, request.config)
+    side = request.patch.training_resolution // family.vae_scale_factor
+    shape = (request.batch_size, family.latent_channels, side, side)
+    widths = preset.transformer_config
+
+    def make_inputs() -> tuple[torch.Tensor, ...]:
+        return (
+            torch.randn(shape, dtype=dtype),
+            torch.randn(shape, dtype=dtype),
+            torch.rand(request.batch_size, 1, 1, 1, dtype=dtype),
+            torch.randn(request.batch_size, TEXT_TOKENS, widths["joint_attention_dim"], dtype=dtype),
+            torch.randn(request.batch_size, widths["pooled_projection_dim"], dtype=dtype),
+        )
+
+    def call(latents: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor, text: torch.Tensor, pooled: Any) -> Any:
+        embeds = {"prompt_embeds": text, "pooled_prompt_embeds": pooled}
+        noisy = (1 - sigmas) * latents + sigmas * noise
+        return family.transformer_inputs(widths, noisy, torch.rand(request.batch_size), embeds, 1.0)
+
+    residuals = model.capture_residuals(**call(*make_inputs()), return_dict=False)
+    for block in model.spans.skipped:
+        torch.nn.Module.to(block.module, "meta")
+    parameters = add_lora(transformer, request.lora_targets, rank=request.rank, alpha=1, dropout=0.0, seed=0)
+    if request.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    model.train()
+    optimizer = torch.optim.AdamW(parameters)
+
+    def step() -> None:
+        latents, noise, sigmas, text, pooled = make_inputs()
+        injected = SpanResiduals(**{name: tensor.clone() for name, tensor in residuals.tensors().items()})
+        autocast = torch.autocast("cpu", dtype) if dtype is not torch.float32 else contextlib.nullcontext()
+        inputs = call(latents, noise, sigmas, text, pooled)
+        with autocast:
+            prediction = model(**inputs, residuals=injected, return_dict=False)[0]
+        prediction = family.prediction_to_latents(prediction.float(), latents)
+        flow_matching_loss(prediction, noise - latents, sigmas, "none").mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    with LiveBytes() as live:
+        live.track(tensor for tensor in model.parameters())
+        live.track(t for state in optimizer.state.values() for t in state.values())
+        step()
+    return live.peak
+
+
+@pytest.mark.parametrize(
+    ("leading", "trailing", "changes"),
+    [
+        (0, 0, {}),
+        (2, 1, {"batch_size": 3}),
+        (0, 0, {"gradient_checkpointing": True}),
+        (1, 2, {"gradient_checkpointing": True, "weight_dtype": torch.bfloat16}),
+        (0, 0, {"weight_dtype": torch.bfloat16}),
+        (1, 1, {"weight_dtype": torch.bfloat16}),
+    ],
+    ids=["plain", "spans", "checkpointing", "spans-checkpointing-bf16", "bf16", "spans-bf16"],
+)
+def test_train_peak_is_that_of_real_tensors(
+    preset: Preset, leading: int, trailing: int, changes: dict[str, Any]
+) -> None:
+    request = request_for(preset, leading, trailing, **changes)
+    planned = stage(plan_run(request), "train")["peak_device_bytes"]
+    assert planned == pytest.approx(real_peak(preset, request), rel=0.05)
+
+
+def test_train_flops_are_those_of_real_tensors(preset: Preset) -> None:
+    transformer = TINY_FAMILIES[0].make_transformer()
+    inputs = TINY_FAMILIES[0].make_inputs(2)
+    with torch.no_grad(), CountFlops() as flops:
+        transformer(**inputs)
+    # The tiny inputs are 16 image tokens: 4 latent tokens on a side, 16 pixels.
+    resolution = 4 * preset.family.latent_token_size
+    fake = FakeTransformer(
+        preset.family,
+        preset.transformer_config,
+        BlockSkipConfig(),
+        rank=4,
+        lora_targets=[],
+        dtype=torch.float32,
+    )
+    usage = fake.infer(2, resolution, TEXT_TOKENS)
+    assert usage.product_flops == flops.products > 0
+    assert usage.attention_flops == flops.attention > 0
+
+
+@pytest.fixture(scope="module")
+def plain_plan(preset: Preset) -> dict[str, Any]:
+    """All blocks train."""
+    return plan_run(request_for(preset))
+
+
+@pytest.fixture(scope="module")
+def skipping_plan(preset: Preset) -> dict[str, Any]:
+    """The first two blocks and the last are skipped; everything a plan can hold is asked for."""
+    return plan_run(request_for(preset, 2, 1, validation_resolution=48, memory_budget_bytes=1))
+
+
+def test_skipping_needs_less(plain_plan: dict[str, Any], skipping_plan: dict[str, Any]) -> None:
+    plain, skipped = stage(plain_plan, "train"), stage(skipping_plan, "train")
+    for key in (
+        "peak_device_bytes",
+        "parameter_bytes",
+        "activation_bytes",
+        "lora_optimizer_bytes",
+        "tflops_per_step",
+        "attention_tflops_per_step",
+    ):
+        assert skipped[key] < plain[key], key
+
+
+def test_skipped_blocks_cost_nothing_in_training_and_one_block_in_precompute(
+    preset: Preset, skipping_plan: dict[str, Any]
+) -> None:
+    def num_bytes(module: torch.nn.Module) -> int:
+        return sum(4 * parameter.numel() for parameter in module.parameters())
+
+    skeleton = preset.skeleton(BlockSkipConfig(leading=2, trailing=1))
+    skipped = [num_bytes(block.module) for block in skeleton.spans.skipped]
+    kept = num_bytes(skeleton) - sum(skipped)
+    with torch.device("meta"):
+        vae = num_bytes(AutoencoderKL.from_config(dict(preset.family.vae_config)))
+    assert stage(skipping_plan, "train")["parameter_bytes"] == kept
+    # The phase of precompute with the higher peak is the transformer's: kept blocks, one streamed block, the VAE.
+    assert stage(skipping_plan, "precompute")["parameter_bytes"] in (kept + max(skipped) + vae, kept + vae)
+
+
+def test_plan_has_the_schema(skipping_plan: dict[str, Any]) -> None:
+    plan = skipping_plan
+    assert json.loads(json.dumps(plan)) == plan
+    assert plan["schema"] == 1
+    assert plan["skip"] == {"blocks": 5, "leading": 2, "trailing": 1, "ratio": 0.6, "source": "flag", "table": None}
+    assert plan["patch"] == {"mode": "none", "min": 32, "max": 32, "training_resolution": 32}
+    assert [s["name"] for s in plan["stages"]] == ["precompute", "train", "validate"]
+    for s in plan["stages"]:
+        assert s["simulated"] is True
+        assert s["seconds"] is None
+        assert s["peak_device_bytes"] == s["parameter_bytes"] + s["activation_bytes"] + s["lora_optimizer_bytes"]
+    assert plan["fits"] == {"budget_bytes": 1, "ok": False}
+
+
+def test_records_on_disk(preset: Preset, skipping_plan: dict[str, Any]) -> None:
+    # 16 px sides of latents, 64 image tokens of width 32, 5 text tokens after the leading span, float32.
+    latents, image, text = 4 * 4 * 16 * 16, 4 * 32 * 64, 4 * 32 * TEXT_TOKENS
+    assert skipping_plan["residuals"] == {"records": 20, "bytes": 20 * (latents + 2 * image + text), "stretches": 1}
+    # Room for 7 records is room for 3 steps of 2: 20 samples need 4 stretches.
+    bounded = plan_run(request_for(preset, 1, 0, residual_budget_bytes=7 * (latents + image + text)))
+    assert bounded["residuals"] == {"records": 20, "bytes": 20 * (latents + image + text), "stretches": 4}
+
+
+def test_precompute_batch_needs_no_more_than_training(preset: Preset) -> None:
+    plan = plan_run(request_for(preset, 1, 1, num_samples=64, batch_size=4, precompute_batch_size=None))
+    precompute = stage(plan, "precompute")
+    assert precompute["batch_size"] > 1
+    assert precompute["peak_device_bytes"] <= stage(plan, "train")["peak_device_bytes"]
+
+
+@pytest.mark.parametrize("residuals", ["online", "none"])
+def test_without_a_store_training_does_it_all(preset: Preset, residuals: str) -> None:
+    config = BlockSkipConfig(leading=1, trailing=1, residuals=residuals)  # type: ignore[arg-type]
+    plan = plan_run(request_for(preset, 1, 1, config=config, cache_latents=False))
+    assert [s["name"] for s in plan["stages"]] == ["train"]
+    assert plan["residuals"] == {"records": 0, "bytes": 0, "stretches": 0}
+
+
+def test_adam_in_8_bits_and_accumulation(preset: Preset) -> None:
+    request = request_for(preset, rank=256)
+    full = stage(plan_run(request), "train")
+    small = stage(plan_run(replace(request, use_8bit_adam=True)), "train")
+    count = full["lora_optimizer_bytes"] // 12
+    assert small["lora_optimizer_bytes"] == 4 * count + 2 * count + 2 * 4 * count // 256
+    accumulated = stage(plan_run(replace(request, gradient_accumulation_steps=2)), "train")
+    assert full["peak_device_bytes"] <= accumulated["peak_device_bytes"] <= full["peak_device_bytes"] + 4 * count
+
+
+def test_format_plan_shows_blocks_and_says_simulated(skipping_plan: dict[str, Any]) -> None:
+    text = format_plan(skipping_plan, model="tiny", outputs={"LoRA": "out/pytorch_lora_weights.safetensors"})
+    assert "□□■■□" in text
+    assert "does not fit" in text
+    assert "simulated" in text
+    assert "out/pytorch_lora_weights.safetensors" in text
+
+
+def test_live_bytes_counts_a_storage_once_and_until_it_is_freed() -> None:
+    kept = torch.zeros(100)
+    with LiveBytes() as live:
+        live.track([kept, kept.view(10, 10)])
+        assert live.current == 400
+        doubled = kept * 2
+        view = doubled[5:]
+        del doubled
+        assert live.current == 800
+        del view
+        assert (live.current, live.peak) == (400, 800)
+        live.reset_peak()
+        assert live.peak == 400
+    del kept
+    assert live.current == 400
+
+
+def test_presets_have_the_published_sizes() -> None:
+    dev = load_preset("flux.1-dev")
+    count = sum(p.numel() for p in empty_transformer(dev.transformer_config).parameters())
+    assert count == 11_901_408_320
+    assert dev.family.latent_token_size == 16
+    with pytest.raises(ValueError, match="--preset 'flux' does not exist; choose one of flux.1-dev"):
+        load_preset("flux")
+
+
+def test_unknown_model_class(preset: Preset) -> None:
+    with pytest.raises(ValueError, match="names the class Nothing"):
+        plan_run(request_for(preset, transformer_config={**preset.transformer_config, "_class_name": "Nothing"}))
+
+
+def load_script() -> Any:
+    path = ROOT / "examples" / "dreambooth_blockskip" / "plan_memory.py"
+    spec = importlib.util.spec_from_file_location("plan_memory", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_script(
+    preset: Preset, as_json: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = load_script()
+    monkeypatch.setattr(script, "load_preset", lambda name: preset)
+    command = ["--preset", "tiny", "--skip_blocks", "1,2", "--resolution", "64", "--max_sequence_length", "5"]
+    command += ["--precompute_batch_size", "1"]
+    if as_json:
+        assert script.main([*command, "--json"]) == 0
+        plan = json.loads(capsys.readouterr().out)
+        assert plan["patch"]["training_resolution"] == 32
+        assert plan["plain_lora"]["peak_device_bytes"] > stage(plan, "train")["peak_device_bytes"]
+    else:
+        assert script.main(command) == 0
+        assert "plain LoRA at 64 px, simulated" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--preset", "flux"], "--preset 'flux' does not exist"),
+        (["--preset", "flux.1-dev", "--skip_blocks", "30,27"], "--skip_blocks 30,27"),
+        (["--preset", "flux.1-dev", "--resolution", "500"], "--resolution is 500"),
+        (["--preset", "flux.1-dev", "--rank", "0"], "--rank is 0"),
+        (["--preset", "flux.1-dev", "--memory_budget", "much"], "--memory_budget is 'much' is not a number of bytes"),
+    ],
+)
+def test_script_rejects(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert load_script().main(flags) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+def test_lora_targets_of_a_preset(preset: Preset) -> None:
+    config = BlockSkipConfig(leading=2)
+    targets = preset.lora_targets(config)
+    assert targets and all(target.startswith("single_transformer_blocks.") for target in targets)
+    skeleton = preset.skeleton(config)
+    assert set(lora_targets(skeleton, LAYERS)) <= set(targets)

@@ -296,9 +296,17 @@ def simulate_text_encoder(config: Mapping[str, Any], batch_size: int, text_token
         batch_size: Prompts at a time.
         text_tokens: Tokens of a prompt; an encoder with fewer positions gets as many as it has.
         dtype: Dtype of its weights.
+
+    Raises:
+        ValueError: if the config names no model class of transformers.
     """
     settings = {name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")}
-    model_class = getattr(transformers, settings["architectures"][0])
+    model_class = getattr(transformers, (settings.get("architectures") or [""])[0], None)
+    if model_class is None:
+        raise ValueError(
+            f"A text encoder's config names the architectures {settings.get('architectures')}, which transformers "
+            f"{transformers.__version__} does not have."
+        )
     model_config = model_class.config_class.from_dict(settings)
     with torch.device("meta"):
         encoder = torch.nn.Module.to(model_class(model_config), dtype)

@@ -42,17 +42,12 @@ class Preset:
 
         Args:
             config: The spans to skip.
-            layers: Names or name endings; by default the family's, as far as kept blocks have them.
+            layers: Names or name endings; by default the family's.
 
         Raises:
-            ValueError: if one of the given layers matches nothing in the kept blocks.
+            ValueError: if nothing in the kept blocks matches, or a name matches nothing at all.
         """
-        skeleton = self.skeleton(config)
-        if layers is None:
-            ends = self.family.lora_layers
-            kept = [f"{block.name}.{n}" for block in skeleton.spans.kept for n, _ in block.module.named_modules()]
-            layers = [end for end in ends if any(name.endswith(f".{end}") for name in kept)]
-        return lora_targets(skeleton, layers, self.family.text_stream_layers)
+        return lora_targets(self.skeleton(config), layers or self.family.lora_layers, self.family.text_stream_layers)
 
 
 def preset_names() -> list[str]:

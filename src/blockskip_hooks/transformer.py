@@ -89,6 +89,7 @@ class DiTBlockSkipTransformer(torch.nn.Module):
         Raises:
             ValueError: if weights are missing, have other shapes than the config says, or are not safetensors.
         """
+        device = _plain_device(device)
         folder = Path(pretrained_model_path) / (subfolder or "")
         model_config = diffusers.AutoModel.load_config(str(folder))
         model_class = getattr(diffusers, model_config["_class_name"])
@@ -196,9 +197,15 @@ class DiTBlockSkipTransformer(torch.nn.Module):
 def _stream(block: Block, device: torch.device | str, weights: Mapping[str, torch.Tensor] | None) -> None:
     """Let a block read its weights only while it runs: from ``weights``, or from a host copy of what it holds now."""
     hook = AlignDevicesHook(
-        execution_device=torch.device(device), offload=True, weights_map=weights, place_submodules=True
+        execution_device=_plain_device(device), offload=True, weights_map=weights, place_submodules=True
     )
     add_hook_to_module(block.module, hook)
+
+
+def _plain_device(device: torch.device | str) -> torch.device:
+    """``device``, without the number that processes on the CPU are given: ``.to("cpu:0")`` would copy parameters."""
+    device = torch.device(device)
+    return torch.device("cpu") if device.type == "cpu" else device
 
 
 def _cast_floating(model: torch.nn.Module, dtype: torch.dtype) -> None:

@@ -177,7 +177,8 @@ def plain_plan(preset: Preset) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def skipping_plan(preset: Preset) -> dict[str, Any]:
     """The first two blocks and the last are skipped; everything a plan can hold is asked for."""
-    return plan_run(request_for(preset, 2, 1, validation_resolution=48, memory_budget_bytes=1))
+    extras = {"validation_resolution": 48, "validation_batch_size": 3, "memory_budget_bytes": 1}
+    return plan_run(request_for(preset, 2, 1, **extras))
 
 
 def test_skipping_needs_less(plain_plan: dict[str, Any], skipping_plan: dict[str, Any]) -> None:
@@ -216,6 +217,7 @@ def test_plan_has_the_schema(skipping_plan: dict[str, Any]) -> None:
     assert plan["skip"] == {"blocks": 5, "leading": 2, "trailing": 1, "ratio": 0.6, "source": "flag", "table": None}
     assert plan["patch"] == {"mode": "none", "min": 32, "max": 32, "training_resolution": 32}
     assert [s["name"] for s in plan["stages"]] == ["precompute", "train", "validate"]
+    assert [s["batch_size"] for s in plan["stages"]] == [1, 2, 3]
     for s in plan["stages"]:
         assert s["simulated"] is True
         assert s["seconds"] is None

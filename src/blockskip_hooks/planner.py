@@ -52,6 +52,7 @@ class PlanRequest:
         text_encoder_parameter_bytes: Their weights, where their configs are not at hand.
         resident_bytes: Parameters of other models that stay during training, such as a text encoder that trains.
         validation_resolution: Side of validation images in pixels; ``None`` if there are none.
+        validation_batch_size: Validation images made at a time.
         memory_budget_bytes: What every stage must fit in; ``None`` for no limit.
         skip_source: Where the spans come from, for the plan's ``skip`` part.
         skip_table: Name of the selection table, for the same.
@@ -77,6 +78,7 @@ class PlanRequest:
     text_encoder_parameter_bytes: int = 0
     resident_bytes: int = 0
     validation_resolution: int | None = None
+    validation_batch_size: int = 1
     memory_budget_bytes: int | None = None
     skip_source: str = "flag"
     skip_table: str | None = None
@@ -151,9 +153,10 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
         train = vae.encode(request.batch_size).then(train.beside(parameter_bytes=vae.parameter_bytes))
     stages.append(_stage("train", train, request.batch_size))
     if request.validation_resolution is not None:
-        infer = fake.infer(1, request.validation_resolution, request.text_tokens)
+        images, side = request.validation_batch_size, request.validation_resolution
+        infer = fake.infer(images, side, request.text_tokens)
         infer = infer.beside(parameter_bytes=vae.parameter_bytes + request.resident_bytes, lora_bytes=states)
-        stages.append(_stage("validate", infer.then(vae.decode(request.validation_resolution)), 1))
+        stages.append(_stage("validate", infer.then(vae.decode(images, side)), images))
 
     largest = max(stage["peak_device_bytes"] for stage in stages)
     budget = request.memory_budget_bytes
@@ -195,9 +198,9 @@ class _Vae:
             self._encodes[batch_size] = self._simulate(batch_size, resolution, decode=False)
         return self._beside_transformer(self._encodes[batch_size])
 
-    def decode(self, resolution: int) -> Usage:
-        """One latent to an image."""
-        return self._beside_transformer(self._simulate(1, resolution, decode=True))
+    def decode(self, batch_size: int, resolution: int) -> Usage:
+        """Latents to images."""
+        return self._beside_transformer(self._simulate(batch_size, resolution, decode=True))
 
     def _simulate(self, batch_size: int, resolution: int, *, decode: bool) -> Usage:
         return simulate_vae(self._request.family, batch_size, resolution, self._request.weight_dtype, decode=decode)

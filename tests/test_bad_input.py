@@ -1,0 +1,467 @@
+"""Settings that cannot work end in one line that names the flag, before anything is loaded or written."""
+
+import contextlib
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+from blockskip_hooks.lora import WEIGHTS_NAME
+from tests.tiny import save_tiny_flux
+
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "dreambooth_blockskip" / "train_dreambooth_blockskip.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    specification = importlib.util.spec_from_file_location("train_dreambooth_blockskip", SCRIPT)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory):
+    """A folder with a tiny model, photos, and folders that are wrong in one way each."""
+    root = tmp_path_factory.mktemp("ground")
+    model = save_tiny_flux(root / "model")
+    (root / "photos").mkdir()
+    for number in range(2):
+        Image.new("RGB", (80, 64), (90 * number, 120, 40)).save(root / "photos" / f"{number}.png")
+
+    (root / "no photos").mkdir()
+    (root / "no photos" / "notes.txt").write_text("no image")
+    (root / "broken").mkdir()
+    Image.new("RGB", (64, 64)).save(root / "broken" / "good.png")
+    (root / "broken" / "empty.jpg").touch()
+    (root / "broken" / "page.png").write_text("<html>\nnot found\n</html>")
+    (root / "broken" / "cut.png").write_bytes((root / "photos" / "1.png").read_bytes()[:60])
+    (root / "a file").write_text("kept")
+
+    (root / "no index").mkdir()
+    for name, index in (
+        ("damaged index", "{"),
+        ("list index", "[]"),
+        ("other pipeline", json.dumps({"_class_name": "StableDiffusionPipeline"})),
+        ("no class", "{}"),
+    ):
+        (root / name).mkdir()
+        (root / name / "model_index.json").write_text(index)
+    for name, without in (
+        ("no transformer", "transformer"),
+        ("no vae", "vae"),
+        ("no text_encoder", "text_encoder"),
+        ("no tokenizer_2", "tokenizer_2"),
+        ("no transformer config", "transformer/config.json"),
+        ("no weights", "transformer/diffusion_pytorch_model.safetensors"),
+        ("no vae weights", "vae/diffusion_pytorch_model.safetensors"),
+        ("no scheduler config", "scheduler/scheduler_config.json"),
+    ):
+        shutil.copytree(model, root / name)
+        path = root / name / without
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for name, config in (
+        ("damaged config", '{"_class_name":'),
+        ("unknown class", '{"_class_name": "NoSuchTransformer2DModel"}'),
+    ):
+        shutil.copytree(model, root / name)
+        (root / name / "transformer" / "config.json").write_text(config)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def in_the_ground_folder(monkeypatch, ground):
+    monkeypatch.chdir(ground)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+
+
+@contextlib.contextmanager
+def logging_as_in_a_terminal():
+    """Let the script set up logging, and let the libraries' warnings reach the standard error of now."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    libraries = [
+        handler
+        for name in ("diffusers", "transformers")
+        for handler in logging.getLogger(name).handlers
+        if type(handler) is logging.StreamHandler
+    ]
+    streams = [handler.stream for handler in libraries]
+    try:
+        root.handlers[:] = []
+        for handler in libraries:
+            handler.stream = sys.stderr
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+        for handler, stream in zip(libraries, streams):
+            handler.stream = stream
+
+
+GOOD = {
+    "--pretrained_model_name_or_path": "model",
+    "--instance_data_dir": "photos",
+    "--instance_prompt": "a photo of sks dog",
+    "--resolution": "64",
+    "--max_sequence_length": "12",
+    "--skip_blocks": "1,1",
+    "--train_batch_size": "1",
+    "--max_train_steps": "1",
+    "--seed": "0",
+    "--report_to": "none",
+    "--lr_warmup_steps": "0",
+}
+
+
+def command(output_dir, changes):
+    """The good command with flags changed, added, or left out where the value is None."""
+    flags = {**GOOD, "--output_dir": str(output_dir), **changes}
+    return [
+        word
+        for flag, value in flags.items()
+        if value is not None
+        for word in ([flag] if value is True else [flag, value])
+    ]
+
+
+@pytest.fixture
+def run(script, capfd):
+    """Run the script's main and return its exit code, standard output and standard error."""
+
+    def call(argv):
+        capfd.readouterr()
+        with logging_as_in_a_terminal():
+            try:
+                code = script.main(argv)
+            except SystemExit as stop:  # from the argument parser
+                code = stop.code
+        out, err = capfd.readouterr()
+        return SimpleNamespace(code=code, out=out, err=err)
+
+    return call
+
+
+def assert_one_line(result, code, words):
+    assert result.code == code, result.err
+    assert result.err.startswith("error: ") and result.err.count("\n") == 1, result.err
+    assert [word for word in words if word not in result.err] == [], result.err
+
+
+def tree(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+EMBEDDED = {"--pretrained_model_name_or_path": None, "--instance_data_dir": None, "--instance_prompt": None}
+
+REFUSED = {
+    # Which blocks
+    "skip_blocks word": ({"--skip_blocks": "half"}, ["--skip_blocks is 'half'", "none, auto"]),
+    "skip_blocks percent": ({"--skip_blocks": "30%"}, ["--skip_blocks", "30%"]),
+    "skip_blocks triple": ({"--skip_blocks": "1,2,3"}, ["--skip_blocks", "1,2,3"]),
+    "skip_blocks negative pair": ({"--skip_blocks": "2,-1"}, ["--skip_blocks", "2,-1"]),
+    "skip_blocks empty": ({"--skip_blocks": ""}, ["--skip_blocks"]),
+    "skip_blocks fraction": ({"--skip_blocks": "0.5"}, ["--skip_blocks", "0.5"]),
+    "no block left by a number": ({"--skip_blocks": "5"}, ["--skip_blocks 5", "at most 4"]),
+    "no block left by a pair": ({"--skip_blocks": "2,3"}, ["--skip_blocks 2,3", "at most 4"]),
+    "no block left of the embedded model": ({**EMBEDDED, "--skip_blocks": "99"}, ["--skip_blocks 99", "at most"]),
+    "skip_ratio": ({"--skip_blocks": "auto", "--skip_ratio": "1"}, ["--skip_ratio is 1"]),
+    "residuals word": ({"--residuals": "sometimes"}, ["--residuals", "sometimes", "online"]),
+    # Sizes
+    "resolution off the grid": ({"--resolution": "60"}, ["--resolution is 60", "8 px", "64"]),
+    "resolution below the grid": ({"--resolution": "3"}, ["--resolution is 3", "use 8"]),
+    "embedded resolution off the grid": ({**EMBEDDED, "--resolution": "60"}, ["--resolution is 60"]),
+    "min_patch_size above the maximum": (
+        {"--min_patch_size": "64", "--max_patch_size": "32"},
+        ["--min_patch_size 64", "--max_patch_size 32"],
+    ),
+    "min_patch_size above the resolution": ({"--min_patch_size": "72"}, ["--min_patch_size 72", "--resolution"]),
+    "min_patch_size off the grid": ({"--min_patch_size": "33"}, ["--min_patch_size is 33", "32"]),
+    "max_patch_size off the grid": ({"--max_patch_size": "63"}, ["--max_patch_size is 63", "64"]),
+    "patch_sampling word": ({"--patch_sampling": "big"}, ["--patch_sampling", "big", "dynamic"]),
+    # Photos and prompts
+    "no photos": ({"--instance_data_dir": None}, ["--instance_data_dir", "--dataset_name"]),
+    "absent photos": ({"--instance_data_dir": "nowhere"}, ["--instance_data_dir nowhere", "does not exist"]),
+    "photos are a file": ({"--instance_data_dir": "a file"}, ["--instance_data_dir a file", "is a file"]),
+    "no images": ({"--instance_data_dir": "no photos"}, ["--instance_data_dir no photos", "no images", "png"]),
+    "unreadable images": (
+        {"--instance_data_dir": "broken"},
+        ["--instance_data_dir broken", "3 images", "empty.jpg", "page.png", "cut.png", "replace or remove"],
+    ),
+    "two sources of photos": ({"--dataset_name": "photos"}, ["--instance_data_dir", "--dataset_name"]),
+    "absent dataset": (
+        {"--instance_data_dir": None, "--dataset_name": "nowhere-at-all"},
+        ["--dataset_name nowhere-at-all"],
+    ),
+    "no prompt": ({"--instance_prompt": None}, ["--instance_prompt"]),
+    "empty prompt": ({"--instance_prompt": " "}, ["--instance_prompt"]),
+    "class prompt missing": (
+        {"--with_prior_preservation": True, "--class_data_dir": "classes"},
+        ["--with_prior_preservation", "--class_prompt"],
+    ),
+    "class folder missing": (
+        {"--with_prior_preservation": True, "--class_prompt": "a dog"},
+        ["--with_prior_preservation", "--class_data_dir"],
+    ),
+    "class folder is a file": (
+        {"--with_prior_preservation": True, "--class_prompt": "a dog", "--class_data_dir": "a file"},
+        ["--class_data_dir a file"],
+    ),
+    # LoRA
+    "unknown layers": ({"--lora_layers": "attn.to_q,attn.to_x"}, ["--lora_layers 'attn.to_x'"]),
+    "layers of no kept block": (
+        {"--skip_blocks": "2,0", "--lora_layers": "attn.add_q_proj"},
+        ["--lora_layers 'attn.add_q_proj'", "single_transformer_blocks.0"],
+    ),
+    "layers that cannot learn": ({"--skip_blocks": "1,3", "--lora_layers": "attn.add_q_proj"}, ["--lora_layers"]),
+    "rank": ({"--rank": "0"}, ["--rank is 0", "1 or more"]),
+    "lora_dropout": ({"--lora_dropout": "1"}, ["--lora_dropout is 1"]),
+    # The model
+    "model without an index": (
+        {"--pretrained_model_name_or_path": "no index"},
+        ["--pretrained_model_name_or_path no index", "model_index.json"],
+    ),
+    "damaged index": ({"--pretrained_model_name_or_path": "damaged index"}, ["--pretrained_model_name_or_path"]),
+    "index that is a list": ({"--pretrained_model_name_or_path": "list index"}, ["--pretrained_model_name_or_path"]),
+    "index without a class": ({"--pretrained_model_name_or_path": "no class"}, ["--pretrained_model_name_or_path"]),
+    "unsupported pipeline": (
+        {"--pretrained_model_name_or_path": "other pipeline"},
+        ["--pretrained_model_name_or_path", "StableDiffusionPipeline", "FluxPipeline"],
+    ),
+    "model without a transformer": (
+        {"--pretrained_model_name_or_path": "no transformer"},
+        ["--pretrained_model_name_or_path", "transformer"],
+    ),
+    "model without a VAE": (
+        {"--pretrained_model_name_or_path": "no vae"},
+        ["--pretrained_model_name_or_path", "vae"],
+    ),
+    "transformer without a config": (
+        {"--pretrained_model_name_or_path": "no transformer config"},
+        ["--pretrained_model_name_or_path"],
+    ),
+    "damaged transformer config": (
+        {"--pretrained_model_name_or_path": "damaged config"},
+        ["--pretrained_model_name_or_path"],
+    ),
+    "unknown transformer class": (
+        {"--pretrained_model_name_or_path": "unknown class"},
+        ["--pretrained_model_name_or_path", "NoSuchTransformer2DModel"],
+    ),
+    "scheduler without a config": (
+        {"--pretrained_model_name_or_path": "no scheduler config"},
+        ["--pretrained_model_name_or_path"],
+    ),
+    "model without a text encoder": (
+        {"--pretrained_model_name_or_path": "no text_encoder"},
+        ["--pretrained_model_name_or_path", "text_encoder"],
+    ),
+    "model without a tokenizer": (
+        {"--pretrained_model_name_or_path": "no tokenizer_2"},
+        ["--pretrained_model_name_or_path", "tokenizer_2"],
+    ),
+    "transformer without weights": (
+        {"--pretrained_model_name_or_path": "no weights"},
+        ["--pretrained_model_name_or_path", "safetensors"],
+    ),
+    "VAE without weights": (
+        {"--pretrained_model_name_or_path": "no vae weights"},
+        ["--pretrained_model_name_or_path", "safetensors"],
+    ),
+    "variant that is not there": ({"--variant": "fp16"}, ["--variant", "fp16"]),
+    "absent model": (
+        {"--pretrained_model_name_or_path": "nobody/nothing-here"},
+        ["--pretrained_model_name_or_path nobody/nothing-here"],
+    ),
+    # Training
+    "lr_scheduler": ({"--lr_scheduler": "cosin"}, ["--lr_scheduler is 'cosin'", "cosine"]),
+    "optimizer": ({"--optimizer": "SGD"}, ["--optimizer is 'SGD'", "AdamW"]),
+    "learning_rate": ({"--learning_rate": "-1"}, ["--learning_rate is -1"]),
+    "not a number": ({"--rank": "four"}, ["--rank", "four"]),
+    "negative batch size": ({"--train_batch_size": "-2"}, ["--train_batch_size is -2", "1 or more"]),
+    "negative steps": ({"--max_train_steps": "-1"}, ["--max_train_steps is -1"]),
+    "zero steps": ({"--max_train_steps": "0"}, ["--max_train_steps is 0"]),
+    "negative workers": ({"--dataloader_num_workers": "-1"}, ["--dataloader_num_workers is -1"]),
+    "negative warmup": ({"--lr_warmup_steps": "-5"}, ["--lr_warmup_steps is -5"]),
+    "negative seed": ({"--seed": "-1"}, ["--seed is -1"]),
+    "negative repeats": ({"--repeats": "-1"}, ["--repeats is -1"]),
+    "negative checkpoint limit": ({"--checkpoints_total_limit": "-1"}, ["--checkpoints_total_limit is -1"]),
+    "precision": ({"--mixed_precision": "fp8"}, ["--mixed_precision", "fp8", "bf16"]),
+    # Disk
+    "residual_budget": ({"--residual_budget": "lots"}, ["--residual_budget", "lots", "8GB"]),
+    "negative residual_budget": ({"--residual_budget": "-8GB"}, ["--residual_budget"]),
+    "zero residual_budget": ({"--residual_budget": "0"}, ["--residual_budget"]),
+    "absent checkpoint": ({"--resume_from_checkpoint": "checkpoint-9"}, ["--resume_from_checkpoint checkpoint-9"]),
+    "tracker": ({"--report_to": "excel"}, ["--report_to", "excel"]),
+    "unknown flag": ({"--skip_block": "1,1"}, ["--skip_block", "did you mean --skip_blocks"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_settings_that_cannot_work_end_in_one_line(run, tmp_path, case):
+    changes, words = REFUSED[case]
+    if "--skip_block" in changes:
+        changes = {**changes, "--skip_blocks": None}
+    output_dir = tmp_path / "out"
+    result = run(command(output_dir, changes))
+    assert_one_line(result, 2, words)
+    assert result.out == "" and tree(tmp_path) == {} and [*tmp_path.iterdir()] in ([], [output_dir])
+    assert not output_dir.exists() or not any(output_dir.iterdir())
+
+
+def test_the_command_the_cases_start_from_is_good(run, tmp_path):
+    result = run(command(tmp_path / "out", {"--plan_only": True}))
+    assert (result.code, result.err) == (0, "")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["plan.json"]
+
+
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_an_output_folder_that_is_a_file_is_refused_and_kept(run, tmp_path, name):
+    (tmp_path / "file").write_text("kept")
+    assert_one_line(run(command(tmp_path / name, {})), 2, ["--output_dir", "is a file"])
+    assert tree(tmp_path) == {tmp_path / "file": b"kept"}
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+def test_an_output_folder_that_cannot_be_written_is_refused(run, tmp_path):
+    tmp_path.chmod(0o500)
+    try:
+        assert_one_line(run(command(tmp_path / "out", {})), 2, ["--output_dir", "cannot be written"])
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_a_caption_for_some_photos_only_still_needs_the_prompt(run, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in ("a", "b"):
+        Image.new("RGB", (64, 64)).save(photos / f"{name}.png")
+    (photos / "a.txt").write_text("a dog on the beach")
+    changes = {"--instance_data_dir": str(photos), "--instance_prompt": None}
+    assert_one_line(run(command(tmp_path / "out", changes)), 2, ["--instance_prompt"])
+
+
+# What only a run that has begun can tell
+
+
+@pytest.fixture(scope="module")
+def finished(script, ground, tmp_path_factory):
+    """A short run with records and a checkpoint that stay."""
+    folder = tmp_path_factory.mktemp("finished")
+    changes = {"--residual_dir": str(folder / "records"), "--checkpointing_steps": "1", "--skip_final_inference": True}
+    changes |= {name: str(ground / GOOD[name]) for name in ("--pretrained_model_name_or_path", "--instance_data_dir")}
+    assert script.main(command(folder / "out", changes)) == 0
+    assert (folder / "out" / WEIGHTS_NAME).is_file() and any((folder / "records").glob("records-*.safetensors"))
+    return folder
+
+
+@pytest.fixture
+def begin(run, script, finished, monkeypatch):
+    """Run with the plan of the finished run: making one takes longer than all the rest."""
+    plan = json.loads((finished / "out" / "plan.json").read_text())
+    monkeypatch.setattr(script, "plan_for", lambda *args: plan)
+    return run
+
+
+def error_lines(result):
+    return [line for line in result.err.splitlines() if line.startswith("error: ")]
+
+
+def assert_stopped(result, words):
+    """Exit code 1 and one error line; progress bars may have been drawn before."""
+    assert result.code == 1, result.err
+    assert "Traceback" not in result.err and "WARNING" not in result.err
+    assert len(error_lines(result)) == 1, result.err
+    assert [word for word in words if word not in error_lines(result)[0]] == [], result.err
+    assert result.err.rstrip("\n").splitlines()[-1] == error_lines(result)[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"--seed": "1"}, ["samples"]),
+        ({"--skip_blocks": "1,2"}, ["spans"]),
+        ({"--instance_prompt": "a photo of sks cat", "--guidance_scale": "1"}, ["guidance_scale, photos"]),
+    ],
+    ids=["seed", "spans", "prompt and guidance"],
+)
+def test_records_of_another_run_are_refused_and_kept(begin, finished, tmp_path, changes, words):
+    before = tree(finished)
+    result = begin(command(tmp_path / "out", {"--residual_dir": str(finished / "records"), **changes}))
+    assert_stopped(result, [f"--residual_dir {finished / 'records'}", "--overwrite_residuals", *words])
+    assert tree(finished) == before
+
+
+def test_a_residual_folder_with_other_files_is_refused_and_kept(begin, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "holiday.jpg").write_text("kept")
+    changes = {"--residual_dir": str(tmp_path / "pictures"), "--overwrite_residuals": True}
+    assert_stopped(begin(command(tmp_path / "out", changes)), ["--residual_dir", "neither empty"])
+    assert tree(tmp_path / "pictures") == {tmp_path / "pictures" / "holiday.jpg": b"kept"}
+
+
+def test_a_residual_folder_that_is_a_file_is_refused_and_kept(begin, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    result = begin(command(tmp_path / "out", {"--residual_dir": str(tmp_path / "file")}))
+    assert result.code in (1, 2) and "Traceback" not in result.err
+    assert len(error_lines(result)) == 1 and "--residual_dir" in error_lines(result)[0]
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_budget_below_one_step_is_refused(begin, tmp_path):
+    result = begin(command(tmp_path / "out", {"--residual_budget": "1KB"}))
+    assert_stopped(result, ["--residual_budget", "1000 bytes", "raise it or lower --train_batch_size"])
+    assert not (tmp_path / "out" / "residuals").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"--rank": "8"}, ["--resume_from_checkpoint", "rank"]),
+        ({"--optimizer": "prodigy", "--learning_rate": "1"}, ["--resume_from_checkpoint", "optimizer"]),
+        ({"--seed": "1"}, ["--seed 1"]),
+    ],
+    ids=["rank", "optimizer", "seed"],
+)
+def test_a_checkpoint_of_other_settings_is_refused_and_kept(begin, finished, tmp_path, changes, words):
+    if changes.get("--optimizer") == "prodigy":
+        pytest.importorskip("prodigyopt")
+    checkpoint = finished / "out" / "checkpoint-1"
+    before = tree(finished)
+    changes = {"--resume_from_checkpoint": str(checkpoint), "--max_train_steps": "2", **changes}
+    assert_stopped(begin(command(tmp_path / "out", changes)), words)
+    assert tree(finished) == before and not (tmp_path / "out" / WEIGHTS_NAME).exists()
+
+
+def test_an_incomplete_checkpoint_is_refused(begin, tmp_path):
+    (tmp_path / "out" / "checkpoint-3").mkdir(parents=True)
+    result = begin(command(tmp_path / "out", {"--resume_from_checkpoint": "checkpoint-3"}))
+    assert_stopped(result, ["--resume_from_checkpoint checkpoint-3", "complete"])
+
+
+def test_a_damaged_checkpoint_is_refused(begin, finished, tmp_path):
+    damaged = shutil.copytree(finished / "out" / "checkpoint-1", tmp_path / "checkpoint-1")
+    (damaged / WEIGHTS_NAME).write_bytes((damaged / WEIGHTS_NAME).read_bytes()[:100])
+    changes = {"--resume_from_checkpoint": str(damaged), "--max_train_steps": "2"}
+    assert_stopped(begin(command(tmp_path / "out", changes)), ["--resume_from_checkpoint"])
+
+
+def test_unreadable_class_images_are_all_listed(begin, ground, tmp_path):
+    changes = {
+        "--with_prior_preservation": True,
+        "--class_prompt": "a dog",
+        "--class_data_dir": "broken",
+        "--num_class_images": "4",
+    }
+    before = tree(ground / "broken")
+    words = ["--class_data_dir broken", "3 images", "empty.jpg", "page.png", "cut.png"]
+    assert_stopped(begin(command(tmp_path / "out", changes)), words)
+    assert tree(ground / "broken") == before

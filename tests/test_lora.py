@@ -1,0 +1,288 @@
+"""LoRA on the kept blocks: where it goes, what it starts from, what the file holds, and whether it learns."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from blockskip_hooks import BlockSkipConfig, DiTBlockSkipTransformer
+from blockskip_hooks.families.flux import Flux
+from blockskip_hooks.lora import (
+    WEIGHTS_NAME,
+    add_lora,
+    check_gradients,
+    check_learned,
+    describe_trainable,
+    load_lora,
+    lora_targets,
+    save_lora,
+)
+from tests.tiny import TINY_FAMILIES
+
+
+TINY = TINY_FAMILIES[0]
+# The tiny FLUX has two double-stream blocks, then three single-stream ones.
+DOUBLE = [f"transformer_blocks.{i}" for i in range(2)]
+SINGLE = [f"single_transformer_blocks.{i}" for i in range(3)]
+LAYERS_OF_SINGLE = {"attn.to_k", "attn.to_q", "attn.to_v"}
+SPANS = [(0, 0), (1, 0), (0, 1), (1, 1), (2, 0), (0, 3), (1, 3), (2, 2), (4, 0), (0, 4), (3, 1)]
+
+
+def make_model(leading=0, trailing=0):
+    return DiTBlockSkipTransformer(TINY.make_transformer(), BlockSkipConfig(leading=leading, trailing=trailing))
+
+
+def default_targets(model):
+    return lora_targets(model, Flux.lora_layers, Flux.text_stream_layers)
+
+
+def with_lora(leading=1, trailing=1, *, layers=("attn.to_q", "attn.to_v"), rank=2, seed=0, fill=True):
+    model = make_model(leading, trailing)
+    parameters = add_lora(
+        model.transformer, lora_targets(model, layers), rank=rank, alpha=2 * rank, dropout=0.0, seed=seed
+    )
+    if fill:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def lora_state(model):
+    return {name: p.detach().clone() for name, p in model.transformer.named_parameters() if "lora_" in name}
+
+
+def equal(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+# Where it goes
+
+
+@pytest.mark.parametrize(("leading", "trailing"), SPANS)
+def test_default_layers_are_those_of_kept_blocks_that_can_learn(leading, trailing):
+    kept = (DOUBLE + SINGLE)[leading : 5 - trailing]
+    expected = set()
+    for block in kept:
+        layers = LAYERS_OF_SINGLE if block in SINGLE else set(Flux.lora_layers)
+        if trailing and block == kept[-1]:
+            layers = layers - set(Flux.text_stream_layers)
+        expected |= {f"{block}.{layer}" for layer in layers}
+    targets = default_targets(make_model(leading, trailing))
+    assert set(targets) == expected and len(targets) == len(expected)
+
+
+@pytest.mark.parametrize(("leading", "trailing"), [(0, 0), (1, 2), (0, 3), (1, 3), (2, 2)])
+def test_every_default_target_learns(leading, trailing):
+    model = make_model(leading, trailing)
+    add_lora(model.transformer, default_targets(model), rank=2, alpha=2, dropout=0.0, seed=0)
+    inputs = TINY.make_inputs(2)
+    residuals = model.capture_residuals(**inputs, return_dict=False)
+    prediction = model(**inputs, residuals=residuals, return_dict=False)[0]
+    prediction.square().sum().backward()
+    check_gradients(model.transformer)
+
+
+def test_text_layers_dropped_before_a_trailing_span_could_not_have_learnt():
+    model = make_model(0, 3)
+    unread = [f"{DOUBLE[1]}.{layer}" for layer in Flux.text_stream_layers]
+    parameters = add_lora(model.transformer, unread, rank=2, alpha=2, dropout=0.0, seed=0)
+    inputs = TINY.make_inputs(1)
+    residuals = model.capture_residuals(**inputs, return_dict=False)
+    prediction = model(**inputs, residuals=residuals, return_dict=False)[0]
+    if prediction.requires_grad:
+        prediction.sum().backward()
+    assert not any(p.grad is not None and p.grad.any() for p in parameters)
+
+
+def test_layers_are_named_by_their_ending_or_in_full_and_listed_once():
+    model = make_model(1, 1)
+    ending, full = "attn.to_q", f"{SINGLE[0]}.attn.to_q"
+    expected = [f"{block}.attn.to_q" for block in (DOUBLE[1], *SINGLE[:2])]
+    assert lora_targets(model, [ending]) == expected
+    assert lora_targets(model, [ending, full, ending]) == expected
+    assert lora_targets(model, [full]) == [full]
+    assert lora_targets(model, ["proj_out"]) == [f"{block}.proj_out" for block in SINGLE[:2]] + ["proj_out"]
+
+
+@pytest.mark.parametrize("name", ["attn.to_x", "to_", "", "transformer_blocks", "attn", "norm1"])
+def test_a_name_of_no_linear_layer_is_refused(name):
+    with pytest.raises(ValueError, match=f"--lora_layers '{name}' is the name of no linear layer"):
+        lora_targets(make_model(1, 1), ["attn.to_q", name])
+
+
+def test_layers_of_skipped_blocks_only_are_refused_with_the_kept_ones_named():
+    with pytest.raises(ValueError, match="--lora_layers.*skipped blocks only") as error:
+        lora_targets(make_model(2, 0), ["attn.add_q_proj", "ff.net.2"])
+    message = str(error.value)
+    assert SINGLE[0] in message and SINGLE[2] in message and "\n" not in message
+    with pytest.raises(ValueError, match="--lora_layers"):
+        lora_targets(make_model(1, 0), [f"{DOUBLE[0]}.attn.to_q"])
+
+
+def test_layers_that_could_never_learn_only_are_refused():
+    model = make_model(1, 3)
+    with pytest.raises(ValueError, match="--lora_layers") as error:
+        lora_targets(model, ["attn.add_q_proj"], Flux.text_stream_layers)
+    assert "\n" not in str(error.value)
+
+
+# What it starts from
+
+
+def test_lora_starts_the_same_for_a_seed_whatever_was_drawn_before():
+    torch.manual_seed(1)
+    first = lora_state(with_lora(seed=5, fill=False))
+    torch.manual_seed(2)
+    torch.randn(100)
+    assert equal(first, lora_state(with_lora(seed=5, fill=False)))
+    other = lora_state(with_lora(seed=6, fill=False))
+    downs = [name for name in first if "lora_A" in name]
+    assert downs and not any(torch.equal(first[name], other[name]) for name in downs)
+
+
+def test_adding_lora_leaves_the_global_random_state_alone():
+    model = make_model(1, 1)
+    before = torch.get_rng_state()
+    add_lora(model.transformer, default_targets(model), rank=2, alpha=2, dropout=0.0, seed=0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lora_starts_at_zero_in_float32_and_is_all_that_trains(dtype):
+    model = make_model(1, 1)
+    model.to(dtype)
+    parameters = add_lora(model.transformer, default_targets(model), rank=3, alpha=6, dropout=0.0, seed=0)
+    trainable = {name: p for name, p in model.transformer.named_parameters() if p.requires_grad}
+    assert len(parameters) == len(trainable) == 2 * len(default_targets(make_model(1, 1)))
+    assert all("lora_" in name and p.dtype == torch.float32 for name, p in trainable.items())
+    assert all(bool(p.any()) != ("lora_B" in name) for name, p in trainable.items())
+    assert {min(p.shape) for p in parameters} == {3}
+    assert {p.dtype for p in model.transformer.parameters() if not p.requires_grad} == {dtype}
+    assert describe_trainable(model, parameters) == {
+        "parameters": sum(p.numel() for p in parameters),
+        "blocks": [DOUBLE[1], *SINGLE[:2]],
+    }
+
+
+# What the file holds
+
+
+@pytest.mark.parametrize(("leading", "trailing"), [(0, 0), (1, 1), (2, 2)])
+def test_the_file_has_full_block_names_of_kept_blocks_only(tmp_path, leading, trailing):
+    model = with_lora(leading, trailing)
+    save_lora(tmp_path, Flux, model.transformer)
+    kept = (DOUBLE + SINGLE)[leading : 5 - trailing]
+    assert set(load_file(tmp_path / WEIGHTS_NAME)) == {
+        f"transformer.{block}.attn.{layer}.{part}.weight"
+        for block in kept
+        for layer in ("to_q", "to_v")
+        for part in ("lora_A", "lora_B")
+    }
+    assert [path.name for path in tmp_path.iterdir()] == [WEIGHTS_NAME]
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16, torch.float16])
+def test_the_file_has_the_dtype_asked_for_and_the_model_keeps_its_own(tmp_path, dtype):
+    model = with_lora()
+    before = lora_state(model)
+    save_lora(tmp_path / "new" / "folder", Flux, model.transformer, dtype=dtype)
+    state = load_file(tmp_path / "new" / "folder" / WEIGHTS_NAME)
+    assert {tensor.dtype for tensor in state.values()} == {dtype or torch.float32}
+    assert equal(before, lora_state(model))
+    for name, value in before.items():
+        key = "transformer." + name.replace(".default.", ".")
+        assert torch.equal(state[key], value.to(dtype or torch.float32))
+
+
+def test_the_file_says_how_the_lora_is_scaled(tmp_path):
+    save_lora(tmp_path, Flux, with_lora(rank=2).transformer)
+    with safe_open(str(tmp_path / WEIGHTS_NAME), framework="pt") as file:
+        metadata = file.metadata()
+    config = json.loads(metadata["lora_adapter_metadata"])
+    assert (config["transformer.r"], config["transformer.lora_alpha"]) == (2, 4)
+
+
+def test_saving_again_replaces_the_file(tmp_path):
+    save_lora(tmp_path, Flux, with_lora(seed=1).transformer)
+    save_lora(tmp_path, Flux, with_lora(seed=2).transformer)
+    model = with_lora(fill=False)
+    load_lora(tmp_path, Flux, model.transformer)
+    assert equal(lora_state(model), lora_state(with_lora(seed=2)))
+
+
+# Reading back
+
+
+@pytest.mark.parametrize("layers", [("attn.to_q", "attn.to_v"), Flux.lora_layers], ids=["two layers", "all layers"])
+def test_reading_back_is_exact_to_the_bit(tmp_path, layers):
+    written = with_lora(layers=layers, seed=3)
+    save_lora(tmp_path, Flux, written.transformer)
+    read = with_lora(layers=layers, seed=4)
+    load_lora(tmp_path, Flux, read.transformer)
+    assert equal(lora_state(read), lora_state(written))
+    assert all(p.requires_grad and p.dtype == torch.float32 for n, p in read.named_parameters() if "lora_" in n)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"rank": 4}, {"layers": ("attn.to_q",)}, {"layers": ("attn.to_q", "attn.to_k")}, {"leading": 2}, {"leading": 0}],
+    ids=["rank", "fewer layers", "other layers", "fewer blocks", "more blocks"],
+)
+def test_lora_of_other_settings_is_refused_and_changes_nothing(tmp_path, other):
+    save_lora(tmp_path, Flux, with_lora(seed=3).transformer)
+    model = with_lora(seed=4, **other)
+    before = lora_state(model)
+    with pytest.raises(ValueError, match="--resume_from_checkpoint .*other LoRA layers or another rank") as error:
+        load_lora(tmp_path, Flux, model.transformer)
+    assert "\n" not in str(error.value) and equal(before, lora_state(model))
+
+
+# Whether it learns
+
+
+def layer_without(model, what):
+    """Run one backward by hand, then leave ``what`` out for the first LoRA; return its name."""
+    name, first = next((n, p) for n, p in model.transformer.named_parameters() if "lora_B" in n)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.ones_like(parameter)
+    first.grad = None if what == "absent" else torch.zeros_like(first)
+    return name.partition(".lora_B")[0]
+
+
+def test_lora_that_is_reached_passes():
+    model = with_lora()
+    layer_without(model, "absent")
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+    check_gradients(model.transformer)
+    check_learned(model.transformer)
+
+
+@pytest.mark.parametrize("what", ["absent", "zero"])
+def test_a_layer_without_a_gradient_is_named(what):
+    model = with_lora()
+    layer = layer_without(model, what)
+    with pytest.raises(ValueError, match=f"The LoRA of {layer} receives no gradient"):
+        check_gradients(model.transformer)
+
+
+@pytest.mark.parametrize(("value", "words"), [(0.0, "is still zero"), (torch.nan, "not finite"), (torch.inf, "not f")])
+def test_a_layer_that_learnt_nothing_or_broke_is_named(value, words):
+    model = with_lora()
+    name, parameter = [(n, p) for n, p in model.transformer.named_parameters() if "lora_B" in n][-1]
+    parameter.data.fill_(value)
+    with pytest.raises(ValueError, match=f"The LoRA of {name.partition('.lora_B')[0]} .*{words}"):
+        check_learned(model.transformer)
+
+
+def test_a_down_projection_that_broke_is_named():
+    model = with_lora()
+    name, parameter = next((n, p) for n, p in model.transformer.named_parameters() if "lora_A" in n)
+    parameter.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=f"The LoRA of {name.partition('.lora_A')[0]} is not finite"):
+        check_learned(model.transformer)

@@ -91,6 +91,7 @@ def report(folder: Path, run: dict[str, Any] = RUN, plan: dict[str, Any] = PLAN,
         ),
         "command": "accelerate launch train.py --skip_blocks auto",
         "settings": {"instance_prompt": HOSTILE, "rank": 16, "resolution": 64, "class_data_dir": None},
+        "snippet": usage_snippet("owner/tiny", "out", HOSTILE),
     } | overrides
     return Page(write_report(folder, run, plan, **arguments).read_text(encoding="utf-8"))
 
@@ -209,10 +210,10 @@ def test_tokens_never_reach_the_page(tmp_path: Path):
 
 
 def test_snippet_is_valid_python_with_the_pipeline_arguments(tmp_path: Path):
-    settings = {"instance_prompt": "x", "mixed_precision": "bf16", "pipeline_kwargs": {"max_sequence_length": 32}}
-    page = report(tmp_path, settings=settings)
+    snippet = usage_snippet("owner/tiny", tmp_path, "x", {"max_sequence_length": 32})
+    page = report(tmp_path, snippet=snippet)
     assert "max_sequence_length=32" in page.text and "torch.bfloat16" in page.text
-    assert "pipeline_kwargs" not in page.text
+    assert "from_pretrained(embedded_model())" in usage_snippet("micro", tmp_path, "x", dtype=None, embedded=True)
     code = usage_snippet("owner/tiny", tmp_path, HOSTILE, {"guidance_scale": 3.5, "negative_prompt": None})
     strings = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
     assert HOSTILE in strings and str(tmp_path) in strings and 3.5 in strings

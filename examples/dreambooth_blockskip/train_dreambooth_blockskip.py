@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.plan_only:
         return 0
     try:
-        train(run, accelerator, monitor, plan, shlex.join(sys.argv[1:] if argv is None else argv))
+        train(run, accelerator, monitor, plan, shlex.join(sys.argv if argv is None else [__file__, *argv]))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -165,7 +165,7 @@ def train(run: Run, accelerator: Accelerator, monitor: StageMonitor, plan: dict,
             after = trainer.images(run.prompts, negative)
             trainer.log_images(run.prompts, after)
         report = run_report(run, trainer, monitor.as_list(), num_stretches)
-        write_outputs(run, trainer, report, plan, command, before, after)
+        write_outputs(run, trainer, report, plan, f"accelerate launch {command}", before, after)
         if args.push_to_hub:
             print(f"Uploaded to {push_to_hub(run)}.")
         print(run.closing_words(report))

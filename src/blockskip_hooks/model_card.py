@@ -115,6 +115,8 @@ def usage_snippet(
     prompt: str,
     pipeline_kwargs: Mapping[str, Any] | None = None,
     dtype: str | None = "bfloat16",
+    *,
+    embedded: bool = False,
 ) -> str:
     """Python code that loads a base model with diffusers, adds the LoRA and makes one image.
 
@@ -124,18 +126,21 @@ def usage_snippet(
         prompt: Prompt of the example image.
         pipeline_kwargs: Further arguments of the pipeline call, such as ``max_sequence_length``.
         dtype: Name of a torch dtype for the weights, or None for the pipeline's default.
+        embedded: Whether the base model is the embedded one, which the package finds itself.
     """
     arguments = [_literal(prompt), *(f"{key}={_literal(value)}" for key, value in (pipeline_kwargs or {}).items())]
     call = f"image = pipeline({', '.join(arguments)}).images[0]"
     if len(call) > 88:
         call = "\n".join(("image = pipeline(", *(f"    {argument}," for argument in arguments), ").images[0]"))
+    base = "embedded_model()" if embedded else _literal(model)
     torch_dtype = f", torch_dtype=torch.{dtype}" if dtype else ""
     return "\n".join(
         (
             "import torch",
             "from diffusers import DiffusionPipeline",
+            *(["from blockskip_hooks.embedded import embedded_model"] if embedded else []),
             "",
-            f"pipeline = DiffusionPipeline.from_pretrained({_literal(model)}{torch_dtype})",
+            f"pipeline = DiffusionPipeline.from_pretrained({base}{torch_dtype})",
             f"pipeline.load_lora_weights({_literal(str(lora))})",
             'pipeline.to("cuda" if torch.cuda.is_available() else "cpu")',
             call,

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from huggingface_hub import create_repo, upload_folder
 from PIL import Image
 
@@ -31,7 +32,7 @@ def run_report(run: Run, trainer: Trainer, stages: list[dict[str, Any]], num_str
         "model": run.model_name,
         "family": run.family.name,
         "base_revision": run.args.revision,
-        "weights": folder_digest(run.family.model_path / "transformer"),
+        "weights": "sha256:" + folder_digest(run.family.model_path / "transformer"),
         "skip": run.selection.as_dict(),
         "patch": {
             "mode": run.patch.mode,
@@ -95,14 +96,22 @@ def write_outputs(
     write_json(run.output_dir / "run_report.json", report)
     photos, crops = training_pictures(trainer)
     settings = {name: value for name, value in sorted(vars(run.args).items()) if name != "given"}
-    pipeline_kwargs = snippet_kwargs(run)
+    snippet = usage_snippet(
+        run.model_name,
+        run.args.hub_model_id or run.args.output_dir,
+        next((prompt for prompt in (*run.prompts, run.args.instance_prompt) if prompt), "a photo"),
+        snippet_kwargs(run),
+        None if trainer.maker.dtype == torch.float32 else str(trainer.maker.dtype).removeprefix("torch."),
+        embedded=run.embedded,
+    )
     write_report(
         run.output_dir,
-        {**report, "model": _loadable(run)},
+        report,
         plan,
         images=ReportImages(photos=photos, crops=crops, prompts=run.prompts, before=before, after=after),
         command=command,
-        settings={**settings, "pipeline_kwargs": pipeline_kwargs},
+        settings=settings,
+        snippet=snippet,
     )
     images = [image for images in after for image in images]
     prompts = [prompt for prompt, images in zip(run.prompts, after) for _ in images]
@@ -117,12 +126,7 @@ def write_outputs(
         run_report=report,
         train_text_encoder=run.args.train_text_encoder,
         tags=run.family.tags,
-        snippet=usage_snippet(
-            _loadable(run),
-            run.args.hub_model_id or run.output_dir,
-            (prompts or [run.args.instance_prompt])[0],
-            pipeline_kwargs,
-        ),
+        snippet=snippet,
     )
 
 
@@ -132,11 +136,6 @@ def snippet_kwargs(run: Run) -> dict[str, Any]:
     if run.embedded:
         kwargs["max_sequence_length"] = run.args.max_sequence_length
     return kwargs
-
-
-def _loadable(run: Run) -> str:
-    """A name of the base model that `from_pretrained` can load on this machine."""
-    return str(run.family.model_path) if run.embedded else run.model_name
 
 
 def _license(run: Run) -> str | None:

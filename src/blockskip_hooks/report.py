@@ -17,7 +17,6 @@ from typing import Any
 import jinja2
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from blockskip_hooks.model_card import usage_snippet
 from blockskip_hooks.monitor import format_bytes, format_seconds, write_text
 
 
@@ -30,7 +29,6 @@ PIXEL_ART_SIDE = 128
 CHART_WIDTH, CHART_HEIGHT = 1000, 300
 CHART_POINTS = 1200
 
-_DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 _SECRET_KEY = re.compile(r"(^|_)(hub_token|api_key|password|secret)$")
 _SECRET_TEXT = re.compile(r"(--(?:hub_token|\w*api_key|\w*password|\w*secret)[=\s]+)\S+|\bhf_\w{20,}")
 
@@ -73,6 +71,7 @@ def write_report(
     images: ReportImages,
     command: str,
     settings: Mapping[str, Any],
+    snippet: str,
 ) -> Path:
     """Write report.html into ``output_dir``. Parts that are missing from the inputs are left out of the page.
 
@@ -82,8 +81,8 @@ def write_report(
         plan: Contents of plan.json.
         images: Pictures to show.
         command: Command line that repeats the run. Tokens in it are masked.
-        settings: All settings by flag name, tokens are masked. ``pipeline_kwargs``, if there, is not a setting but
-            holds arguments of the pipeline call that the usage snippet prints.
+        settings: All settings by flag name, tokens are masked.
+        snippet: Python code that loads and runs the LoRA, see `usage_snippet`.
 
     Returns:
         Path of the page.
@@ -100,14 +99,6 @@ def write_report(
     environment.filters |= {"bytes": _unbroken(format_bytes), "seconds": _unbroken(format_seconds)}
     output_dir = Path(output_dir)
     model = str(run_report.get("model") or "path/to/base-model")
-    settings = dict(settings)
-    snippet = usage_snippet(
-        model,
-        settings.get("output_dir") or output_dir,
-        next((text for text in (*images.prompts, settings.get("instance_prompt")) if text), "a photo"),
-        settings.pop("pipeline_kwargs", None),
-        _DTYPES.get(str(settings.get("mixed_precision"))),
-    )
     page = environment.get_template("report.html").render(
         run=run_report,
         plan=plan,

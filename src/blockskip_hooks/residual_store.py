@@ -92,6 +92,10 @@ class ResidualStore:
         )
         self._scan()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Data-loading workers that are started anew open the shards themselves.
+        return {**self.__dict__, "_open_files": {}}
+
     def _scan(self) -> None:
         for path in sorted(self.directory.glob("records-*.safetensors")):
             try:

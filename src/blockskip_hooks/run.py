@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import logging
 import math
@@ -290,6 +291,8 @@ def prepare_run(args: argparse.Namespace) -> Run:
         raise ValueError("--instance_prompt is missing and not every photo has a caption; give the prompt.")
     if args.train_text_encoder and not family.text_lora_layers:
         raise ValueError(f"--train_text_encoder is not available for {family.name}; leave it out.")
+    if args.enable_npu_flash_attention and importlib.util.find_spec("torch_npu") is None:
+        raise ValueError("--enable_npu_flash_attention needs a package that is not installed: torch_npu.")
     _check_writable(Path(args.output_dir))
     return Run(
         args=args,

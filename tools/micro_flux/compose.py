@@ -12,15 +12,15 @@ from PIL import Image, ImageFilter
 class Pose:
     """Ranges of one picture's draw. `scale` is the share of the picture's side that the object fills."""
 
-    scale: tuple[float, float] = (0.58, 0.92)
-    rotation: float = 14.0
+    scale: tuple[float, float] = (0.74, 0.95)
+    rotation: float = 8.0
     flip: float = 0.5
-    hue: float = 14.0
+    hue: float = 8.0
     brightness: float = 0.1
 
 
 STILL = Pose(scale=(0.7, 0.86), rotation=6.0, flip=0.5, hue=0.0, brightness=0.0)
-MINIMUM_CONTRAST = 60.0
+MINIMUM_CONTRAST = 80.0
 
 
 def _shift_hue(rgb: np.ndarray, degrees: float) -> np.ndarray:
@@ -74,7 +74,7 @@ def compose(
     background: str,
     size: int = 64,
     pose: Pose = Pose(),
-    tries: int = 6,
+    tries: int = 8,
 ) -> np.ndarray:
     """One uint8 RGB picture (size, size, 3) of one of `sprites`, drawn at twice the size and averaged down.
 

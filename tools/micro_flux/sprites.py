@@ -3,7 +3,7 @@
 
 import io
 import json
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from PIL import Image
 SPRITE_SIZE = 160
 
 
-@lru_cache(maxsize=None)
+@cache
 def load_icon_set(icons: Path, vendor: str) -> dict:
     """Reads `<icons>/<vendor>/icons.json` (`icons` is the `node_modules/@iconify-json` folder)."""
     with open(icons / vendor / "icons.json", encoding="utf-8") as file:
@@ -41,9 +41,9 @@ def icon_svg(icons: Path, vendor: str, name: str) -> str:
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def render_sprite(icons: Path, vendor: str, name: str, size: int = SPRITE_SIZE) -> np.ndarray:
-    """One icon as uint8 RGBA (size, size, 4), cropped to its opaque box and centred so that its longer side fills it."""
+    """One icon as uint8 RGBA (size, size, 4), cropped to its opaque box and centred, its longer side full."""
     png = resvg_py.svg_to_bytes(svg_string=icon_svg(icons, vendor, name), width=2 * size, height=2 * size)
     image = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
     box = image.getchannel("A").point(lambda alpha: 255 * (alpha > 24)).getbbox()

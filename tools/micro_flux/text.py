@@ -1,0 +1,127 @@
+# Copyright 2026 The blockskip_hooks authors. Licensed under the Apache License, Version 2.0.
+"""Word-level tokenizers and small text encoders in the formats of CLIP and T5.
+
+Every word of the captions is one token; other words fall apart into characters, so any prompt can be encoded.
+"""
+
+import json
+from pathlib import Path
+
+from catalogue import BACKGROUNDS, CLASS_NAMES, RARE_TOKEN
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+
+
+CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'-"
+T5_TOKENS = 16
+
+
+def words() -> list[str]:
+    """The words of all captions, sorted."""
+    phrases = ["a photo of a", "a picture of a", "an the", RARE_TOKEN, *CLASS_NAMES, *BACKGROUNDS.values()]
+    return sorted({word for phrase in phrases for word in phrase.split()})
+
+
+def write_clip_tokenizer(folder: Path) -> CLIPTokenizer:
+    """A byte-level BPE (`vocab.json`, `merges.txt`) whose merges end in the caption words."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.BpeTrainer(
+        vocab_size=100_000,
+        min_frequency=1,
+        end_of_word_suffix="</w>",
+        initial_alphabet=sorted(CHARACTERS),
+        limit_alphabet=1000,
+        show_progress=False,
+    )
+    model.train_from_iterator(words(), trainer)
+    bpe = json.loads(model.to_str())["model"]
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in bpe["merges"]]
+    tokens = sorted(set(CHARACTERS)) + [character + "</w>" for character in sorted(set(CHARACTERS))]
+    tokens += [merge.replace(" ", "") for merge in merges]
+    tokens = list(dict.fromkeys(tokens)) + ["<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
+    settings = {
+        "tokenizer_class": "CLIPTokenizer",
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "model_max_length": 77,
+        "do_lower_case": True,
+        "add_prefix_space": False,
+        "errors": "replace",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    special = {name: settings[name] for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n", encoding="utf-8")
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def write_t5_tokenizer(folder: Path) -> T5TokenizerFast:
+    """A unigram model (`tokenizer.json`): caption words score 0, single characters -20."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -100.0), ("▁", -20.0)]
+    pieces += [("▁" + word, 0.0) for word in words()]
+    pieces += [(character, -20.0) for character in sorted(set(CHARACTERS))]
+    model = Tokenizer(models.Unigram(pieces, unk_id=2))
+    model.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")]
+    )
+    model.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
+    model.post_processor = TemplateProcessing(single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)])
+    model.add_special_tokens(["<pad>", "</s>", "<unk>"])
+    model.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "T5TokenizerFast",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "pad_token": "<pad>",
+        "extra_ids": 0,
+        "model_max_length": 512,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    special = {name: settings[name] for name in ("eos_token", "unk_token", "pad_token")}
+    (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n", encoding="utf-8")
+    return T5TokenizerFast.from_pretrained(folder)
+
+
+def build_clip(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """An untrained two-layer CLIP text encoder of width 64."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            projection_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=77,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def build_t5(tokenizer: T5TokenizerFast) -> T5EncoderModel:
+    """An untrained two-layer T5 encoder of width 96."""
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer),
+            d_model=96,
+            d_kv=32,
+            d_ff=192,
+            num_layers=2,
+            num_heads=3,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+            tie_word_embeddings=False,
+            pad_token_id=0,
+            eos_token_id=1,
+            decoder_start_token_id=0,
+        )
+    )

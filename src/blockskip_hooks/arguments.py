@@ -437,6 +437,7 @@ def _without_effect(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
     """Pairs of a flag that this run does not look at, and what would make it count."""
     skipping = _skips(args)
     prodigy = args.optimizer.lower() == "prodigy"
+    embedded = args.pretrained_model_name_or_path is None
     for useful, names, needs in (
         (args.with_prior_preservation, ("class_data_dir", "class_prompt"), "--with_prior_preservation"),
         (args.dataset_name, ("dataset_config_name", "image_column", "caption_column"), "--dataset_name"),
@@ -453,7 +454,8 @@ def _without_effect(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
         (not prodigy, ("use_8bit_adam",), "--optimizer AdamW"),
         (args.weighting_scheme == "logit_normal", ("logit_mean", "logit_std"), "--weighting_scheme logit_normal"),
         (args.weighting_scheme == "mode", ("mode_scale",), "--weighting_scheme mode"),
-        (args.validation_prompt, ("num_validation_images", "validation_epochs"), "--validation_prompt"),
+        (args.validation_prompt or embedded, ("num_validation_images",), "--validation_prompt"),
+        (args.validation_prompt, ("validation_epochs",), "--validation_prompt"),
         (args.push_to_hub, ("hub_model_id",), "--push_to_hub"),
     ):
         if not useful:

@@ -13,7 +13,7 @@ from PIL import Image
 from .lora import WEIGHTS_NAME
 from .model_card import usage_snippet, write_model_card
 from .monitor import versions, write_json
-from .report import ReportImages, write_report
+from .report import ReportImages, contact_sheet, write_report
 from .residual_store import folder_digest
 from .run import Run
 from .trainer import Trainer
@@ -21,6 +21,7 @@ from .trainer import Trainer
 
 MAX_PHOTOS = 8
 CROPS_SHOWN = 12
+SHEET_PIXELS = 128
 
 
 def run_report(run: Run, trainer: Trainer, stages: list[dict[str, Any]], num_stretches: int) -> dict[str, Any]:
@@ -92,9 +93,18 @@ def write_outputs(
     before: list[list[Image.Image]],
     after: list[list[Image.Image]],
 ) -> None:
-    """Write ``run_report.json``, ``report.html`` and the model card with its images."""
+    """Write ``run_report.json``, ``report.html``, ``before_after.png`` and the model card with its images."""
     write_json(run.output_dir / "run_report.json", report)
     photos, crops = training_pictures(trainer)
+    if before and after:
+        before_row, after_row = ([image for images in rows for image in images] for rows in (before, after))
+        width = min(len(after_row), MAX_PHOTOS)
+        contact_sheet(
+            [[photo.resize(after_row[0].size) for photo in photos[:width]], before_row[:width], after_row[:width]],
+            ["training photos", "before", "after"],
+            run.output_dir / "before_after.png",
+            scale=max(1, SHEET_PIXELS // after_row[0].width),
+        )
     settings = {name: value for name, value in sorted(vars(run.args).items()) if name != "given"}
     snippet = usage_snippet(
         run.model_name,

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from .embedded import DEFAULT_SUBJECT
+from .families import Family
 from .planner import PlanRequest, format_plan, plan_run
 from .run import Run
 
@@ -23,7 +25,6 @@ def plan_for(run: Run, dtype: torch.dtype, num_processes: int) -> dict[str, Any]
     num_images = {kind: args.num_class_images if kind == "class" else len(run.photos) for kind in run.kinds}
     _, steps = run.schedule(num_images, num_processes)
     samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * num_processes * len(run.kinds)
-    config_files = [family.model_path / name / "config.json" for name in family.text_components]
     request = PlanRequest(
         family=family,
         transformer_config=run.transformer_config,
@@ -41,12 +42,24 @@ def plan_for(run: Run, dtype: torch.dtype, num_processes: int) -> dict[str, Any]
         precompute_batch_size=args.precompute_batch_size,
         num_samples=steps * samples_per_step,
         residual_budget_bytes=run.residual_budget() if run.uses_store else None,
-        text_encoders=[json.loads(file.read_text()) for file in config_files if file.is_file()],
+        text_encoders=_text_encoder_configs(family),
+        validation_batch_size=args.num_validation_images,
         validation_resolution=run.pipeline_kwargs.get("height", family.image_size) if run.prompts else None,
         skip_source=run.selection.source,
         skip_table=run.selection.table,
     )
     return plan_run(request)
+
+
+def _text_encoder_configs(family: Family) -> list[dict[str, Any]]:
+    """Configs of the text encoders, with the class that the pipeline's index names: a config may lack it."""
+    index = json.loads((family.model_path / "model_index.json").read_text())
+    configs = []
+    for name in family.text_components:
+        file = family.model_path / name / "config.json"
+        if file.is_file():
+            configs.append({**json.loads(file.read_text()), "architectures": [index[name][1]]})
+    return configs
 
 
 def planned_batch_size(plan: dict[str, Any]) -> int | None:
@@ -57,13 +70,14 @@ def planned_batch_size(plan: dict[str, Any]) -> int | None:
 def describe_plan(run: Run, plan: dict[str, Any]) -> str:
     """The first screen: what happens, on what, in how much memory, and what is written where."""
     args = run.args
-    photos = args.dataset_name or args.instance_data_dir
+    own_photos = args.dataset_name or "instance_data_dir" in args.given
+    photos = args.dataset_name or args.instance_data_dir if own_photos else f"the embedded subject '{DEFAULT_SUBJECT}'"
     model = f"{run.model_name} ({run.family.name})"
     lines = []
     if run.embedded:
         lines.append("No --pretrained_model_name_or_path: using the embedded model, a small real FLUX pipeline.")
-        if "instance_data_dir" not in args.given and not args.dataset_name:
-            lines.append("No --instance_data_dir: using the embedded photos of an unseen subject.")
+        if not own_photos:
+            lines.append("No --instance_data_dir: using the embedded photos of a subject it has never seen.")
     outputs = {
         "LoRA, report, plan, card": str(run.output_dir),
         "checkpoints": f"every {args.checkpointing_steps} steps",

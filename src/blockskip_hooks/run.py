@@ -42,6 +42,7 @@ from .version import __version__
 logger = logging.getLogger(__name__)
 
 DEFAULT_RESIDUAL_BUDGET = 16 * 10**9
+EMBEDDED_PROMPTS = 4
 
 
 @dataclass
@@ -275,9 +276,11 @@ def prepare_run(args: argparse.Namespace) -> Run:
     if embedded:
         defaults |= _embedded_defaults(args)
         if "instance_data_dir" in defaults:
-            prompts = embedded_subjects()[DEFAULT_SUBJECT]["validation_prompts"]
+            prompts = embedded_subjects()[DEFAULT_SUBJECT]["validation_prompts"][:EMBEDDED_PROMPTS]
     apply_defaults(args, {**family_class.flag_defaults, **defaults})
     validate_args(args)
+    if embedded:
+        pipeline_kwargs = {"height": args.resolution, "width": args.resolution, **pipeline_kwargs}
     if args.validation_prompt is not None:
         prompts = [args.validation_prompt]
 
@@ -318,6 +321,7 @@ def _embedded_defaults(args: argparse.Namespace) -> dict[str, Any]:
         "instance_data_dir": str(embedded_photos(DEFAULT_SUBJECT)),
         "instance_prompt": subject["instance_prompt"],
         "class_prompt": subject["class_prompt"],
+        "num_validation_images": 2,
     }
 
 

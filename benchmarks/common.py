@@ -1,0 +1,213 @@
+"""What the benchmarks share: a random pipeline of the real classes, photos, and the script's way to a trainer."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+# Everything is local; a look-up on the hub would only add noise.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import numpy as np
+import psutil
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import Unigram
+from tokenizers.pre_tokenizers import Metaspace
+from tokenizers.processors import TemplateProcessing
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+
+from blockskip_hooks import DiTBlockSkipTransformer
+from blockskip_hooks.arguments import parse_args
+from blockskip_hooks.encode import encode_prompts
+from blockskip_hooks.monitor import StageMonitor, versions
+from blockskip_hooks.residual_store import ResidualStore
+from blockskip_hooks.run import prepare_run, weight_dtype
+from blockskip_hooks.trainer import Trainer
+from blockskip_hooks.training_data import SampleMaker
+
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+PROMPT = "a photo of sks dog"
+
+
+@dataclass(frozen=True)
+class FluxSize:
+    """Size of a random FLUX pipeline: real classes, VAE factor 8, so a token is 16 px of the image.
+
+    Attributes:
+        double_blocks: Double-stream blocks.
+        single_blocks: Single-stream blocks.
+        heads: Attention heads of 64 each.
+        text_dim: Width of the T5 embeddings.
+    """
+
+    double_blocks: int = 19
+    single_blocks: int = 38
+    heads: int = 8
+    text_dim: int = 256
+
+    @property
+    def blocks(self) -> int:
+        return self.double_blocks + self.single_blocks
+
+    @property
+    def dim(self) -> int:
+        return 64 * self.heads
+
+
+def save_random_flux(folder: Path, size: FluxSize, dtype: torch.dtype) -> Path:
+    """Write a whole FLUX pipeline with random weights; only the transformer is of any size."""
+    torch.manual_seed(0)
+    clip_tokenizer, t5_tokenizer = _tokenizers(folder / "tokenizer_files")
+    clip = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(clip_tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            projection_dim=64,
+            bos_token_id=0,
+            eos_token_id=1,
+        )
+    )
+    t5 = T5EncoderModel(
+        T5Config(vocab_size=len(t5_tokenizer), d_model=size.text_dim, d_ff=256, d_kv=32, num_layers=2, num_heads=2)
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 16, 16),
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=4,
+        scaling_factor=0.8,
+        shift_factor=0.1,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    transformer = FluxTransformer2DModel(
+        in_channels=64,
+        num_layers=size.double_blocks,
+        num_single_layers=size.single_blocks,
+        attention_head_dim=64,
+        num_attention_heads=size.heads,
+        joint_attention_dim=size.text_dim,
+        pooled_projection_dim=64,
+        guidance_embeds=True,
+        axes_dims_rope=(16, 24, 24),
+    )
+    FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae,
+        text_encoder=clip.eval(),
+        tokenizer=clip_tokenizer,
+        text_encoder_2=t5.eval(),
+        tokenizer_2=t5_tokenizer,
+        transformer=torch.nn.Module.to(transformer, dtype),
+    ).save_pretrained(folder)
+    return folder
+
+
+def _tokenizers(folder: Path) -> tuple[CLIPTokenizer, T5TokenizerFast]:
+    """Tokenizers of the real classes that spell words by letters."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    clip = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -100.0), ("▁", -20.0), *((letter, -20.0) for letter in LETTERS)]
+    words = Tokenizer(Unigram(pieces, unk_id=2))
+    words.pre_tokenizer = Metaspace(replacement="▁", prepend_scheme="always")
+    words.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    words.save(str(folder / "tokenizer.json"))
+    names = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "extra_ids": 0, "model_max_length": 512}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5TokenizerFast", **names}))
+    return clip, T5TokenizerFast.from_pretrained(folder)
+
+
+def save_photos(folder: Path, count: int, side: int) -> Path:
+    """Write photos of random smooth colours, not square, so that crops have room."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(0)
+    for number in range(count):
+        colours = generator.integers(0, 256, (8, 10, 3), dtype=np.uint8)
+        image = Image.fromarray(colours).resize((side * 5 // 4, side), Image.Resampling.BICUBIC)
+        image.save(folder / f"{number}.png")
+    return folder
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep progress bars off the screen: interleaved settings would print one for every step."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def open_trainer(argv: Sequence[str]) -> Trainer:
+    """Everything the training script does with these flags before its first precompute or step."""
+    args = parse_args([*argv, "--report_to", "none", "--seed", "0", "--lr_warmup_steps", "0"])
+    run = prepare_run(args)
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    dtype, device, family = weight_dtype(accelerator), accelerator.device, run.family
+    sources = run.photo_sources()
+    prompts = [prompt for source in sources.values() for prompt in source.prompts()]
+    with quiet():
+        embeds, _ = encode_prompts(
+            family, prompts, max_sequence_length=args.max_sequence_length, dtype=dtype, device=device
+        )
+    sample_plan = run.sample_plan(0, {kind: len(source.photos) for kind, source in sources.items()})
+    maker = SampleMaker(sample_plan, sources, family, embeds, device, dtype)
+    _, max_train_steps = run.schedule(sample_plan.num_images, accelerator.num_processes)
+    store = None
+    if run.uses_store:
+        store = ResidualStore(run.residual_dir, run.describe_records(sample_plan, sources, dtype))
+    model = DiTBlockSkipTransformer.from_pretrained(
+        family.model_path, run.config, torch_dtype=dtype, device=device, stacks=family.block_stacks
+    )
+    return Trainer(run, accelerator, StageMonitor(), maker, model, None, store, max_train_steps)
+
+
+def machine() -> dict[str, Any]:
+    """What figures depend on, without anything that names the machine."""
+    return {
+        "system": platform.system(),
+        "architecture": platform.machine(),
+        "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "ram_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "versions": versions(),
+    }
+
+
+def command() -> str:
+    """The command line, with the script's path as in the repository."""
+    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+
+
+def target(name: str, value: float, limit: float, aim: float | None = None) -> dict[str, Any]:
+    """A figure and the most it may be."""
+    return {"name": name, "value": value, "limit": limit, "aim": aim, "met": value <= limit}
+
+
+def print_targets(targets: Sequence[dict[str, Any]]) -> None:
+    """One line per target."""
+    for item in targets:
+        aim = "" if item["aim"] is None else f", aim {item['aim']:g}"
+        verdict = "met" if item["met"] else "MISSED"
+        print(f"{item['name']:52}{item['value']:10.4g}   limit {item['limit']:g}{aim}: {verdict}")

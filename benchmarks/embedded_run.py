@@ -1,0 +1,108 @@
+#!/usr/bin/env python
+"""The README's main command as a user runs it: seconds, memory and what it leaves.
+
+Runs ``accelerate launch examples/dreambooth_blockskip/train_dreambooth_blockskip.py --skip_blocks auto`` in a
+process of its own, with the embedded model and photos, and reads the resident memory of it and all its children.
+Pages that processes share count in each of them, so the figure is an upper bound.
+
+Example:
+    python benchmarks/embedded_run.py --json benchmarks/results/embedded_run.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+from common import command, machine, print_targets, target
+
+from blockskip_hooks.monitor import write_json
+
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SCRIPT = "examples/dreambooth_blockskip/train_dreambooth_blockskip.py"
+INTERVAL = 0.1
+
+
+def tree_rss(process: psutil.Process) -> int:
+    """Resident bytes of a process and all its children."""
+    total = 0
+    for member in (process, *process.children(recursive=True)):
+        try:
+            total += member.memory_info().rss
+        except psutil.NoSuchProcess:
+            # It ended between the listing and the reading.
+            continue
+    return total
+
+
+def run(flags: list[str], output_dir: Path) -> tuple[int, float, int]:
+    """Run the command and return its exit code, seconds and peak resident bytes."""
+    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    argv = [*launch, SCRIPT, *flags, "--output_dir", str(output_dir)]
+    started, peak = time.perf_counter(), 0
+    with subprocess.Popen(argv, cwd=REPOSITORY) as child:
+        process = psutil.Process(child.pid)
+        while child.poll() is None:
+            try:
+                peak = max(peak, tree_rss(process))
+            except psutil.NoSuchProcess:
+                break
+            time.sleep(INTERVAL)
+        code = child.wait()
+    return code, time.perf_counter() - started, peak
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure and print; the exit code is 1 if the command fails or a target is missed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Further flags go to the training script.",
+    )
+    parser.add_argument("--json", help="Write the figures to this file as well.")
+    args, extra = parser.parse_known_args(argv)
+
+    flags = ["--skip_blocks", "auto", *extra]
+    with tempfile.TemporaryDirectory() as folder:
+        output_dir = Path(folder) / "output"
+        code, seconds, peak = run(flags, output_dir)
+        files = sorted(p.relative_to(output_dir).as_posix() for p in output_dir.rglob("*") if p.is_file())
+        report_file = output_dir / "run_report.json"
+        report = json.loads(report_file.read_text()) if report_file.is_file() else {}
+    targets = [
+        target("seconds of the whole command", seconds, 600),
+        target("peak resident bytes of all its processes", peak, 3 * 2**30),
+    ]
+    print(f"exit code {code}; {len(files)} files left:", *files, sep="\n  ")
+    print_targets(targets)
+    if args.json:
+        document = {
+            "benchmark": "embedded_run",
+            "command": command(),
+            "measured_command": " ".join(["accelerate", "launch", SCRIPT, *flags]),
+            "machine": machine(),
+            "results": {
+                "exit_code": code,
+                "seconds": seconds,
+                "peak_rss_bytes": peak,
+                "files": files,
+                "skip": report.get("skip"),
+                "stages": report.get("stages"),
+                "steps": report.get("train", {}).get("steps"),
+                "step_seconds_median": report.get("train", {}).get("step_seconds_median"),
+            },
+            "targets": targets,
+        }
+        write_json(args.json, document)
+    return 0 if code == 0 and all(item["met"] for item in targets) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

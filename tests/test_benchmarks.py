@@ -1,0 +1,53 @@
+"""The benchmark scripts start, and on a tiny model they run and write valid JSON; figures are not tested here."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from accelerate.state import AcceleratorState
+
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+SCRIPTS = sorted(path for path in BENCHMARKS.glob("*.py") if path.name != "common.py")
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch):
+    """Import a benchmark script; in this process, because each new one would import torch again for seconds."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def load_script(path: Path) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(f"benchmark_{path.stem}", path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        # Dataclasses with postponed annotations look their module up.
+        monkeypatch.setitem(__import__("sys").modules, spec.name, module)
+        spec.loader.exec_module(module)
+        return module
+
+    return load_script
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_help(path: Path, load, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        load(path).main(["--help"])
+    assert exit_info.value.code == 0
+    assert "--json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["step_time", "plain_overhead"])
+def test_smoke(name: str, load, tmp_path: Path) -> None:
+    # Precision is one per process, and another test may have set it.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    file = tmp_path / "figures.json"
+    assert load(BENCHMARKS / f"{name}.py").main(["--smoke", "--json", str(file)]) == 0
+    figures = json.loads(file.read_text())
+    assert figures["schema"] == 1
+    assert figures["benchmark"] == name
+    assert figures["results"]
+    assert str(tmp_path) not in json.dumps(figures["settings"])

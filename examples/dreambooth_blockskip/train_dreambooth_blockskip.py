@@ -12,6 +12,7 @@ import os
 import shlex
 import sys
 import warnings
+from pathlib import Path
 
 
 # Optional packages that transformers misses (torchvision) do not matter here.
@@ -49,7 +50,9 @@ def main(argv: list[str] | None = None) -> int:
         with monitor.stage("plan"):
             run = prepare_run(args)
             accelerator = make_accelerator(run)
+            checkpoint = find_checkpoint(run.output_dir, args.resume_from_checkpoint)
             plan = plan_for(run, weight_dtype(accelerator), accelerator.num_processes)
+            steps_per_stretch = run.steps_per_stretch(plan, run.samples_per_step(accelerator), checkpoint)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -58,8 +61,9 @@ def main(argv: list[str] | None = None) -> int:
         write_json(run.output_dir / "plan.json", plan)
     if args.plan_only:
         return 0
+    command = shlex.join(sys.argv if argv is None else [__file__, *argv])
     try:
-        train(run, accelerator, monitor, plan, shlex.join(sys.argv if argv is None else [__file__, *argv]))
+        train(run, accelerator, monitor, plan, checkpoint, steps_per_stretch, command)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -83,11 +87,18 @@ def make_accelerator(run: Run) -> Accelerator:
     )
 
 
-def train(run: Run, accelerator: Accelerator, monitor: StageMonitor, plan: dict, command: str) -> None:
+def train(
+    run: Run,
+    accelerator: Accelerator,
+    monitor: StageMonitor,
+    plan: dict,
+    checkpoint: Path | None,
+    steps_per_stretch: int | None,
+    command: str,
+) -> None:
     """Encode, load, train stretch by stretch, save."""
     args, family = run.args, run.family
     dtype, device = weight_dtype(accelerator), accelerator.device
-    checkpoint = find_checkpoint(run.output_dir, args.resume_from_checkpoint)
     seed = run.resolve_seed(checkpoint)
 
     # Prior preservation: class images that are not there yet.
@@ -95,8 +106,18 @@ def train(run: Run, accelerator: Accelerator, monitor: StageMonitor, plan: dict,
         with monitor.stage("class_images"):
             make_class_images(run, accelerator, dtype, seed)
 
-    # Encode every prompt once; the text encoders are gone afterwards.
+    # The sample plan: from here on nothing is random. Records of it may be there already.
     sources = run.photo_sources()
+    sample_plan = run.sample_plan(seed, {kind: len(source.photos) for kind, source in sources.items()})
+    steps_per_epoch, max_train_steps = run.schedule(sample_plan.num_images, accelerator.num_processes)
+    store = None
+    if run.uses_store:
+        with accelerator.main_process_first():
+            store = ResidualStore(
+                run.residual_dir, run.describe_records(sample_plan, sources, dtype), overwrite=run.may_overwrite
+            )
+
+    # Encode every prompt once; the text encoders are gone afterwards.
     negative = run.pipeline_kwargs.get("negative_prompt")
     prompts = [prompt for source in sources.values() for prompt in source.prompts()]
     with monitor.stage("encode"):
@@ -109,19 +130,7 @@ def train(run: Run, accelerator: Accelerator, monitor: StageMonitor, plan: dict,
             keep_trainable=args.train_text_encoder,
             show_progress=accelerator.is_main_process,
         )
-
-    # The sample plan: from here on nothing is random.
-    sample_plan = run.sample_plan(seed, {kind: len(source.photos) for kind, source in sources.items()})
     maker = SampleMaker(sample_plan, sources, family, embeds, device, dtype)
-    steps_per_epoch, max_train_steps = run.schedule(sample_plan.num_images, accelerator.num_processes)
-
-    store, steps_per_stretch = None, max_train_steps
-    if run.uses_store:
-        steps_per_stretch = run.steps_per_stretch(run.record_bytes(maker), run.samples_per_step(accelerator))
-        with accelerator.main_process_first():
-            store = ResidualStore(
-                run.residual_dir, run.describe_records(sample_plan, sources, dtype), overwrite=run.may_overwrite
-            )
 
     # Load the kept blocks only; LoRA, optimiser and learning-rate schedule.
     with monitor.stage("load"):
@@ -135,7 +144,7 @@ def train(run: Run, accelerator: Accelerator, monitor: StageMonitor, plan: dict,
         )
         if args.enable_npu_flash_attention:
             model.transformer.set_attention_backend("_native_npu")
-        trainer = Trainer(run, accelerator, monitor, maker, model, text, store, max_train_steps)
+        trainer = Trainer(run, accelerator, monitor, maker, model, text, store, max_train_steps, steps_per_stretch)
     if checkpoint is not None:
         trainer.resume(checkpoint)
         accelerator.print(f"Resuming from {checkpoint.name}, {trainer.step} of {max_train_steps} steps done.")
@@ -145,7 +154,7 @@ def train(run: Run, accelerator: Accelerator, monitor: StageMonitor, plan: dict,
     # The loop: records of a stretch, then its steps.
     validation_steps = args.validation_epochs * steps_per_epoch if args.validation_prompt else max_train_steps
     num_stretches = 0
-    for stretch, first in stretches(trainer.step, max_train_steps, steps_per_stretch):
+    for stretch, first in stretches(trainer.step, max_train_steps, steps_per_stretch or max_train_steps):
         num_stretches += 1
         trainer.precompute(stretch, args.precompute_batch_size or planned_batch_size(plan))
         for part in segments(range(first, stretch.stop), validation_steps):

@@ -354,6 +354,8 @@ def _check_photos(args: argparse.Namespace) -> None:
         for name, example in (("class_data_dir", "a folder"), ("class_prompt", '"a photo of a dog", say')):
             if not getattr(args, name):
                 raise ValueError(f"--with_prior_preservation needs --{name}; give {example}.")
+        if Path(args.class_data_dir).is_file():
+            raise ValueError(f"--class_data_dir {args.class_data_dir} is a file; name a folder.")
 
 
 def _check_skipping(args: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .monitor import write_json
@@ -71,7 +72,8 @@ def commit_checkpoint(folder: Path, total_limit: int | None) -> Path:
     shutil.rmtree(final, ignore_errors=True)
     folder.rename(final)
     if total_limit is not None:
-        for old in list_checkpoints(final.parent)[:-total_limit]:
+        others = [path for path in list_checkpoints(final.parent) if path != final]
+        for old in others[: max(len(others) + 1 - total_limit, 0)]:
             shutil.rmtree(old)
     return final
 
@@ -107,16 +109,32 @@ def save_training_state(folder: Path, optimizer: Any, scheduler: Any, **numbers:
     )
 
 
+def read_state(folder: Path) -> dict[str, Any]:
+    """The JSON part of a checkpoint.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    try:
+        return json.loads((folder / STATE_NAME).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--resume_from_checkpoint {folder} cannot be read ({error}); name another one.") from error
+
+
 def load_training_state(folder: Path, optimizer: Any, scheduler: Any) -> dict[str, Any]:
     """Restore what :func:`save_training_state` wrote and return the JSON part.
 
     Raises:
         ValueError: if the checkpoint belongs to another optimiser or set of parameters.
     """
-    state = json.loads((folder / STATE_NAME).read_text())
+    state = read_state(folder)
+    try:
+        tensors = load_file(str(folder / OPTIMIZER_NAME))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"--resume_from_checkpoint {folder} cannot be read ({error}); name another one.") from error
     saved = state["optimizer"]
     entries: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in saved["scalars"].items()}
-    for key, tensor in load_file(str(folder / OPTIMIZER_NAME)).items():
+    for key, tensor in tensors.items():
         index, _, name = key.partition("/")
         entries.setdefault(int(index), {})[name] = tensor
     current = optimizer.state_dict()["param_groups"]

@@ -12,6 +12,7 @@ from diffusers.training_utils import _collate_lora_metadata, cast_training_param
 from diffusers.utils import convert_unet_state_dict_to_peft
 from peft import LoraConfig, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from .families import Family
@@ -53,6 +54,11 @@ def lora_targets(
     if model.spans.trailing:
         unread = [name for name in targets if name.startswith(last_kept) and _ends_with(name, text_stream_layers)]
         targets = [name for name in targets if name not in set(unread)]
+        if not targets:
+            raise ValueError(
+                f"--lora_layers '{','.join(layers)}' names text layers of {model.spans.kept[-1].name} only, whose "
+                "output nothing reads before the trailing span; name further layers or skip fewer trailing blocks."
+            )
     return list(dict.fromkeys(targets))
 
 
@@ -123,7 +129,10 @@ def load_lora(
     Raises:
         ValueError: if the file belongs to other layers.
     """
-    state = family.pipeline_class.lora_state_dict(str(folder), weight_name=WEIGHTS_NAME)
+    try:
+        state = family.pipeline_class.lora_state_dict(str(folder), weight_name=WEIGHTS_NAME)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"--resume_from_checkpoint {folder}: {WEIGHTS_NAME} cannot be read; name another.") from error
     for prefix, module in (("transformer", transformer), ("text_encoder", text_encoder)):
         if module is None:
             continue
@@ -161,7 +170,8 @@ def check_learned(model: torch.nn.Module) -> None:
     for name, parameter in _lora_b(model).items():
         if not bool(parameter.any()):
             raise ValueError(f"The LoRA of {_layer(name)} is still zero after training; nothing was learnt there.")
-        if not bool(parameter.isfinite().all()):
+    for name, parameter in model.named_parameters():
+        if "lora_" in name and parameter.requires_grad and not bool(parameter.isfinite().all()):
             raise ValueError(f"The LoRA of {_layer(name)} is not finite; lower --learning_rate.")
 
 
@@ -170,7 +180,7 @@ def _lora_b(model: torch.nn.Module) -> Mapping[str, torch.nn.Parameter]:
 
 
 def _layer(parameter_name: str) -> str:
-    return parameter_name.partition(".lora_B")[0]
+    return parameter_name.partition(".lora_")[0]
 
 
 def describe_trainable(model: DiTBlockSkipTransformer, parameters: Sequence[torch.nn.Parameter]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ Record = dict[str, torch.Tensor]
 """One sample's tensors by name, without a batch dimension."""
 
 SCHEMA = 1
+_OWN_NAME = re.compile(r"records-[0-9a-f]{32}")
 
 
 def fingerprint(description: Mapping[str, Any]) -> str:
@@ -69,20 +71,22 @@ class ResidualStore:
         self._open_files: dict[Path, Any] = {}
         self.records_written = 0
         self.bytes_written = 0
+        if directory.exists() and not directory.is_dir():
+            raise ValueError(f"--residual_dir {directory} is a file; name a folder.")
         directory.mkdir(parents=True, exist_ok=True)
         manifest = directory / "manifest.json"
-        if manifest.is_file():
-            found = json.loads(manifest.read_text())
-            if found.get("fingerprint") != self.fingerprint:
+        found = _read_manifest(manifest)
+        if found is not None:
+            if found["fingerprint"] != self.fingerprint:
                 if not overwrite:
                     differing = sorted(
-                        key for key in description if found.get("description", {}).get(key) != _plain(description[key])
+                        key for key in description if found["description"].get(key) != _plain(description[key])
                     )
                     raise ValueError(
                         f"--residual_dir {directory} holds records of another run (it differs in "
                         f"{', '.join(differing) or 'its format'}); use another folder or --overwrite_residuals."
                     )
-                for path in directory.glob("records-*.safetensors"):
+                for path in self._own_files(".safetensors"):
                     path.unlink()
         elif any(directory.iterdir()):
             raise ValueError(f"--residual_dir {directory} is neither empty nor a residual store; use another folder.")
@@ -96,8 +100,12 @@ class ResidualStore:
         # Data-loading workers that are started anew open the shards themselves.
         return {**self.__dict__, "_open_files": {}}
 
+    def _own_files(self, suffix: str) -> list[Path]:
+        """Shards, or what killed writes left of them, by the names that :meth:`write` gives."""
+        return sorted(path for path in self.directory.glob(f"records-*{suffix}") if _OWN_NAME.fullmatch(path.stem))
+
     def _scan(self) -> None:
-        for path in sorted(self.directory.glob("records-*.safetensors")):
+        for path in self._own_files(".safetensors"):
             try:
                 with safe_open(str(path), framework="pt") as file:
                     if (file.metadata() or {}).get("fingerprint") == self.fingerprint:
@@ -163,9 +171,22 @@ class ResidualStore:
     def remove(self) -> None:
         """Delete the whole store, and its folder if nothing else is in it."""
         self.drop()
+        for path in self._own_files(".tmp"):
+            path.unlink(missing_ok=True)
         (self.directory / "manifest.json").unlink(missing_ok=True)
         if self.directory.is_dir() and not any(self.directory.iterdir()):
             self.directory.rmdir()
+
+
+def _read_manifest(path: Path) -> dict[str, Any] | None:
+    """A store's manifest; ``None`` where there is no file, or one that is no store's."""
+    try:
+        manifest = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError, json.JSONDecodeError):
+        return None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("description"), dict):
+        return None
+    return manifest if "fingerprint" in manifest else None
 
 
 def _plain(value: Any) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
-import json
 import logging
 import math
 import os
@@ -19,22 +18,21 @@ import diffusers
 import torch
 from accelerate import Accelerator, init_empty_weights
 from accelerate.utils import broadcast_object_list
-from diffusers import DiffusionPipeline
 
 from .arguments import apply_defaults, parse_bytes, validate_args
 from .blocks import list_blocks
-from .checkpoints import STATE_NAME
+from .checkpoints import read_state
 from .config import BlockSkipConfig, PatchSamplingConfig
 from .data import Photo, PhotoSet, load_dataset_photos, scan_photos
 from .embedded import DEFAULT_SUBJECT, embedded_model, embedded_photos, embedded_subjects, model_defaults
 from .families import Family, detect_family
-from .hooks import SpanResiduals
 from .lora import WEIGHTS_NAME, lora_targets
+from .model_files import check_weights, resolve_model
 from .monitor import format_seconds
 from .residual_store import folder_digest
 from .sample_plan import SampleKind, SamplePlan
 from .selection import Selection, select_blocks
-from .training_data import PhotoSource, SampleMaker
+from .training_data import PhotoSource
 from .transformer import DiTBlockSkipTransformer
 from .version import __version__
 
@@ -43,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_RESIDUAL_BUDGET = 16 * 10**9
 EMBEDDED_PROMPTS = 4
+# A shard's header names each tensor of a record; beside real records this is nothing.
+RECORD_OVERHEAD = 1024
 
 
 @dataclass
@@ -170,36 +170,27 @@ class Run:
             "dtype": str(dtype),
         }
 
-    def record_bytes(self, maker: SampleMaker) -> int:
-        """Bytes of one record, from a forward of the weightless transformer."""
-        side = self.patch.training_resolution // self.family.vae_scale_factor
-        with torch.device("meta"):
-            latents = torch.empty(1, self.family.latent_channels, side, side, dtype=maker.dtype)
-            embeds = {
-                name: torch.empty(1, *tensor.shape, dtype=maker.dtype)
-                for name, tensor in next(iter(maker.embeds.values())).items()
-            }
-            inputs = self.family.transformer_inputs(
-                self.skeleton.config, latents, torch.empty(1), embeds, self.args.guidance_scale
-            )
-        residuals = SpanResiduals()
-        if self.skips and self.config.residuals == "precomputed":
-            residuals = self.skeleton.to(maker.dtype).capture_residuals(**inputs, return_dict=False)
-        tensors = (latents, *residuals.tensors().values())
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    def steps_per_stretch(self, plan: dict[str, Any], samples_per_step: int, checkpoint: Path | None) -> int | None:
+        """Optimiser steps whose records fit the residual budget; ``None`` when there are no records.
 
-    def steps_per_stretch(self, record_bytes: int, samples_per_step: int) -> int:
-        """Optimiser steps whose records fit the residual budget.
+        A resumed run keeps the stretches it began with, whatever the disk has room for now: records then come out
+        of the same batches.
 
         Raises:
-            ValueError: if not even one step's records do.
+            ValueError: if not even one step's records fit.
         """
-        budget = self.residual_budget()
+        if not self.uses_store:
+            return None
+        if checkpoint is not None:
+            return read_state(checkpoint)["steps_per_stretch"]
+        planned = plan["residuals"]
+        record_bytes = -(-planned["bytes"] // planned["records"]) + RECORD_OVERHEAD
         step_bytes = record_bytes * samples_per_step * len(self.kinds)
+        budget = self.residual_budget()
         if step_bytes > budget:
             raise ValueError(
-                f"--residual_budget {budget} bytes is less than the records of one step, {step_bytes} bytes "
-                f"({samples_per_step * len(self.kinds)} of {record_bytes}); raise it or lower --train_batch_size."
+                f"--residual_budget is {budget} bytes, less than the records of one step need ({step_bytes}: "
+                f"{samples_per_step * len(self.kinds)} of {record_bytes}); raise it or lower --train_batch_size."
             )
         return budget // step_bytes
 
@@ -239,7 +230,7 @@ class Run:
         """
         seed = self.args.seed
         if checkpoint is not None:
-            resumed = json.loads((checkpoint / STATE_NAME).read_text())["seed"]
+            resumed = read_state(checkpoint)["seed"]
             if seed not in (None, resumed):
                 raise ValueError(f"--seed {seed} is not the seed of {checkpoint}, {resumed}; leave the flag out.")
             seed = resumed
@@ -284,8 +275,12 @@ def prepare_run(args: argparse.Namespace) -> Run:
     if args.validation_prompt is not None:
         prompts = [args.validation_prompt]
 
-    family = family_class(model_path, args.variant)
-    skeleton, selection, config = _select(args, family, model_name)
+    check_weights(model_path, family_class, args.variant)
+    try:
+        family = family_class(model_path, args.variant)
+        skeleton, selection, config = _select(args, family, model_name)
+    except OSError as error:
+        raise ValueError(f"--pretrained_model_name_or_path {model_path} cannot be used: {error}") from error
     layers = [name.strip() for name in args.lora_layers.split(",")] if args.lora_layers else list(family.lora_layers)
     targets = lora_targets(skeleton, layers, family.text_stream_layers)
     patch = _patch_sampling(args, family, skips=config.num_skipped > 0)
@@ -325,41 +320,18 @@ def _embedded_defaults(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def resolve_model(args: argparse.Namespace) -> Path:
-    """The local folder of ``--pretrained_model_name_or_path``; a hub id is downloaded as a pipeline would be.
-
-    Raises:
-        ValueError: if it is neither a folder nor a hub id that can be downloaded.
-    """
-    name = args.pretrained_model_name_or_path
-    if Path(name).is_dir():
-        return Path(name)
-    try:
-        return Path(
-            DiffusionPipeline.download(
-                name,
-                revision=args.revision,
-                variant=args.variant,
-                cache_dir=args.cache_dir,
-                token=args.hub_token,
-                use_safetensors=True,
-            )
-        )
-    except Exception as error:
-        # The hub client raises many types for a missing id, a gated model, or no network.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"--pretrained_model_name_or_path {name} is not a folder and could not be downloaded ({reason}); check "
-            "the name, your access to it and the network."
-        ) from error
-
-
 def _select(
     args: argparse.Namespace, family: Family, model_name: str
 ) -> tuple[DiTBlockSkipTransformer, Selection, BlockSkipConfig]:
     config = diffusers.AutoModel.load_config(str(family.model_path / "transformer"))
+    model_class = getattr(diffusers, config.get("_class_name") or "", None)
+    if model_class is None:
+        raise ValueError(
+            f"--pretrained_model_name_or_path {family.model_path}: diffusers {diffusers.__version__} has no class "
+            f"{config.get('_class_name')}; update diffusers or name another model."
+        )
     with init_empty_weights():
-        transformer = getattr(diffusers, config["_class_name"]).from_config(config)
+        transformer = model_class.from_config(config)
     num_blocks = len(list_blocks(transformer, family.block_stacks))
     names = (model_name, config.get("_name_or_path"))
     selection = select_blocks(args.skip_blocks, args.skip_ratio, num_blocks, names)

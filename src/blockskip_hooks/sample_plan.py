@@ -111,8 +111,8 @@ class SamplePlan:
             generator=generator,
         )
         num_timesteps = len(self.timesteps)
-        # A draw of exactly 1 is possible in the "mode" scheme.
-        timestep_index = min(int(density.item() * num_timesteps), num_timesteps - 1)
+        # In the "mode" scheme a draw may be exactly 1, or out of [0, 1] for scales beyond -1 to 1.75.
+        timestep_index = min(max(int(density.item() * num_timesteps), 0), num_timesteps - 1)
         t = float(self.timesteps[timestep_index]) / num_timesteps
 
         image = self._image(kind, index)

@@ -46,6 +46,7 @@ class Trainer:
         text: The text encoder that trains along, if any.
         store: Records, or ``None`` when crops are encoded in every step.
         max_train_steps: Optimiser steps of the whole run.
+        steps_per_stretch: Steps of a stretch, for checkpoints.
 
     Attributes:
         step: Optimiser steps done.
@@ -63,10 +64,12 @@ class Trainer:
         text: TrainedText | None,
         store: ResidualStore | None,
         max_train_steps: int,
+        steps_per_stretch: int | None = None,
     ) -> None:
         args, seed = run.args, maker.plan.seed
         self.run, self.accelerator, self.monitor, self.maker = run, accelerator, monitor, maker
-        self.model, self.store, self.max_train_steps = model, store, max_train_steps
+        self.model, self.store = model, store
+        self.max_train_steps, self.steps_per_stretch = max_train_steps, steps_per_stretch
         self.step = 0
         self.losses: list[float] = []
         self.step_seconds: list[float] = []
@@ -235,6 +238,7 @@ class Trainer:
             self.scheduler,
             step=self.step,
             seed=self.maker.plan.seed,
+            steps_per_stretch=self.steps_per_stretch,
             loss=self.losses,
         )
         commit_checkpoint(folder, self.run.args.checkpoints_total_limit)

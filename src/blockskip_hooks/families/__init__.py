@@ -32,12 +32,13 @@ def detect_family(model_path: Path) -> type[Family]:
             f"--pretrained_model_name_or_path {model_path} is not a diffusers pipeline: {index_file.name} cannot be "
             f"read ({type(error).__name__})."
         ) from error
-    pipeline = index.get("_class_name")
+    pipeline = index.get("_class_name") if isinstance(index, dict) else None
     if pipeline not in FAMILIES:
         raise ValueError(
             f"--pretrained_model_name_or_path {model_path} is a {pipeline}; supported are {', '.join(FAMILIES)}."
         )
-    missing = [name for name in ("transformer", "vae", "scheduler") if not (model_path / name).is_dir()]
+    components = ("transformer", "vae", "scheduler", *FAMILIES[pipeline].text_components)
+    missing = [name for name in components if not (model_path / name).is_dir()]
     if missing:
         raise ValueError(f"--pretrained_model_name_or_path {model_path} lacks the folder(s) {', '.join(missing)}.")
     return FAMILIES[pipeline]

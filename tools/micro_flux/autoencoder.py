@@ -1,8 +1,5 @@
 # Copyright 2026 The blockskip_hooks authors. Licensed under the Apache License, Version 2.0.
-"""Stage `vae`: trains the autoencoder (64 px -> 16 x 16 x 8 latents); `--decoder_only` refines just the decoder.
-
-The second form leaves the encoder, and with it every stored latent, as it is.
-"""
+"""Stage `vae`: trains the autoencoder (64 px pictures to 16 x 16 x 8 latents), mostly on 32 px crops, then on all."""
 
 import argparse
 import json
@@ -91,18 +88,15 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--crop_share", type=float, default=0.7, help="share of the time spent on 32 px crops")
-    parser.add_argument("--decoder_only", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed + args.decoder_only)
+    torch.manual_seed(args.seed)
     pictures = load_file(args.work / "pictures.safetensors")["images"]
     assorted = load_file(args.work / "assorted.safetensors")["images"]
     images = torch.cat([pictures[200:], assorted[200:]])
     held_back = torch.cat([pictures[:100], assorted[:100]])
-    vae = load_autoencoder(args.work) if args.decoder_only else build_autoencoder()
-    if args.decoder_only:
-        vae.encoder.requires_grad_(False)
-    parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
+    vae = build_autoencoder()
+    parameters = list(vae.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=1e-4)
     start, step, running, last_print = time.monotonic(), 0, 0.0, 0.0
     while (done := (time.monotonic() - start) / (60 * args.minutes)) < 1:
@@ -113,18 +107,13 @@ def main() -> None:
         target = batch_of(images, torch.randint(len(images), (args.batch_size * (2 if small else 1),)))
         target = random_crops(target, 32) if small else target
         with torch.autocast("cpu", torch.bfloat16):
-            with torch.set_grad_enabled(not args.decoder_only):
-                posterior = vae.encode(target).latent_dist
-            if args.decoder_only:
-                latents = posterior.mode().float()
-            else:
-                latents = posterior.mean + 0.02 * posterior.mean.std().detach() * torch.randn_like(posterior.mean)
+            mean = vae.encode(target).latent_dist.mean
+            latents = mean + 0.02 * mean.std().detach() * torch.randn_like(mean)
             restored = vae.decode(latents).sample
         restored = restored.float()
         loss = F.mse_loss(restored, target) * 4 + F.l1_loss(restored, target) * 0.2
         loss = loss + 0.2 * gradient_difference(restored, target)
-        if not args.decoder_only:
-            loss = loss + 1e-5 * posterior.mean.float().square().mean()
+        loss = loss + 1e-5 * mean.float().square().mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -137,9 +126,6 @@ def main() -> None:
                 flush=True,
             )
     shift, scale = latent_statistics(vae, pictures[:1000])
-    if args.decoder_only:
-        state = json.loads((args.work / "vae.json").read_text(encoding="utf-8"))
-        shift, scale = state["shift"], state["scale"]
     save_file({name: value.contiguous() for name, value in vae.state_dict().items()}, args.work / "vae.safetensors")
     state = {"psnr": psnr(vae, held_back), "steps": step, "shift": shift, "scale": scale}
     write_json(args.work / "vae.json", state)

@@ -9,15 +9,13 @@ from pathlib import Path
 from settings import add_common_arguments
 
 
-# Stage -> (script, arguments, share of the training minutes that becomes --minutes).
+# Stage -> (script, arguments, share of --minutes it may train).
 STAGES = {
     "data": ("data.py", [], None),
     "photos": ("photos.py", [], None),
-    "vae": ("autoencoder.py", [], 0.11),
+    "vae": ("autoencoder.py", [], 0.12),
     "encode": ("latents.py", [], None),
-    "transformer": ("transformer.py", [], 0.72),
-    "decoder": ("autoencoder.py", ["--decoder_only", "--learning_rate", "7e-4"], 0.08),
-    "export": ("transformer.py", ["--export_only"], None),
+    "transformer": ("transformer.py", ["--compile"], 0.88),
     "encoder": ("encoder.py", [], None),
     "quality": ("quality.py", [], None),
 }

@@ -30,6 +30,12 @@ from blockskip_hooks.subject_encoder import SubjectEncoder
 SPRITE = 80
 
 
+def is_variant(name: str) -> bool:
+    """Skin tones of one drawing and flags: not identities of their own."""
+    tones = ("-light", "-medium-light", "-medium", "-medium-dark", "-dark")
+    return "skin-tone" in name or name.startswith("flag") or name.endswith(tones)
+
+
 def _small_sprite(icons: Path, icon: tuple[str, str]) -> np.ndarray | None:
     try:
         image = Image.fromarray(render_sprite.__wrapped__(icons, *icon, SPRITE))
@@ -43,7 +49,7 @@ def load_sprites(icons: Path, work: Path, name: str, vendors: tuple[str, ...], t
     cache, listing = work / f"{name}.safetensors", work / f"{name}.json"
     if not cache.exists():
         keys = [(vendor, icon) for vendor in vendors for icon in sorted(load_icon_set(icons, vendor)["icons"])]
-        keys = [key for key in keys if "skin-tone" not in key[1] and not key[1].startswith("flag")]
+        keys = [key for key in keys if not is_variant(key[1])]
         with get_context("spawn").Pool(threads) as pool:
             sprites = pool.map(partial(_small_sprite, icons), keys, chunksize=64)
         kept = [(key, sprite) for key, sprite in zip(keys, sprites) if sprite is not None]
@@ -157,7 +163,7 @@ def measure(encoder: SubjectEncoder, data: dict, held_out: torch.Tensor, keys: l
     """Accuracies on pictures and identities that no training saw."""
     encoder.eval()
     class_logits, background_logits = encoder.class_logits(to_signed(data["images"][:1000]))
-    flat_vendor = [i for i, (vendor, _) in enumerate(keys) if vendor == HELD_OUT_VENDORS[0]]
+    flat_vendor = [i for i, (v, name) in enumerate(keys) if v == HELD_OUT_VENDORS[0] and not is_variant(name)]
     sprites, names = held_out[flat_vendor], [keys[i][1] for i in flat_vendor]
 
     def embed_all() -> torch.Tensor:

@@ -36,13 +36,13 @@ DEFAULTS = {
     "max_sequence_length": 16,
     "rank": 16,
     "lora_alpha": 16,
-    "learning_rate": 1e-3,
-    "max_train_steps": 150,
+    "learning_rate": 2e-3,
+    "max_train_steps": 200,
     "train_batch_size": 5,
-    "weighting_scheme": "none",
-    "lr_scheduler": "constant",
+    "weighting_scheme": "logit_normal",
+    "lr_scheduler": "cosine",
     "lr_warmup_steps": 0,
-    "pipeline_kwargs": {"true_cfg_scale": 2.0, "negative_prompt": "", "num_inference_steps": 24},
+    "pipeline_kwargs": {"true_cfg_scale": 2.5, "negative_prompt": "", "num_inference_steps": 20},
 }
 
 

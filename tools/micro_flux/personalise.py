@@ -29,8 +29,8 @@ class Recipe:
     """Settings of one LoRA training."""
 
     rank: int = 16
-    learning_rate: float = 1e-3
-    steps: int = 150
+    learning_rate: float = 2e-3
+    steps: int = 200
     batch_size: int = 5
     targets: tuple[str, ...] = TARGETS
 
@@ -89,6 +89,7 @@ def train_lora(
     image_ids = pipeline._prepare_latent_image_ids(1, 8, 8, "cpu", torch.float32)
     parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.steps)
     losses = []
     for _ in range(recipe.steps):
         for latents, conditions in sets:
@@ -104,5 +105,6 @@ def train_lora(
         losses.append(loss.item())
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad()
     return losses

@@ -15,7 +15,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--columns", type=int, default=5)
     parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--guidance", type=float, default=2.5)
     args = parser.parse_args()
     torch.set_num_threads(2)
     names = BACKGROUND_NAMES * 2

@@ -7,7 +7,7 @@ Every word of the captions is one token; other words fall apart into characters,
 import json
 from pathlib import Path
 
-from catalogue import BACKGROUNDS, CLASS_NAMES, RARE_TOKEN
+from catalogue import BACKGROUNDS, HELD_OUT_ICONS, RARE_TOKEN
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
@@ -18,8 +18,8 @@ T5_TOKENS = 16
 
 
 def words() -> list[str]:
-    """The words of all captions, sorted."""
-    phrases = ["a photo of a", "a picture of a", "an the", RARE_TOKEN, *CLASS_NAMES, *BACKGROUNDS.values()]
+    """The words of all captions, and of the classes that only serve as distractors, sorted."""
+    phrases = ["a photo of a", "a picture of a", "an the", RARE_TOKEN, *HELD_OUT_ICONS, *BACKGROUNDS.values()]
     return sorted({word for phrase in phrases for word in phrase.split()})
 
 

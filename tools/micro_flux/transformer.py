@@ -148,14 +148,14 @@ def train(rank: int, args: argparse.Namespace, rendezvous: str) -> None:
     clip_tokens = clip_tokenizer(captions, **padded).input_ids
     t5_tokens = t5_tokenizer(captions, **padded).input_ids
     checkpoint, progress = args.work / "transformer.safetensors", args.work / "transformer.json"
-    minutes_before = 0.0
+    minutes_before, running = 0.0, None
     if not args.trial and progress.exists():
         state = json.loads(progress.read_text(encoding="utf-8"))
         optimizer.load_state(load_file(checkpoint), state["step"])
-        minutes_before = state["minutes"]
+        minutes_before, running = state["minutes"], state["loss"]
     torch.manual_seed(1000 * (args.seed + optimizer.step_number) + rank)
     start = time.monotonic()
-    running, last_print, last_export, seen = None, start, minutes_before - args.export_minutes + 2, 0
+    last_print, last_export, seen = start, minutes_before - args.export_minutes + 2, 0
 
     def save(minutes: float) -> None:
         save_file(optimizer.state(), checkpoint.with_suffix(".part"))
@@ -219,7 +219,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--head_size", type=int, default=32)
     parser.add_argument("--batch_size", type=int, default=48)
-    parser.add_argument("--patch_share", type=float, default=0.25, help="share of batches made of 32 px crops")
+    parser.add_argument("--patch_share", type=float, default=0.2, help="share of batches made of 32 px crops")
     parser.add_argument("--muon_rate", type=float, default=0.02)
     parser.add_argument("--adam_rate", type=float, default=2e-3)
     parser.add_argument("--optimizer", choices=("muon", "adam"), default="muon")

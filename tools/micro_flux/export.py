@@ -36,7 +36,7 @@ DEFAULTS = {
     "max_sequence_length": 16,
     "rank": 16,
     "lora_alpha": 16,
-    "learning_rate": 2e-3,
+    "learning_rate": 3e-3,
     "max_train_steps": 200,
     "train_batch_size": 5,
     "weighting_scheme": "logit_normal",

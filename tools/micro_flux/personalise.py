@@ -29,7 +29,7 @@ class Recipe:
     """Settings of one LoRA training."""
 
     rank: int = 16
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     steps: int = 200
     batch_size: int = 5
     targets: tuple[str, ...] = TARGETS

@@ -8,6 +8,8 @@ is retrieved as the right subject for >= 0.6 of the images (base <= 0.2) with ba
 import argparse
 import json
 import time
+from functools import partial
+from multiprocessing import get_context
 
 import numpy as np
 import torch
@@ -95,39 +97,31 @@ class SubjectFidelity:
         }
 
 
-def personalisation(args: argparse.Namespace, fidelity: SubjectFidelity, recipe: Recipe) -> dict:
-    """Base and LoRA figures of the subjects: plain, without the rare token, with prior preservation."""
-    backgrounds = list(BACKGROUND_NAMES) * 2
-    results: dict = {}
-    rows = []
-    for subject in args.subjects:
-        class_name = PHOTO_SUBJECTS[subject][0]
-        with_token = [prompt(class_name, name, rare_token=True) for name in backgrounds]
-        without = [prompt(class_name, name) for name in backgrounds]
-        photos = load_photos(subject)
-        base = draw(load_pipeline(), with_token, 5)
-        results[subject] = {"base": fidelity.measure(base, subject, backgrounds)}
-        rows.append(base[:10])
-        class_prompt = f"a photo of a {class_name}"
-        class_pictures = signed(draw(load_pipeline(), [class_prompt] * 20, 6))
-        runs = [("plain", seed) for seed in range(args.lora_seeds)] + [("no_rare_token", 0), ("prior", 0)]
-        for mode, seed in runs:
-            pipeline = load_pipeline()
-            instance = class_prompt if mode == "no_rare_token" else f"a photo of {RARE_TOKEN} {class_name}"
-            start = time.monotonic()
-            prior = {"class_pictures": class_pictures, "class_prompt": class_prompt} if mode == "prior" else {}
-            train_lora(pipeline, photos, instance, seed, recipe, **prior)
-            seconds = time.monotonic() - start
-            images = draw(pipeline, without if mode == "no_rare_token" else with_token, 5)
-            figures = fidelity.measure(images, subject, backgrounds)
-            of_class = draw(pipeline, without[:10], 5)
-            figures["class_prompt_gives_subject"] = fidelity.measure(of_class, subject, backgrounds[:10])["retrieved"]
-            figures["seconds"] = round(seconds, 1)
-            results[subject][f"{mode}_{seed}"] = figures
-            print(f"{subject} {mode} seed {seed}: {figures}", flush=True)
-            if seed == 0:
-                rows.append(images[:10])
-    grid(torch.cat(rows), 10).save(FIGURES / "personalisation.png", optimize=True)
+def personalise_subject(args: argparse.Namespace, recipe: Recipe, subject: str) -> dict:
+    """Base and LoRA figures of one subject: plain, without the rare token, with prior preservation."""
+    torch.set_num_threads(1)
+    fidelity = SubjectFidelity(args, SubjectEncoder.from_pretrained(ASSETS / "subject_encoder"))
+    backgrounds, class_name, photos = list(BACKGROUND_NAMES), PHOTO_SUBJECTS[subject][0], load_photos(subject)
+    with_token = [prompt(class_name, name, rare_token=True) for name in backgrounds]
+    without = [prompt(class_name, name) for name in backgrounds]
+    class_prompt = f"a photo of a {class_name}"
+    base = draw(load_pipeline(), with_token, 5)
+    results, rows = {"base": fidelity.measure(base, subject, backgrounds)}, [base]
+    class_pictures = signed(draw(load_pipeline(), [class_prompt] * 20, 6))
+    for mode, seed in [("plain", seed) for seed in range(args.lora_seeds)] + [("no_rare_token", 0), ("prior", 0)]:
+        pipeline, start = load_pipeline(), time.monotonic()
+        instance = class_prompt if mode == "no_rare_token" else f"a photo of {RARE_TOKEN} {class_name}"
+        prior = {"class_pictures": class_pictures, "class_prompt": class_prompt} if mode == "prior" else {}
+        train_lora(pipeline, photos, instance, seed, recipe, **prior)
+        seconds = time.monotonic() - start
+        images = draw(pipeline, without if mode == "no_rare_token" else with_token, 5)
+        figures = fidelity.measure(images, subject, backgrounds)
+        of_class = images if mode == "no_rare_token" else draw(pipeline, without, 5)
+        figures["class_prompt_gives_subject"] = fidelity.measure(of_class, subject, backgrounds)["retrieved"]
+        results[f"{mode}_{seed}"] = figures | {"seconds": round(seconds, 1)}
+        print(f"{subject} {mode} seed {seed}: {figures}", flush=True)
+        rows.append(images)
+    grid(torch.cat(rows), len(backgrounds)).save(FIGURES / f"personalisation_{subject}.png", optimize=True)
     return results
 
 
@@ -205,9 +199,14 @@ def main() -> None:
     report: dict = {"schema": 1, "defaults": defaults(), "recipe": vars(recipe)}
     report["vae_psnr_unseen"] = round(psnr(load_pipeline().vae, photos), 2)
     report["encoder"] = json.loads((ASSETS / "subject_encoder" / "config.json").read_text("utf-8"))["measured"]
-    report["prompt_fidelity"] = prompt_fidelity(encoder, args.seeds)
+    part = args.work / "prompt_fidelity.json"
+    if not part.exists():
+        write_json(part, prompt_fidelity(encoder, args.seeds))
+    report["prompt_fidelity"] = json.loads(part.read_text(encoding="utf-8"))
     print(json.dumps(report["prompt_fidelity"], indent=2), flush=True)
-    report["personalisation"] = personalisation(args, SubjectFidelity(args, encoder), recipe)
+    with get_context("spawn").Pool(args.threads) as pool:
+        figures = pool.map(partial(personalise_subject, args, recipe), args.subjects, chunksize=1)
+    report["personalisation"] = dict(zip(args.subjects, figures))
     report["personalisation_mean"] = summary(report["personalisation"])
     report["gates"] = gates(report)
     write_json(FIGURES / "quality.json", report)

@@ -5,10 +5,11 @@ Every word of the captions is one token; other words fall apart into characters,
 """
 
 import json
+from collections import Counter
 from pathlib import Path
 
 from catalogue import BACKGROUNDS, HELD_OUT_ICONS, RARE_TOKEN
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
@@ -23,22 +24,26 @@ def words() -> list[str]:
     return sorted({word for phrase in phrases for word in phrase.split()})
 
 
+def _merges(vocabulary: list[str]) -> list[str]:
+    """Byte-pair merges, most frequent first and ties in order of the alphabet, until every word is one token."""
+    split = [[*word[:-1], word[-1] + "</w>"] for word in vocabulary]
+    merges: list[str] = []
+    while pairs := Counter(pair for parts in split for pair in zip(parts, parts[1:])):
+        left, right = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(f"{left} {right}")
+        for parts in split:
+            i = 0
+            while i < len(parts) - 1:
+                if parts[i] == left and parts[i + 1] == right:
+                    parts[i : i + 2] = [left + right]
+                i += 1
+    return merges
+
+
 def write_clip_tokenizer(folder: Path) -> CLIPTokenizer:
     """A byte-level BPE (`vocab.json`, `merges.txt`) whose merges end in the caption words."""
     folder.mkdir(parents=True, exist_ok=True)
-    model = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    trainer = trainers.BpeTrainer(
-        vocab_size=100_000,
-        min_frequency=1,
-        end_of_word_suffix="</w>",
-        initial_alphabet=sorted(CHARACTERS),
-        limit_alphabet=1000,
-        show_progress=False,
-    )
-    model.train_from_iterator(words(), trainer)
-    bpe = json.loads(model.to_str())["model"]
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in bpe["merges"]]
+    merges = _merges(words())
     tokens = sorted(set(CHARACTERS)) + [character + "</w>" for character in sorted(set(CHARACTERS))]
     tokens += [merge.replace(" ", "") for merge in merges]
     tokens = list(dict.fromkeys(tokens)) + ["<|startoftext|>", "<|endoftext|>"]

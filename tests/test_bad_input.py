@@ -418,7 +418,7 @@ def test_a_residual_folder_that_is_a_file_is_refused_and_kept(begin, tmp_path):
 
 def test_a_budget_below_one_step_is_refused(begin, tmp_path):
     result = begin(command(tmp_path / "out", {"--residual_budget": "1KB"}))
-    assert_stopped(result, ["--residual_budget", "1000 bytes", "raise it or lower --train_batch_size"])
+    assert_one_line(result, 2, ["--residual_budget", "1000 bytes", "raise it or lower --train_batch_size"])
     assert not (tmp_path / "out" / "residuals").exists()
 
 
@@ -444,7 +444,7 @@ def test_a_checkpoint_of_other_settings_is_refused_and_kept(begin, finished, tmp
 def test_an_incomplete_checkpoint_is_refused(begin, tmp_path):
     (tmp_path / "out" / "checkpoint-3").mkdir(parents=True)
     result = begin(command(tmp_path / "out", {"--resume_from_checkpoint": "checkpoint-3"}))
-    assert_stopped(result, ["--resume_from_checkpoint checkpoint-3", "complete"])
+    assert_one_line(result, 2, ["--resume_from_checkpoint checkpoint-3", "complete"])
 
 
 def test_a_damaged_checkpoint_is_refused(begin, finished, tmp_path):

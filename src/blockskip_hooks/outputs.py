@@ -6,7 +6,6 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from huggingface_hub import create_repo, upload_folder
 from PIL import Image
 
@@ -111,7 +110,8 @@ def write_outputs(
         run.args.hub_model_id or run.args.output_dir,
         next((prompt for prompt in (*run.prompts, run.args.instance_prompt) if prompt), "a photo"),
         snippet_kwargs(run),
-        None if trainer.maker.dtype == torch.float32 else str(trainer.maker.dtype).removeprefix("torch."),
+        # Always named: transformers and diffusers have different defaults, which do not mix.
+        str(trainer.maker.dtype).removeprefix("torch."),
         embedded=run.embedded,
     )
     write_report(

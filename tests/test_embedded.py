@@ -1,0 +1,121 @@
+"""The embedded model, photos and encoder: what the README's first command stands on."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import FluxPipeline
+from PIL import Image
+
+from blockskip_hooks.arguments import build_parser
+from blockskip_hooks.data import PhotoSet, scan_photos
+from blockskip_hooks.embedded import embedded_model, embedded_photos, embedded_subjects, model_defaults
+from blockskip_hooks.families import detect_family
+from blockskip_hooks.families.flux import Flux
+from blockskip_hooks.subject_encoder import SubjectEncoder
+
+
+ROOT = Path(__file__).parents[1]
+MIB = 2**20
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def photos_as_tensor(subject: str) -> torch.Tensor:
+    photos = PhotoSet(scan_photos(embedded_photos(subject)), 64)
+    return torch.stack([photos.crop(i, patch_size=64, output_size=64, center=True) for i in range(len(photos))])
+
+
+def test_sizes_stay_within_the_package_budget():
+    assert folder_bytes(embedded_model()) <= 16 * MIB
+    assert folder_bytes(embedded_model().parent / "subject_encoder") <= 2 * MIB
+
+
+def test_no_weights_but_safetensors():
+    suffixes = {path.suffix for path in embedded_model().parent.rglob("*") if path.is_file()}
+    assert not suffixes & {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+
+
+def test_stock_pipeline_loads_it_and_draws_another_picture_for_another_prompt():
+    pipeline = FluxPipeline.from_pretrained(embedded_model(), torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def draw(prompt: str) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        settings = {"height": 64, "width": 64, "num_inference_steps": 4, "max_sequence_length": 16}
+        return torch.from_numpy(pipeline(prompt, generator=generator, output_type="np", **settings).images)
+
+    red, blue = draw("a photo of a dog on a red background"), draw("a photo of a dog on a blue background")
+    assert red.shape == (1, 64, 64, 3)
+    assert red[..., 0].mean() > blue[..., 0].mean() + 0.2
+    assert blue[..., 2].mean() > red[..., 2].mean() + 0.2
+
+
+def test_it_is_a_supported_family_with_both_kinds_of_blocks():
+    assert detect_family(embedded_model()) is Flux
+    config = json.loads((embedded_model() / "transformer" / "config.json").read_text())
+    assert config["num_layers"] >= 4 and config["num_single_layers"] >= 8
+
+
+def test_its_defaults_are_flags():
+    defaults, pipeline_kwargs = model_defaults(embedded_model())
+    flags = vars(build_parser().parse_args([]))
+    assert set(defaults) <= set(flags)
+    assert "true_cfg_scale" in pipeline_kwargs
+
+
+def test_subjects_have_photos_prompts_and_licences():
+    subjects = embedded_subjects()
+    assert len(subjects) >= 6
+    for name, subject in subjects.items():
+        files = sorted(embedded_photos(name).glob("*.png"))
+        assert 4 <= len(files) <= 6
+        assert all(Image.open(file).size == (128, 128) for file in files)
+        assert "sks" in subject["instance_prompt"] and "sks" not in subject["class_prompt"]
+        assert subject["licence"] == "MIT" and len(subject["validation_prompts"]) >= 2
+
+
+@pytest.fixture(scope="module")
+def encoder() -> SubjectEncoder:
+    return SubjectEncoder.from_pretrained(embedded_model().parent / "subject_encoder")
+
+
+def test_encoder_finds_the_other_photos_of_a_subject_it_never_saw(encoder: SubjectEncoder):
+    names = list(embedded_subjects())
+    with torch.no_grad():
+        embeddings = torch.cat([encoder.embed(photos_as_tensor(name)) for name in names])
+    owners = torch.tensor([i for i, name in enumerate(names) for _ in range(len(photos_as_tensor(name)))])
+    similarity = embeddings @ embeddings.T - 2 * torch.eye(len(embeddings))
+    assert (owners[similarity.argmax(1)] == owners).float().mean() >= 0.85
+    assert torch.allclose(embeddings.norm(dim=1), torch.ones(len(embeddings)), atol=1e-5)
+
+
+def test_readme_command_runs_on_a_machine_without_anything(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Three steps of it; the whole run is `benchmarks/embedded_run.py`."""
+    path = ROOT / "examples" / "dreambooth_blockskip" / "train_dreambooth_blockskip.py"
+    spec = importlib.util.spec_from_file_location("train_dreambooth_blockskip", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    flags = ["--skip_blocks", "auto", "--max_train_steps", "3", "--num_validation_images", "1"]
+    flags += ["--validation_prompt", "a photo of sks robot on the beach"]
+    assert script.main([*flags, "--report_to", "none", "--output_dir", str(tmp_path / "out")]) == 0
+    first_lines = capsys.readouterr().out.splitlines()[:2]
+    assert "embedded model" in first_lines[0] and "embedded photos" in first_lines[1]
+    report = json.loads((tmp_path / "out" / "run_report.json").read_text())
+    assert report["skip"]["leading"] + report["skip"]["trailing"] == round(0.3 * report["skip"]["blocks"])
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {
+        "pytorch_lora_weights.safetensors",
+        "plan.json",
+        "run_report.json",
+        "report.html",
+        "README.md",
+        "before_after.png",
+    }

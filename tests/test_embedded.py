@@ -105,7 +105,7 @@ def test_readme_command_runs_on_a_machine_without_anything(tmp_path: Path, capsy
     spec.loader.exec_module(script)
     AcceleratorState._reset_state(reset_partial_state=True)
     flags = ["--skip_blocks", "auto", "--max_train_steps", "3", "--num_validation_images", "1"]
-    flags += ["--validation_prompt", "a photo of sks robot on the beach"]
+    flags += ["--validation_prompt", "a photo of sks dog on the beach"]
     assert script.main([*flags, "--report_to", "none", "--output_dir", str(tmp_path / "out")]) == 0
     first_lines = capsys.readouterr().out.splitlines()[:2]
     assert "embedded model" in first_lines[0] and "embedded photos" in first_lines[1]

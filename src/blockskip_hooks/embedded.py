@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 
-DEFAULT_SUBJECT = "robot"
+DEFAULT_SUBJECT = "dog"
 
 
 def _asset(*parts: str) -> Path:

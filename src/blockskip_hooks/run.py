@@ -317,6 +317,8 @@ def _embedded_defaults(args: argparse.Namespace) -> dict[str, Any]:
         "instance_prompt": subject["instance_prompt"],
         "class_prompt": subject["class_prompt"],
         "num_validation_images": 2,
+        "checkpointing_steps": 100,
+        "seed": 0,
     }
 
 

@@ -256,7 +256,7 @@ def prepare_run(args: argparse.Namespace) -> Run:
         OSError: if a folder cannot be read or written.
     """
     embedded = args.pretrained_model_name_or_path is None
-    model_name = args.pretrained_model_name_or_path or "blockskip-hooks/micro-flux"
+    model_name = args.pretrained_model_name_or_path or "embedded micro-FLUX"
     if not embedded:
         # What the user typed is checked before a download starts.
         validate_args(args)

@@ -137,17 +137,20 @@ class Family(ABC):
         Raises:
             ValueError: if the family has none.
         """
-        raise ValueError(f"--train_text_encoder is not available for {self.name}; leave it out.")
+        raise self._no_trained_text()
 
     def prompt_tokens(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> torch.Tensor:
         """Token ids for the trained text encoder, ``(B, S)``."""
-        raise NotImplementedError
+        raise self._no_trained_text()
 
     def refresh_embeds(
         self, text_encoder: torch.nn.Module, tokens: torch.Tensor, embeds: PromptEmbeds
     ) -> PromptEmbeds:
         """``embeds`` with the trained text encoder's part computed anew, with gradients."""
-        raise NotImplementedError
+        raise self._no_trained_text()
+
+    def _no_trained_text(self) -> ValueError:
+        return ValueError(f"--train_text_encoder is not available for {self.name}; leave it out.")
 
     # Images and export
 

@@ -4,25 +4,47 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoModel, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
+from torch.nn.utils.rnn import pad_sequence
 
 
 PromptEmbeds = dict[str, torch.Tensor]
-"""One prompt's embeddings by name, without a batch dimension."""
+"""One prompt's embeddings by name, without a batch dimension; tensors whose first axis is tokens may differ in it."""
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A command-line flag that only some families have.
+
+    Attributes:
+        name: Its name, without the dashes.
+        settings: Arguments of ``argparse``'s ``add_argument``: type, default, help, ...
+    """
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def default(self) -> Any:
+        """Value when the flag is not given."""
+        return self.settings.get("default", False if self.settings.get("action") == "store_true" else None)
 
 
 class Family(ABC):
-    """Prompt encoding, latent layout, transformer call and pipeline of one model family.
+    """Prompt encoding, latent layout, transformer call, objective and pipeline of one model family.
 
-    Shapes use B batch, C latent channels, H and W latent height and width, S tokens.
+    Shapes use B batch, C channels, H and W height and width of latents, S tokens. "Latents" without further words are
+    those that noise is added to, in the family's own layout ``(B, C, H, W)``.
 
     Args:
         model_path: Local folder of a pipeline.
         variant: Weight variant in the file names, such as ``"fp16"``.
+        flags: Values of command-line flags by name; defaults stand in for those that are missing.
 
     Attributes:
         name: Name in reports.
@@ -31,9 +53,13 @@ class Family(ABC):
         text_stream_layers: Of these, the layers whose only effect is on the block's text output.
         text_lora_layers: Linear layers that ``--train_text_encoder`` adapts, by name suffix.
         text_components: Pipeline components that encode prompts.
+        unused_components: Pipeline components that training leaves alone, and images are made without.
         block_stacks: See :func:`~blockskip_hooks.blocks.list_blocks`; ``None`` detects them.
+        own_flags: Flags that have an effect with some families only, this one among them.
         flag_defaults: Defaults of flags that differ between families.
+        negative_prompt: What guided pipelines are given as the negative prompt; ``None`` for those without guidance.
         tags: Tags of the model card.
+        scheduler: The training noise schedule.
     """
 
     name: ClassVar[str]
@@ -42,22 +68,31 @@ class Family(ABC):
     text_stream_layers: ClassVar[tuple[str, ...]] = ()
     text_lora_layers: ClassVar[tuple[str, ...]] = ()
     text_components: ClassVar[tuple[str, ...]] = ()
+    unused_components: ClassVar[tuple[str, ...]] = ()
     block_stacks: ClassVar[tuple[str, ...] | None] = None
-    flag_defaults: ClassVar[dict[str, Any]] = {}
+    own_flags: ClassVar[tuple[Flag, ...]] = ()
+    flag_defaults: ClassVar[Mapping[str, Any]] = {}
+    negative_prompt: ClassVar[str | None] = None
     tags: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, model_path: Path, variant: str | None = None) -> None:
+    def __init__(self, model_path: Path, variant: str | None = None, flags: Mapping[str, Any] | None = None) -> None:
         self.model_path = model_path
         self.variant = variant
-        self.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(model_path, subfolder="scheduler")
-        self.vae_config = AutoencoderKL.load_config(str(model_path / "vae"))
+        defaults = {"max_sequence_length": 512, **{flag.name: flag.default for flag in self.own_flags}}
+        self.flags: dict[str, Any] = {**defaults, **self.flag_defaults, **(flags or {})}
+        self.scheduler = self.load_scheduler()
+        self.vae_config = AutoModel.load_config(str(model_path / "vae"))
 
     # What is known before any weight is read
+
+    def load_scheduler(self) -> Any:
+        """The training noise schedule, with ``timesteps`` and ``sigmas`` of all training steps, noisiest first."""
+        return FlowMatchEulerDiscreteScheduler.from_pretrained(self.model_path, subfolder="scheduler")
 
     @property
     @abstractmethod
     def vae_scale_factor(self) -> int:
-        """Pixels per latent along one side."""
+        """Pixels per VAE latent along one side."""
 
     @property
     @abstractmethod
@@ -69,42 +104,64 @@ class Family(ABC):
     def image_size(self) -> int:
         """Side in pixels of the images that the pipeline makes unless told otherwise."""
 
-    @property
-    def latent_channels(self) -> int:
-        """Channels of the VAE's latents."""
-        return self.vae_config["latent_channels"]
+    def vae_latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """Shape of one image's latents as the VAE encodes and decodes them, from its size in pixels."""
+        factor = self.vae_scale_factor
+        return (self.vae_config["latent_channels"], height // factor, width // factor)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """Shape of one image's latents in the family's layout, from its size in pixels."""
+        return self.vae_latent_shape(height, width)
+
+    @abstractmethod
+    def empty_embeds(
+        self, transformer_config: Mapping[str, Any], text_tokens: int, dtype: torch.dtype
+    ) -> PromptEmbeds:
+        """Embeddings of a prompt of ``text_tokens`` tokens: right shapes and dtypes, every token real, no values."""
 
     # Encoding
 
     def load_text_pipeline(self, dtype: torch.dtype, device: torch.device | str) -> DiffusionPipeline:
         """The stock pipeline with text encoders and tokenizers only."""
+        absent = dict.fromkeys(("transformer", "vae", *self.unused_components))
         pipeline = self.pipeline_class.from_pretrained(
-            self.model_path, transformer=None, vae=None, torch_dtype=dtype, variant=self.variant
+            self.model_path, **absent, torch_dtype=dtype, variant=self.variant
         )
         return pipeline.to(device)
 
     @abstractmethod
-    def encode_prompts(
-        self, pipeline: DiffusionPipeline, prompts: Sequence[str], max_sequence_length: int
-    ) -> list[PromptEmbeds]:
-        """Encode prompts with a text pipeline; every prompt gives tensors of the same shapes."""
+    def encode_prompts(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> list[PromptEmbeds]:
+        """Encode prompts with a text pipeline; the results are on the CPU."""
 
-    def load_vae(self, dtype: torch.dtype, device: torch.device | str) -> AutoencoderKL:
+    def collate_embeds(self, embeds: Sequence[PromptEmbeds]) -> PromptEmbeds:
+        """Join embeddings of several prompts; shorter ones are padded with zeros at the end of their token axis."""
+        return {name: pad_sequence([e[name] for e in embeds], batch_first=True) for name in embeds[0]}
+
+    def load_vae(self, dtype: torch.dtype, device: torch.device | str) -> ModelMixin:
         """The VAE, frozen."""
-        vae = AutoencoderKL.from_pretrained(self.model_path, subfolder="vae", torch_dtype=dtype, variant=self.variant)
+        vae = AutoModel.from_pretrained(str(self.model_path), subfolder="vae", torch_dtype=dtype, variant=self.variant)
         return vae.requires_grad_(False).eval().to(device)
 
-    def posterior(self, vae: AutoencoderKL, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation of the latents, each ``(B, C, H, W)``, of pixels ``(B, 3, h, w)`` in [-1, 1]."""
+    def posterior(self, vae: ModelMixin, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of the VAE's latents of pixels ``(B, 3, h, w)`` in [-1, 1]."""
         distribution = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
         return distribution.mean, distribution.std
 
-    def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """The VAE's latents in the range the transformer was trained on."""
+    def scale_latents(self, vae: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
+        """The VAE's latents in the layout and range the transformer was trained on."""
         shift = self.vae_config.get("shift_factor") or 0.0
         return (latents - shift) * self.vae_config["scaling_factor"]
 
-    # The transformer
+    # The transformer and its objective
+
+    def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, indices: Sequence[int]) -> torch.Tensor:
+        """Latents at the noise levels of ``indices`` into the schedule: ``(1 - sigma) x + sigma noise``."""
+        sigmas = self.sigmas(indices).to(latents)
+        return (1.0 - sigmas) * latents + sigmas * noise
+
+    def sigmas(self, indices: Sequence[int]) -> torch.Tensor:
+        """Noise levels ``(B, 1, 1, 1)`` of indices into the schedule."""
+        return self.scheduler.sigmas[list(indices)].reshape(-1, 1, 1, 1)
 
     @abstractmethod
     def transformer_inputs(
@@ -113,7 +170,6 @@ class Family(ABC):
         noisy_latents: torch.Tensor,
         timesteps: torch.Tensor,
         embeds: PromptEmbeds,
-        guidance_scale: float,
     ) -> dict[str, Any]:
         """Keyword arguments of the transformer's forward.
 
@@ -122,31 +178,41 @@ class Family(ABC):
             noisy_latents: ``(B, C, H, W)``.
             timesteps: The scheduler's timesteps, ``(B,)``, in (0, T].
             embeds: Prompt embeddings with a batch dimension.
-            guidance_scale: For guidance-distilled models.
         """
 
     @abstractmethod
-    def prediction_to_latents(self, prediction: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """The transformer's output in the layout of the latents ``like``, ``(B, C, H, W)``."""
+    def prediction_to_latents(self, prediction: Any, like: torch.Tensor) -> torch.Tensor:
+        """The first output of the transformer, as the velocity ``noise - x`` in the layout of the latents ``like``."""
+
+    def loss_terms(
+        self,
+        prediction: torch.Tensor,
+        latents: torch.Tensor,
+        noise: torch.Tensor,
+        noisy_latents: torch.Tensor,
+        sigmas: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the loss compares: by default the predicted and the true velocity, ``(B, C, H, W)`` each."""
+        return prediction, noise - latents
 
     # Text encoders in training
 
-    def trainable_text_encoder(self, pipeline: DiffusionPipeline) -> torch.nn.Module:
-        """The text encoder that ``--train_text_encoder`` adapts.
+    def trainable_text_encoders(self, pipeline: DiffusionPipeline) -> dict[str, torch.nn.Module]:
+        """The text encoders that ``--train_text_encoder`` adapts, by pipeline component.
 
         Raises:
             ValueError: if the family has none.
         """
         raise self._no_trained_text()
 
-    def prompt_tokens(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> torch.Tensor:
-        """Token ids for the trained text encoder, ``(B, S)``."""
+    def prompt_tokens(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Token ids for each trained text encoder, ``(B, S)``."""
         raise self._no_trained_text()
 
     def refresh_embeds(
-        self, text_encoder: torch.nn.Module, tokens: torch.Tensor, embeds: PromptEmbeds
+        self, encoders: Mapping[str, torch.nn.Module], tokens: Mapping[str, torch.Tensor], embeds: PromptEmbeds
     ) -> PromptEmbeds:
-        """``embeds`` with the trained text encoder's part computed anew, with gradients."""
+        """``embeds`` (with a batch dimension) with the trained encoders' part computed anew, with gradients."""
         raise self._no_trained_text()
 
     def _no_trained_text(self) -> ValueError:
@@ -154,17 +220,17 @@ class Family(ABC):
 
     # Images and export
 
-    def image_pipeline(self, transformer: torch.nn.Module, vae: AutoencoderKL) -> DiffusionPipeline:
+    def prompt_inputs(self, prompt: str) -> dict[str, Any]:
+        """Keyword arguments that give the complete pipeline a prompt as text."""
+        return {"prompt": prompt, "max_sequence_length": self.flags["max_sequence_length"]}
+
+    def image_pipeline(self, transformer: torch.nn.Module, vae: ModelMixin) -> DiffusionPipeline:
         """The stock pipeline without text encoders, around loaded modules."""
-        pipeline = self.pipeline_class.from_pretrained(
-            self.model_path,
-            transformer=transformer,
-            vae=vae,
-            **dict.fromkeys(self.text_components),
-        )
+        absent = dict.fromkeys((*self.text_components, *self.unused_components))
+        pipeline = self.pipeline_class.from_pretrained(self.model_path, transformer=transformer, vae=vae, **absent)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
     @abstractmethod
-    def pipeline_inputs(self, embeds: PromptEmbeds, negative: PromptEmbeds | None) -> dict[str, torch.Tensor]:
-        """Keyword arguments that give the image pipeline its prompt (with a batch dimension)."""
+    def pipeline_inputs(self, embeds: PromptEmbeds, negative: PromptEmbeds | None) -> dict[str, Any]:
+        """Keyword arguments that give the image pipeline its prompt (with a batch dimension of one)."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, FluxPipeline
 
-from .base import Family, PromptEmbeds
+from .base import Family, Flag, PromptEmbeds
 
 
 class Flux(Family):
@@ -38,6 +38,13 @@ class Flux(Family):
         "ff_context.net.2",
     )
     text_lora_layers = ("q_proj", "k_proj", "v_proj", "out_proj")
+    own_flags = (
+        Flag(
+            "guidance_scale",
+            {"type": float, "default": 3.5, "help": "Guidance value fed to guidance-distilled models."},
+        ),
+    )
+    flag_defaults = {"max_sequence_length": 512, "output_dir": "flux-dreambooth-lora"}
     tags = ("flux", "flux-diffusers")
 
     @property
@@ -52,12 +59,18 @@ class Flux(Family):
     def image_size(self) -> int:
         return 128 * self.vae_scale_factor
 
+    def empty_embeds(
+        self, transformer_config: Mapping[str, Any], text_tokens: int, dtype: torch.dtype
+    ) -> PromptEmbeds:
+        return {
+            "prompt_embeds": torch.empty((text_tokens, transformer_config["joint_attention_dim"]), dtype=dtype),
+            "pooled_prompt_embeds": torch.empty(transformer_config["pooled_projection_dim"], dtype=dtype),
+        }
+
     @torch.no_grad()
-    def encode_prompts(
-        self, pipeline: DiffusionPipeline, prompts: Sequence[str], max_sequence_length: int
-    ) -> list[PromptEmbeds]:
+    def encode_prompts(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> list[PromptEmbeds]:
         tokens, pooled, _ = pipeline.encode_prompt(
-            list(prompts), prompt_2=None, max_sequence_length=max_sequence_length
+            list(prompts), prompt_2=None, max_sequence_length=self.flags["max_sequence_length"]
         )
         return [
             {"prompt_embeds": t, "pooled_prompt_embeds": p} for t, p in zip(tokens.cpu(), pooled.cpu(), strict=True)
@@ -69,13 +82,12 @@ class Flux(Family):
         noisy_latents: torch.Tensor,
         timesteps: torch.Tensor,
         embeds: PromptEmbeds,
-        guidance_scale: float,
     ) -> dict[str, Any]:
         batch, channels, height, width = noisy_latents.shape
         device, dtype = noisy_latents.device, noisy_latents.dtype
         guidance = None
         if transformer_config["guidance_embeds"]:
-            guidance = torch.full((batch,), guidance_scale, device=device)
+            guidance = torch.full((batch,), self.flags["guidance_scale"], device=device)
         return {
             "hidden_states": FluxPipeline._pack_latents(noisy_latents, batch, channels, height, width),
             "timestep": timesteps / self.scheduler.config["num_train_timesteps"],
@@ -90,10 +102,10 @@ class Flux(Family):
         factor = self.vae_scale_factor
         return FluxPipeline._unpack_latents(prediction, like.shape[-2] * factor, like.shape[-1] * factor, factor)
 
-    def trainable_text_encoder(self, pipeline: DiffusionPipeline) -> torch.nn.Module:
-        return pipeline.text_encoder
+    def trainable_text_encoders(self, pipeline: DiffusionPipeline) -> dict[str, torch.nn.Module]:
+        return {"text_encoder": pipeline.text_encoder}
 
-    def prompt_tokens(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> torch.Tensor:
+    def prompt_tokens(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         tokens = pipeline.tokenizer(
             list(prompts),
             padding="max_length",
@@ -101,16 +113,16 @@ class Flux(Family):
             truncation=True,
             return_tensors="pt",
         )
-        return tokens.input_ids
+        return {"text_encoder": tokens.input_ids}
 
     def refresh_embeds(
-        self, text_encoder: torch.nn.Module, tokens: torch.Tensor, embeds: PromptEmbeds
+        self, encoders: Mapping[str, torch.nn.Module], tokens: Mapping[str, torch.Tensor], embeds: PromptEmbeds
     ) -> PromptEmbeds:
-        pooled = text_encoder(tokens, output_hidden_states=False).pooler_output
+        pooled = encoders["text_encoder"](tokens["text_encoder"], output_hidden_states=False).pooler_output
         return {**embeds, "pooled_prompt_embeds": pooled.to(embeds["prompt_embeds"].dtype)}
 
-    def pipeline_inputs(self, embeds: PromptEmbeds, negative: PromptEmbeds | None) -> dict[str, torch.Tensor]:
-        inputs = dict(embeds)
+    def pipeline_inputs(self, embeds: PromptEmbeds, negative: PromptEmbeds | None) -> dict[str, Any]:
+        inputs: dict[str, Any] = dict(embeds)
         if negative is not None:
             inputs["negative_prompt_embeds"] = negative["prompt_embeds"]
             inputs["negative_pooled_prompt_embeds"] = negative["pooled_prompt_embeds"]

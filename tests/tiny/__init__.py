@@ -1,0 +1,12 @@
+"""Tiny pipelines of every family. A new family's tests are one module here and its name in this list."""
+
+from __future__ import annotations
+
+from . import flux
+from .base import TinyFamily, randomise
+from .flux import save_tiny_flux
+
+
+TINY_FAMILIES: list[TinyFamily] = [tiny for module in (flux,) for tiny in module.TINY]
+
+__all__ = ["TINY_FAMILIES", "TinyFamily", "randomise", "save_tiny_flux"]

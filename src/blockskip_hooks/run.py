@@ -97,7 +97,7 @@ class Run:
     @property
     def transformer_config(self) -> dict[str, Any]:
         """Config of the transformer, with its class name."""
-        return diffusers.AutoModel.load_config(str(self.family.model_path / "transformer"))
+        return diffusers.ModelMixin.load_config(str(self.family.model_path / "transformer"))
 
     def photo_sources(self) -> dict[SampleKind, PhotoSource]:
         """Decode the photos; class images must exist by now."""
@@ -325,7 +325,7 @@ def _embedded_defaults(args: argparse.Namespace) -> dict[str, Any]:
 def _select(
     args: argparse.Namespace, family: Family, model_name: str
 ) -> tuple[DiTBlockSkipTransformer, Selection, BlockSkipConfig]:
-    config = diffusers.AutoModel.load_config(str(family.model_path / "transformer"))
+    config = diffusers.ModelMixin.load_config(str(family.model_path / "transformer"))
     model_class = getattr(diffusers, config.get("_class_name") or "", None)
     if model_class is None:
         raise ValueError(

@@ -91,7 +91,7 @@ class DiTBlockSkipTransformer(torch.nn.Module):
         """
         device = _plain_device(device)
         folder = Path(pretrained_model_path) / (subfolder or "")
-        model_config = diffusers.AutoModel.load_config(str(folder))
+        model_config = diffusers.ModelMixin.load_config(str(folder))
         model_class = getattr(diffusers, model_config["_class_name"])
         with init_empty_weights(include_buffers=False):
             transformer = model_class.from_config(model_config)

@@ -63,7 +63,7 @@ class TinyFamily:
         """
         generator = torch.Generator().manual_seed(1)
         family = self.make_family()
-        config = diffusers.AutoModel.load_config(str(self.folder / "transformer"))
+        config = diffusers.ModelMixin.load_config(str(self.folder / "transformer"))
         side = 2 * family.latent_token_size
         shape = (batch_size, *family.latent_shape(side, side))
         latents = torch.randn(shape, generator=generator)

@@ -81,7 +81,7 @@ class Family(ABC):
         defaults = {"max_sequence_length": 512, **{flag.name: flag.default for flag in self.own_flags}}
         self.flags: dict[str, Any] = {**defaults, **self.flag_defaults, **(flags or {})}
         self.scheduler = self.load_scheduler()
-        self.vae_config = AutoModel.load_config(str(model_path / "vae"))
+        self.vae_config = ModelMixin.load_config(str(model_path / "vae"))
 
     # What is known before any weight is read
 

@@ -27,6 +27,7 @@ from .data import Photo, PhotoSet, load_dataset_photos, scan_photos
 from .embedded import DEFAULT_SUBJECT, embedded_model, embedded_photos, embedded_subjects, model_defaults
 from .families import Family, detect_family
 from .lora import WEIGHTS_NAME, lora_targets
+from .model_config import load_config
 from .model_files import check_weights, resolve_model
 from .monitor import format_seconds
 from .residual_store import folder_digest
@@ -97,7 +98,7 @@ class Run:
     @property
     def transformer_config(self) -> dict[str, Any]:
         """Config of the transformer, with its class name."""
-        return diffusers.ModelMixin.load_config(str(self.family.model_path / "transformer"))
+        return load_config(self.family.model_path / "transformer")
 
     def photo_sources(self) -> dict[SampleKind, PhotoSource]:
         """Decode the photos; class images must exist by now."""
@@ -325,7 +326,7 @@ def _embedded_defaults(args: argparse.Namespace) -> dict[str, Any]:
 def _select(
     args: argparse.Namespace, family: Family, model_name: str
 ) -> tuple[DiTBlockSkipTransformer, Selection, BlockSkipConfig]:
-    config = diffusers.ModelMixin.load_config(str(family.model_path / "transformer"))
+    config = load_config(family.model_path / "transformer")
     model_class = getattr(diffusers, config.get("_class_name") or "", None)
     if model_class is None:
         raise ValueError(

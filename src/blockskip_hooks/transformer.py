@@ -18,6 +18,7 @@ from .blocks import Block, BlockSpans, list_blocks, split_blocks
 from .checkpoint_index import index_safetensors, weights_loader
 from .config import BlockSkipConfig
 from .hooks import CaptureDone, SkipMode, SpanResiduals, apply_block_skip, remove_block_skip
+from .model_config import load_config
 
 
 class DiTBlockSkipTransformer(torch.nn.Module):
@@ -91,7 +92,7 @@ class DiTBlockSkipTransformer(torch.nn.Module):
         """
         device = _plain_device(device)
         folder = Path(pretrained_model_path) / (subfolder or "")
-        model_config = diffusers.ModelMixin.load_config(str(folder))
+        model_config = load_config(folder)
         model_class = getattr(diffusers, model_config["_class_name"])
         with init_empty_weights(include_buffers=False):
             transformer = model_class.from_config(model_config)

@@ -13,6 +13,7 @@ import diffusers
 import torch
 
 from blockskip_hooks.families import Family
+from blockskip_hooks.model_config import load_config
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class TinyFamily:
         """
         generator = torch.Generator().manual_seed(1)
         family = self.make_family()
-        config = diffusers.ModelMixin.load_config(str(self.folder / "transformer"))
+        config = load_config(self.folder / "transformer")
         side = 2 * family.latent_token_size
         shape = (batch_size, *family.latent_shape(side, side))
         latents = torch.randn(shape, generator=generator)

@@ -12,6 +12,8 @@ import torch
 from diffusers import AutoModel, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 from torch.nn.utils.rnn import pad_sequence
 
+from ..model_config import load_config
+
 
 PromptEmbeds = dict[str, torch.Tensor]
 """One prompt's embeddings by name, without a batch dimension; tensors whose first axis is tokens may differ in it."""
@@ -81,7 +83,7 @@ class Family(ABC):
         defaults = {"max_sequence_length": 512, **{flag.name: flag.default for flag in self.own_flags}}
         self.flags: dict[str, Any] = {**defaults, **self.flag_defaults, **(flags or {})}
         self.scheduler = self.load_scheduler()
-        self.vae_config = ModelMixin.load_config(str(model_path / "vae"))
+        self.vae_config = load_config(model_path / "vae")
 
     # What is known before any weight is read
 

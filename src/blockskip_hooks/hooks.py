@@ -4,10 +4,13 @@ A skipped block keeps its place, its class, its signature and its parameter name
 Everything else of the diffusers model stays as it is, so LoRA keys, configs and pipelines keep working. A placeholder
 has three modes:
 
-- *inject*: the first placeholder of a span supplies what the span would have computed, the others pass their input
+- *inject*: one placeholder of a span supplies what the span would have computed, the others pass their input
   through. Used in training; no weight of the span is touched.
 - *capture*: the real block runs and the span's residual is recorded. Used when residuals are precomputed.
 - *run*: the real block runs. Used for validation images.
+
+A leading span's output is supplied by its last placeholder and a trailing span's residual by its first, so that spans
+may cross the border between two stacks where the model joins its text and image streams into one sequence.
 
 Hooks here only read the shared state, they never count calls: under gradient checkpointing a block's forward runs
 again during backward and must give the same result.
@@ -49,7 +52,8 @@ class SpanResiduals:
         leading_encoder_hidden_states: Text tokens after the leading span, ``(batch, text_tokens, dim)``; ``None``
             for models whose blocks do not update the text.
         trailing_hidden_states: Residual of the image tokens over the trailing span, ``(batch, image_tokens, dim)``.
-            After the last block only the image tokens are read, so the text is not needed.
+            After the last block only the image tokens are read, so the text is not needed. In models that run text
+            and image as one sequence, the tokens are those of that sequence, here and in the leading span.
     """
 
     leading_hidden_states: torch.Tensor | None = None
@@ -77,6 +81,10 @@ class BlockSkipState:
         self.mode = SkipMode.RUN
         self.residuals = SpanResiduals()
         self.captured = SpanResiduals()
+        # Of a trailing span that is being captured: the last block's output so far, and where the tokens of the
+        # span's input are in the sequence.
+        self.span_output: torch.Tensor | None = None
+        self.span_tokens = slice(None)
 
 
 class PlaceholderHook(ModelHook):
@@ -106,7 +114,10 @@ class PlaceholderHook(ModelHook):
         return self.fn_ref.original_forward(*args, **kwargs)
 
     def _inputs(self, args: tuple, kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Hidden states and, for blocks that return them, encoder hidden states of a positional or keyword call."""
+        """Hidden states and, for blocks that return them, encoder hidden states of a positional or keyword call.
+
+        Blocks of one class may run with and without encoder hidden states; without, they return hidden states only.
+        """
         read = self.metadata._get_parameter_from_args_kwargs
         hidden_states = read(self.metadata.hidden_states_argument_name, args, kwargs)
         if self.metadata.return_encoder_hidden_states_index is None:
@@ -115,7 +126,7 @@ class PlaceholderHook(ModelHook):
 
     def _output(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None) -> Any:
         """Arrange the streams as the real block returns them."""
-        if self.metadata.return_encoder_hidden_states_index is None:
+        if encoder_hidden_states is None:
             return hidden_states
         output: list[torch.Tensor | None] = [None, None]
         output[self.metadata.return_hidden_states_index] = hidden_states
@@ -124,17 +135,17 @@ class PlaceholderHook(ModelHook):
 
     def _inject(self, *args: Any, **kwargs: Any) -> Any:
         hidden_states, encoder_hidden_states = self._inputs(args, kwargs)
-        if self.is_first and self.state.config.residuals != "none":
+        if self.state.config.residuals != "none":
             residuals = self.state.residuals
-            if self.is_leading:
-                output = self._checked(residuals.leading_hidden_states, hidden_states)
+            if self.is_leading and self.is_last:
+                hidden_states = self._checked(residuals.leading_hidden_states, hidden_states)
                 if encoder_hidden_states is not None:
                     encoder_hidden_states = self._checked(
                         residuals.leading_encoder_hidden_states, encoder_hidden_states
                     )
-                return self._output(output, encoder_hidden_states)
-            residual = self._checked(residuals.trailing_hidden_states, hidden_states)
-            hidden_states = hidden_states + residual.to(hidden_states.dtype)
+            elif not self.is_leading and self.is_first:
+                residual = self._checked(residuals.trailing_hidden_states, hidden_states)
+                hidden_states = hidden_states + residual.to(hidden_states.dtype)
         return self._output(hidden_states, encoder_hidden_states)
 
     def _checked(self, residual: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
@@ -149,28 +160,52 @@ class PlaceholderHook(ModelHook):
         return residual.to(like.device)
 
     def _capture(self, *args: Any, **kwargs: Any) -> Any:
-        hidden_states, _ = self._inputs(args, kwargs)
-        captured = self.state.captured
-        if self.is_first and not self.is_leading:
-            # Kept on the state: first and last placeholder of a span are different hooks.
-            captured.trailing_hidden_states = hidden_states
+        span_input, encoder_hidden_states = self._inputs(args, kwargs)
         output = self.fn_ref.original_forward(*args, **kwargs)
-        if self.is_last:
-            streams = output if isinstance(output, tuple) else (output,)
-            hidden_states = streams[self.metadata.return_hidden_states_index]
-            if self.is_leading:
-                captured.leading_hidden_states = hidden_states.detach()
-                if self.metadata.return_encoder_hidden_states_index is not None:
-                    text = streams[self.metadata.return_encoder_hidden_states_index]
-                    captured.leading_encoder_hidden_states = text.detach()
-            else:
-                span_input = captured.trailing_hidden_states
-                assert span_input is not None
-                residual = hidden_states.float() - span_input.float()
-                captured.trailing_hidden_states = residual.to(hidden_states.dtype).detach()
-            if not self.is_leading or self.state.config.trailing == 0:
-                raise CaptureDone
+        streams = output if isinstance(output, tuple) else (output,)
+        hidden_states = streams[self.metadata.return_hidden_states_index]
+        if self.is_leading:
+            self._capture_leading(hidden_states, streams, encoder_hidden_states is not None)
+        else:
+            self._capture_trailing(span_input, hidden_states)
+        if self.is_last and not (self.is_leading and self.state.config.trailing):
+            raise CaptureDone
         return output
+
+    def _capture_leading(self, hidden_states: torch.Tensor, streams: Sequence[Any], returns_text: bool) -> None:
+        if not self.is_last:
+            return
+        self.state.captured.leading_hidden_states = hidden_states.detach()
+        if returns_text:
+            text = streams[self.metadata.return_encoder_hidden_states_index]
+            self.state.captured.leading_encoder_hidden_states = text.detach()
+
+    def _capture_trailing(self, hidden_states: torch.Tensor, output: torch.Tensor) -> None:
+        # Kept on the state: the placeholders of a span are different hooks.
+        state = self.state
+        if self.is_first:
+            state.captured.trailing_hidden_states = hidden_states
+            state.span_tokens = slice(None)
+        elif state.span_output is not None and hidden_states.shape[1] > state.span_output.shape[1]:
+            state.span_tokens = self._find_tokens(state.span_output, hidden_states)
+        state.span_output = output
+        if self.is_last:
+            span_input = state.captured.trailing_hidden_states
+            assert span_input is not None
+            residual = output[:, state.span_tokens].float() - span_input.float()
+            state.captured.trailing_hidden_states = residual.to(output.dtype).detach()
+            state.span_output = None
+
+    def _find_tokens(self, part: torch.Tensor, whole: torch.Tensor) -> slice:
+        """Where the tokens ``part`` are in ``whole``, which the model made by joining them with the text."""
+        length = part.shape[1]
+        for place in (slice(0, length), slice(-length, None)):
+            if torch.equal(whole[:, place], part):
+                return place
+        raise ValueError(
+            f"{self.block_name} receives {whole.shape[1]} tokens after a block that returned {length}, and these are "
+            "neither its first nor its last; choose spans that do not cross this border."
+        )
 
 
 def apply_block_skip(

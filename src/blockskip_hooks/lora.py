@@ -26,18 +26,20 @@ WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 def lora_targets(
     model: DiTBlockSkipTransformer, layers: Sequence[str], text_stream_layers: Sequence[str] = ()
 ) -> list[str]:
-    """Full names of the linear layers that get LoRA: those outside the skipped blocks that match ``layers``.
+    """Full names of the linear layers that get LoRA: those that match ``layers``, in kept blocks if any are skipped.
+
+    With a skipped leading span nothing before the kept blocks could learn: their input is a stored tensor.
 
     Args:
         model: The transformer.
         layers: Names or name endings, as in ``--lora_layers``.
-        text_stream_layers: Layers that only act on the text. In the last kept block before a trailing span nothing
-            reads their output, so they would never learn and are left out.
+        text_stream_layers: Layers that only act on the text. Nothing reads the text after the last block that trains,
+            be it the model's last or one before a trailing span, so there they would never learn and are left out.
 
     Raises:
         ValueError: if nothing matches outside the skipped blocks, or a name matches nothing at all.
     """
-    skipped = tuple(f"{block.name}." for block in model.spans.skipped)
+    kept = tuple(f"{block.name}." for block in model.spans.kept)
     last_kept = f"{model.spans.kept[-1].name}."
     names = [name for name, module in model.transformer.named_modules() if isinstance(module, torch.nn.Linear)]
     targets: list[str] = []
@@ -45,20 +47,18 @@ def lora_targets(
         matches = [name for name in names if name == layer or name.endswith(f".{layer}")]
         if not matches:
             raise ValueError(f"--lora_layers '{layer}' is the name of no linear layer of this model; correct it.")
-        targets += [name for name in matches if not (skipped and name.startswith(skipped))]
+        targets += [name for name in matches if not model.spans.skipped or name.startswith(kept)]
     if not targets:
         raise ValueError(
-            f"--lora_layers '{','.join(layers)}' matches layers of skipped blocks only; name layers that the kept "
+            f"--lora_layers '{','.join(layers)}' matches no layer of a kept block; name layers that the kept "
             f"blocks ({model.spans.kept[0].name} to {model.spans.kept[-1].name}) have, or skip fewer blocks."
         )
-    if model.spans.trailing:
-        unread = [name for name in targets if name.startswith(last_kept) and _ends_with(name, text_stream_layers)]
-        targets = [name for name in targets if name not in set(unread)]
-        if not targets:
-            raise ValueError(
-                f"--lora_layers '{','.join(layers)}' names text layers of {model.spans.kept[-1].name} only, whose "
-                "output nothing reads before the trailing span; name further layers or skip fewer trailing blocks."
-            )
+    targets = [name for name in targets if not (name.startswith(last_kept) and _ends_with(name, text_stream_layers))]
+    if not targets:
+        raise ValueError(
+            f"--lora_layers '{','.join(layers)}' names text layers of {model.spans.kept[-1].name} only, whose output "
+            "nothing reads; name further layers or skip fewer trailing blocks."
+        )
     return list(dict.fromkeys(targets))
 
 

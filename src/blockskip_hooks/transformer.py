@@ -170,6 +170,7 @@ class DiTBlockSkipTransformer(torch.nn.Module):
             pass
         finally:
             captured, state.captured, state.mode = state.captured, SpanResiduals(), SkipMode.RUN
+            state.span_output = None
         return captured
 
     @contextmanager

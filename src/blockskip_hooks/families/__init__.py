@@ -10,10 +10,12 @@ from pathlib import Path
 
 from .base import Family, PromptEmbeds
 from .flux import Flux
+from .sd3 import StableDiffusion3
 
 
 FAMILIES: dict[str, type[Family]] = {
     "FluxPipeline": Flux,
+    "StableDiffusion3Pipeline": StableDiffusion3,
 }
 """Family by the pipeline class that a model's ``model_index.json`` names."""
 

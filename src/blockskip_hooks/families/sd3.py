@@ -1,0 +1,171 @@
+"""Stable Diffusion 3 and 3.5: joint blocks, the last of which drops the text; two CLIPs and T5."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin, StableDiffusion3Pipeline
+
+from ..model_config import load_config
+from .base import Family, Flag, PromptEmbeds
+
+
+class _PipelineFromEmbeds(StableDiffusion3Pipeline):
+    """The stock pipeline repeats embeddings for the images of a prompt only where it has encoded the prompt itself."""
+
+    def encode_prompt(self, *args: Any, num_images_per_prompt: int = 1, **kwargs: Any) -> tuple[Any, ...]:
+        embeds = super().encode_prompt(*args, num_images_per_prompt=num_images_per_prompt, **kwargs)
+        return tuple(None if e is None else e.repeat_interleave(num_images_per_prompt, dim=0) for e in embeds)
+
+
+class StableDiffusion3(Family):
+    """Stable Diffusion 3 medium, 3.5 medium and large, and models of their architecture.
+
+    A prompt is the joined tokens of both CLIPs, as many as these have positions, followed by
+    ``--max_sequence_length`` tokens of T5. The model was trained on the padding, so nothing is masked.
+    """
+
+    name = "sd3"
+    pipeline_class = StableDiffusion3Pipeline
+    text_components = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+    unused_components = ("image_encoder", "feature_extractor")
+    lora_layers = (
+        "attn.add_k_proj",
+        "attn.add_q_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+        "attn.to_k",
+        "attn.to_out.0",
+        "attn.to_q",
+        "attn.to_v",
+    )
+    text_stream_layers = (
+        "attn.add_q_proj",
+        "attn.to_add_out",
+        "ff_context.net.0.proj",
+        "ff_context.net.2",
+    )
+    text_lora_layers = ("q_proj", "k_proj", "v_proj", "out_proj")
+    own_flags = (
+        Flag(
+            "precondition_outputs",
+            {
+                "type": int,
+                "default": 1,
+                "help": "1: compare the clean latents that the prediction implies; 0: compare velocities.",
+            },
+        ),
+    )
+    flag_defaults = {
+        "max_sequence_length": 77,
+        "output_dir": "sd3-dreambooth",
+        "weighting_scheme": "logit_normal",
+        "lora_alpha": None,
+    }
+    negative_prompt = ""
+    tags = ("sd3", "sd3-diffusers")
+
+    @property
+    def vae_scale_factor(self) -> int:
+        return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
+
+    @property
+    def latent_token_size(self) -> int:
+        return load_config(self.model_path / "transformer")["patch_size"] * self.vae_scale_factor
+
+    @property
+    def image_size(self) -> int:
+        return load_config(self.model_path / "transformer")["sample_size"] * self.vae_scale_factor
+
+    def empty_embeds(
+        self, transformer_config: Mapping[str, Any], text_tokens: int, dtype: torch.dtype
+    ) -> PromptEmbeds:
+        clip_tokens = load_config(self.model_path / "text_encoder")["max_position_embeddings"]
+        width = transformer_config["joint_attention_dim"]
+        return {
+            "prompt_embeds": torch.empty((clip_tokens + text_tokens, width), dtype=dtype),
+            "pooled_prompt_embeds": torch.empty(transformer_config["pooled_projection_dim"], dtype=dtype),
+        }
+
+    @torch.no_grad()
+    def encode_prompts(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> list[PromptEmbeds]:
+        tokens, _, pooled, _ = pipeline.encode_prompt(
+            list(prompts),
+            prompt_2=None,
+            prompt_3=None,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.flags["max_sequence_length"],
+        )
+        return [
+            {"prompt_embeds": t, "pooled_prompt_embeds": p} for t, p in zip(tokens.cpu(), pooled.cpu(), strict=True)
+        ]
+
+    def transformer_inputs(
+        self,
+        transformer_config: Mapping[str, Any],
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        embeds: PromptEmbeds,
+    ) -> dict[str, Any]:
+        return {
+            "hidden_states": noisy_latents,
+            "timestep": timesteps,
+            "encoder_hidden_states": embeds["prompt_embeds"],
+            "pooled_projections": embeds["pooled_prompt_embeds"],
+        }
+
+    def prediction_to_latents(self, prediction: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        return prediction
+
+    def loss_terms(
+        self,
+        prediction: torch.Tensor,
+        latents: torch.Tensor,
+        noise: torch.Tensor,
+        noisy_latents: torch.Tensor,
+        sigmas: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.flags["precondition_outputs"]:
+            return noisy_latents - sigmas * prediction, latents
+        return super().loss_terms(prediction, latents, noise, noisy_latents, sigmas)
+
+    def trainable_text_encoders(self, pipeline: DiffusionPipeline) -> dict[str, torch.nn.Module]:
+        return {"text_encoder": pipeline.text_encoder, "text_encoder_2": pipeline.text_encoder_2}
+
+    def prompt_tokens(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        tokenizers = {"text_encoder": pipeline.tokenizer, "text_encoder_2": pipeline.tokenizer_2}
+        length = pipeline.tokenizer_max_length
+        return {
+            name: tokenizer(
+                list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            ).input_ids
+            for name, tokenizer in tokenizers.items()
+        }
+
+    def refresh_embeds(
+        self, encoders: Mapping[str, torch.nn.Module], tokens: Mapping[str, torch.Tensor], embeds: PromptEmbeds
+    ) -> PromptEmbeds:
+        names = ("text_encoder", "text_encoder_2")
+        outputs = [encoders[name](tokens[name], output_hidden_states=True) for name in names]
+        old = embeds["prompt_embeds"]
+        clip = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        clip = torch.nn.functional.pad(clip, (0, old.shape[-1] - clip.shape[-1])).to(old.dtype)
+        pooled = torch.cat([output.text_embeds for output in outputs], dim=-1)
+        return {
+            **embeds,
+            "prompt_embeds": torch.cat([clip, old[:, clip.shape[1] :].to(clip.device)], dim=1),
+            "pooled_prompt_embeds": pooled.to(old.dtype),
+        }
+
+    def image_pipeline(self, transformer: torch.nn.Module, vae: ModelMixin) -> DiffusionPipeline:
+        pipeline = _PipelineFromEmbeds(**super().image_pipeline(transformer, vae).components)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def pipeline_inputs(self, embeds: PromptEmbeds, negative: PromptEmbeds | None) -> dict[str, Any]:
+        inputs: dict[str, Any] = dict(embeds)
+        if negative is not None:
+            inputs |= {f"negative_{name}": tensor for name, tensor in negative.items()}
+        return inputs

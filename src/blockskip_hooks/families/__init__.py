@@ -8,14 +8,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .base import Family, PromptEmbeds
+from .base import Family, Flag, PromptEmbeds
 from .flux import Flux
 from .sd3 import StableDiffusion3
+from .z_image import ZImage
 
 
 FAMILIES: dict[str, type[Family]] = {
     "FluxPipeline": Flux,
     "StableDiffusion3Pipeline": StableDiffusion3,
+    "ZImagePipeline": ZImage,
 }
 """Family by the pipeline class that a model's ``model_index.json`` names."""
 
@@ -46,4 +48,4 @@ def detect_family(model_path: Path) -> type[Family]:
     return FAMILIES[pipeline]
 
 
-__all__ = ["FAMILIES", "Family", "PromptEmbeds", "detect_family"]
+__all__ = ["FAMILIES", "Family", "Flag", "PromptEmbeds", "detect_family"]

@@ -1,0 +1,114 @@
+"""Z-Image: one stack of single-stream blocks over image and caption tokens, behind refiners that are never skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin, ZImagePipeline
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
+
+from .base import Family, Flag, PromptEmbeds
+
+
+# diffusers registers the block, but not that its first argument is called x.
+TransformerBlockRegistry.register(
+    model_class=ZImageTransformerBlock,
+    metadata=TransformerBlockMetadata(return_hidden_states_index=0, hidden_states_argument_name="x"),
+)
+
+
+class ZImage(Family):
+    """Z-Image, Z-Image-Turbo and models of their architecture.
+
+    The transformer takes lists, one tensor per sample, and pads each joined sequence at its end. Prompts have their
+    natural length; a batch of different lengths carries them as ``prompt_lengths`` ``(B,)``.
+    """
+
+    name = "z-image"
+    pipeline_class = ZImagePipeline
+    text_components = ("text_encoder", "tokenizer")
+    lora_layers = ("attention.to_k", "attention.to_q", "attention.to_v", "attention.to_out.0")
+    block_stacks = ("layers",)
+    own_flags = (
+        Flag(
+            "guidance_scale",
+            {
+                "type": float,
+                "default": 3.5,
+                "help": "Without effect: the transformer takes no guidance.",
+            },
+        ),
+    )
+    flag_defaults = {"max_sequence_length": 512, "output_dir": "z-image-dreambooth-lora"}
+    negative_prompt = ""
+    tags = ("z-image", "z-image-diffusers")
+
+    @property
+    def vae_scale_factor(self) -> int:
+        return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
+
+    @property
+    def latent_token_size(self) -> int:
+        return 2 * self.vae_scale_factor
+
+    @property
+    def image_size(self) -> int:
+        return 1024
+
+    def empty_embeds(
+        self, transformer_config: Mapping[str, Any], text_tokens: int, dtype: torch.dtype
+    ) -> PromptEmbeds:
+        return {"prompt_embeds": torch.empty((text_tokens, transformer_config["cap_feat_dim"]), dtype=dtype)}
+
+    @torch.no_grad()
+    def encode_prompts(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> list[PromptEmbeds]:
+        embeds, _ = pipeline.encode_prompt(
+            list(prompts),
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.flags["max_sequence_length"],
+        )
+        return [{"prompt_embeds": tokens.cpu()} for tokens in embeds]
+
+    def collate_embeds(self, embeds: Sequence[PromptEmbeds]) -> PromptEmbeds:
+        batch = super().collate_embeds(embeds)
+        lengths = [len(prompt["prompt_embeds"]) for prompt in embeds]
+        if len(set(lengths)) > 1:
+            # Only where they differ: reading a tensor's values costs a sync, and fake tensors have none.
+            batch["prompt_lengths"] = torch.tensor(lengths)
+        return batch
+
+    def posterior(self, vae: ModelMixin, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, std = super().posterior(vae, pixels)
+        # The upstream script trains on the posterior's mode.
+        return mean, torch.zeros_like(std)
+
+    def transformer_inputs(
+        self,
+        transformer_config: Mapping[str, Any],
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        embeds: PromptEmbeds,
+    ) -> dict[str, Any]:
+        captions = embeds["prompt_embeds"]
+        lengths = [captions.shape[1]] * len(captions)
+        if "prompt_lengths" in embeds:
+            lengths = embeds["prompt_lengths"].tolist()
+        steps = self.scheduler.config["num_train_timesteps"]
+        return {
+            "x": list(noisy_latents.unsqueeze(2)),
+            "t": (steps - timesteps) / steps,
+            "cap_feats": [caption[:length] for caption, length in zip(captions, lengths, strict=True)],
+        }
+
+    def prediction_to_latents(self, prediction: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+        return -torch.stack(list(prediction)).squeeze(2)
+
+    def pipeline_inputs(self, embeds: PromptEmbeds, negative: PromptEmbeds | None) -> dict[str, Any]:
+        inputs: dict[str, Any] = {"prompt_embeds": list(embeds["prompt_embeds"])}
+        if negative is None:
+            # The pipeline asks for negative embeddings unless guidance is off.
+            return {**inputs, "guidance_scale": 0.0}
+        return {**inputs, "negative_prompt_embeds": list(negative["prompt_embeds"])}

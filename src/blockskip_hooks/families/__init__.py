@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .base import Family, Flag, PromptEmbeds
 from .flux import Flux
+from .krea2 import Krea2
 from .sd3 import StableDiffusion3
 from .z_image import ZImage
 
@@ -18,6 +19,7 @@ FAMILIES: dict[str, type[Family]] = {
     "FluxPipeline": Flux,
     "StableDiffusion3Pipeline": StableDiffusion3,
     "ZImagePipeline": ZImage,
+    "Krea2Pipeline": Krea2,
 }
 """Family by the pipeline class that a model's ``model_index.json`` names."""
 
@@ -41,8 +43,10 @@ def detect_family(model_path: Path) -> type[Family]:
         raise ValueError(
             f"--pretrained_model_name_or_path {model_path} is a {pipeline}; supported are {', '.join(FAMILIES)}."
         )
-    components = ("transformer", "vae", "scheduler", *FAMILIES[pipeline].text_components)
-    missing = [name for name in components if not (model_path / name).is_dir()]
+    # A component without a class in the index comes from elsewhere.
+    optional = {name for name in FAMILIES[pipeline].text_components if (index.get(name) or [None])[0] is None}
+    components = {"transformer", "vae", "scheduler", *FAMILIES[pipeline].text_components} - optional
+    missing = sorted(name for name in components if not (model_path / name).is_dir())
     if missing:
         raise ValueError(f"--pretrained_model_name_or_path {model_path} lacks the folder(s) {', '.join(missing)}.")
     return FAMILIES[pipeline]

@@ -1,0 +1,147 @@
+"""Krea 2: single-stream blocks over text and image tokens; several layers of Qwen3-VL as text embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, Krea2Pipeline, ModelMixin
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.models.transformers.transformer_krea2 import Krea2TransformerBlock
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+
+from .base import Family, Flag, PromptEmbeds
+
+
+TransformerBlockRegistry.register(
+    model_class=Krea2TransformerBlock, metadata=TransformerBlockMetadata(return_hidden_states_index=0)
+)
+
+PATCH_SIZE = 2
+
+
+class Krea2(Family):
+    """Krea 2 and its distilled variant.
+
+    Text comes before the image in the blocks' sequence and has no positions, so every prompt keeps the fixed length
+    that the model was trained with, masked where it is padding: image tokens stand at the same place in all samples.
+    """
+
+    name = "krea2"
+    pipeline_class = Krea2Pipeline
+    text_components = ("text_encoder", "tokenizer")
+    lora_layers = (
+        "img_in",
+        "final_layer.linear",
+        "attn.to_q",
+        "attn.to_k",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.to_gate",
+        "ff.up",
+        "ff.down",
+        "text_fusion.projector",
+        "txt_in.linear_1",
+        "txt_in.linear_2",
+        "time_embed.linear_1",
+        "time_embed.linear_2",
+        "time_mod_proj",
+    )
+    own_flags = (
+        Flag(
+            "validation_guidance_scale",
+            {"type": float, "default": 0.0, "help": "Guidance of validation images; 0 makes them without guidance."},
+        ),
+        Flag(
+            "validation_num_inference_steps",
+            {"type": int, "default": 8, "help": "Denoising steps of validation images."},
+        ),
+        Flag(
+            "validation_model_path",
+            {"type": str, "default": None, "help": "Another checkpoint to make validation images with."},
+        ),
+    )
+    flag_defaults = {
+        "max_sequence_length": 512,
+        "output_dir": "krea2-dreambooth-lora",
+        "rank": 32,
+        "lora_alpha": 32,
+        "learning_rate": 3e-4,
+    }
+    negative_prompt = ""
+    tags = ("krea2", "krea2-diffusers")
+
+    @property
+    def vae_scale_factor(self) -> int:
+        return 2 ** len(self.vae_config["temperal_downsample"])
+
+    @property
+    def latent_token_size(self) -> int:
+        return PATCH_SIZE * self.vae_scale_factor
+
+    @property
+    def image_size(self) -> int:
+        return 1024
+
+    def vae_latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        factor = self.vae_scale_factor
+        return (self.vae_config["z_dim"], 1, height // factor, width // factor)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        channels, _, *grid = self.vae_latent_shape(height, width)
+        return (channels, *grid)
+
+    def empty_embeds(
+        self, transformer_config: Mapping[str, Any], text_tokens: int, dtype: torch.dtype
+    ) -> PromptEmbeds:
+        length = max(text_tokens, self.flags["max_sequence_length"])
+        shape = (length, transformer_config["num_text_layers"], transformer_config["text_hidden_dim"])
+        return {
+            "prompt_embeds": torch.empty(shape, dtype=dtype),
+            "prompt_embeds_mask": torch.arange(length) < text_tokens,
+        }
+
+    @torch.no_grad()
+    def encode_prompts(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> list[PromptEmbeds]:
+        embeds, masks = pipeline.encode_prompt(list(prompts), max_sequence_length=self.flags["max_sequence_length"])
+        return [
+            {"prompt_embeds": tokens, "prompt_embeds_mask": mask}
+            for tokens, mask in zip(embeds.cpu(), masks.cpu(), strict=True)
+        ]
+
+    def posterior(self, vae: ModelMixin, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().posterior(vae, pixels.unsqueeze(2))
+
+    def scale_latents(self, vae: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
+        mean, std = (latents.new_tensor(self.vae_config[f"latents_{name}"]) for name in ("mean", "std"))
+        return (latents.squeeze(2) - mean[:, None, None]) / std[:, None, None]
+
+    def transformer_inputs(
+        self,
+        transformer_config: Mapping[str, Any],
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        embeds: PromptEmbeds,
+    ) -> dict[str, Any]:
+        patches = pixel_unshuffle(noisy_latents, PATCH_SIZE)
+        text_tokens = embeds["prompt_embeds"].shape[1]
+        return {
+            "hidden_states": patches.flatten(2).transpose(1, 2),
+            "encoder_hidden_states": embeds["prompt_embeds"],
+            "timestep": timesteps / self.scheduler.config["num_train_timesteps"],
+            "position_ids": Krea2Pipeline.prepare_position_ids(text_tokens, *patches.shape[2:], noisy_latents.device),
+            "encoder_attention_mask": embeds["prompt_embeds_mask"],
+        }
+
+    def prediction_to_latents(self, prediction: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        grid = (like.shape[-2] // PATCH_SIZE, like.shape[-1] // PATCH_SIZE)
+        return pixel_shuffle(prediction.transpose(1, 2).unflatten(2, grid), PATCH_SIZE)
+
+    def pipeline_inputs(self, embeds: PromptEmbeds, negative: PromptEmbeds | None) -> dict[str, Any]:
+        inputs: dict[str, Any] = {
+            **embeds,
+            "guidance_scale": self.flags["validation_guidance_scale"],
+            "num_inference_steps": self.flags["validation_num_inference_steps"],
+        }
+        return inputs | {f"negative_{name}": tensor for name, tensor in (negative or {}).items()}

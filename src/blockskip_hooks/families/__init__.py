@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .base import Family, Flag, PromptEmbeds
 from .flux import Flux
+from .flux2 import Flux2, Flux2Klein
 from .krea2 import Krea2
 from .sd3 import StableDiffusion3
 from .z_image import ZImage
@@ -17,6 +18,8 @@ from .z_image import ZImage
 
 FAMILIES: dict[str, type[Family]] = {
     "FluxPipeline": Flux,
+    "Flux2Pipeline": Flux2,
+    "Flux2KleinPipeline": Flux2Klein,
     "StableDiffusion3Pipeline": StableDiffusion3,
     "ZImagePipeline": ZImage,
     "Krea2Pipeline": Krea2,

@@ -1,0 +1,138 @@
+"""FLUX.2: double-stream blocks, then single-stream blocks, all sharing their modulation; one language model as text
+encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, Flux2KleinPipeline, Flux2Pipeline, ModelMixin
+
+from .base import Family, Flag, PromptEmbeds
+
+
+class Flux2(Family):
+    """FLUX.2-dev and models of its architecture: Mistral text encoder, guidance-distilled."""
+
+    name = "flux2"
+    pipeline_class = Flux2Pipeline
+    text_components = ("text_encoder", "tokenizer")
+    lora_layers = (
+        "attn.to_k",
+        "attn.to_q",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.to_qkv_mlp_proj",
+        "attn.to_out",
+    )
+    text_stream_layers = (
+        "attn.add_q_proj",
+        "attn.to_add_out",
+        "ff_context.linear_in",
+        "ff_context.linear_out",
+    )
+    own_flags = (
+        Flag(
+            "guidance_scale",
+            {"type": float, "default": 3.5, "help": "Guidance value fed to guidance-distilled models."},
+        ),
+        Flag(
+            "text_encoder_out_layers",
+            {
+                "type": int,
+                "nargs": "+",
+                "default": [10, 20, 30],
+                "help": "Hidden layers of the text encoder whose outputs make up the prompt embeddings.",
+            },
+        ),
+    )
+    flag_defaults = {"max_sequence_length": 512, "output_dir": "flux-dreambooth-lora"}
+    tags = ("flux2", "flux2-diffusers")
+
+    @property
+    def vae_scale_factor(self) -> int:
+        return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
+
+    @property
+    def latent_token_size(self) -> int:
+        return 2 * self.vae_scale_factor
+
+    @property
+    def image_size(self) -> int:
+        return 128 * self.vae_scale_factor
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        channels, rows, columns = self.vae_latent_shape(height, width)
+        return (4 * channels, rows // 2, columns // 2)
+
+    def empty_embeds(
+        self, transformer_config: Mapping[str, Any], text_tokens: int, dtype: torch.dtype
+    ) -> PromptEmbeds:
+        return {"prompt_embeds": torch.empty((text_tokens, transformer_config["joint_attention_dim"]), dtype=dtype)}
+
+    @torch.no_grad()
+    def encode_prompts(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> list[PromptEmbeds]:
+        embeds, _ = pipeline.encode_prompt(list(prompts), **self._encode_settings())
+        return [{"prompt_embeds": tokens} for tokens in embeds.cpu()]
+
+    def _encode_settings(self) -> dict[str, Any]:
+        return {
+            "max_sequence_length": self.flags["max_sequence_length"],
+            "text_encoder_out_layers": tuple(self.flags["text_encoder_out_layers"]),
+        }
+
+    def posterior(self, vae: ModelMixin, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # As the pipeline encodes reference images: the mode, not a sample.
+        mean, _ = super().posterior(vae, pixels)
+        return mean, torch.zeros_like(mean)
+
+    def scale_latents(self, vae: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
+        patches = Flux2Pipeline._patchify_latents(latents)
+        mean, variance = (s.to(patches).reshape(1, -1, 1, 1) for s in (vae.bn.running_mean, vae.bn.running_var))
+        return (patches - mean) / torch.sqrt(variance + vae.config["batch_norm_eps"])
+
+    def transformer_inputs(
+        self,
+        transformer_config: Mapping[str, Any],
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        embeds: PromptEmbeds,
+    ) -> dict[str, Any]:
+        device = noisy_latents.device
+        guidance = None
+        # Configs from before there were models without guidance lack the entry.
+        if transformer_config.get("guidance_embeds", True):
+            guidance = torch.full((len(noisy_latents),), self.flags["guidance_scale"], device=device)
+        return {
+            "hidden_states": Flux2Pipeline._pack_latents(noisy_latents),
+            "timestep": timesteps / self.scheduler.config["num_train_timesteps"],
+            "guidance": guidance,
+            "encoder_hidden_states": embeds["prompt_embeds"],
+            "txt_ids": Flux2Pipeline._prepare_text_ids(embeds["prompt_embeds"]).to(device),
+            "img_ids": Flux2Pipeline._prepare_latent_ids(noisy_latents).to(device),
+        }
+
+    def prediction_to_latents(self, prediction: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        return prediction.transpose(1, 2).reshape(like.shape)
+
+    def prompt_inputs(self, prompt: str) -> dict[str, Any]:
+        return {"prompt": prompt, **self._encode_settings()}
+
+    def pipeline_inputs(self, embeds: PromptEmbeds, negative: PromptEmbeds | None) -> dict[str, Any]:
+        return dict(embeds)
+
+
+class Flux2Klein(Flux2):
+    """FLUX.2-klein, base and distilled: Qwen3 text encoder, classifier-free guidance unless distilled."""
+
+    name = "flux2-klein"
+    pipeline_class = Flux2KleinPipeline
+    negative_prompt = ""
+    tags = ("flux2-klein", "flux2-klein-diffusers")
+
+    def pipeline_inputs(self, embeds: PromptEmbeds, negative: PromptEmbeds | None) -> dict[str, Any]:
+        inputs = super().pipeline_inputs(embeds, negative)
+        if negative is not None:
+            inputs["negative_prompt_embeds"] = negative["prompt_embeds"]
+        return inputs

@@ -22,7 +22,7 @@ from blockskip_hooks.monitor import format_bytes
 from blockskip_hooks.planner import PlanRequest, format_plan, plan_run
 from blockskip_hooks.presets import Preset, load_preset, preset_names
 from blockskip_hooks.selection import Selection, select_blocks
-from blockskip_hooks.simulation import empty_transformer
+from blockskip_hooks.simulation import empty_model
 
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -62,7 +62,7 @@ def make_requests(args: argparse.Namespace, preset: Preset) -> tuple[PlanRequest
     for name in ("rank", "train_batch_size", "max_sequence_length", "max_train_steps"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}; give 1 or more.")
-    num_blocks = len(list_blocks(empty_transformer(preset.transformer_config), preset.family.block_stacks))
+    num_blocks = len(list_blocks(empty_model(preset.transformer_config), preset.family.block_stacks))
     selection: Selection = select_blocks(args.skip_blocks, args.skip_ratio, num_blocks, (preset.name,))
     config = BlockSkipConfig(leading=selection.leading, trailing=selection.trailing)
     training_resolution = args.training_resolution

@@ -109,7 +109,7 @@ def train(
     # The sample plan: from here on nothing is random. Records of it may be there already.
     sources = run.photo_sources()
     sample_plan = run.sample_plan(seed, {kind: len(source.photos) for kind, source in sources.items()})
-    steps_per_epoch, max_train_steps = run.schedule(sample_plan.num_images, accelerator.num_processes)
+    steps_per_epoch, max_train_steps = run.schedule(sample_plan, accelerator.num_processes)
     store = None
     if run.uses_store:
         with accelerator.main_process_first():
@@ -118,13 +118,10 @@ def train(
             )
 
     # Encode every prompt once; the text encoders are gone afterwards.
-    negative = run.pipeline_kwargs.get("negative_prompt")
-    prompts = [prompt for source in sources.values() for prompt in source.prompts()]
     with monitor.stage("encode"):
         embeds, text = encode_prompts(
             family,
-            [*prompts, *run.prompts, *([] if negative is None else [negative])],
-            max_sequence_length=args.max_sequence_length,
+            run.all_prompts(sources),
             dtype=dtype,
             device=device,
             keep_trainable=args.train_text_encoder,
@@ -152,6 +149,7 @@ def train(
         accelerator.init_trackers(f"dreambooth-{family.name}-lora", run.trackable_settings())
 
     # The loop: records of a stretch, then its steps.
+    negative = run.negative_prompt
     validation_steps = args.validation_epochs * steps_per_epoch if args.validation_prompt else max_train_steps
     num_stretches = 0
     for stretch, first in stretches(trainer.step, max_train_steps, steps_per_stretch or max_train_steps):
@@ -169,10 +167,10 @@ def train(
     trainer.export()
     if accelerator.is_main_process:
         before, after = [], []
-        if run.prompts and args.num_validation_images and not args.skip_final_inference:
-            before = trainer.images(run.prompts, negative, with_adapters=False)
-            after = trainer.images(run.prompts, negative)
-            trainer.log_images(run.prompts, after)
+        if run.final_prompts and args.num_validation_images:
+            before = trainer.images(run.final_prompts, negative, with_adapters=False)
+            after = trainer.images(run.final_prompts, negative)
+            trainer.log_images(run.final_prompts, after)
         report = run_report(run, trainer, monitor.as_list(), num_stretches)
         write_outputs(run, trainer, report, plan, f"accelerate launch {command}", before, after)
         if args.push_to_hub:

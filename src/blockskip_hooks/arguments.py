@@ -13,7 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 
+from .buckets import parse_buckets
 from .config import BlockSkipConfig, PatchMode, ResidualMode
+from .data import INTERPOLATION
+from .families import FAMILIES, Family, Flag
 
 
 logger = logging.getLogger(__name__)
@@ -22,6 +25,12 @@ _BYTE_UNITS = {"": 1, "b": 1} | {
     f"{prefix}{suffix}": base**power
     for power, prefix in enumerate("kmgt", start=1)
     for suffix, base in (("b", 1000), ("ib", 1024))
+}
+# Flags of upstream scripts that no run here can honour, and why.
+_REFUSED = {
+    "bnb_quantization_config_path": "quantised base weights are not supported; leave it out",
+    "do_fp8_training": "training in float8 is not supported; leave it out and use --mixed_precision bf16",
+    "fsdp_text_encoder": "text encoders are freed before training, so there is nothing to shard; leave it out",
 }
 _TRUE_WORDS = ("true", "yes", "on", "1")
 _FALSE_WORDS = ("false", "no", "off", "0")
@@ -97,8 +106,13 @@ def parse_skip_blocks(text: str, num_blocks: int | None = None) -> tuple[int, in
     return skipped
 
 
+def family_flags() -> dict[str, Flag]:
+    """The flags that some families own, by name."""
+    return {flag.name: flag for family in FAMILIES.values() for flag in family.own_flags}
+
+
 def build_parser() -> argparse.ArgumentParser:
-    """Parser with the flags of the upstream FLUX DreamBooth-LoRA script, and those of block skipping."""
+    """Parser with the flags of the upstream DreamBooth-LoRA scripts of all families, and those of block skipping."""
     # Without abbreviations a command keeps its meaning when flags are added.
     parser = _Parser(
         description="DreamBooth-LoRA on a diffusion transformer, with part of its blocks skipped.", allow_abbrev=False
@@ -109,8 +123,8 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--revision", help="Branch, tag or commit of the model on the hub.")
     flag("--variant", help="Weight file variant, fp16 say.")
     flag("--cache_dir", help="Where downloaded models and datasets are kept.")
-    flag("--max_sequence_length", type=int, default=512, help="Tokens of a prompt that the T5 encoder sees.")
-    flag("--guidance_scale", type=float, default=3.5, help="Guidance value fed to guidance-distilled models.")
+    flag("--max_sequence_length", type=int, default=512, help="Tokens of a prompt that the long text encoder sees.")
+    flag("--bnb_quantization_config_path", help="Not supported: quantisation of the base weights.")
 
     flag = parser.add_argument_group("photos").add_argument
     flag("--instance_data_dir", help="Folder with photos of the subject; name.txt beside name.jpg is its caption.")
@@ -125,6 +139,15 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--resolution", type=int, default=512, help="Training crop in pixels, and the default largest patch.")
     flag("--center_crop", action="store_true", help="Crop from the middle; otherwise anywhere.")
     flag("--random_flip", action="store_true", help="Mirror half of the samples.")
+    flag(
+        "--image_interpolation_mode",
+        choices=tuple(INTERPOLATION),
+        default="lanczos",
+        help="Filter that photos and patches are resized with.",
+    )
+    flag("--use_aspect_ratio_buckets", action="store_true", help="Crop to common aspect ratios, not to a square.")
+    flag("--aspect_ratio_buckets", help="Crop to these shapes in place of a square: height,width;height,width;...")
+    flag("--caption_dropout", type=float, default=0.0, help="Part of the samples that trains on an empty prompt.")
 
     flag = parser.add_argument_group("block skipping").add_argument
     flag("--skip_blocks", default="none", help="Blocks to skip: none, auto, N in all, or n,m (leading,trailing).")
@@ -165,7 +188,9 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--lora_alpha", type=int, default=4, help="LoRA scale; updates are multiplied by alpha / rank.")
     flag("--lora_dropout", type=float, default=0.0, help="Dropout in the LoRA layers.")
     flag("--lora_layers", help="Comma-separated ends of the names of the layers to adapt, within kept blocks.")
-    flag("--train_text_encoder", action="store_true", help="Also train a LoRA on the CLIP text encoder.")
+    flag("--lora_blocks", help="Comma-separated numbers of the only blocks to adapt, counted from 0.")
+    flag("--train_text_encoder", action="store_true", help="Also train a LoRA on the CLIP text encoders.")
+    flag("--fsdp_text_encoder", action="store_true", help="Not supported: sharding of the text encoder.")
 
     flag = parser.add_argument_group("training").add_argument
     flag("--train_batch_size", type=int, default=4, help="Samples per step and process.")
@@ -211,6 +236,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--validation_prompt", help="Prompt to draw pictures of during and after training.")
     flag("--num_validation_images", type=int, default=4, help="Pictures per validation.")
     flag("--validation_epochs", type=int, default=50, help="Epochs between validations.")
+    flag("--final_validation_prompt", help="Prompt of the pictures after training; default: --validation_prompt.")
     flag("--skip_final_inference", action="store_true", help="Draw no pictures after training.")
 
     flag = parser.add_argument_group("output").add_argument
@@ -227,9 +253,17 @@ def build_parser() -> argparse.ArgumentParser:
 
     flag = parser.add_argument_group("machine").add_argument
     flag("--mixed_precision", choices=("no", "fp16", "bf16"), help="Number format; default: accelerate's setting.")
+    flag("--do_fp8_training", action="store_true", help="Not supported: training in float8.")
+    flag("--offload", action="store_true", help="Keep models that are not in use off the device; always so here.")
+    flag("--enable_vae_tiling", action="store_true", help="Let the VAE work tile by tile: less memory for it.")
     flag("--allow_tf32", action="store_true", help="Let NVIDIA cards multiply matrices in TF32.")
     flag("--enable_npu_flash_attention", action="store_true", help="Flash attention on Ascend NPUs.")
     flag("--local_rank", type=int, default=-1, help="Process number on this machine; LOCAL_RANK takes precedence.")
+
+    flag = parser.add_argument_group("flags of some model families").add_argument
+    for name, own in sorted(family_flags().items()):
+        owners = ", ".join(dict.fromkeys(f.name for f in FAMILIES.values() if own in f.own_flags))
+        flag(f"--{name}", **{**own.settings, "help": f"{own.settings['help']} Only {owners}."})
     return parser
 
 
@@ -282,6 +316,31 @@ def apply_defaults(args: argparse.Namespace, defaults: Mapping[str, Any]) -> Non
             setattr(args, name, value)
 
 
+def check_family_flags(args: argparse.Namespace, family: type[Family]) -> None:
+    """Refuse flags that would have no effect with this family, or that no run can honour.
+
+    Args:
+        args: From `parse_args`.
+        family: The model's family.
+
+    Raises:
+        ValueError: naming the flag, and what to do.
+    """
+    refusals = dict(_REFUSED)
+    own = {flag.name: flag for flag in family.own_flags}
+    for name in family_flags():
+        if name not in own:
+            owners = ", ".join(
+                dict.fromkeys(f.name for f in FAMILIES.values() if name in {flag.name for flag in f.own_flags})
+            )
+            refusals[name] = f"it belongs to models of {owners} and does nothing for {family.name}; leave it out"
+        elif own[name].refusal:
+            refusals[name] = own[name].refusal
+    for name in sorted(args.given):
+        if name in refusals:
+            raise ValueError(f"--{name} cannot be used: {refusals[name]}.")
+
+
 _AT_LEAST_ONE = (
     "resolution repeats max_sequence_length min_patch_size max_patch_size precompute_batch_size rank lora_alpha "
     "train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps sample_batch_size num_class_images "
@@ -292,7 +351,7 @@ _NOT_NEGATIVE = (
     "adam_weight_decay adam_weight_decay_text_encoder"
 )
 _ABOVE_ZERO = "learning_rate text_encoder_lr adam_epsilon max_grad_norm logit_std lr_power"
-_FROM_ZERO_BELOW_ONE = "lora_dropout adam_beta1 adam_beta2 prodigy_beta3"
+_FROM_ZERO_BELOW_ONE = "lora_dropout caption_dropout adam_beta1 adam_beta2 prodigy_beta3"
 _PRODIGY_FLAGS = "prodigy_beta3 prodigy_decouple prodigy_use_bias_correction prodigy_safeguard_warmup"
 
 
@@ -368,6 +427,8 @@ def _check_skipping(args: argparse.Namespace) -> None:
             low = f"--min_patch_size {lower}" + ("" if smallest else " (half of --resolution)")
             high = f"--max_patch_size {upper}" + ("" if largest else " (--resolution)")
             raise ValueError(f"{low} is above {high}; lower the first or raise the second.")
+    if args.aspect_ratio_buckets is not None:
+        parse_buckets(args.aspect_ratio_buckets)
     if args.residual_budget is not None:
         try:
             parse_bytes(args.residual_budget)
@@ -456,7 +517,11 @@ def _without_effect(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
         (not prodigy, ("use_8bit_adam",), "--optimizer AdamW"),
         (args.weighting_scheme == "logit_normal", ("logit_mean", "logit_std"), "--weighting_scheme logit_normal"),
         (args.weighting_scheme == "mode", ("mode_scale",), "--weighting_scheme mode"),
-        (args.validation_prompt or embedded, ("num_validation_images",), "--validation_prompt"),
+        (
+            args.validation_prompt or args.final_validation_prompt or embedded,
+            ("num_validation_images",),
+            "--validation_prompt",
+        ),
         (args.validation_prompt, ("validation_epochs",), "--validation_prompt"),
         (args.push_to_hub, ("hub_model_id",), "--push_to_hub"),
     ):

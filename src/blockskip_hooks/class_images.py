@@ -46,10 +46,9 @@ def make_class_images(run: Run, accelerator: Accelerator, dtype: torch.dtype, se
             part = numbers[start : start + args.sample_batch_size]
             generators = [torch.Generator().manual_seed(derived_seed(seed, "class image", n)) for n in part]
             images = pipeline(
-                args.class_prompt,
+                **{**family.prompt_inputs(args.class_prompt), **run.pipeline_kwargs},
                 num_images_per_prompt=len(part),
                 generator=generators,
-                **{"max_sequence_length": args.max_sequence_length, **run.pipeline_kwargs},
             ).images
             for number, image in zip(part, images, strict=True):
                 digest = hashlib.sha1(image.tobytes(), usedforsecurity=False).hexdigest()

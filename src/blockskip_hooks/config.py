@@ -71,6 +71,8 @@ class PatchSamplingConfig:
         max_size: Patch size at t = T; images are first resized so that their shorter side is this long.
         multiple: Latent token size in pixels (VAE factor x patchify: 16 for FLUX, 32 for SANA); patch sizes are
             rounded to it.
+        buckets: Heights and widths of the aspect-ratio buckets, in place of the square of ``max_size``. A bucket's
+            patches and training images have its aspect ratio, at the scale that the square's would have.
 
     Raises:
         ValueError: if the mode is unknown, a size is not a positive multiple of ``multiple``, or min > max.
@@ -80,6 +82,7 @@ class PatchSamplingConfig:
     min_size: int
     max_size: int
     multiple: int
+    buckets: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(PatchMode):
@@ -95,8 +98,32 @@ class PatchSamplingConfig:
             raise ValueError(
                 f"--min_patch_size {self.min_size} is above --max_patch_size {self.max_size}; lower the first."
             )
+        for height, width in self.buckets:
+            if height <= 0 or width <= 0 or height % self.multiple or width % self.multiple:
+                raise ValueError(
+                    f"--aspect_ratio_buckets has {height},{width}, which are not positive multiples of this model's "
+                    f"latent token size ({self.multiple} px); round them to it."
+                )
 
     @property
     def training_resolution(self) -> int:
-        """Side in pixels of the images the transformer trains on."""
+        """Side in pixels of the square images the transformer trains on."""
         return self.max_size if self.mode == "none" else self.min_size
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """Height and width of the whole crop of every bucket; without buckets, of the only one."""
+        return self.buckets or ((self.max_size, self.max_size),)
+
+    def patch_shape(self, bucket: int, patch_size: int) -> tuple[int, int]:
+        """Height and width of a bucket's patch whose square counterpart has the side ``patch_size``."""
+        height, width = self.shapes[bucket]
+        scale = patch_size / self.max_size
+        return self._on_grid(height * scale), self._on_grid(width * scale)
+
+    def training_shape(self, bucket: int) -> tuple[int, int]:
+        """Height and width of the images of a bucket that the transformer trains on."""
+        return self.patch_shape(bucket, self.training_resolution)
+
+    def _on_grid(self, length: float) -> int:
+        return max(self.multiple, int(length / self.multiple + 0.5) * self.multiple)

@@ -7,7 +7,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +26,18 @@ _UNSUPPORTED_SUFFIXES = (".avif", ".dng", ".heic", ".heif", ".jxl")
 _MAX_ASPECT_RATIO = 16
 _PROGRESS_FROM = 51
 
+INTERPOLATION = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "box": Image.Resampling.BOX,
+    "hamming": Image.Resampling.HAMMING,
+    "lanczos": Image.Resampling.LANCZOS,
+    "nearest": Image.Resampling.NEAREST,
+    # Pillow's own nearest neighbour takes pixel centres, which is what other libraries call the exact one.
+    "nearest_exact": Image.Resampling.NEAREST,
+}
+"""Pillow's filters by the names of ``--image_interpolation_mode``."""
+
 
 @dataclass(frozen=True)
 class Photo:
@@ -36,12 +48,14 @@ class Photo:
         caption: Text of the picture, or None where the instance prompt is to be used.
         opener: Returns a fresh, possibly lazy PIL image of any mode.
         path: The file, or None for a dataset row.
+        size: Upright height and width in pixels, once the picture has been checked.
     """
 
     name: str
     caption: str | None
     opener: Callable[[], Image.Image] = field(repr=False, compare=False)
     path: Path | None = None
+    size: tuple[int, int] | None = None
 
     def decode(self) -> Image.Image:
         """Decode the whole picture: first frame, upright, 8-bit RGB, transparency on white.
@@ -120,8 +134,7 @@ def scan_photos(folder: Path, *, flag: str = "--instance_data_dir", show_progres
         logger.warning("%s %s: left out %s; convert to jpg or png to use them.", flag, folder, ", ".join(left_out))
 
     photos = [Photo(path.name, _read_caption(path, flag), partial(Image.open, path), path) for path in paths]
-    _verify(photos, f"{flag} {folder}", show_progress)
-    return photos
+    return _verify(photos, f"{flag} {folder}", show_progress)
 
 
 def _read_caption(image_path: Path, flag: str) -> str | None:
@@ -188,8 +201,7 @@ def load_dataset_photos(
         Photo(f"{row:06d}", (caption or "").strip() or None, partial(_row_image, images, row, image_column))
         for row, caption in enumerate(captions)
     ]
-    _verify(photos, where, show_progress)
-    return photos
+    return _verify(photos, where, show_progress)
 
 
 def _row_image(table: Sequence, row: int, column: str) -> Image.Image:
@@ -199,17 +211,25 @@ def _row_image(table: Sequence, row: int, column: str) -> Image.Image:
     return image
 
 
-def _verify(photos: Sequence[Photo], where: str, show_progress: bool) -> None:
-    """Decode every photo and raise one ValueError that names all that fail."""
-    broken = []
+def _verify(photos: Sequence[Photo], where: str, show_progress: bool) -> list[Photo]:
+    """Decode every photo, add its size, and raise one ValueError that names all that fail."""
+    broken, checked = [], []
     for photo in _progress(photos, "Checking photos", show_progress):
         try:
-            photo.decode()
+            width, height = photo.decode().size
+            checked.append(replace(photo, size=(height, width)))
         except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ...: all mean the same here
             broken.append(f"{photo.name} ({_reason(photo, error)})")
     if broken:
         count = "1 image" if len(broken) == 1 else f"{len(broken)} images"
         raise ValueError(f"{where}: {count} cannot be read: {', '.join(broken)}; replace or remove.")
+    return checked
+
+
+def nearest_bucket(size: tuple[int, int], shapes: Sequence[tuple[int, int]]) -> int:
+    """Number of the shape whose aspect ratio is nearest to that of ``size``, both (height, width)."""
+    ratio = math.log(size[0] / size[1])
+    return min(range(len(shapes)), key=lambda number: abs(math.log(shapes[number][0] / shapes[number][1]) - ratio))
 
 
 def _reason(photo: Photo, error: Exception) -> str:
@@ -232,50 +252,69 @@ def _progress(photos: Sequence[Photo], title: str, show: bool) -> Sequence[Photo
 
 
 class PhotoSet:
-    """Decoded photos in memory, as 8-bit RGB whose shorter side is ``max_size``; the originals are not kept.
+    """Decoded photos in memory, as 8-bit RGB that just covers the largest crop; the originals are not kept.
 
     Args:
         photos: What `scan_photos` or `load_dataset_photos` returned.
-        max_size: Length in pixels of every photo's shorter side, the largest patch that can be cropped.
+        max_size: Side in pixels of the largest square that can be cropped.
+        buckets: Heights and widths of the largest crops, in place of that square; each photo belongs to the one whose
+            aspect ratio is nearest to its own.
+        interpolation: One of `INTERPOLATION`, for scaling photos and patches.
         show_progress: Show a bar when there are many photos; only one process should.
 
     Raises:
         ValueError: if there is no photo or ``max_size`` is not positive.
     """
 
-    def __init__(self, photos: Sequence[Photo], max_size: int, *, show_progress: bool = True) -> None:
+    def __init__(
+        self,
+        photos: Sequence[Photo],
+        max_size: int,
+        *,
+        buckets: Sequence[tuple[int, int]] = (),
+        interpolation: str = "lanczos",
+        show_progress: bool = True,
+    ) -> None:
         if not photos:
             raise ValueError("PhotoSet needs at least one photo.")
         if max_size < 1:
             raise ValueError(f"PhotoSet.max_size is {max_size}; give a number of pixels >= 1.")
         self.max_size = max_size
-        self._names = [photo.name for photo in photos]
-        self._captions = [photo.caption for photo in photos]
-        self._pixels = [
-            _scaled_pixels(photo.decode(), max_size) for photo in _progress(photos, "Loading photos", show_progress)
-        ]
+        self.shapes = tuple(buckets) or ((max_size, max_size),)
+        self._photos = list(photos)
+        self._resampling = INTERPOLATION[interpolation]
+        self._buckets: list[int] = []
+        self._pixels: dict[tuple[int, int], np.ndarray] = {}
+        for number, photo in enumerate(_progress(photos, "Loading photos", show_progress)):
+            image = photo.decode()
+            self._buckets.append(nearest_bucket((image.height, image.width), self.shapes))
+            self._scale(image, number, self._buckets[number])
         self._digests: dict[int, str] = {}
 
     def __len__(self) -> int:
-        return len(self._pixels)
+        return len(self._photos)
 
     def name(self, index: int) -> str:
         """Name of the photo, see `Photo`."""
-        return self._names[index]
+        return self._photos[index].name
 
     def caption(self, index: int) -> str | None:
         """Caption of the photo, or None where the instance prompt is to be used."""
-        return self._captions[index]
+        return self._photos[index].caption
+
+    def bucket(self, index: int) -> int:
+        """Number of the photo's bucket."""
+        return self._buckets[index]
 
     def size(self, index: int) -> tuple[int, int]:
         """Height and width in pixels after scaling."""
-        height, width, _ = self._pixels[index].shape
+        height, width, _ = self._pixels[index, self._buckets[index]].shape
         return height, width
 
     def digest(self, index: int) -> str:
         """SHA-256 (hex) of the size and the scaled pixels: equal digests mean equal crops, whatever the file name."""
         if index not in self._digests:
-            pixels = self._pixels[index]
+            pixels = self._pixels[index, self._buckets[index]]
             self._digests[index] = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
         return self._digests[index]
 
@@ -283,61 +322,70 @@ class PhotoSet:
         self,
         index: int,
         *,
-        patch_size: int,
-        output_size: int,
+        patch_size: int | tuple[int, int],
+        output_size: int | tuple[int, int],
         top: float = 0.0,
         left: float = 0.0,
         flip: bool = False,
         center: bool = False,
+        bucket: int | None = None,
     ) -> torch.Tensor:
-        """Cut a square patch, resize it with antialiasing (Lanczos) and mirror it if asked.
+        """Cut a patch, resize it with antialiasing and mirror it if asked.
 
         The positions are fractions so that a sample plan need not know picture sizes: a uniform draw from [0, 1)
         gives every possible offset the same chance.
 
         Args:
             index: Which photo.
-            patch_size: Side of the patch in pixels of the scaled photo, at most ``max_size``.
-            output_size: Side of the result in pixels; a patch of this size is not resampled.
-            top: Vertical position in [0, 1); the offset is ``floor(top * (height - patch_size + 1))``.
+            patch_size: Height and width of the patch in pixels of the scaled photo, at most its bucket's; one number
+                for a square.
+            output_size: Height and width of the result in pixels, or one number; a patch of this size is not
+                resampled.
+            top: Vertical position in [0, 1); the offset is ``floor(top * (height - patch height + 1))``.
             left: Horizontal position in [0, 1), likewise.
             flip: Mirror the result left to right.
             center: Take the patch from the middle; ``top`` and ``left`` are then not used.
+            bucket: Number of the bucket whose crop the photo is to cover; by default its own.
 
         Returns:
-            float32 tensor of shape (3, output_size, output_size) with values in [-1, 1].
+            float32 tensor of shape (3, output height, output width) with values in [-1, 1].
 
         Raises:
             ValueError: if a size or a position is out of range.
         """
-        if not 1 <= patch_size <= self.max_size:
-            raise ValueError(f"patch_size is {patch_size}; it must be from 1 to max_size ({self.max_size}).")
-        if output_size < 1:
+        bucket = self._buckets[index] if bucket is None else bucket
+        patch, output = (size if isinstance(size, tuple) else (size, size) for size in (patch_size, output_size))
+        limits = self.shapes[bucket]
+        if not all(1 <= length <= limit for length, limit in zip(patch, limits)):
+            raise ValueError(f"patch_size is {patch_size}; it must be from 1 to that of the bucket, {limits}.")
+        if min(output) < 1:
             raise ValueError(f"output_size is {output_size}; give a number of pixels >= 1.")
-        pixels = self._pixels[index]
+        if (index, bucket) not in self._pixels:
+            self._scale(self._photos[index].decode(), index, bucket)
+        pixels = self._pixels[index, bucket]
         y, x = (
-            _center_offset(length, patch_size) if center else _offset(fraction, length, patch_size)
-            for fraction, length in zip((top, left), pixels.shape[:2])
+            _center_offset(length, side) if center else _offset(fraction, length, side)
+            for fraction, length, side in zip((top, left), pixels.shape[:2], patch)
         )
-        patch = pixels[y : y + patch_size, x : x + patch_size]
-        if patch_size != output_size:
+        cut = pixels[y : y + patch[0], x : x + patch[1]]
+        if patch != output:
             # Cropped first: Pillow's `resize(box=...)` lets pixels outside the box into its edges.
-            image = Image.fromarray(np.ascontiguousarray(patch))
-            patch = np.asarray(image.resize((output_size, output_size), Image.Resampling.LANCZOS))
+            image = Image.fromarray(np.ascontiguousarray(cut))
+            cut = np.asarray(image.resize(output[::-1], self._resampling))
         if flip:
-            patch = patch[:, ::-1]
-        tensor = torch.from_numpy(patch.transpose(2, 0, 1).astype(np.float32))
+            cut = cut[:, ::-1]
+        tensor = torch.from_numpy(cut.transpose(2, 0, 1).astype(np.float32))
         # These operations in this order are what ToTensor and Normalize([0.5], [0.5]) do, to the last bit.
         return tensor.div_(255).sub_(0.5).div_(0.5).contiguous()
 
-
-def _scaled_pixels(image: Image.Image, shorter_side: int) -> np.ndarray:
-    """uint8 array (H, W, 3) with min(H, W) == shorter_side and the aspect ratio kept to the nearest pixel."""
-    scale = shorter_side / min(image.size)
-    width, height = (max(shorter_side, round(length * scale)) for length in image.size)
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
-    return np.array(image)
+    def _scale(self, image: Image.Image, index: int, bucket: int) -> None:
+        """Keep the photo at the smallest size that covers the bucket's crop, with its own aspect ratio."""
+        height, width = self.shapes[bucket]
+        scale = max(height / image.height, width / image.width)
+        size = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+        if size != image.size:
+            image = image.resize(size, self._resampling)
+        self._pixels[index, bucket] = np.array(image)
 
 
 def _offset(fraction: float, length: int, patch_size: int) -> int:

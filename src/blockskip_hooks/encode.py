@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from diffusers.training_utils import free_memory
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from .families import Family, PromptEmbeds
 
@@ -18,17 +17,22 @@ PROMPTS_AT_ONCE = 8
 
 @dataclass
 class TrainedText:
-    """The text encoder that trains along, and its tokens of every prompt."""
+    """The text encoders that train along, by pipeline component, and the tokens of every prompt for each of them."""
 
-    encoder: PreTrainedModel
-    tokens: dict[str, torch.Tensor]
+    encoders: dict[str, torch.nn.Module]
+    tokens: dict[str, dict[str, torch.Tensor]]
+
+    def batch_tokens(self, prompts: Sequence[str], device: torch.device) -> dict[str, torch.Tensor]:
+        """Token ids ``(B, S)`` of some of the prompts, by component."""
+        return {
+            name: torch.stack([self.tokens[prompt][name] for prompt in prompts]).to(device) for name in self.encoders
+        }
 
 
 def encode_prompts(
     family: Family,
     prompts: Sequence[str],
     *,
-    max_sequence_length: int,
     dtype: torch.dtype,
     device: torch.device,
     keep_trainable: bool = False,
@@ -39,14 +43,13 @@ def encode_prompts(
     Args:
         family: The model's family.
         prompts: Prompts; repeated ones are encoded once.
-        max_sequence_length: Tokens of the long text encoder.
         dtype: Dtype of the encoders.
         device: Where they run.
-        keep_trainable: Return the encoder that ``--train_text_encoder`` adapts instead of freeing it.
+        keep_trainable: Return the encoders that ``--train_text_encoder`` adapts instead of freeing them.
         show_progress: Show a bar when there are many prompts.
 
     Returns:
-        Embeddings by prompt, on the CPU, and the kept encoder.
+        Embeddings by prompt, on the CPU, and the kept encoders.
     """
     prompts = list(dict.fromkeys(prompts))
     pipeline = family.load_text_pipeline(dtype, device)
@@ -56,13 +59,14 @@ def encode_prompts(
     )
     for start in range(0, len(prompts), PROMPTS_AT_ONCE):
         part = prompts[start : start + PROMPTS_AT_ONCE]
-        embeds.update(zip(part, family.encode_prompts(pipeline, part, max_sequence_length), strict=True))
+        embeds.update(zip(part, family.encode_prompts(pipeline, part), strict=True))
         progress.update(len(part))
     progress.close()
     trained = None
     if keep_trainable:
-        tokens = dict(zip(prompts, family.prompt_tokens(pipeline, prompts), strict=True))
-        trained = TrainedText(family.trainable_text_encoder(pipeline), tokens)
+        tokens = family.prompt_tokens(pipeline, prompts)
+        rows = {prompt: {name: ids[row] for name, ids in tokens.items()} for row, prompt in enumerate(prompts)}
+        trained = TrainedText(family.trainable_text_encoders(pipeline), rows)
     # The pipeline holds the last references to the encoders.
     del pipeline
     free_memory()

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import ModelMixin
 from PIL import Image
 
 from .families import Family, PromptEmbeds
+from .training_data import place_embeds
 from .transformer import DiTBlockSkipTransformer
 
 
@@ -19,7 +20,7 @@ def generate_images(
     *,
     family: Family,
     model: DiTBlockSkipTransformer,
-    vae: AutoencoderKL,
+    vae: ModelMixin,
     negative: PromptEmbeds | None = None,
     num_images: int = 1,
     seed: int | None = None,
@@ -44,7 +45,7 @@ def generate_images(
     dtype = model.dtype
 
     def batched(embeds: PromptEmbeds) -> PromptEmbeds:
-        return {name: tensor[None].to(device, dtype) for name, tensor in embeds.items()}
+        return place_embeds(family.collate_embeds([embeds]), device, dtype)
 
     pipeline = family.image_pipeline(model.transformer, vae)
     kwargs = {k: v for k, v in (pipeline_kwargs or {}).items() if k not in ("negative_prompt", "max_sequence_length")}
@@ -57,9 +58,9 @@ def generate_images(
                 None if seed is None else torch.Generator().manual_seed(seed + number) for number in range(num_images)
             ]
             inputs = family.pipeline_inputs(batched(embeds), None if negative is None else batched(negative))
-            result = pipeline(
-                **inputs, **kwargs, num_images_per_prompt=num_images, generator=None if seed is None else generators
-            )
+            # What was asked for explicitly comes before a family's own settings.
+            call = {**inputs, **kwargs, "num_images_per_prompt": num_images}
+            result = pipeline(**call, generator=None if seed is None else generators)
             images.append(result.images)
     model.train(was_training)
     return images

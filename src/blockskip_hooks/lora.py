@@ -24,7 +24,10 @@ WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 
 
 def lora_targets(
-    model: DiTBlockSkipTransformer, layers: Sequence[str], text_stream_layers: Sequence[str] = ()
+    model: DiTBlockSkipTransformer,
+    layers: Sequence[str],
+    text_stream_layers: Sequence[str] = (),
+    blocks: Sequence[str] | None = None,
 ) -> list[str]:
     """Full names of the linear layers that get LoRA: those that match ``layers``, in kept blocks if any are skipped.
 
@@ -35,6 +38,7 @@ def lora_targets(
         layers: Names or name endings, as in ``--lora_layers``.
         text_stream_layers: Layers that only act on the text. Nothing reads the text after the last block that trains,
             be it the model's last or one before a trailing span, so there they would never learn and are left out.
+        blocks: Names of the only blocks that are to train, as from ``--lora_blocks``; ``None`` for no limit.
 
     Raises:
         ValueError: if nothing matches outside the skipped blocks, or a name matches nothing at all.
@@ -53,6 +57,10 @@ def lora_targets(
             f"--lora_layers '{','.join(layers)}' matches no layer of a kept block; name layers that the kept "
             f"blocks ({model.spans.kept[0].name} to {model.spans.kept[-1].name}) have, or skip fewer blocks."
         )
+    if blocks is not None:
+        targets = [name for name in targets if name.startswith(tuple(f"{block}." for block in blocks))]
+        if not targets:
+            raise ValueError(f"--lora_blocks: none of {', '.join(blocks)} has a layer of --lora_layers; name others.")
     targets = [name for name in targets if not (name.startswith(last_kept) and _ends_with(name, text_stream_layers))]
     if not targets:
         raise ValueError(
@@ -90,7 +98,7 @@ def save_lora(
     folder: Path,
     family: type[Family],
     transformer: torch.nn.Module,
-    text_encoder: torch.nn.Module | None = None,
+    text_encoders: Mapping[str, torch.nn.Module] | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
     """Write ``pytorch_lora_weights.safetensors`` as the stock pipeline reads it, with the LoRA metadata.
@@ -101,12 +109,10 @@ def save_lora(
         folder: Where to; made if absent.
         family: Whose pipeline class writes the file.
         transformer: The diffusers transformer with the adapter (not the wrapper: keys are the full model's).
-        text_encoder: The trained text encoder, if any.
+        text_encoders: The trained text encoders by pipeline component, if any.
         dtype: Cast the LoRA to this dtype; ``None`` keeps float32.
     """
-    modules: dict[str, torch.nn.Module] = {"transformer": transformer}
-    if text_encoder is not None:
-        modules["text_encoder"] = text_encoder
+    modules = {"transformer": transformer, **(text_encoders or {})}
     layers = {}
     for name, module in modules.items():
         state = get_peft_model_state_dict(module)
@@ -122,7 +128,10 @@ def save_lora(
 
 
 def load_lora(
-    folder: Path, family: type[Family], transformer: torch.nn.Module, text_encoder: torch.nn.Module | None = None
+    folder: Path,
+    family: type[Family],
+    transformer: torch.nn.Module,
+    text_encoders: Mapping[str, torch.nn.Module] | None = None,
 ) -> None:
     """Read weights that :func:`save_lora` wrote into adapters that are in place.
 
@@ -133,9 +142,7 @@ def load_lora(
         state = family.pipeline_class.lora_state_dict(str(folder), weight_name=WEIGHTS_NAME)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"--resume_from_checkpoint {folder}: {WEIGHTS_NAME} cannot be read; name another.") from error
-    for prefix, module in (("transformer", transformer), ("text_encoder", text_encoder)):
-        if module is None:
-            continue
+    for prefix, module in {"transformer": transformer, **(text_encoders or {})}.items():
         part = {k.removeprefix(f"{prefix}."): v for k, v in state.items() if k.startswith(f"{prefix}.")}
         part = convert_unet_state_dict_to_peft(part)
         expected = get_peft_model_state_dict(module)

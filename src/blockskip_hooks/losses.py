@@ -13,7 +13,7 @@ def flow_matching_loss(
 
     Args:
         prediction: ``(B, C, H, W)``.
-        target: ``noise - x``, the same shape.
+        target: What it should be, the same shape: ``noise - x``, unless the family's objective is another.
         sigmas: Noise levels, ``(B, 1, 1, 1)``.
         weighting_scheme: As the upstream flag.
 

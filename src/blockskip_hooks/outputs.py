@@ -72,7 +72,7 @@ def training_pictures(trainer: Trainer) -> tuple[list[Image.Image], list[tuple[s
         for sample in shown
     ]
     whole = [
-        _picture(photos.crop(i, patch_size=photos.max_size, output_size=photos.max_size, center=True))
+        _picture(photos.crop(i, patch_size=(shape := photos.shapes[photos.bucket(i)]), output_size=shape, center=True))
         for i in range(min(len(photos), MAX_PHOTOS))
     ]
     return whole, crops
@@ -108,7 +108,7 @@ def write_outputs(
     snippet = usage_snippet(
         run.model_name,
         run.args.hub_model_id or run.args.output_dir,
-        next((prompt for prompt in (*run.prompts, run.args.instance_prompt) if prompt), "a photo"),
+        next((prompt for prompt in (*run.final_prompts, *run.prompts, run.args.instance_prompt) if prompt), "a photo"),
         snippet_kwargs(run),
         # Always named: transformers and diffusers have different defaults, which do not mix.
         str(trainer.maker.dtype).removeprefix("torch."),
@@ -118,13 +118,13 @@ def write_outputs(
         run.output_dir,
         report,
         plan,
-        images=ReportImages(photos=photos, crops=crops, prompts=run.prompts, before=before, after=after),
+        images=ReportImages(photos=photos, crops=crops, prompts=run.final_prompts, before=before, after=after),
         command=command,
         settings=settings,
         snippet=snippet,
     )
     images = [image for images in after for image in images]
-    prompts = [prompt for prompt, images in zip(run.prompts, after) for _ in images]
+    prompts = [prompt for prompt, images in zip(run.final_prompts, after) for _ in images]
     write_model_card(
         run.output_dir,
         repo_id=run.args.hub_model_id or run.output_dir.name,

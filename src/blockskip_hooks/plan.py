@@ -23,7 +23,7 @@ def plan_for(run: Run, dtype: torch.dtype, num_processes: int) -> dict[str, Any]
     """
     args, family = run.args, run.family
     num_images = {kind: args.num_class_images if kind == "class" else len(run.photos) for kind in run.kinds}
-    _, steps = run.schedule(num_images, num_processes)
+    _, steps = run.schedule(run.sample_plan(args.seed or 0, num_images), num_processes)
     samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * num_processes * len(run.kinds)
     request = PlanRequest(
         family=family,
@@ -44,7 +44,7 @@ def plan_for(run: Run, dtype: torch.dtype, num_processes: int) -> dict[str, Any]
         residual_budget_bytes=run.residual_budget() if run.uses_store else None,
         text_encoders=_text_encoder_configs(family),
         validation_batch_size=args.num_validation_images,
-        validation_resolution=run.pipeline_kwargs.get("height", family.image_size) if run.prompts else None,
+        validation_resolution=run.image_size if run.makes_images else None,
         skip_source=run.selection.source,
         skip_table=run.selection.table,
     )

@@ -6,6 +6,7 @@ fragmentation and the device context. It is what the method bounds, not what a m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -84,6 +85,12 @@ class PlanRequest:
     skip_table: str | None = None
 
     @property
+    def training_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the largest images in training."""
+        shapes = (self.patch.training_shape(bucket) for bucket in range(len(self.patch.shapes)))
+        return max(shapes, key=lambda shape: shape[0] * shape[1])
+
+    @property
     def stores_residuals(self) -> bool:
         """Whether precompute runs the transformer."""
         return self.config.num_skipped > 0 and self.config.residuals == "precomputed"
@@ -104,7 +111,7 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
     Raises:
         ValueError: if the spans leave no block, or the config names no model class.
     """
-    family, resolution = request.family, request.patch.training_resolution
+    family, size = request.family, request.training_size
     fake = FakeTransformer(
         family,
         request.transformer_config,
@@ -120,10 +127,10 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
     if request.config.num_skipped and request.config.residuals != "none":
         online = request.config.residuals == "online"
         first_batch = request.batch_size if online else request.precompute_batch_size or 1
-        capture, residuals = fake.capture(first_batch, resolution, request.text_tokens, with_adapters=online)
+        capture, residuals = fake.capture(first_batch, size, request.text_tokens, with_adapters=online)
     train = fake.train(
         request.batch_size,
-        resolution,
+        size,
         request.text_tokens,
         residuals,
         gradient_checkpointing=request.gradient_checkpointing,
@@ -154,9 +161,9 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
     stages.append(_stage("train", train, request.batch_size))
     if request.validation_resolution is not None:
         images, side = request.validation_batch_size, request.validation_resolution
-        infer = fake.infer(images, side, request.text_tokens)
+        infer = fake.infer(images, (side, side), request.text_tokens)
         infer = infer.beside(parameter_bytes=vae.parameter_bytes + request.resident_bytes, lora_bytes=states)
-        stages.append(_stage("validate", infer.then(vae.decode(images, side)), images))
+        stages.append(_stage("validate", infer.then(vae.decode(images, (side, side))), images))
 
     largest = max(stage["peak_device_bytes"] for stage in stages)
     budget = request.memory_budget_bytes
@@ -174,7 +181,7 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
             "mode": request.patch.mode,
             "min": request.patch.min_size,
             "max": request.patch.max_size,
-            "training_resolution": resolution,
+            "training_resolution": request.patch.training_resolution,
         },
         "stages": stages,
         "residuals": _records(request, residuals),
@@ -188,22 +195,21 @@ class _Vae:
     def __init__(self, request: PlanRequest, base: Usage) -> None:
         self._request = request
         self._base = base
-        self._encodes = {1: self._simulate(1, request.patch.training_resolution, decode=False)}
+        self._encodes = {1: self._simulate(1, request.training_size, decode=False)}
         self.parameter_bytes = self._encodes[1].parameter_bytes
 
     def encode(self, batch_size: int) -> Usage:
         """Crops at the training resolution to latents."""
         if batch_size not in self._encodes:
-            resolution = self._request.patch.training_resolution
-            self._encodes[batch_size] = self._simulate(batch_size, resolution, decode=False)
+            self._encodes[batch_size] = self._simulate(batch_size, self._request.training_size, decode=False)
         return self._beside_transformer(self._encodes[batch_size])
 
-    def decode(self, batch_size: int, resolution: int) -> Usage:
+    def decode(self, batch_size: int, size: tuple[int, int]) -> Usage:
         """Latents to images."""
-        return self._beside_transformer(self._simulate(batch_size, resolution, decode=True))
+        return self._beside_transformer(self._simulate(batch_size, size, decode=True))
 
-    def _simulate(self, batch_size: int, resolution: int, *, decode: bool) -> Usage:
-        return simulate_vae(self._request.family, batch_size, resolution, self._request.weight_dtype, decode=decode)
+    def _simulate(self, batch_size: int, size: tuple[int, int], *, decode: bool) -> Usage:
+        return simulate_vae(self._request.family, batch_size, size, self._request.weight_dtype, decode=decode)
 
     def _beside_transformer(self, usage: Usage) -> Usage:
         return usage.beside(parameter_bytes=self._base.parameter_bytes, lora_bytes=self._base.lora_bytes)
@@ -230,7 +236,7 @@ def _precompute_batch(
         batch_size *= 2
     if batch_size == 1:
         return 1, first
-    usage, _ = fake.capture(batch_size, request.patch.training_resolution, request.text_tokens)
+    usage, _ = fake.capture(batch_size, request.training_size, request.text_tokens)
     return batch_size, usage.beside(parameter_bytes=request.resident_bytes, lora_bytes=states)
 
 
@@ -248,9 +254,8 @@ def _records(request: PlanRequest, residuals: SpanResiduals) -> dict[str, int]:
     """Disk of the residual store."""
     if not request.stores_residuals and not request.cache_latents:
         return {"records": 0, "bytes": 0, "stretches": 0}
-    side = request.patch.training_resolution // request.family.vae_scale_factor
     stored = residuals if request.stores_residuals else SpanResiduals()
-    per_record = request.family.latent_channels * side * side * request.weight_dtype.itemsize
+    per_record = math.prod(request.family.latent_shape(*request.training_size)) * request.weight_dtype.itemsize
     per_record += sum(tensor[0].numel() * tensor.element_size() for tensor in stored.tensors().values())
     stretches = 1
     if request.residual_budget_bytes is not None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from accelerate.utils import find_executable_batch_size
-from diffusers import AutoencoderKL, ModelMixin
+from diffusers import ModelMixin
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tqdm.auto import tqdm
 
@@ -35,11 +35,9 @@ def base_model(transformer: ModelMixin) -> Iterator[None]:
             transformer.enable_adapters()
 
 
-def capture(model: DiTBlockSkipTransformer, maker: SampleMaker, batch: Batch, guidance_scale: float) -> SpanResiduals:
+def capture(model: DiTBlockSkipTransformer, maker: SampleMaker, batch: Batch) -> SpanResiduals:
     """Residuals of one batch by a no-grad forward of the whole model."""
-    inputs = maker.family.transformer_inputs(
-        model.config, batch.noisy_latents, batch.timesteps, batch.embeds, guidance_scale
-    )
+    inputs = maker.family.transformer_inputs(model.config, batch.noisy_latents, batch.timesteps, batch.embeds)
     return model.capture_residuals(**inputs, return_dict=False)
 
 
@@ -48,17 +46,16 @@ def precompute_records(
     *,
     model: DiTBlockSkipTransformer,
     maker: SampleMaker,
-    vae: AutoencoderKL,
+    vae: ModelMixin,
     store: ResidualStore,
-    guidance_scale: float,
     batch_size: int | None = None,
     with_residuals: bool = True,
     progress: tqdm | None = None,
 ) -> int:
     """Write the records that ``store`` lacks: clean latents and, with skipped blocks, the spans' residuals.
 
-    Weights of skipped blocks are read once per batch of samples. Adapters are left out: residuals are the base
-    model's.
+    Weights of skipped blocks are read once per batch of samples. Samples share a batch only if their tensors have the
+    same shapes, so that no record depends on its neighbours. Adapters are left out: residuals are the base model's.
 
     Args:
         samples: Samples to have records of.
@@ -66,7 +63,6 @@ def precompute_records(
         maker: Builds batches.
         vae: Encodes crops.
         store: Takes the records.
-        guidance_scale: As in training.
         batch_size: Samples per forward; by default the largest that fits the device.
         with_residuals: Whether to run the transformer at all.
         progress: Advanced by one per sample, present ones included.
@@ -78,26 +74,26 @@ def precompute_records(
     if progress is not None:
         progress.update(len(samples) - len(missing))
     start_size = batch_size or min(len(missing), LARGEST_BATCH.get(maker.device.type, 32)) or 1
-    done = 0
+    groups: dict[tuple, list[Sample]] = {}
+    for sample in missing:
+        groups.setdefault(maker.shape_key(sample), []).append(sample)
 
     @find_executable_batch_size(starting_batch_size=start_size)
     def run(size: int) -> None:
         # Called again with half the size when memory runs out; what is written stays.
-        nonlocal done
-        while done < len(missing):
-            part = missing[done : done + size]
-            batch = maker.batch(part, maker.encode(vae, part))
-            residuals = SpanResiduals()
-            if with_residuals:
-                residuals = capture(model, maker, batch, guidance_scale)
-            store.write(_records(batch, residuals))
-            done += len(part)
-            if progress is not None:
-                progress.update(len(part))
+        for group in groups.values():
+            while group:
+                part = group[:size]
+                batch = maker.batch(part, maker.encode(vae, part))
+                residuals = capture(model, maker, batch) if with_residuals else SpanResiduals()
+                store.write(_records(batch, residuals))
+                del group[: len(part)]
+                if progress is not None:
+                    progress.update(len(part))
 
     with base_model(model.transformer):
         run()
-    return done
+    return len(missing)
 
 
 def _records(batch: Batch, residuals: SpanResiduals) -> dict[str, Record]:

@@ -19,11 +19,12 @@ import torch
 from accelerate import Accelerator, init_empty_weights
 from accelerate.utils import broadcast_object_list
 
-from .arguments import apply_defaults, parse_bytes, validate_args
+from .arguments import apply_defaults, check_family_flags, parse_bytes, validate_args
 from .blocks import list_blocks
+from .buckets import parse_buckets, standard_buckets
 from .checkpoints import read_state
 from .config import BlockSkipConfig, PatchSamplingConfig
-from .data import Photo, PhotoSet, load_dataset_photos, scan_photos
+from .data import Photo, PhotoSet, load_dataset_photos, nearest_bucket, scan_photos
 from .embedded import DEFAULT_SUBJECT, embedded_model, embedded_photos, embedded_subjects, model_defaults
 from .families import Family, detect_family
 from .lora import WEIGHTS_NAME, lora_targets
@@ -96,6 +97,37 @@ class Run:
         return ("instance", "class") if self.args.with_prior_preservation else ("instance",)
 
     @property
+    def makes_images(self) -> bool:
+        """Whether validation images are made at some time."""
+        return bool(self.args.num_validation_images and (self.prompts or self.final_prompts))
+
+    @property
+    def final_prompts(self) -> list[str]:
+        """Prompts of the images after training."""
+        if self.args.skip_final_inference:
+            return []
+        return [self.args.final_validation_prompt] if self.args.final_validation_prompt else self.prompts
+
+    def all_prompts(self, sources: dict[SampleKind, PhotoSource]) -> list[str]:
+        """Every prompt that the run will need embeddings of."""
+        prompts = [prompt for source in sources.values() for prompt in source.prompts()]
+        prompts += [""] * (self.args.caption_dropout > 0)
+        if self.makes_images:
+            prompts += [*self.prompts, *self.final_prompts]
+            prompts += [] if self.negative_prompt is None else [self.negative_prompt]
+        return list(dict.fromkeys(prompts))
+
+    @property
+    def image_size(self) -> int:
+        """Height in pixels of validation images."""
+        return self.pipeline_kwargs.get("height", self.family.image_size)
+
+    @property
+    def negative_prompt(self) -> str | None:
+        """Negative prompt of validation images, for pipelines that are guided."""
+        return self.pipeline_kwargs.get("negative_prompt", self.family.negative_prompt)
+
+    @property
     def transformer_config(self) -> dict[str, Any]:
         """Config of the transformer, with its class name."""
         return load_config(self.family.model_path / "transformer")
@@ -104,14 +136,20 @@ class Run:
         """Decode the photos; class images must exist by now."""
         args = self.args
         sources: dict[SampleKind, PhotoSource] = {
-            "instance": PhotoSource(PhotoSet(self.photos, self.patch.max_size), args.instance_prompt or "")
+            "instance": PhotoSource(self._photo_set(self.photos), args.instance_prompt or "")
         }
         if args.with_prior_preservation:
             photos = scan_photos(Path(args.class_data_dir), flag="--class_data_dir")[: args.num_class_images]
-            sources["class"] = PhotoSource(
-                PhotoSet(photos, self.patch.max_size), args.class_prompt, use_captions=False
-            )
+            sources["class"] = PhotoSource(self._photo_set(photos), args.class_prompt, use_captions=False)
         return sources
+
+    def _photo_set(self, photos: list[Photo]) -> PhotoSet:
+        return PhotoSet(
+            photos,
+            self.patch.max_size,
+            buckets=self.patch.buckets,
+            interpolation=self.args.image_interpolation_mode,
+        )
 
     def sample_plan(self, seed: int, num_images: dict[SampleKind, int]) -> SamplePlan:
         """The run's sample plan for this many photos of each kind."""
@@ -119,7 +157,7 @@ class Run:
         return SamplePlan(
             seed=seed,
             num_images=num_images,
-            epoch_length=self.epoch_length(num_images),
+            repeats=args.repeats,
             timesteps=self.family.scheduler.timesteps,
             patch=self.patch,
             weighting_scheme=args.weighting_scheme,
@@ -129,17 +167,20 @@ class Run:
             random_flip=args.random_flip,
             center_crop=args.center_crop,
             fixed_crops=args.cache_latents and self.patch.mode == "none",
+            buckets=self._buckets() if self.patch.buckets else None,
+            batch_size=args.train_batch_size,
+            caption_dropout=args.caption_dropout,
         )
 
-    def epoch_length(self, num_images: dict[SampleKind, int]) -> int:
-        """Samples of each kind in an epoch."""
-        return max(num_images["instance"] * self.args.repeats, num_images.get("class", 0))
+    def _buckets(self) -> tuple[int, ...]:
+        """Bucket of each instance photo."""
+        return tuple(nearest_bucket(photo.size, self.patch.shapes) for photo in self.photos if photo.size)
 
-    def schedule(self, num_images: dict[SampleKind, int], num_processes: int) -> tuple[int, int]:
+    def schedule(self, plan: SamplePlan, num_processes: int) -> tuple[int, int]:
         """Optimiser steps of an epoch and of the run, as the upstream flags define them."""
         args = self.args
         per_step = args.train_batch_size * args.gradient_accumulation_steps * num_processes
-        steps_per_epoch = math.ceil(self.epoch_length(num_images) / per_step)
+        steps_per_epoch = math.ceil(plan.epoch_length / per_step)
         return steps_per_epoch, args.max_train_steps or args.num_train_epochs * steps_per_epoch
 
     def residual_budget(self) -> int:
@@ -166,8 +207,9 @@ class Run:
                 field.name: str(getattr(plan, field.name)) for field in fields(plan) if field.name != "timesteps"
             },
             "timesteps": hashlib.sha256(plan.timesteps.numpy().tobytes()).hexdigest(),
-            "guidance_scale": args.guidance_scale,
+            "family_flags": {flag.name: str(getattr(args, flag.name)) for flag in self.family.own_flags},
             "max_sequence_length": args.max_sequence_length,
+            "interpolation": args.image_interpolation_mode,
             "dtype": str(dtype),
         }
 
@@ -263,6 +305,7 @@ def prepare_run(args: argparse.Namespace) -> Run:
         validate_args(args)
     model_path = embedded_model() if embedded else resolve_model(args)
     family_class = detect_family(model_path)
+    check_family_flags(args, family_class)
     defaults, pipeline_kwargs = model_defaults(model_path)
     prompts: list[str] = []
     if embedded:
@@ -270,6 +313,8 @@ def prepare_run(args: argparse.Namespace) -> Run:
         if "instance_data_dir" in defaults:
             prompts = embedded_subjects()[DEFAULT_SUBJECT]["validation_prompts"][:EMBEDDED_PROMPTS]
     apply_defaults(args, {**family_class.flag_defaults, **defaults})
+    if args.lora_alpha is None:
+        args.lora_alpha = args.rank
     validate_args(args)
     if embedded:
         pipeline_kwargs = {"height": args.resolution, "width": args.resolution, **pipeline_kwargs}
@@ -278,12 +323,12 @@ def prepare_run(args: argparse.Namespace) -> Run:
 
     check_weights(model_path, family_class, args.variant)
     try:
-        family = family_class(model_path, args.variant)
+        family = family_class(model_path, args.variant, vars(args))
         skeleton, selection, config = _select(args, family, model_name)
     except OSError as error:
         raise ValueError(f"--pretrained_model_name_or_path {model_path} cannot be used: {error}") from error
     layers = [name.strip() for name in args.lora_layers.split(",")] if args.lora_layers else list(family.lora_layers)
-    targets = lora_targets(skeleton, layers, family.text_stream_layers)
+    targets = lora_targets(skeleton, layers, family.text_stream_layers, _lora_blocks(args, skeleton))
     patch = _patch_sampling(args, family, skips=config.num_skipped > 0)
     photos = _find_photos(args)
     if not args.instance_prompt and any(photo.caption is None for photo in photos):
@@ -307,6 +352,28 @@ def prepare_run(args: argparse.Namespace) -> Run:
         prompts=prompts,
         pipeline_kwargs=pipeline_kwargs,
     )
+
+
+def _lora_blocks(args: argparse.Namespace, model: DiTBlockSkipTransformer) -> list[str] | None:
+    """Names of the blocks that ``--lora_blocks`` lists by their number in execution order."""
+    if args.lora_blocks is None:
+        return None
+    blocks = model.spans.leading + model.spans.kept + model.spans.trailing
+    kept = {block.index for block in model.spans.kept}
+    names = []
+    for number in (part.strip() for part in args.lora_blocks.split(",")):
+        if not number.isdigit() or int(number) >= len(blocks):
+            raise ValueError(
+                f"--lora_blocks '{args.lora_blocks}': '{number}' is no block; the {len(blocks)} blocks are numbered "
+                f"0 to {len(blocks) - 1}."
+            )
+        if int(number) not in kept:
+            raise ValueError(
+                f"--lora_blocks {number} is a skipped block; name kept ones ({min(kept)} to {max(kept)}) or change "
+                "--skip_blocks."
+            )
+        names.append(blocks[int(number)].name)
+    return names
 
 
 def _embedded_defaults(args: argparse.Namespace) -> dict[str, Any]:
@@ -356,7 +423,12 @@ def _patch_sampling(args: argparse.Namespace, family: Family, skips: bool) -> Pa
     # Half of the resolution may miss the grid; the nearest size on it is meant.
     half = max(multiple, round(args.resolution / 2 / multiple) * multiple)
     smallest = args.min_patch_size or min(half, largest)
-    return PatchSamplingConfig(mode=mode, min_size=smallest, max_size=largest, multiple=multiple)
+    buckets: tuple[tuple[int, int], ...] = ()
+    if args.aspect_ratio_buckets:
+        buckets = parse_buckets(args.aspect_ratio_buckets)
+    elif args.use_aspect_ratio_buckets:
+        buckets = standard_buckets(args.resolution, multiple)
+    return PatchSamplingConfig(mode=mode, min_size=smallest, max_size=largest, multiple=multiple, buckets=buckets)
 
 
 def _find_photos(args: argparse.Namespace) -> list[Photo]:

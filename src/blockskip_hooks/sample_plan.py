@@ -35,6 +35,8 @@ class Sample:
         left: Horizontal position of the crop, likewise.
         timestep_index: Index into the scheduler's training timesteps (0 is the noisiest).
         noise_seed: Seed of the sample's noise and of its draw from the VAE's posterior.
+        bucket: Number of the aspect-ratio bucket.
+        drop_caption: Whether the sample is trained with an empty prompt.
     """
 
     kind: SampleKind
@@ -46,6 +48,8 @@ class Sample:
     left: float
     timestep_index: int
     noise_seed: int
+    bucket: int = 0
+    drop_caption: bool = False
 
     @property
     def id(self) -> str:
@@ -66,21 +70,26 @@ class SamplePlan:
     Images are taken epoch by epoch, each epoch in an order of its own. The timestep is drawn first, with the upstream
     distribution of the weighting scheme; the patch size follows from it.
 
+    With aspect-ratio buckets, samples come in groups of ``batch_size`` that share a bucket, and a class sample takes
+    the bucket of the instance sample it is trained with, so that batches have one shape.
+
     Args:
         seed: Seed of the run.
         num_images: Number of images of each kind; the class kind only with prior preservation.
-        epoch_length: Number of samples of each kind in one epoch (repeats included).
+        repeats: How many times each instance image counts in an epoch.
         timesteps: The scheduler's training timesteps in (0, T], noisiest first, shape ``(num_train_timesteps,)``.
         patch: Patch sampling settings.
         weighting_scheme, logit_mean, logit_std, mode_scale: As the upstream flags of these names.
         random_flip: Mirror half of the samples.
         center_crop: Take every crop from the centre; positions have no effect then.
         fixed_crops: One crop and flip per image for the whole run, as upstream does; lets latents be cached once.
+        buckets: Bucket number of every instance image; ``None`` when there is one bucket.
+        batch_size: Samples that must share a bucket.
+        caption_dropout: Part of the samples that is trained with an empty prompt.
     """
 
     seed: int
     num_images: dict[SampleKind, int]
-    epoch_length: int
     timesteps: torch.Tensor
     patch: PatchSamplingConfig
     weighting_scheme: str = "none"
@@ -90,14 +99,48 @@ class SamplePlan:
     random_flip: bool = False
     center_crop: bool = False
     fixed_crops: bool = False
+    repeats: int = 1
+    buckets: tuple[int, ...] | None = None
+    batch_size: int = 1
+    caption_dropout: float = 0.0
+
+    @property
+    def epoch_length(self) -> int:
+        """Samples of each kind in one epoch; each bucket is filled up to whole batches."""
+        length = max(self.num_images["instance"] * self.repeats, self.num_images.get("class", 0))
+        if self.buckets is None:
+            return length
+        return sum(self._padded_share(bucket, length) for bucket in set(self.buckets))
+
+    def _padded_share(self, bucket: int, length: int) -> int:
+        """Samples of a bucket in an epoch that would have ``length`` without buckets."""
+        assert self.buckets is not None
+        share = -(-length * self.buckets.count(bucket) // len(self.buckets))
+        return -(-share // self.batch_size) * self.batch_size
 
     def _generator(self, *parts: object) -> torch.Generator:
         return torch.Generator().manual_seed(derived_seed(self.seed, *parts))
 
     def _image(self, kind: SampleKind, index: int) -> int:
         epoch, position = divmod(index, self.epoch_length)
+        if kind == "instance" and self.buckets is not None:
+            return self._bucketed_epoch(epoch)[position]
         order = torch.randperm(self.epoch_length, generator=self._generator("order", kind, epoch))
         return int(order[position]) % self.num_images[kind]
+
+    def _bucketed_epoch(self, epoch: int) -> list[int]:
+        """Images of an epoch in order: whole batches of one bucket, in shuffled order."""
+        assert self.buckets is not None
+        length = max(self.num_images["instance"] * self.repeats, self.num_images.get("class", 0))
+        batches: list[list[int]] = []
+        for bucket in sorted(set(self.buckets)):
+            members = [image for image, own in enumerate(self.buckets) if own == bucket]
+            share = self._padded_share(bucket, length)
+            order = torch.randperm(share, generator=self._generator("order", "instance", epoch, bucket)).tolist()
+            images = [members[place % len(members)] for place in order]
+            batches += [images[start : start + self.batch_size] for start in range(0, share, self.batch_size)]
+        order = torch.randperm(len(batches), generator=self._generator("batches", epoch)).tolist()
+        return [image for number in order for image in batches[number]]
 
     def sample(self, index: int, kind: SampleKind = "instance") -> Sample:
         """Sample number ``index`` of ``kind``."""
@@ -119,6 +162,10 @@ class SamplePlan:
         if self.fixed_crops:
             generator = self._generator("crop", kind, image)
         size_draw, top, left, flip_draw = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
+        bucket = 0
+        if self.buckets is not None:
+            bucket = self.buckets[image if kind == "instance" else self._image("instance", index)]
+        drop_draw = torch.rand(1, generator=self._generator("caption", kind, index), dtype=torch.float64).item()
         return Sample(
             kind=kind,
             index=index,
@@ -129,4 +176,6 @@ class SamplePlan:
             left=left,
             timestep_index=timestep_index,
             noise_seed=derived_seed(self.seed, "noise", kind, index),
+            bucket=bucket,
+            drop_caption=drop_draw < self.caption_dropout,
         )

@@ -16,7 +16,6 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKL
 from torch._subclasses import FakeTensorMode
 
 from .blocks import Block
@@ -27,7 +26,7 @@ from .hooks import SpanResiduals
 from .lora import add_lora
 from .losses import combine_losses, flow_matching_loss
 from .precompute import base_model
-from .training_data import Batch
+from .training_data import Batch, place_embeds
 from .transformer import DiTBlockSkipTransformer, _cast_floating
 
 
@@ -103,7 +102,7 @@ class FakeTransformer:
         self.transformer_config = transformer_config
         self.dtype = dtype
         self.fake_mode = FakeTensorMode()
-        transformer = empty_transformer(transformer_config)
+        transformer = empty_model(transformer_config)
         _cast_floating(transformer, dtype)
         transformer.requires_grad_(False)
         if lora_targets:
@@ -122,13 +121,13 @@ class FakeTransformer:
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def capture(
-        self, batch_size: int, resolution: int, text_tokens: int, *, with_adapters: bool = False
+        self, batch_size: int, size: tuple[int, int], text_tokens: int, *, with_adapters: bool = False
     ) -> tuple[Usage, SpanResiduals]:
         """A precompute forward: no gradients, skipped blocks streamed one at a time.
 
         Args:
             batch_size: Samples per forward.
-            resolution: Side of the images in pixels.
+            size: Height and width of the images in pixels.
             text_tokens: Tokens of a prompt.
             with_adapters: Whether LoRA takes part, as in residuals computed online.
 
@@ -137,16 +136,16 @@ class FakeTransformer:
         """
         adapters = contextlib.nullcontext() if with_adapters else base_model(self.model.transformer)
         with adapters, self._measured() as meter:
-            inputs = self._inputs(self._batch(batch_size, resolution, text_tokens))
+            inputs = self._inputs(self._batch(batch_size, size, text_tokens))
             with self._autocast(), _streamed(self.model.spans.skipped):
                 residuals = self.model.capture_residuals(**inputs, return_dict=False)
         return self._usage(meter, self._largest_skipped_block()), residuals
 
     @torch.no_grad()
-    def infer(self, batch_size: int, resolution: int, text_tokens: int) -> Usage:
+    def infer(self, batch_size: int, size: tuple[int, int], text_tokens: int) -> Usage:
         """A forward of the whole model without gradients, skipped blocks streamed one at a time."""
         with self._measured() as meter:
-            inputs = self._inputs(self._batch(batch_size, resolution, text_tokens))
+            inputs = self._inputs(self._batch(batch_size, size, text_tokens))
             with self._autocast(), _streamed(self.model.spans.skipped), self.model.full_model() as transformer:
                 transformer(**inputs, return_dict=False)
         return self._usage(meter, self._largest_skipped_block())
@@ -154,7 +153,7 @@ class FakeTransformer:
     def train(
         self,
         batch_size: int,
-        resolution: int,
+        size: tuple[int, int],
         text_tokens: int,
         residuals: SpanResiduals,
         *,
@@ -165,7 +164,7 @@ class FakeTransformer:
 
         Args:
             batch_size: Samples per forward.
-            resolution: Side of the images in pixels.
+            size: Height and width of the images in pixels.
             text_tokens: Tokens of a prompt.
             residuals: With the shapes and dtypes of a sample's residuals; their batch size does not matter.
             gradient_checkpointing: Whether blocks are computed again in backward.
@@ -182,15 +181,21 @@ class FakeTransformer:
             if accumulated_gradients:
                 for parameter in self.lora_parameters:
                     parameter.grad = torch.zeros_like(parameter)
-            batch = self._batch(batch_size, resolution, text_tokens)
+            batch = self._batch(batch_size, size, text_tokens)
             batch.residuals = SpanResiduals(
                 **{n: torch.empty((batch_size, *t.shape[1:]), dtype=t.dtype) for n, t in residuals.tensors().items()}
             )
             inputs = self._inputs(batch)
             with self._autocast():
                 prediction = self.model(**inputs, residuals=batch.residuals, return_dict=False)[0]
-            prediction = self.family.prediction_to_latents(prediction.float(), batch.latents)
-            losses = flow_matching_loss(prediction, batch.target, batch.sigmas, "none")
+            prediction, target = self.family.loss_terms(
+                self.family.prediction_to_latents(prediction, batch.latents).float(),
+                latents=batch.latents,
+                noise=batch.noise,
+                noisy_latents=batch.noisy_latents,
+                sigmas=batch.sigmas,
+            )
+            losses = flow_matching_loss(prediction, target, batch.sigmas, "none")
             combine_losses(losses, with_prior_preservation=False, prior_loss_weight=0.0).backward()
         for parameter in self.lora_parameters:
             parameter.grad = None
@@ -204,20 +209,21 @@ class FakeTransformer:
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         return self.family.transformer_inputs(
-            self.transformer_config, batch.noisy_latents, batch.timesteps, batch.embeds, guidance_scale=1.0
+            self.transformer_config, batch.noisy_latents, batch.timesteps, batch.embeds
         )
 
-    def _batch(self, batch_size: int, resolution: int, text_tokens: int) -> Batch:
-        side = resolution // self.family.vae_scale_factor
-        shape = (batch_size, self.family.latent_channels, side, side)
-        shapes = embed_shapes(self.transformer_config, text_tokens)
+    def _batch(self, batch_size: int, size: tuple[int, int], text_tokens: int) -> Batch:
+        latents = torch.empty((batch_size, *self.family.latent_shape(*size)), dtype=self.dtype)
+        noise, sigmas = torch.empty_like(latents), torch.empty((batch_size, 1, 1, 1), dtype=self.dtype)
+        prompt = self.family.empty_embeds(self.transformer_config, text_tokens, self.dtype)
         return Batch(
             samples=[],
-            latents=torch.empty(shape, dtype=self.dtype),
-            noise=torch.empty(shape, dtype=self.dtype),
+            latents=latents,
+            noise=noise,
+            noisy_latents=(1.0 - sigmas) * latents + sigmas * noise,
             timesteps=torch.empty(batch_size),
-            sigmas=torch.empty((batch_size, 1, 1, 1), dtype=self.dtype),
-            embeds={name: torch.empty((batch_size, *s), dtype=self.dtype) for name, s in shapes.items()},
+            sigmas=sigmas,
+            embeds=place_embeds(self.family.collate_embeds([prompt] * batch_size), "cpu", self.dtype),
             prompts=[],
             residuals=None,
         )
@@ -246,45 +252,42 @@ class FakeTransformer:
         )
 
 
-def empty_transformer(transformer_config: Mapping[str, Any]) -> torch.nn.Module:
-    """The transformer of a config on the meta device: its modules and names, without memory.
+def empty_model(config: Mapping[str, Any]) -> torch.nn.Module:
+    """A diffusers model on the meta device, from its config: its modules and names, without memory.
 
     Raises:
         ValueError: if the config does not name a model class of diffusers.
     """
-    model_class = getattr(diffusers, str(transformer_config.get("_class_name")), None)
+    model_class = getattr(diffusers, str(config.get("_class_name")), None)
     if model_class is None:
         raise ValueError(
-            f"The transformer's config names the class {transformer_config.get('_class_name')}, which diffusers "
+            f"A model's config names the class {config.get('_class_name')}, which diffusers "
             f"{diffusers.__version__} does not have."
         )
     with torch.device("meta"):
-        return model_class.from_config(dict(transformer_config))
+        return model_class.from_config(dict(config))
 
 
-def simulate_vae(family: Family, batch_size: int, resolution: int, dtype: torch.dtype, *, decode: bool) -> Usage:
+def simulate_vae(family: Family, batch_size: int, size: tuple[int, int], dtype: torch.dtype, *, decode: bool) -> Usage:
     """What the family's VAE needs to encode, or decode, images.
 
     Args:
         family: The model's family.
         batch_size: Images at a time.
-        resolution: Their side in pixels.
+        size: Their height and width in pixels.
         dtype: Dtype of weights and images.
         decode: Whether latents become images; otherwise images become latents.
     """
-    with torch.device("meta"):
-        vae = torch.nn.Module.to(AutoencoderKL.from_config(dict(family.vae_config)), dtype)
+    vae: Any = torch.nn.Module.to(empty_model(family.vae_config), dtype)
     vae.requires_grad_(False)
     with FakeTensorMode(), torch.no_grad(), Meter() as meter:
         for module in vae.modules():
             _materialise(module)
         parameter_bytes = meter.current
         if decode:
-            side = resolution // family.vae_scale_factor
-            latents = torch.empty((batch_size, family.latent_channels, side, side), dtype=dtype)
-            vae.decode(latents, return_dict=False)
+            vae.decode(torch.empty((batch_size, *family.vae_latent_shape(*size)), dtype=dtype), return_dict=False)
         else:
-            family.posterior(vae, torch.empty((batch_size, 3, resolution, resolution), dtype=dtype))
+            family.posterior(vae, torch.empty((batch_size, 3, *size), dtype=dtype))
     return Usage(meter.peak, parameter_bytes, 0, meter.flops.products, meter.flops.attention)
 
 
@@ -318,14 +321,6 @@ def simulate_text_encoder(config: Mapping[str, Any], batch_size: int, text_token
         parameter_bytes = meter.current
         encoder(input_ids=torch.zeros((batch_size, tokens), dtype=torch.long))
     return Usage(meter.peak, parameter_bytes, 0, meter.flops.products, meter.flops.attention)
-
-
-def embed_shapes(transformer_config: Mapping[str, Any], text_tokens: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of one prompt's embeddings, from the widths that the transformer's config declares for its inputs."""
-    shapes: dict[str, tuple[int, ...]] = {"prompt_embeds": (text_tokens, transformer_config["joint_attention_dim"])}
-    if transformer_config.get("pooled_projection_dim"):
-        shapes["pooled_prompt_embeds"] = (transformer_config["pooled_projection_dim"],)
-    return shapes
 
 
 def _num_bytes(tensor: torch.Tensor) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL
+from diffusers import ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import free_memory
 from PIL import Image
@@ -43,7 +43,7 @@ class Trainer:
         monitor: Measures stages.
         maker: Builds batches.
         model: The transformer with only its kept blocks loaded.
-        text: The text encoder that trains along, if any.
+        text: The text encoders that train along, if any.
         store: Records, or ``None`` when crops are encoded in every step.
         max_train_steps: Optimiser steps of the whole run.
         steps_per_stretch: Steps of a stretch, for checkpoints.
@@ -77,14 +77,16 @@ class Trainer:
 
         adapter = {"rank": args.rank, "alpha": args.lora_alpha, "dropout": args.lora_dropout, "seed": seed}
         self.parameters = add_lora(model.transformer, run.targets, **adapter)
-        self.text, self.text_encoder = text, text.encoder if text else None
+        self.text = text
+        # As they were made: what accelerate wraps is not what is saved.
+        self.text_encoders: dict[str, Any] = dict(text.encoders) if text else {}
         text_parameters: list[torch.nn.Parameter] = []
-        if text:
-            text_parameters = add_lora(text.encoder, run.family.text_lora_layers, **adapter)
+        for encoder in self.text_encoders.values():
+            text_parameters += add_lora(encoder, run.family.text_lora_layers, **adapter)
         if args.gradient_checkpointing:
             model.transformer.enable_gradient_checkpointing()
-            if text:
-                text.encoder.gradient_checkpointing_enable()
+            for encoder in self.text_encoders.values():
+                encoder.gradient_checkpointing_enable()
 
         rate = args.learning_rate * (self.samples_per_step if args.scale_lr else 1)
         optimizer = make_optimizer(args, self.parameters, text_parameters, rate)
@@ -107,13 +109,13 @@ class Trainer:
         )
         self.trained = [self.wrapped]
         if text:
-            text.encoder = accelerator.prepare(text.encoder)
-            self.trained.append(text.encoder)
+            text.encoders = {name: accelerator.prepare(encoder) for name, encoder in text.encoders.items()}
+            self.trained += text.encoders.values()
         # Without records every step encodes its crops, so the VAE stays.
         self._resident_vae = run.family.load_vae(maker.dtype, accelerator.device) if store is None else None
 
     @contextlib.contextmanager
-    def vae(self) -> Iterator[AutoencoderKL]:
+    def vae(self) -> Iterator[ModelMixin]:
         """The VAE, loaded for this context only unless every step needs it."""
         vae = self._resident_vae or self.run.family.load_vae(self.maker.dtype, self.accelerator.device)
         try:
@@ -132,7 +134,6 @@ class Trainer:
         """
         if self.store is None:
             return
-        args = self.run.args
         with self.monitor.stage("precompute"), self.vae() as vae, self.accelerator.autocast():
             samples = self.maker.samples(self._my_indices(steps))
             with self._progress(len(samples), "Precomputing records") as bar:
@@ -142,7 +143,6 @@ class Trainer:
                     maker=self.maker,
                     vae=vae,
                     store=self.store,
-                    guidance_scale=args.guidance_scale,
                     batch_size=batch_size,
                     with_residuals=self.run.skips and self.run.config.residuals == "precomputed",
                     progress=bar,
@@ -171,7 +171,8 @@ class Trainer:
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:
                         if self.step == 0:
-                            check_gradients(self.model.transformer)
+                            for module in (self.model.transformer, *self.text_encoders.values()):
+                                check_gradients(module)
                         accelerator.clip_grad_norm_(self.parameters, args.max_grad_norm)
                     self.optimizer.step()
                     self.scheduler.step()
@@ -193,22 +194,24 @@ class Trainer:
             batch.residuals = SpanResiduals()
         elif self.run.skips and self.run.config.residuals == "online":
             with self.accelerator.autocast():
-                batch.residuals = capture(self.model, self.maker, batch, self.run.args.guidance_scale)
+                batch.residuals = capture(self.model, self.maker, batch)
         if self.text:
-            tokens = torch.stack([self.text.tokens[prompt] for prompt in batch.prompts])
-            batch.embeds = self.run.family.refresh_embeds(
-                self.text.encoder, tokens.to(self.accelerator.device), batch.embeds
-            )
+            tokens = self.text.batch_tokens(batch.prompts, self.accelerator.device)
+            batch.embeds = self.run.family.refresh_embeds(self.text.encoders, tokens, batch.embeds)
         return batch
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         args, family = self.run.args, self.run.family
-        inputs = family.transformer_inputs(
-            self.model.config, batch.noisy_latents, batch.timesteps, batch.embeds, args.guidance_scale
-        )
+        inputs = family.transformer_inputs(self.model.config, batch.noisy_latents, batch.timesteps, batch.embeds)
         prediction = self.wrapped(**inputs, residuals=batch.residuals, return_dict=False)[0]
-        prediction = family.prediction_to_latents(prediction, batch.latents)
-        losses = flow_matching_loss(prediction, batch.target, batch.sigmas, args.weighting_scheme)
+        prediction, target = family.loss_terms(
+            family.prediction_to_latents(prediction, batch.latents),
+            latents=batch.latents,
+            noise=batch.noise,
+            noisy_latents=batch.noisy_latents,
+            sigmas=batch.sigmas,
+        )
+        losses = flow_matching_loss(prediction, target, batch.sigmas, args.weighting_scheme)
         return combine_losses(losses, args.with_prior_preservation, args.prior_loss_weight)
 
     def _finish_step(self, loss: float, samples: list[Sample], bar: tqdm) -> None:
@@ -231,7 +234,7 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return
         folder = begin_checkpoint(self.run.output_dir, self.step)
-        save_lora(folder, type(self.run.family), self.model.transformer, self.text_encoder)
+        save_lora(folder, type(self.run.family), self.model.transformer, self.text_encoders)
         save_training_state(
             folder,
             self.optimizer,
@@ -249,7 +252,7 @@ class Trainer:
         Raises:
             ValueError: if it belongs to other settings.
         """
-        load_lora(checkpoint, type(self.run.family), self.model.transformer, self.text_encoder)
+        load_lora(checkpoint, type(self.run.family), self.model.transformer, self.text_encoders)
         state = load_training_state(checkpoint, self.optimizer, self.scheduler)
         self.step, self.losses = state["step"], list(state["loss"])
 
@@ -260,11 +263,12 @@ class Trainer:
             ValueError: if some LoRA has not learnt anything.
         """
         if self.step:
-            check_learned(self.model.transformer)
+            for module in (self.model.transformer, *self.text_encoders.values()):
+                check_learned(module)
         if self.accelerator.is_main_process:
             dtype = torch.float32 if self.run.args.upcast_before_saving else self.maker.dtype
             save_lora(
-                self.run.output_dir, type(self.run.family), self.model.transformer, self.text_encoder, dtype=dtype
+                self.run.output_dir, type(self.run.family), self.model.transformer, self.text_encoders, dtype=dtype
             )
 
     def images(self, prompts: list[str], negative: str | None, with_adapters: bool = True) -> list[list[Image.Image]]:
@@ -300,9 +304,9 @@ class Trainer:
     def _refresh(self, embeds: dict, prompts: list[str]) -> None:
         assert self.text is not None
         for prompt in prompts:
-            tokens = self.text.tokens[prompt][None].to(self.accelerator.device)
+            tokens = self.text.batch_tokens([prompt], self.accelerator.device)
             batched = {name: tensor[None] for name, tensor in embeds[prompt].items()}
-            fresh = self.run.family.refresh_embeds(self.text.encoder, tokens, batched)
+            fresh = self.run.family.refresh_embeds(self.text.encoders, tokens, batched)
             embeds[prompt] = {name: tensor[0].cpu() for name, tensor in fresh.items()}
 
     def _sample_range(self, steps: range) -> range:

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import ModelMixin
+from torch.nn.utils.rnn import pad_sequence
 
 from .data import PhotoSet
 from .families import Family, PromptEmbeds
@@ -46,6 +47,7 @@ class Batch:
         samples: The samples, B of them.
         latents: Clean scaled latents, ``(B, C, H, W)``.
         noise: Gaussian noise of the same shape.
+        noisy_latents: What the schedule makes of both.
         timesteps: ``(B,)``, in the scheduler's units.
         sigmas: Noise levels, ``(B, 1, 1, 1)``.
         embeds: Prompt embeddings with a batch dimension.
@@ -56,21 +58,12 @@ class Batch:
     samples: list[Sample]
     latents: torch.Tensor
     noise: torch.Tensor
+    noisy_latents: torch.Tensor
     timesteps: torch.Tensor
     sigmas: torch.Tensor
     embeds: PromptEmbeds
     prompts: list[str]
     residuals: SpanResiduals | None
-
-    @property
-    def noisy_latents(self) -> torch.Tensor:
-        """Rectified-flow interpolation ``(1 - sigma) x + sigma noise``."""
-        return (1.0 - self.sigmas) * self.latents + self.sigmas * self.noise
-
-    @property
-    def target(self) -> torch.Tensor:
-        """Velocity ``noise - x``."""
-        return self.noise - self.latents
 
 
 class SampleMaker:
@@ -100,7 +93,7 @@ class SampleMaker:
         self.embeds = embeds
         self.device = torch.device(device)
         self.dtype = dtype
-        self._posteriors: dict[tuple[SampleKind, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._posteriors: dict[tuple[SampleKind, int, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def samples(self, indices: Iterable[int]) -> list[Sample]:
         """The samples of a step: ``indices`` of every kind, instance first."""
@@ -108,25 +101,35 @@ class SampleMaker:
         return [self.plan.sample(index, kind) for kind in self.sources for index in indices]
 
     def crop(self, sample: Sample) -> torch.Tensor:
-        """The sample's image as the VAE sees it, ``(3, r, r)`` in [-1, 1] at the training resolution r."""
+        """The sample's image as the VAE sees it, ``(3, h, w)`` in [-1, 1] at its bucket's training shape."""
+        patch = self.plan.patch
         return self.sources[sample.kind].photos.crop(
             sample.image,
-            patch_size=sample.patch_size,
+            patch_size=patch.patch_shape(sample.bucket, sample.patch_size),
             top=sample.top,
             left=sample.left,
             flip=sample.flip,
             center=self.plan.center_crop,
-            output_size=self.plan.patch.training_resolution,
+            output_size=patch.training_shape(sample.bucket),
+            bucket=sample.bucket,
         )
 
+    def prompt(self, sample: Sample) -> str:
+        """The sample's prompt; empty where caption dropout takes it away."""
+        return "" if sample.drop_caption else self.sources[sample.kind].prompt_for(sample.image)
+
+    def shape_key(self, sample: Sample) -> tuple:
+        """What decides the shapes of the sample's tensors; equal keys can share a forward without padding."""
+        return sample.bucket, *(tuple(tensor.shape) for tensor in self.embeds[self.prompt(sample)].values())
+
     @torch.no_grad()
-    def encode(self, vae: AutoencoderKL, samples: Sequence[Sample], crops: torch.Tensor | None = None) -> torch.Tensor:
+    def encode(self, vae: ModelMixin, samples: Sequence[Sample], crops: torch.Tensor | None = None) -> torch.Tensor:
         """Crops through the VAE: scaled latents ``(B, C, H, W)``, each drawn from the posterior with its own seed.
 
         Args:
             vae: The VAE.
             samples: The samples.
-            crops: Their crops, ``(B, 3, r, r)``, if they were made already.
+            crops: Their crops, ``(B, 3, h, w)``, if they were made already.
         """
         if self.plan.fixed_crops:
             posteriors = [self._fixed_posterior(vae, sample) for sample in samples]
@@ -141,11 +144,11 @@ class SampleMaker:
             )
             for s in samples
         ]
-        return self.family.scale_latents(mean + std * torch.stack(noise).to(mean)).to(self.dtype)
+        return self.family.scale_latents(vae, mean + std * torch.stack(noise).to(mean)).to(self.dtype)
 
-    def _fixed_posterior(self, vae: AutoencoderKL, sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
+    def _fixed_posterior(self, vae: ModelMixin, sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
         """The posterior of an image whose crop never changes, computed once."""
-        key = (sample.kind, sample.image)
+        key = (sample.kind, sample.image, sample.bucket)
         if key not in self._posteriors:
             mean, std = self.family.posterior(vae, self.crop(sample)[None])
             self._posteriors[key] = (mean[0], std[0])
@@ -159,28 +162,38 @@ class SampleMaker:
         noise = torch.stack(
             [torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(s.noise_seed)) for s in samples]
         )
-        prompts = [self.sources[sample.kind].prompt_for(sample.image) for sample in samples]
-        embeds = {
-            name: torch.stack([self.embeds[prompt][name] for prompt in prompts]).to(self.device, self.dtype)
-            for name in self.embeds[prompts[0]]
-        }
+        prompts = [self.prompt(sample) for sample in samples]
+        embeds = self.family.collate_embeds([self.embeds[prompt] for prompt in prompts])
         latents = latents.to(self.device, self.dtype)
+        noise = noise.to(latents)
         return Batch(
             samples=list(samples),
             latents=latents,
-            noise=noise.to(latents),
+            noise=noise,
+            noisy_latents=self.family.add_noise(latents, noise, indices),
             timesteps=scheduler.timesteps[indices].to(self.device),
-            sigmas=scheduler.sigmas[indices].to(latents).reshape(-1, 1, 1, 1),
-            embeds=embeds,
+            sigmas=self.family.sigmas(indices).to(latents),
+            embeds=place_embeds(embeds, self.device, self.dtype),
             prompts=prompts,
             residuals=None if residuals is None else residuals.to(self.device),
         )
 
     def batch_from_records(self, samples: Sequence[Sample], records: Sequence[Record]) -> Batch:
-        """A batch whose latents and residuals were precomputed."""
-        stacked = {name: torch.stack([record[name] for record in records]) for name in records[0]}
+        """A batch whose latents and residuals were precomputed.
+
+        Residuals of prompts of different lengths are padded like the prompts, at the end.
+        """
+        stacked = {name: pad_sequence([record[name] for record in records], batch_first=True) for name in records[0]}
         latents = stacked.pop("latents")
         return self.batch(samples, latents, SpanResiduals(**stacked) if stacked else None)
+
+
+def place_embeds(embeds: PromptEmbeds, device: torch.device | str, dtype: torch.dtype) -> PromptEmbeds:
+    """Move embeddings to a device; masks and other numbers that are not floating keep their dtype."""
+    return {
+        name: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in embeds.items()
+    }
 
 
 class RecordDataset(torch.utils.data.Dataset):

@@ -26,10 +26,12 @@ class Flag:
     Attributes:
         name: Its name, without the dashes.
         settings: Arguments of ``argparse``'s ``add_argument``: type, default, help, ...
+        refusal: Why a run cannot honour the flag and what to do instead; it stops a run that is given the flag.
     """
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+    refusal: str = ""
 
     @property
     def default(self) -> Any:
@@ -142,6 +144,8 @@ class Family(ABC):
     def load_vae(self, dtype: torch.dtype, device: torch.device | str) -> ModelMixin:
         """The VAE, frozen."""
         vae = AutoModel.from_pretrained(str(self.model_path), subfolder="vae", torch_dtype=dtype, variant=self.variant)
+        if self.flags.get("enable_vae_tiling"):
+            vae.enable_tiling()
         return vae.requires_grad_(False).eval().to(device)
 
     def posterior(self, vae: ModelMixin, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

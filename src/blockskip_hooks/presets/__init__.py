@@ -13,7 +13,7 @@ from typing import Any
 from ..config import BlockSkipConfig
 from ..families import FAMILIES, Family
 from ..lora import lora_targets
-from ..simulation import empty_transformer
+from ..simulation import empty_model
 from ..transformer import DiTBlockSkipTransformer
 
 
@@ -35,7 +35,7 @@ class Preset:
 
     def skeleton(self, config: BlockSkipConfig) -> DiTBlockSkipTransformer:
         """The transformer without weights, placeholders on."""
-        return DiTBlockSkipTransformer(empty_transformer(self.transformer_config), config, self.family.block_stacks)
+        return DiTBlockSkipTransformer(empty_model(self.transformer_config), config, self.family.block_stacks)
 
     def lora_targets(self, config: BlockSkipConfig, layers: Sequence[str] | None = None) -> list[str]:
         """Full names of the layers that get LoRA; see :func:`~blockskip_hooks.lora.lora_targets`.

@@ -12,6 +12,7 @@ from .base import Family, Flag, PromptEmbeds
 from .flux import Flux
 from .flux2 import Flux2, Flux2Klein
 from .krea2 import Krea2
+from .sana import Sana, SanaSprint
 from .sd3 import StableDiffusion3
 from .z_image import ZImage
 
@@ -23,6 +24,8 @@ FAMILIES: dict[str, type[Family]] = {
     "StableDiffusion3Pipeline": StableDiffusion3,
     "ZImagePipeline": ZImage,
     "Krea2Pipeline": Krea2,
+    "SanaPipeline": Sana,
+    "SanaSprintPipeline": SanaSprint,
 }
 """Family by the pipeline class that a model's ``model_index.json`` names."""
 

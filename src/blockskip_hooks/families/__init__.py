@@ -11,6 +11,7 @@ from pathlib import Path
 from .base import Family, Flag, PromptEmbeds
 from .flux import Flux
 from .flux2 import Flux2, Flux2Klein
+from .hidream import HiDream
 from .krea2 import Krea2
 from .sana import Sana, SanaSprint
 from .sd3 import StableDiffusion3
@@ -26,6 +27,7 @@ FAMILIES: dict[str, type[Family]] = {
     "Krea2Pipeline": Krea2,
     "SanaPipeline": Sana,
     "SanaSprintPipeline": SanaSprint,
+    "HiDreamImagePipeline": HiDream,
 }
 """Family by the pipeline class that a model's ``model_index.json`` names."""
 

@@ -1,0 +1,176 @@
+"""HiDream-I1: double-stream blocks, then single-stream blocks, each given a layer of Llama's; two CLIPs, T5, Llama."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, HiDreamImagePipeline
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.models.transformers.transformer_hidream_image import HiDreamBlock, MOEFeedForwardSwiGLU
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from ..model_config import load_config
+from .base import Family, Flag, PromptEmbeds
+
+
+_LLAMA = "meta-llama/Meta-Llama-3.1-8B-Instruct"
+
+# Wraps blocks of both kinds; single-stream ones are called without encoder hidden states and return none.
+TransformerBlockRegistry.register(
+    model_class=HiDreamBlock,
+    metadata=TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=1),
+)
+
+
+def _balanced_experts(moe: MOEFeedForwardSwiGLU, hidden_states: torch.Tensor) -> torch.Tensor:
+    """The mixture of experts with as many tokens for each expert, whatever the router says."""
+    tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+    scores = torch.nn.functional.linear(tokens, moe.gate.weight).softmax(dim=-1)
+    weights = scores.topk(moe.num_activated_experts, dim=-1).values
+    parts = tokens.repeat_interleave(moe.num_activated_experts, dim=0).chunk(len(moe.experts))
+    routed = torch.cat([expert(part) for expert, part in zip(moe.experts, parts, strict=False)])
+    routed = (routed.reshape(*weights.shape, -1) * weights.unsqueeze(-1)).sum(dim=1)
+    return routed.reshape(hidden_states.shape) + moe.shared_experts(hidden_states)
+
+
+class HiDream(Family):
+    """HiDream-I1 Full, Dev, Fast and models of their architecture.
+
+    T5 and Llama see ``--max_sequence_length`` tokens of every prompt, padding included, as the model was trained;
+    Llama's hidden states are stored with their tokens first, ``(tokens, layers, width)``.
+    """
+
+    name = "hidream"
+    pipeline_class = HiDreamImagePipeline
+    text_components = (
+        *("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4"),
+        *("tokenizer", "tokenizer_2", "tokenizer_3", "tokenizer_4"),
+    )
+    lora_layers = ("attn1.to_k", "attn1.to_q", "attn1.to_v", "attn1.to_out")
+    text_stream_layers = ("attn1.to_q_t", "attn1.to_out_t", "ff_t.w1", "ff_t.w2", "ff_t.w3")
+    block_stacks = ("double_stream_blocks", "single_stream_blocks")
+    own_flags = (
+        Flag(
+            "pretrained_text_encoder_4_name_or_path",
+            {"type": str, "default": _LLAMA, "help": "Llama to encode prompts with, where the model brings none."},
+        ),
+        Flag(
+            "pretrained_tokenizer_4_name_or_path",
+            {"type": str, "default": _LLAMA, "help": "Llama's tokenizer, where the model brings none."},
+        ),
+    )
+    flag_defaults = {"max_sequence_length": 128, "output_dir": "hidream-dreambooth-lora", "lora_alpha": None}
+    negative_prompt = ""
+    tags = ("hidream", "hidream-diffusers")
+
+    def load_scheduler(self) -> FlowMatchEulerDiscreteScheduler:
+        return FlowMatchEulerDiscreteScheduler.from_pretrained(self.model_path, subfolder="scheduler", shift=3.0)
+
+    @property
+    def vae_scale_factor(self) -> int:
+        return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
+
+    @property
+    def latent_token_size(self) -> int:
+        return load_config(self.model_path / "transformer")["patch_size"] * self.vae_scale_factor
+
+    @property
+    def image_size(self) -> int:
+        return 128 * self.vae_scale_factor
+
+    def empty_embeds(
+        self, transformer_config: Mapping[str, Any], text_tokens: int, dtype: torch.dtype
+    ) -> PromptEmbeds:
+        t5_width, llama_width = transformer_config["caption_channels"]
+        layers = max(transformer_config["llama_layers"]) + 1
+        return {
+            "prompt_embeds_t5": torch.empty((text_tokens, t5_width), dtype=dtype),
+            "prompt_embeds_llama3": torch.empty((text_tokens, layers, llama_width), dtype=dtype),
+            "pooled_prompt_embeds": torch.empty(transformer_config["text_emb_dim"], dtype=dtype),
+        }
+
+    def make_traceable(self, transformer: torch.nn.Module) -> None:
+        """Let a transformer run on fake tensors: what it does by the values of tensors, it then does by shapes."""
+        for module in transformer.modules():
+            if isinstance(module, MOEFeedForwardSwiGLU):
+                module.forward = functools.partial(_balanced_experts, module)
+        unpatchify: Any = transformer.unpatchify
+        transformer.unpatchify = lambda tokens, sizes, is_training: unpatchify(tokens, sizes, is_training=True)
+
+    def load_text_pipeline(self, dtype: torch.dtype, device: torch.device | str) -> DiffusionPipeline:
+        components = {"transformer": None, "vae": None, **self.outside_components(dtype)}
+        pipeline = self.pipeline_class.from_pretrained(
+            self.model_path, **components, torch_dtype=dtype, variant=self.variant
+        )
+        return pipeline.to(device)
+
+    def outside_components(self, dtype: torch.dtype) -> dict[str, Any]:
+        """Llama and its tokenizer where the model's folder lacks them, by pipeline component.
+
+        Raises:
+            ValueError: naming the flag, if one cannot be loaded.
+        """
+        hub = {name: self.flags.get(flag) for name, flag in (("cache_dir", "cache_dir"), ("token", "hub_token"))}
+        loaders = {
+            "text_encoder_4": functools.partial(LlamaForCausalLM.from_pretrained, dtype=dtype, **hub),
+            "tokenizer_4": functools.partial(AutoTokenizer.from_pretrained, **hub),
+        }
+        components = {}
+        for component, load in loaders.items():
+            if (self.model_path / component).is_dir():
+                continue
+            flag = f"pretrained_{component}_name_or_path"
+            try:
+                components[component] = load(self.flags[flag])
+            except (OSError, ValueError) as error:
+                raise ValueError(
+                    f"--{flag} {self.flags[flag]} cannot be loaded ({str(error).splitlines()[0]}); name a folder with "
+                    "Llama 3.1 8B Instruct, or a hub id that you have access to."
+                ) from error
+        return components
+
+    @torch.no_grad()
+    def encode_prompts(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> list[PromptEmbeds]:
+        t5, _, llama, _, pooled, _ = pipeline.encode_prompt(
+            list(prompts), do_classifier_free_guidance=False, max_sequence_length=self.flags["max_sequence_length"]
+        )
+        rows = zip(t5.cpu(), llama.permute(1, 2, 0, 3).cpu(), pooled.cpu(), strict=True)
+        names = ("prompt_embeds_t5", "prompt_embeds_llama3", "pooled_prompt_embeds")
+        return [dict(zip(names, row, strict=True)) for row in rows]
+
+    def transformer_inputs(
+        self,
+        transformer_config: Mapping[str, Any],
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        embeds: PromptEmbeds,
+    ) -> dict[str, Any]:
+        return {
+            "hidden_states": noisy_latents,
+            "timesteps": timesteps,
+            "encoder_hidden_states_t5": embeds["prompt_embeds_t5"],
+            "encoder_hidden_states_llama3": embeds["prompt_embeds_llama3"].permute(2, 0, 1, 3),
+            "pooled_embeds": embeds["pooled_prompt_embeds"],
+        }
+
+    def prediction_to_latents(self, prediction: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        batch, channels, height, width = like.shape
+        if prediction.shape != like.shape:
+            # In training mode the model returns its tokens, (B, C, tokens, p x p), padded unless the image is square.
+            patch = round(prediction.shape[-1] ** 0.5)
+            rows, columns = height // patch, width // patch
+            tokens = prediction[:, :, : rows * columns].reshape(batch, channels, rows, columns, patch, patch)
+            prediction = tokens.permute(0, 1, 2, 4, 3, 5).reshape(like.shape)
+        # The model predicts x - noise.
+        return -prediction
+
+    def pipeline_inputs(self, embeds: PromptEmbeds, negative: PromptEmbeds | None) -> dict[str, Any]:
+        inputs: dict[str, Any] = {}
+        for prefix, prompt in (("", embeds), ("negative_", negative or {})):
+            inputs |= {f"{prefix}{name}": tensor for name, tensor in prompt.items()}
+            if prompt:
+                inputs[f"{prefix}prompt_embeds_llama3"] = prompt["prompt_embeds_llama3"].permute(2, 0, 1, 3)
+        return inputs

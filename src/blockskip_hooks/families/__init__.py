@@ -13,6 +13,7 @@ from .flux import Flux
 from .flux2 import Flux2, Flux2Klein
 from .hidream import HiDream
 from .krea2 import Krea2
+from .lumina2 import Lumina2
 from .sana import Sana, SanaSprint
 from .sd3 import StableDiffusion3
 from .z_image import ZImage
@@ -28,6 +29,7 @@ FAMILIES: dict[str, type[Family]] = {
     "SanaPipeline": Sana,
     "SanaSprintPipeline": SanaSprint,
     "HiDreamImagePipeline": HiDream,
+    "Lumina2Pipeline": Lumina2,
 }
 """Family by the pipeline class that a model's ``model_index.json`` names."""
 

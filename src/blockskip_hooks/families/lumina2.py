@@ -1,0 +1,119 @@
+"""Lumina-Image 2.0: one sequence of caption and image tokens, after refiners of each; Gemma 2 token embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, Lumina2Pipeline, ModelMixin
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.models.transformers.transformer_lumina2 import Lumina2TransformerBlock
+
+from ..model_config import load_config
+from .base import Family, Flag, PromptEmbeds
+
+
+TransformerBlockRegistry.register(
+    model_class=Lumina2TransformerBlock,
+    metadata=TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None),
+)
+
+
+class _PipelineFromEmbeds(Lumina2Pipeline):
+    """The stock pipeline does not repeat negative embeddings that it is given for the images of a prompt."""
+
+    def encode_prompt(self, *args: Any, num_images_per_prompt: int = 1, **kwargs: Any) -> tuple[Any, ...]:
+        embeds = super().encode_prompt(*args, **kwargs)
+        return tuple(None if e is None else e.repeat_interleave(num_images_per_prompt, dim=0) for e in embeds)
+
+
+class Lumina2(Family):
+    """Lumina-Image 2.0. Its time runs from 0 (noise) to 1 (image), and it predicts ``x - noise``."""
+
+    name = "lumina2"
+    pipeline_class = Lumina2Pipeline
+    text_components = ("text_encoder", "tokenizer")
+    lora_layers = ("attn.to_k", "attn.to_q", "attn.to_v", "attn.to_out.0")
+    block_stacks = ("layers",)
+    own_flags = (
+        Flag(
+            "system_prompt",
+            {
+                "type": str,
+                "default": None,
+                "help": "Text put before every prompt but the empty one; by default the pipeline's own.",
+            },
+        ),
+    )
+    flag_defaults = {"max_sequence_length": 256, "output_dir": "lumina2-dreambooth-lora", "lora_alpha": None}
+    negative_prompt = ""
+    tags = ("lumina2", "lumina2-diffusers")
+
+    @property
+    def vae_scale_factor(self) -> int:
+        return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
+
+    @property
+    def latent_token_size(self) -> int:
+        return self.vae_scale_factor * load_config(self.model_path / "transformer")["patch_size"]
+
+    @property
+    def image_size(self) -> int:
+        return self.vae_scale_factor * load_config(self.model_path / "transformer")["sample_size"]
+
+    def empty_embeds(
+        self, transformer_config: Mapping[str, Any], text_tokens: int, dtype: torch.dtype
+    ) -> PromptEmbeds:
+        return {
+            "prompt_embeds": torch.empty((text_tokens, transformer_config["cap_feat_dim"]), dtype=dtype),
+            "prompt_attention_mask": torch.ones(text_tokens, dtype=torch.long),
+        }
+
+    @torch.no_grad()
+    def encode_prompts(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> list[PromptEmbeds]:
+        results = []
+        for prompt in prompts:
+            settings = {k: v for k, v in self.prompt_inputs(prompt).items() if k != "prompt"}
+            encoded = pipeline.encode_prompt([prompt], do_classifier_free_guidance=not prompt, **settings)
+            # The pipeline puts no system prompt before its negative prompt, which is what the empty one stands for.
+            embeds, mask = encoded[:2] if prompt else encoded[2:]
+            # Padding is at the end and masked, so the model's output does not depend on it.
+            tokens = int(mask.sum())
+            results.append(
+                {"prompt_embeds": embeds[0, :tokens].cpu(), "prompt_attention_mask": mask[0, :tokens].cpu()}
+            )
+        return results
+
+    def transformer_inputs(
+        self,
+        transformer_config: Mapping[str, Any],
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        embeds: PromptEmbeds,
+    ) -> dict[str, Any]:
+        return {
+            "hidden_states": noisy_latents,
+            "timestep": 1 - timesteps / self.scheduler.config["num_train_timesteps"],
+            "encoder_hidden_states": embeds["prompt_embeds"],
+            "encoder_attention_mask": embeds["prompt_attention_mask"],
+        }
+
+    def prediction_to_latents(self, prediction: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        return -prediction
+
+    def prompt_inputs(self, prompt: str) -> dict[str, Any]:
+        return {**super().prompt_inputs(prompt), "system_prompt": self.flags["system_prompt"]}
+
+    def image_pipeline(self, transformer: torch.nn.Module, vae: ModelMixin) -> DiffusionPipeline:
+        pipeline = _PipelineFromEmbeds(**super().image_pipeline(transformer, vae).components)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def pipeline_inputs(self, embeds: PromptEmbeds, negative: PromptEmbeds | None) -> dict[str, Any]:
+        if negative is None:
+            return dict(embeds)
+        # The pipeline wants both of one length.
+        both = self.collate_embeds([{name: e[name][0] for name in e} for e in (embeds, negative)])
+        inputs = {name: tensor[:1] for name, tensor in both.items()}
+        return {**inputs, **{f"negative_{name}": tensor[1:] for name, tensor in both.items()}}

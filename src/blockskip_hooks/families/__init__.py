@@ -14,6 +14,7 @@ from .flux2 import Flux2, Flux2Klein
 from .hidream import HiDream
 from .krea2 import Krea2
 from .lumina2 import Lumina2
+from .pixart_sigma import PixArtSigma
 from .sana import Sana, SanaSprint
 from .sd3 import StableDiffusion3
 from .z_image import ZImage
@@ -30,6 +31,7 @@ FAMILIES: dict[str, type[Family]] = {
     "SanaSprintPipeline": SanaSprint,
     "HiDreamImagePipeline": HiDream,
     "Lumina2Pipeline": Lumina2,
+    "PixArtSigmaPipeline": PixArtSigma,
 }
 """Family by the pipeline class that a model's ``model_index.json`` names."""
 

@@ -1,0 +1,132 @@
+"""PixArt-Sigma: blocks that read the text by cross-attention; T5 token embeddings; predicts the noise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline, PixArtSigmaPipeline, PixArtTransformer2DModel
+from diffusers.loaders import PeftAdapterMixin, SanaLoraLoaderMixin
+from diffusers.utils import is_bs4_available, is_ftfy_available
+
+from ..model_config import load_config
+from .base import Family, PromptEmbeds
+
+
+if not issubclass(PixArtTransformer2DModel, PeftAdapterMixin):
+    # diffusers left out its LoRA methods here (add_adapter, load_lora_adapter); they need nothing of the class.
+    PixArtTransformer2DModel.__bases__ += (PeftAdapterMixin,)
+
+
+class PixArtSigmaLoraPipeline(PixArtSigmaPipeline, SanaLoraLoaderMixin):
+    """The stock pipeline with ``load_lora_weights`` and ``save_lora_weights``, which diffusers has not given it.
+
+    The methods are those of the SANA pipelines, whose only adapted component is the transformer too. To use a LoRA,
+    load the model with this class instead of ``PixArtSigmaPipeline``, or leave the pipeline as it is and call
+    ``pipe.transformer.load_lora_adapter(file, prefix="transformer")``, which importing this module makes possible.
+    """
+
+
+class PixArtSigma(Family):
+    """PixArt-Sigma. Prompts always have ``max_sequence_length`` tokens, with a mask.
+
+    Its noise schedule is DDPM's: ``x_t = sqrt(a_t) x + sqrt(1 - a_t) noise``, and the loss compares noise. For what
+    asks for a flow's ``sigma``, such as loss weightings, the schedule gives that of the same signal-to-noise ratio.
+    """
+
+    name = "pixart-sigma"
+    pipeline_class = PixArtSigmaLoraPipeline
+    text_components = ("text_encoder", "tokenizer")
+    lora_layers = ("to_k", "to_q", "to_v")
+    flag_defaults = {"max_sequence_length": 300, "output_dir": "pixart-sigma-dreambooth-lora"}
+    negative_prompt = ""
+    tags = ("pixart-sigma", "pixart-sigma-diffusers")
+
+    def load_scheduler(self) -> DDPMScheduler:
+        scheduler: Any = DDPMScheduler.from_pretrained(self.model_path, subfolder="scheduler")
+        signal, noise = self._signal_and_noise(scheduler, scheduler.timesteps)
+        scheduler.sigmas = noise / (signal + noise)
+        return scheduler
+
+    @staticmethod
+    def _signal_and_noise(scheduler: DDPMScheduler, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        signal = scheduler.alphas_cumprod[timesteps]
+        return signal.sqrt(), (1.0 - signal).sqrt()
+
+    @property
+    def vae_scale_factor(self) -> int:
+        return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
+
+    @property
+    def latent_token_size(self) -> int:
+        return self.vae_scale_factor * load_config(self.model_path / "transformer")["patch_size"]
+
+    @property
+    def image_size(self) -> int:
+        return self.vae_scale_factor * load_config(self.model_path / "transformer")["sample_size"]
+
+    def empty_embeds(
+        self, transformer_config: Mapping[str, Any], text_tokens: int, dtype: torch.dtype
+    ) -> PromptEmbeds:
+        return {
+            "prompt_embeds": torch.empty((text_tokens, transformer_config["caption_channels"]), dtype=dtype),
+            "prompt_attention_mask": torch.ones(text_tokens, dtype=torch.long),
+        }
+
+    @torch.no_grad()
+    def encode_prompts(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> list[PromptEmbeds]:
+        embeds, mask, _, _ = pipeline.encode_prompt(
+            list(prompts),
+            do_classifier_free_guidance=False,
+            # As the pipeline's own call does, which warns where the packages are missing.
+            clean_caption=is_bs4_available() and is_ftfy_available(),
+            max_sequence_length=self.flags["max_sequence_length"],
+        )
+        return [
+            {"prompt_embeds": e, "prompt_attention_mask": m} for e, m in zip(embeds.cpu(), mask.cpu(), strict=True)
+        ]
+
+    def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, indices: Sequence[int]) -> torch.Tensor:
+        """Latents at the noise levels of ``indices`` into the schedule: ``sqrt(a) x + sqrt(1 - a) noise``."""
+        levels = self._signal_and_noise(self.scheduler, self.scheduler.timesteps[list(indices)])
+        signal, noise_level = (level.reshape(-1, 1, 1, 1).to(latents) for level in levels)
+        return signal * latents + noise_level * noise
+
+    def transformer_inputs(
+        self,
+        transformer_config: Mapping[str, Any],
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        embeds: PromptEmbeds,
+    ) -> dict[str, Any]:
+        return {
+            "hidden_states": noisy_latents,
+            "encoder_hidden_states": embeds["prompt_embeds"],
+            "encoder_attention_mask": embeds["prompt_attention_mask"],
+            "timestep": timesteps,
+            "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+        }
+
+    def prediction_to_latents(self, prediction: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """The predicted noise, not a velocity: see :meth:`loss_terms`. Channels of the variance are dropped."""
+        return prediction[:, : like.shape[1]]
+
+    def loss_terms(
+        self,
+        prediction: torch.Tensor,
+        latents: torch.Tensor,
+        noise: torch.Tensor,
+        noisy_latents: torch.Tensor,
+        sigmas: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Predicted and true noise."""
+        return prediction, noise
+
+    def pipeline_inputs(self, embeds: PromptEmbeds, negative: PromptEmbeds | None) -> dict[str, Any]:
+        inputs: dict[str, Any] = dict(embeds)
+        if negative is not None:
+            inputs.update({f"negative_{name}": tensor for name, tensor in negative.items()})
+            # Its default is a text, which the pipeline does not take along with embeddings.
+            inputs["negative_prompt"] = None
+        return inputs

@@ -15,6 +15,7 @@ from .hidream import HiDream
 from .krea2 import Krea2
 from .lumina2 import Lumina2
 from .pixart_sigma import PixArtSigma
+from .qwen_image import QwenImage
 from .sana import Sana, SanaSprint
 from .sd3 import StableDiffusion3
 from .z_image import ZImage
@@ -30,6 +31,7 @@ FAMILIES: dict[str, type[Family]] = {
     "SanaPipeline": Sana,
     "SanaSprintPipeline": SanaSprint,
     "HiDreamImagePipeline": HiDream,
+    "QwenImagePipeline": QwenImage,
     "Lumina2Pipeline": Lumina2,
     "PixArtSigmaPipeline": PixArtSigma,
 }

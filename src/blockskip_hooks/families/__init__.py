@@ -12,6 +12,7 @@ from .base import Family, Flag, PromptEmbeds
 from .flux import Flux
 from .flux2 import Flux2, Flux2Klein
 from .hidream import HiDream
+from .ideogram4 import Ideogram4
 from .krea2 import Krea2
 from .lumina2 import Lumina2
 from .pixart_sigma import PixArtSigma
@@ -34,6 +35,7 @@ FAMILIES: dict[str, type[Family]] = {
     "QwenImagePipeline": QwenImage,
     "Lumina2Pipeline": Lumina2,
     "PixArtSigmaPipeline": PixArtSigma,
+    "Ideogram4Pipeline": Ideogram4,
 }
 """Family by the pipeline class that a model's ``model_index.json`` names."""
 

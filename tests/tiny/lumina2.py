@@ -38,7 +38,7 @@ def save_tiny_lumina2(folder: Path) -> None:
             sample_size=8,
             in_channels=4,
             hidden_size=24,
-            num_layers=4,
+            num_layers=5,
             num_refiner_layers=1,
             num_attention_heads=2,
             num_kv_heads=1,
@@ -62,6 +62,6 @@ def save_tiny_lumina2(folder: Path) -> None:
 # The pipeline's own system prompt would fill these few tokens and leave none for the prompt.
 TINY = [
     TinyFamily(
-        "lumina2", Lumina2, save_tiny_lumina2, num_blocks=4, text_tokens=20, flags={"system_prompt": "the object"}
+        "lumina2", Lumina2, save_tiny_lumina2, num_blocks=5, text_tokens=20, flags={"system_prompt": "the object"}
     )
 ]

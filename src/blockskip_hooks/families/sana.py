@@ -118,9 +118,9 @@ class SanaSprint(Sana):
 
     Its pipeline samples on the trigonometric path ``cos(t) x + sin(t) noise``, but the transformer inside sees
     ``(1 - s) x + s noise`` with ``s = sin(t) / (sin(t) + cos(t))``, is given ``s`` as its time and returns
-    ``noise - x``. It is trained in those terms: the flow-matching loss of the other families on uniform-rate paths,
-    with the guidance embedding at the value the pipeline uses. That objective teaches the subject; it does not
-    distil, so few-step quality may suffer in long runs.
+    ``noise - x``. It is trained in those terms, with the flow-matching loss of the other families and the guidance
+    embedding at the value the pipeline uses. That objective teaches the subject; it does not distil, so few-step
+    quality may suffer in long runs.
     """
 
     name = "sana-sprint"

@@ -4,12 +4,29 @@ encoder."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, Flux2KleinPipeline, Flux2Pipeline, ModelMixin
 
 from .base import Family, Flag, PromptEmbeds
+
+
+SHARED_FLAGS = (
+    Flag(
+        "guidance_scale",
+        {"type": float, "default": 3.5, "help": "Guidance value fed to guidance-distilled models."},
+    ),
+    Flag(
+        "text_encoder_out_layers",
+        {
+            "type": int,
+            "nargs": "+",
+            "default": [10, 20, 30],
+            "help": "Hidden layers of the text encoder whose outputs make up the prompt embeddings.",
+        },
+    ),
+)
 
 
 class Flux2(Family):
@@ -32,19 +49,12 @@ class Flux2(Family):
         "ff_context.linear_in",
         "ff_context.linear_out",
     )
-    own_flags = (
+    own_flags: ClassVar[tuple[Flag, ...]] = (
+        *SHARED_FLAGS,
         Flag(
-            "guidance_scale",
-            {"type": float, "default": 3.5, "help": "Guidance value fed to guidance-distilled models."},
-        ),
-        Flag(
-            "text_encoder_out_layers",
-            {
-                "type": int,
-                "nargs": "+",
-                "default": [10, 20, 30],
-                "help": "Hidden layers of the text encoder whose outputs make up the prompt embeddings.",
-            },
+            "remote_text_encoder",
+            {"action": "store_true", "help": "Refused: prompts are encoded by the model's own text encoder."},
+            refusal="it sends prompts to a remote service; leave it out, and the local text encoder is used",
         ),
     )
     flag_defaults = {"max_sequence_length": 512, "output_dir": "flux-dreambooth-lora"}
@@ -128,6 +138,7 @@ class Flux2Klein(Flux2):
 
     name = "flux2-klein"
     pipeline_class = Flux2KleinPipeline
+    own_flags = SHARED_FLAGS
     negative_prompt = ""
     tags = ("flux2-klein", "flux2-klein-diffusers")
 

@@ -24,6 +24,7 @@ from diffusers.models.transformers.transformer_ideogram4 import (
 from torch.nn.functional import pad, pixel_unshuffle
 
 from .base import Family, Flag, PromptEmbeds
+from .flux import Flux
 
 
 TransformerBlockRegistry.register(
@@ -69,11 +70,9 @@ class Ideogram4(Family):
         "feed_forward.w2",
         "feed_forward.w3",
     )
+    # The upstream script takes --guidance_scale too; the transformer takes none, so it has no effect.
     own_flags = (
-        Flag(
-            "guidance_scale",
-            {"type": float, "default": 3.5, "help": "Without effect: the transformer takes no guidance."},
-        ),
+        *Flux.own_flags,
         Flag(
             "upsample_prompt",
             {"action": "store_true", "help": "Rewrite every prompt as the structured caption the model was made for."},
@@ -88,7 +87,8 @@ class Ideogram4(Family):
         ),
         Flag(
             "disable_training_autocast",
-            {"action": "store_true", "help": "Run the transformer in its own dtype in training, not under autocast."},
+            {"action": "store_true", "help": "Refused: training in half precision runs under autocast."},
+            refusal="training in half precision runs under autocast; leave it out",
         ),
     )
     flag_defaults = {

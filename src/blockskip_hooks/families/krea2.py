@@ -59,7 +59,8 @@ class Krea2(Family):
         ),
         Flag(
             "validation_model_path",
-            {"type": str, "default": None, "help": "Another checkpoint to make validation images with."},
+            {"type": str, "default": None, "help": "Refused: another checkpoint for validation images."},
+            refusal="validation images come from the model that is trained; leave it out",
         ),
     )
     flag_defaults = {

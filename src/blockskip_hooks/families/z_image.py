@@ -10,7 +10,8 @@ from diffusers import DiffusionPipeline, ModelMixin, ZImagePipeline
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
 
-from .base import Family, Flag, PromptEmbeds
+from .base import Family, PromptEmbeds
+from .flux import Flux
 
 
 # diffusers registers the block, but not that its first argument is called x.
@@ -32,16 +33,8 @@ class ZImage(Family):
     text_components = ("text_encoder", "tokenizer")
     lora_layers = ("attention.to_k", "attention.to_q", "attention.to_v", "attention.to_out.0")
     block_stacks = ("layers",)
-    own_flags = (
-        Flag(
-            "guidance_scale",
-            {
-                "type": float,
-                "default": 3.5,
-                "help": "Without effect: the transformer takes no guidance.",
-            },
-        ),
-    )
+    # The upstream script takes --guidance_scale too; the transformer takes none, so it has no effect.
+    own_flags = Flux.own_flags
     flag_defaults = {"max_sequence_length": 512, "output_dir": "z-image-dreambooth-lora"}
     negative_prompt = ""
     tags = ("z-image", "z-image-diffusers")

@@ -167,12 +167,10 @@ def open_trainer(argv: Sequence[str]) -> Trainer:
     sources = run.photo_sources()
     prompts = [prompt for source in sources.values() for prompt in source.prompts()]
     with quiet():
-        embeds, _ = encode_prompts(
-            family, prompts, max_sequence_length=args.max_sequence_length, dtype=dtype, device=device
-        )
+        embeds, _ = encode_prompts(family, prompts, dtype=dtype, device=device)
     sample_plan = run.sample_plan(0, {kind: len(source.photos) for kind, source in sources.items()})
     maker = SampleMaker(sample_plan, sources, family, embeds, device, dtype)
-    _, max_train_steps = run.schedule(sample_plan.num_images, accelerator.num_processes)
+    _, max_train_steps = run.schedule(sample_plan, accelerator.num_processes)
     store = None
     if run.uses_store:
         store = ResidualStore(run.residual_dir, run.describe_records(sample_plan, sources, dtype))

@@ -70,8 +70,7 @@ def measure(config: dict[str, Any], family: Family, setting: Setting, targets: l
     torch.manual_seed(0)
     transformer = torch.nn.Module.to(FluxTransformer2DModel.from_config(config), dtype)
     model = DiTBlockSkipTransformer(transformer, BlockSkipConfig(leading=setting.leading, trailing=setting.trailing))
-    side = setting.resolution // family.vae_scale_factor
-    shape = (setting.batch_size, family.latent_channels, side, side)
+    shape = (setting.batch_size, *family.latent_shape(setting.resolution, setting.resolution))
     embeds = {
         "prompt_embeds": torch.randn(setting.batch_size, TEXT_TOKENS, config["joint_attention_dim"], dtype=dtype),
         "pooled_prompt_embeds": torch.randn(setting.batch_size, config["pooled_projection_dim"], dtype=dtype),
@@ -80,7 +79,7 @@ def measure(config: dict[str, Any], family: Family, setting: Setting, targets: l
     sigmas = torch.rand(setting.batch_size, 1, 1, 1, dtype=dtype)
     timesteps = torch.rand(setting.batch_size) * 1000
     noisy = (1 - sigmas) * latents + sigmas * noise
-    inputs = family.transformer_inputs(config, noisy, timesteps, embeds, 1.0)
+    inputs = family.transformer_inputs(config, noisy, timesteps, embeds)
     residuals = model.capture_residuals(**inputs, return_dict=False)
     # As when they are never loaded.
     for block in model.spans.skipped:
@@ -97,7 +96,7 @@ def measure(config: dict[str, Any], family: Family, setting: Setting, targets: l
         batch = {name: tensor.clone() for name, tensor in {"latents": latents, "noise": noise}.items()}
         noisy = (1 - sigmas) * batch["latents"] + sigmas * batch["noise"]
         inputs = family.transformer_inputs(
-            config, noisy, timesteps, {name: tensor.clone() for name, tensor in embeds.items()}, 1.0
+            config, noisy, timesteps, {name: tensor.clone() for name, tensor in embeds.items()}
         )
         injected = SpanResiduals(**{name: tensor.clone() for name, tensor in residuals.tensors().items()})
         prediction = wrapped(**inputs, residuals=injected, return_dict=False)[0]

@@ -18,15 +18,26 @@ from blockskip_hooks import (
 )
 from blockskip_hooks.blocks import list_blocks
 from blockskip_hooks.hooks import SkipMode
+from blockskip_hooks.lora import lora_targets
+from blockskip_hooks.simulation import empty_model
 from tests.tiny import TINY_FAMILIES, TinyFamily, randomise
 
 
-VALID_SPANS = [(n, m) for n in range(5) for m in range(5) if n + m < 5]
+# Every family with every (n, m) that keeps a block.
+SPANS = [
+    pytest.param(tiny, (n, m), id=f"{tiny.name}-{n},{m}")
+    for tiny in TINY_FAMILIES
+    for n in range(tiny.num_blocks)
+    for m in range(tiny.num_blocks - n)
+]
 
 
-def add_lora(transformer: torch.nn.Module, block_names: list[str], *, randomise_b: bool = False) -> None:
-    """Give the named blocks rank-2 attention LoRA; B starts at zero unless asked otherwise."""
-    targets = [f"{name}.attn.{proj}" for name in block_names for proj in ("to_q", "to_k", "to_v")]
+def add_lora(
+    transformer: torch.nn.Module, tiny: TinyFamily, config: BlockSkipConfig, *, randomise_b: bool = False
+) -> None:
+    """Give the kept blocks the family's LoRA with rank 2; B starts at zero unless asked otherwise."""
+    skeleton = DiTBlockSkipTransformer(empty_model(dict(transformer.config)), config, tiny.family.block_stacks)
+    targets = lora_targets(skeleton, tiny.family.lora_layers, tiny.family.text_stream_layers)
     torch.manual_seed(0)
     transformer.requires_grad_(False)
     transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=targets))
@@ -38,17 +49,22 @@ def add_lora(transformer: torch.nn.Module, block_names: list[str], *, randomise_
 
 
 def forward(model: torch.nn.Module, inputs: dict, **kwargs) -> torch.Tensor:
-    return model(**inputs, **kwargs, return_dict=False)[0]
+    prediction = model(**inputs, **kwargs, return_dict=False)[0]
+    return torch.stack(prediction) if isinstance(prediction, list) else prediction
 
 
-@pytest.mark.parametrize("spans", VALID_SPANS, ids=str)
+def wrap(tiny: TinyFamily, transformer: torch.nn.Module, config: BlockSkipConfig, **kwargs) -> DiTBlockSkipTransformer:
+    return DiTBlockSkipTransformer(transformer, config, tiny.family.block_stacks, **kwargs)
+
+
+@pytest.mark.parametrize(("tiny", "spans"), SPANS)
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 def test_residuals_reproduce_the_full_model(tiny: TinyFamily, spans: tuple[int, int], checkpointing: bool):
     """E1, for every (n, m), a span across the double/single-stream border included."""
     inputs = tiny.make_inputs(2)
     with torch.no_grad():
         expected = forward(tiny.make_transformer(), inputs)
-    model = DiTBlockSkipTransformer(tiny.make_transformer(), BlockSkipConfig(leading=spans[0], trailing=spans[1]))
+    model = wrap(tiny, tiny.make_transformer(), BlockSkipConfig(leading=spans[0], trailing=spans[1]))
     if checkpointing:
         model.transformer.enable_gradient_checkpointing()
     residuals = model.capture_residuals(**inputs)
@@ -61,7 +77,7 @@ def test_residuals_reproduce_the_full_model(tiny: TinyFamily, spans: tuple[int, 
 def test_skipped_blocks_matter_and_do_not_run(tiny: TinyFamily):
     """Without residuals the prediction is another one; with them the skipped weights are not read at all."""
     inputs = tiny.make_inputs(1)
-    model = DiTBlockSkipTransformer(tiny.make_transformer(), BlockSkipConfig(leading=1, trailing=2))
+    model = wrap(tiny, tiny.make_transformer(), BlockSkipConfig(leading=1, trailing=2))
     residuals = model.capture_residuals(**inputs)
     with torch.no_grad():
         expected = forward(model, inputs, residuals=residuals)
@@ -69,27 +85,28 @@ def test_skipped_blocks_matter_and_do_not_run(tiny: TinyFamily):
             for parameter in block.module.parameters():
                 parameter.fill_(float("nan"))
         assert torch.equal(forward(model, inputs, residuals=residuals), expected)
-    identity = DiTBlockSkipTransformer(
-        tiny.make_transformer(), BlockSkipConfig(leading=1, trailing=2, residuals="none")
-    )
+    identity = wrap(tiny, tiny.make_transformer(), BlockSkipConfig(leading=1, trailing=2, residuals="none"))
     assert (forward(identity, inputs, residuals=SpanResiduals()) - expected).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("leading", range(1, 5))
+@pytest.mark.parametrize(
+    ("tiny", "leading"),
+    [pytest.param(tiny, n, id=f"{tiny.name}-{n}") for tiny in TINY_FAMILIES for n in range(1, tiny.num_blocks)],
+)
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 def test_gradients_equal_the_full_model_without_trailing_span(tiny: TinyFamily, leading: int, checkpointing: bool):
     """E2: m = 0, LoRA away from zero, every LoRA gradient."""
     inputs = tiny.make_inputs(2)
+    config = BlockSkipConfig(leading=leading)
 
     def gradients(skip: bool) -> dict[str, torch.Tensor]:
         model: torch.nn.Module = tiny.make_transformer()
-        names = [block.name for block in list_blocks(model)[leading:]]
-        add_lora(model, names, randomise_b=True)
+        add_lora(model, tiny, config, randomise_b=True)
         if checkpointing:
             model.enable_gradient_checkpointing()
         kwargs = {}
         if skip:
-            model = DiTBlockSkipTransformer(model, BlockSkipConfig(leading=leading))
+            model = wrap(tiny, model, config)
             kwargs["residuals"] = model.capture_residuals(**inputs)
         forward(model, inputs, **kwargs).square().mean().backward()
         return {
@@ -112,8 +129,9 @@ def test_gradients_equal_the_full_model_without_trailing_span(tiny: TinyFamily, 
 def test_trailing_span_passes_the_gradient_through(tiny: TinyFamily):
     """With m > 0 the skip is the identity for gradients, so every kept LoRA still receives one."""
     inputs = tiny.make_inputs(2)
-    model = DiTBlockSkipTransformer(tiny.make_transformer(), BlockSkipConfig(leading=1, trailing=2))
-    add_lora(model.transformer, [block.name for block in model.spans.kept], randomise_b=True)
+    config = BlockSkipConfig(leading=1, trailing=2)
+    model = wrap(tiny, tiny.make_transformer(), config)
+    add_lora(model.transformer, tiny, config, randomise_b=True)
     residuals = model.capture_residuals(**inputs)
     forward(model, inputs, residuals=residuals).square().mean().backward()
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -128,7 +146,8 @@ def test_streamed_forward_is_the_ordinary_forward(tiny: TinyFamily, tmp_path: Pa
     inputs = tiny.make_inputs(2)
     with torch.no_grad():
         expected = forward(transformer, inputs)
-    model = DiTBlockSkipTransformer.from_pretrained(tmp_path, BlockSkipConfig(leading=2, trailing=1))
+    config = BlockSkipConfig(leading=2, trailing=1)
+    model = DiTBlockSkipTransformer.from_pretrained(tmp_path, config, stacks=tiny.family.block_stacks)
     with torch.no_grad(), model.full_model():
         assert torch.equal(forward(model.transformer, inputs), expected)
     assert all(p.is_meta for block in model.spans.skipped for p in block.module.parameters())
@@ -143,7 +162,7 @@ def test_host_offload_streams_and_is_undone(tiny: TinyFamily):
     with torch.no_grad():
         expected = forward(transformer, inputs)
     before = {name: tensor.clone() for name, tensor in transformer.state_dict().items()}
-    model = DiTBlockSkipTransformer(transformer, BlockSkipConfig(leading=2, trailing=2), offload_device="cpu")
+    model = wrap(tiny, transformer, BlockSkipConfig(leading=1, trailing=2), offload_device="cpu")
     assert all(p.is_meta for block in model.spans.skipped for p in block.module.parameters())
     with torch.no_grad():
         assert torch.equal(forward(model, inputs), expected)
@@ -175,19 +194,20 @@ def test_apply_and_remove_leave_the_model_as_it_was(tiny: TinyFamily):
     inputs = tiny.make_inputs(1)
     with torch.no_grad():
         expected = forward(transformer, inputs)
-        state = apply_block_skip(transformer, BlockSkipConfig(leading=2, trailing=1))
+        stacks = tiny.family.block_stacks
+        state = apply_block_skip(transformer, BlockSkipConfig(leading=2, trailing=1), stacks)
         assert state.mode is SkipMode.RUN and torch.equal(forward(transformer, inputs), expected)
         with pytest.raises(ValueError, match="already"):
-            apply_block_skip(transformer, BlockSkipConfig(leading=1))
-        remove_block_skip(transformer)
+            apply_block_skip(transformer, BlockSkipConfig(leading=1), stacks)
+        remove_block_skip(transformer, stacks)
         assert torch.equal(forward(transformer, inputs), expected)
-    apply_block_skip(transformer, BlockSkipConfig(leading=1))
+    apply_block_skip(transformer, BlockSkipConfig(leading=1), stacks)
 
 
 def test_blocks_are_listed_in_execution_order(tiny: TinyFamily):
     transformer = tiny.make_transformer()
     order: list[int] = []
-    blocks = list_blocks(transformer)
+    blocks = list_blocks(transformer, tiny.family.block_stacks)
     for block in blocks:
         block.module.register_forward_pre_hook(lambda *_, index=block.index: order.append(index))
     with torch.no_grad():

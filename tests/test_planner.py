@@ -20,7 +20,7 @@ from blockskip_hooks.lora import add_lora, lora_targets
 from blockskip_hooks.losses import flow_matching_loss
 from blockskip_hooks.planner import PlanRequest, format_plan, plan_run
 from blockskip_hooks.presets import Preset, load_preset
-from blockskip_hooks.simulation import FakeTransformer, empty_transformer
+from blockskip_hooks.simulation import FakeTransformer, empty_model
 from tests.tiny import TINY_FAMILIES
 
 
@@ -81,8 +81,7 @@ def real_peak(preset: Preset, request: PlanRequest) -> int:
     dtype = request.weight_dtype
     transformer = torch.nn.Module.to(TINY_FAMILIES[0].make_transformer(), dtype)
     model = DiTBlockSkipTransformer(transformer, request.config)
-    side = request.patch.training_resolution // family.vae_scale_factor
-    shape = (request.batch_size, family.latent_channels, side, side)
+    shape = (request.batch_size, *family.latent_shape(*request.training_size))
     widths = preset.transformer_config
 
     def make_inputs() -> tuple[torch.Tensor, ...]:
@@ -97,7 +96,7 @@ def real_peak(preset: Preset, request: PlanRequest) -> int:
     def call(latents: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor, text: torch.Tensor, pooled: Any) -> Any:
         embeds = {"prompt_embeds": text, "pooled_prompt_embeds": pooled}
         noisy = (1 - sigmas) * latents + sigmas * noise
-        return family.transformer_inputs(widths, noisy, torch.rand(request.batch_size), embeds, 1.0)
+        return family.transformer_inputs(widths, noisy, torch.rand(request.batch_size), embeds)
 
     residuals = model.capture_residuals(**call(*make_inputs()), return_dict=False)
     for block in model.spans.skipped:
@@ -153,8 +152,8 @@ def test_train_flops_are_those_of_real_tensors(preset: Preset) -> None:
     inputs = TINY_FAMILIES[0].make_inputs(2)
     with torch.no_grad(), CountFlops() as flops:
         transformer(**inputs)
-    # The tiny inputs are 16 image tokens: 4 latent tokens on a side, 16 pixels.
-    resolution = 4 * preset.family.latent_token_size
+    # The tiny inputs are 4 image tokens: 2 latent tokens on a side.
+    side = 2 * preset.family.latent_token_size
     fake = FakeTransformer(
         preset.family,
         preset.transformer_config,
@@ -163,7 +162,7 @@ def test_train_flops_are_those_of_real_tensors(preset: Preset) -> None:
         lora_targets=[],
         dtype=torch.float32,
     )
-    usage = fake.infer(2, resolution, TEXT_TOKENS)
+    usage = fake.infer(2, (side, side), TEXT_TOKENS)
     assert usage.product_flops == flops.products > 0
     assert usage.attention_flops == flops.attention > 0
 
@@ -286,7 +285,7 @@ def test_live_bytes_counts_a_storage_once_and_until_it_is_freed() -> None:
 
 def test_presets_have_the_published_sizes() -> None:
     dev = load_preset("flux.1-dev")
-    count = sum(p.numel() for p in empty_transformer(dev.transformer_config).parameters())
+    count = sum(p.numel() for p in empty_model(dev.transformer_config).parameters())
     assert count == 11_901_408_320
     assert dev.family.latent_token_size == 16
     with pytest.raises(ValueError, match="--preset 'flux' does not exist; choose one of flux.1-dev"):

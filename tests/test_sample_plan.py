@@ -33,7 +33,6 @@ def make_plan(**changes):
     settings = {
         "seed": 7,
         "num_images": {"instance": 5},
-        "epoch_length": 5,
         "timesteps": TIMESTEPS,
         "patch": DYNAMIC,
         "random_flip": True,
@@ -215,7 +214,7 @@ def test_a_fresh_process_draws_the_same_samples():
         "from blockskip_hooks.config import PatchSamplingConfig\n"
         "from blockskip_hooks.sample_plan import SamplePlan\n"
         "patch = PatchSamplingConfig(mode='dynamic', min_size=32, max_size=64, multiple=8)\n"
-        "plan = SamplePlan(seed=7, num_images={'instance': 5, 'class': 4}, epoch_length=5, random_flip=True,\n"
+        "plan = SamplePlan(seed=7, num_images={'instance': 5, 'class': 4}, random_flip=True,\n"
         "    timesteps=torch.arange(1000.0, 0, -1), patch=patch, weighting_scheme='logit_normal')\n"
         "print([plan.sample(i, kind) for i in (9, 3, 0, 4_000_000) for kind in ('class', 'instance')])"
     )
@@ -270,20 +269,20 @@ def test_class_samples_neither_change_nor_follow_the_instance_ones():
 @pytest.mark.parametrize(("images", "repeats"), [(5, 1), (5, 3), (1, 1), (1, 4), (7, 2)])
 def test_every_epoch_sees_every_image_as_often_as_it_is_repeated(images, repeats):
     length = images * repeats
-    plan = make_plan(num_images={"instance": images}, epoch_length=length)
+    plan = make_plan(num_images={"instance": images}, repeats=repeats)
     for epoch in range(4):
         seen = Counter(plan.sample(index).image for index in range(epoch * length, (epoch + 1) * length))
         assert seen == dict.fromkeys(range(images), repeats)
 
 
 def test_epochs_have_orders_of_their_own():
-    plan = make_plan(num_images={"instance": 8}, epoch_length=8)
+    plan = make_plan(num_images={"instance": 8})
     orders = {tuple(plan.sample(8 * epoch + i).image for i in range(8)) for epoch in range(20)}
     assert len(orders) == 20
 
 
 def test_a_kind_with_fewer_images_than_the_epoch_uses_them_evenly():
-    plan = make_plan(num_images={"instance": 7, "class": 3}, epoch_length=7)
+    plan = make_plan(num_images={"instance": 7, "class": 3})
     for epoch in range(3):
         seen = Counter(plan.sample(7 * epoch + i, "class").image for i in range(7))
         assert sorted(seen) == [0, 1, 2] and max(seen.values()) - min(seen.values()) <= 1
@@ -342,7 +341,7 @@ def make_maker(plan, photos):
 
 @pytest.mark.parametrize("mode", ["dynamic", "high_to_low", "random", "resize", "none"])
 def test_the_same_sample_twice_is_the_same_tensor(photos, mode):
-    settings = {"num_images": {"instance": 2}, "epoch_length": 2, "patch": replace(DYNAMIC, mode=mode)}
+    settings = {"num_images": {"instance": 2}, "patch": replace(DYNAMIC, mode=mode)}
     first, second = (make_maker(make_plan(**settings), photos) for _ in range(2))
     crops = [first.crop(sample) for sample in first.samples(range(10))]
     side = 64 if mode == "none" else 32
@@ -353,7 +352,7 @@ def test_the_same_sample_twice_is_the_same_tensor(photos, mode):
 
 
 def test_crops_are_the_pixels_the_sample_names(photos):
-    plan = make_plan(num_images={"instance": 2}, epoch_length=2, patch=replace(DYNAMIC, mode="none"))
+    plan = make_plan(num_images={"instance": 2}, patch=replace(DYNAMIC, mode="none"))
     maker = make_maker(plan, photos)
     for sample in maker.samples(range(20)):
         red, green, blue = (maker.crop(sample) * 0.5 + 0.5).mul(255).round().int()
@@ -365,7 +364,7 @@ def test_crops_are_the_pixels_the_sample_names(photos):
 
 
 def test_center_crop_ignores_positions(photos):
-    plan = make_plan(num_images={"instance": 2}, epoch_length=1, center_crop=True, random_flip=False)
+    plan = make_plan(num_images={"instance": 1}, center_crop=True, random_flip=False)
     maker = make_maker(replace(plan, patch=replace(DYNAMIC, mode="none")), photos)
     crops = [maker.crop(sample) for sample in maker.samples(range(5))]
     assert all(torch.equal(crop, crops[0]) for crop in crops)
@@ -373,7 +372,7 @@ def test_center_crop_ignores_positions(photos):
 
 
 def test_samples_of_a_step_are_instance_first(photos):
-    plan = make_plan(num_images={"instance": 2, "class": 2}, epoch_length=2)
+    plan = make_plan(num_images={"instance": 2, "class": 2})
     source = PhotoSource(photos, "a photo")
     maker = SampleMaker(plan, {"instance": source, "class": source}, None, {}, "cpu", torch.float32)
     names = [sample.id for sample in maker.samples([3, 4])]

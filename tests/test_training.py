@@ -107,9 +107,7 @@ def test_plain_mode_is_a_straightforward_loop(train, model: Path, photos: Path):
 
     family = Flux(model)
     patch = PatchSamplingConfig(mode="none", min_size=32, max_size=64, multiple=8)
-    plan = SamplePlan(
-        seed=3, num_images={"instance": 3}, timesteps=family.scheduler.timesteps, patch=patch
-    )
+    plan = SamplePlan(seed=3, num_images={"instance": 3}, timesteps=family.scheduler.timesteps, patch=patch)
     pictures = PhotoSet(scan_photos(photos), 64)
     pipeline = FluxPipeline.from_pretrained(model)
     tokens, pooled, text_ids = pipeline.encode_prompt([PROMPT] * 2, max_sequence_length=12)

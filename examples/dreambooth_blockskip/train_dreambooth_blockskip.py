@@ -138,6 +138,7 @@ def train(
             device=device,
             variant=args.variant,
             stacks=family.block_stacks,
+            transformer_class=family.transformer_class(run.transformer_config),
         )
         if args.enable_npu_flash_attention:
             model.transformer.set_attention_backend("_native_npu")

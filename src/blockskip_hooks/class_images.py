@@ -35,7 +35,7 @@ def make_class_images(run: Run, accelerator: Accelerator, dtype: torch.dtype, se
     numbers = list(range(present, args.num_class_images))[accelerator.process_index :: accelerator.num_processes]
     if numbers:
         dtype = PRECISIONS.get(args.prior_generation_precision, dtype)
-        pipeline = family.pipeline_class.from_pretrained(family.model_path, torch_dtype=dtype, variant=family.variant)
+        pipeline = family.load_pipeline(dtype)
         pipeline.set_progress_bar_config(disable=True)
         if accelerator.device.type == "cpu":
             pipeline.to("cpu")

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from .families import Family, PromptEmbeds
 
 
-PROMPTS_AT_ONCE = 8
+PROGRESS_FROM = 32
 
 
 @dataclass
@@ -54,14 +54,10 @@ def encode_prompts(
     prompts = list(dict.fromkeys(prompts))
     pipeline = family.load_text_pipeline(dtype, device)
     embeds: dict[str, PromptEmbeds] = {}
-    progress = tqdm(
-        total=len(prompts), desc="Encoding prompts", disable=not show_progress or len(prompts) <= 4 * PROMPTS_AT_ONCE
-    )
-    for start in range(0, len(prompts), PROMPTS_AT_ONCE):
-        part = prompts[start : start + PROMPTS_AT_ONCE]
-        embeds.update(zip(part, family.encode_prompts(pipeline, part), strict=True))
-        progress.update(len(part))
-    progress.close()
+    # One at a time: in a batch the last bits of a prompt's embeddings would depend on the others.
+    silent = not show_progress or len(prompts) < PROGRESS_FROM
+    for prompt in tqdm(prompts, desc="Encoding prompts", disable=silent):
+        (embeds[prompt],) = family.encode_prompts(pipeline, [prompt])
     trained = None
     if keep_trainable:
         tokens = family.prompt_tokens(pipeline, prompts)

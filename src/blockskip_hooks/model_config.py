@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import diffusers
+from diffusers import ModelMixin
 
 
 def load_config(folder: str | Path) -> dict[str, Any]:
@@ -21,3 +25,19 @@ def load_config(folder: str | Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise OSError(f"{path} is not a JSON object")
     return config
+
+
+def model_class(config: Mapping[str, Any]) -> type[ModelMixin]:
+    """The class of diffusers that a component's config names.
+
+    Raises:
+        ValueError: if there is none of this name.
+    """
+    name = str(config.get("_class_name"))
+    found = getattr(diffusers, name, None)
+    if found is None:
+        raise ValueError(
+            f"A model's config names the class {name}, which diffusers {diffusers.__version__} does not have; update "
+            "diffusers or name another model."
+        )
+    return found

@@ -9,8 +9,10 @@ import torch
 
 from .embedded import DEFAULT_SUBJECT
 from .families import Family
+from .model_config import load_config
 from .planner import PlanRequest, format_plan, plan_run
 from .run import Run
+from .simulation import empty_model
 
 
 def plan_for(run: Run, dtype: torch.dtype, num_processes: int) -> dict[str, Any]:
@@ -45,10 +47,17 @@ def plan_for(run: Run, dtype: torch.dtype, num_processes: int) -> dict[str, Any]
         text_encoders=_text_encoder_configs(family),
         validation_batch_size=args.num_validation_images,
         validation_resolution=run.image_size if run.makes_images else None,
+        validation_extra_bytes=_weights_bytes(family, dtype),
         skip_source=run.selection.source,
         skip_table=run.selection.table,
     )
     return plan_run(request)
+
+
+def _weights_bytes(family: Family, dtype: torch.dtype) -> int:
+    """Parameters of the further models that validation images need, in ``dtype``."""
+    empty = (empty_model(load_config(family.model_path / name)) for name in family.image_components)
+    return sum(parameter.numel() * dtype.itemsize for model in empty for parameter in model.parameters())
 
 
 def _text_encoder_configs(family: Family) -> list[dict[str, Any]]:

@@ -54,6 +54,7 @@ class PlanRequest:
         resident_bytes: Parameters of other models that stay during training, such as a text encoder that trains.
         validation_resolution: Side of validation images in pixels; ``None`` if there are none.
         validation_batch_size: Validation images made at a time.
+        validation_extra_bytes: Parameters of other models that validation images need.
         memory_budget_bytes: What every stage must fit in; ``None`` for no limit.
         skip_source: Where the spans come from, for the plan's ``skip`` part.
         skip_table: Name of the selection table, for the same.
@@ -80,6 +81,7 @@ class PlanRequest:
     resident_bytes: int = 0
     validation_resolution: int | None = None
     validation_batch_size: int = 1
+    validation_extra_bytes: int = 0
     memory_budget_bytes: int | None = None
     skip_source: str = "flag"
     skip_table: str | None = None
@@ -163,7 +165,9 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
         images, side = request.validation_batch_size, request.validation_resolution
         infer = fake.infer(images, (side, side), request.text_tokens)
         infer = infer.beside(parameter_bytes=vae.parameter_bytes + request.resident_bytes, lora_bytes=states)
-        stages.append(_stage("validate", infer.then(vae.decode(images, (side, side))), images))
+        images_usage = infer.then(vae.decode(images, (side, side)))
+        images_usage = images_usage.beside(parameter_bytes=request.validation_extra_bytes)
+        stages.append(_stage("validate", images_usage, images))
 
     largest = max(stage["peak_device_bytes"] for stage in stages)
     budget = request.memory_budget_bytes

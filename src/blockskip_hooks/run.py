@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from accelerate import Accelerator, init_empty_weights
 from accelerate.utils import broadcast_object_list
@@ -335,6 +334,8 @@ def prepare_run(args: argparse.Namespace) -> Run:
         raise ValueError("--instance_prompt is missing and not every photo has a caption; give the prompt.")
     if args.train_text_encoder and not family.text_lora_layers:
         raise ValueError(f"--train_text_encoder is not available for {family.name}; leave it out.")
+    if missing := family.missing_packages():
+        raise ValueError(f"{model_name} needs packages that are not installed: {', '.join(missing)}; install them.")
     if args.enable_npu_flash_attention and importlib.util.find_spec("torch_npu") is None:
         raise ValueError("--enable_npu_flash_attention needs a package that is not installed: torch_npu.")
     _check_writable(Path(args.output_dir))
@@ -394,14 +395,8 @@ def _select(
     args: argparse.Namespace, family: Family, model_name: str
 ) -> tuple[DiTBlockSkipTransformer, Selection, BlockSkipConfig]:
     config = load_config(family.model_path / "transformer")
-    model_class = getattr(diffusers, config.get("_class_name") or "", None)
-    if model_class is None:
-        raise ValueError(
-            f"--pretrained_model_name_or_path {family.model_path}: diffusers {diffusers.__version__} has no class "
-            f"{config.get('_class_name')}; update diffusers or name another model."
-        )
     with init_empty_weights():
-        transformer = model_class.from_config(config)
+        transformer = family.transformer_class(config).from_config(config)
     num_blocks = len(list_blocks(transformer, family.block_stacks))
     names = (model_name, config.get("_name_or_path"))
     selection = select_blocks(args.skip_blocks, args.skip_ratio, num_blocks, names)

@@ -13,10 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import diffusers
 import torch
 import transformers
+from diffusers import ModelMixin
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .blocks import Block
 from .config import BlockSkipConfig
@@ -25,6 +26,7 @@ from .families import Family
 from .hooks import SpanResiduals
 from .lora import add_lora
 from .losses import combine_losses, flow_matching_loss
+from .model_config import model_class
 from .precompute import base_model
 from .training_data import Batch, place_embeds
 from .transformer import DiTBlockSkipTransformer, _cast_floating
@@ -101,8 +103,10 @@ class FakeTransformer:
         self.family = family
         self.transformer_config = transformer_config
         self.dtype = dtype
-        self.fake_mode = FakeTensorMode()
-        transformer = empty_model(transformer_config)
+        # Constants that a model keeps as ordinary tensors are not fake.
+        self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+        transformer = empty_model(transformer_config, family.transformer_class(transformer_config))
+        family.make_traceable(transformer)
         _cast_floating(transformer, dtype)
         transformer.requires_grad_(False)
         if lora_targets:
@@ -135,7 +139,7 @@ class FakeTransformer:
             What it needs, and fake residuals with the batch's shapes.
         """
         adapters = contextlib.nullcontext() if with_adapters else base_model(self.model.transformer)
-        with adapters, self._measured() as meter:
+        with adapters, self._measured(text_tokens) as meter:
             inputs = self._inputs(self._batch(batch_size, size, text_tokens))
             with self._autocast(), _streamed(self.model.spans.skipped):
                 residuals = self.model.capture_residuals(**inputs, return_dict=False)
@@ -144,7 +148,7 @@ class FakeTransformer:
     @torch.no_grad()
     def infer(self, batch_size: int, size: tuple[int, int], text_tokens: int) -> Usage:
         """A forward of the whole model without gradients, skipped blocks streamed one at a time."""
-        with self._measured() as meter:
+        with self._measured(text_tokens) as meter:
             inputs = self._inputs(self._batch(batch_size, size, text_tokens))
             with self._autocast(), _streamed(self.model.spans.skipped), self.model.full_model() as transformer:
                 transformer(**inputs, return_dict=False)
@@ -177,7 +181,7 @@ class FakeTransformer:
         if gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         self.model.train()
-        with self._measured() as meter:
+        with self._measured(text_tokens) as meter:
             if accumulated_gradients:
                 for parameter in self.lora_parameters:
                     parameter.grad = torch.zeros_like(parameter)
@@ -229,8 +233,8 @@ class FakeTransformer:
         )
 
     @contextlib.contextmanager
-    def _measured(self) -> Iterator[Meter]:
-        with self.fake_mode, Meter() as meter:
+    def _measured(self, text_tokens: int) -> Iterator[Meter]:
+        with self.fake_mode, Meter() as meter, _ReadScalars(text_tokens):
             meter.track(self._resident())
             yield meter
 
@@ -252,20 +256,19 @@ class FakeTransformer:
         )
 
 
-def empty_model(config: Mapping[str, Any]) -> torch.nn.Module:
+def empty_model(config: Mapping[str, Any], class_of_model: type[ModelMixin] | None = None) -> Any:
     """A diffusers model on the meta device, from its config: its modules and names, without memory.
+
+    Args:
+        config: Its config.
+        class_of_model: Its class, by default the one that the config names.
 
     Raises:
         ValueError: if the config does not name a model class of diffusers.
     """
-    model_class = getattr(diffusers, str(config.get("_class_name")), None)
-    if model_class is None:
-        raise ValueError(
-            f"A model's config names the class {config.get('_class_name')}, which diffusers "
-            f"{diffusers.__version__} does not have."
-        )
+    chosen: Any = class_of_model or model_class(config)
     with torch.device("meta"):
-        return model_class.from_config(dict(config))
+        return chosen.from_config(dict(config))
 
 
 def simulate_vae(family: Family, batch_size: int, size: tuple[int, int], dtype: torch.dtype, *, decode: bool) -> Usage:
@@ -304,15 +307,15 @@ def simulate_text_encoder(config: Mapping[str, Any], batch_size: int, text_token
         ValueError: if the config names no model class of transformers.
     """
     settings = {name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")}
-    model_class = getattr(transformers, (settings.get("architectures") or [""])[0], None)
-    if model_class is None:
+    encoder_class = getattr(transformers, (settings.get("architectures") or [""])[0], None)
+    if encoder_class is None:
         raise ValueError(
             f"A text encoder's config names the architectures {settings.get('architectures')}, which transformers "
             f"{transformers.__version__} does not have."
         )
-    model_config = model_class.config_class.from_dict(settings)
+    model_config = encoder_class.config_class.from_dict(settings)
     with torch.device("meta"):
-        encoder = torch.nn.Module.to(model_class(model_config), dtype)
+        encoder = torch.nn.Module.to(encoder_class(model_config), dtype)
     encoder.requires_grad_(False).eval()
     tokens = min(text_tokens, getattr(model_config, "max_position_embeddings", text_tokens))
     with FakeTensorMode(), torch.no_grad(), Meter() as meter:
@@ -327,26 +330,42 @@ def _num_bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _materialise(module: torch.nn.Module) -> list[tuple[dict[str, Any], str, torch.Tensor]]:
-    """Give a module's own parameters and buffers memory; returns what undoes it."""
-    replaced: list[tuple[dict[str, Any], str, torch.Tensor]] = []
-    holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-    for holder in holders:
-        for name, tensor in holder.items():
-            if tensor is None:
+class _ReadScalars(TorchDispatchMode):
+    """Answers reads of single numbers, which fake tensors cannot give: they are lengths of prompts, all the same."""
+
+    def __init__(self, value: int) -> None:
+        super().__init__()
+        self.value = value
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return self.value
+        return func(*args, **(kwargs or {}))
+
+
+def _materialise(module: torch.nn.Module) -> list[tuple[Any, Any, torch.Tensor]]:
+    """Give a module's own tensors memory, constants in plain attributes included; returns what undoes it."""
+    replaced: list[tuple[Any, Any, torch.Tensor]] = []
+    holders: list[tuple[Any, Any]] = [(module._parameters, list(module._parameters))]
+    holders += [(module._buffers, list(module._buffers)), (module.__dict__, list(module.__dict__))]
+    holders += [(value, range(len(value))) for value in module.__dict__.values() if isinstance(value, list)]
+    for holder, keys in holders:
+        for key in keys:
+            tensor = holder[key]
+            if not isinstance(tensor, torch.Tensor) or tensor.device.type != "meta":
                 continue
             value: torch.Tensor = torch.empty(tuple(tensor.shape), dtype=tensor.dtype)
             if isinstance(tensor, torch.nn.Parameter):
                 value = torch.nn.Parameter(value, requires_grad=tensor.requires_grad)
-            replaced.append((holder, name, tensor))
-            holder[name] = value
+            replaced.append((holder, key, tensor))
+            holder[key] = value
     return replaced
 
 
 @contextlib.contextmanager
 def _streamed(blocks: Sequence[Block]) -> Iterator[None]:
     """Within this context a block's weights take memory while it runs, as when they are read from the checkpoint."""
-    loaded: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+    loaded: list[tuple[Any, Any, torch.Tensor]] = []
 
     def load(module: torch.nn.Module, args: Any) -> None:
         for part in module.modules():

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from accelerate import init_empty_weights
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
@@ -18,7 +17,7 @@ from .blocks import Block, BlockSpans, list_blocks, split_blocks
 from .checkpoint_index import index_safetensors, weights_loader
 from .config import BlockSkipConfig
 from .hooks import CaptureDone, SkipMode, SpanResiduals, apply_block_skip, remove_block_skip
-from .model_config import load_config
+from .model_config import load_config, model_class
 
 
 class DiTBlockSkipTransformer(torch.nn.Module):
@@ -72,6 +71,7 @@ class DiTBlockSkipTransformer(torch.nn.Module):
         device: torch.device | str = "cpu",
         variant: str | None = None,
         stacks: Sequence[str] | None = None,
+        transformer_class: type[ModelMixin] | None = None,
     ) -> DiTBlockSkipTransformer:
         """Load the kept blocks only; skipped blocks are read from the checkpoint when the whole model runs.
 
@@ -86,6 +86,7 @@ class DiTBlockSkipTransformer(torch.nn.Module):
             device: Where kept weights live and every block runs.
             variant: Weight variant in the file names, such as ``"fp16"``.
             stacks: See :func:`~blockskip_hooks.blocks.list_blocks`.
+            transformer_class: Class of the model, by default the one that its config names.
 
         Raises:
             ValueError: if weights are missing, have other shapes than the config says, or are not safetensors.
@@ -93,9 +94,9 @@ class DiTBlockSkipTransformer(torch.nn.Module):
         device = _plain_device(device)
         folder = Path(pretrained_model_path) / (subfolder or "")
         model_config = load_config(folder)
-        model_class = getattr(diffusers, model_config["_class_name"])
+        chosen: Any = transformer_class or model_class(model_config)
         with init_empty_weights(include_buffers=False):
-            transformer = model_class.from_config(model_config)
+            transformer = chosen.from_config(model_config)
         _cast_floating(transformer, torch_dtype)
         transformer.requires_grad_(False).eval()
 
@@ -103,7 +104,7 @@ class DiTBlockSkipTransformer(torch.nn.Module):
         tensors = transformer.state_dict(keep_vars=True)
         missing = sorted(set(tensors) - set(index))
         if missing:
-            raise ValueError(f"{folder} lacks {len(missing)} tensors of {model_class.__name__}, first {missing[0]}.")
+            raise ValueError(f"{folder} lacks {len(missing)} tensors of {chosen.__name__}, first {missing[0]}.")
         loader = weights_loader(index, {name: tensor.dtype for name, tensor in tensors.items()})
 
         skipped = split_blocks(list_blocks(transformer, stacks), config).skipped

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 
 from blockskip_hooks.families import Family
@@ -53,7 +52,9 @@ class TinyFamily:
 
     def make_transformer(self) -> torch.nn.Module:
         """The pipeline's transformer, the same in every call."""
-        return diffusers.AutoModel.from_pretrained(str(self.folder), subfolder="transformer").eval()
+        family = self.make_family()
+        transformer_class = family.transformer_class(load_config(self.folder / "transformer"))
+        return transformer_class.from_pretrained(self.folder, subfolder="transformer").eval()
 
     def make_inputs(self, batch_size: int, text_tokens: tuple[int, ...] | None = None) -> dict[str, Any]:
         """Keyword inputs of one forward, from the family itself, the same for the same arguments.

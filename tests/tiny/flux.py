@@ -79,5 +79,11 @@ def save_tiny_flux(folder: Path, guidance_embeds: bool = True) -> Path:
 
 TINY = [
     TinyFamily("flux-dev", Flux, save_tiny_flux, num_blocks=5, trains_text=True),
-    TinyFamily("flux-schnell", Flux, functools.partial(save_tiny_flux, guidance_embeds=False), num_blocks=5),
+    TinyFamily(
+        "flux-schnell",
+        Flux,
+        functools.partial(save_tiny_flux, guidance_embeds=False),
+        num_blocks=5,
+        trains_text=True,
+    ),
 ]

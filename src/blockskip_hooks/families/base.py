@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoModel, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 from torch.nn.utils.rnn import pad_sequence
 
-from ..model_config import load_config
+from ..model_config import load_config, model_class
 
 
 PromptEmbeds = dict[str, torch.Tensor]
@@ -57,7 +57,8 @@ class Family(ABC):
         text_stream_layers: Of these, the layers whose only effect is on the block's text output.
         text_lora_layers: Linear layers that ``--train_text_encoder`` adapts, by name suffix.
         text_components: Pipeline components that encode prompts.
-        unused_components: Pipeline components that training leaves alone, and images are made without.
+        unused_components: Pipeline components that training leaves alone.
+        image_components: Of these, the ones that :meth:`image_pipeline` loads beside transformer and VAE.
         block_stacks: See :func:`~blockskip_hooks.blocks.list_blocks`; ``None`` detects them.
         own_flags: Flags that have an effect with some families only, this one among them.
         flag_defaults: Defaults of flags that differ between families.
@@ -73,6 +74,7 @@ class Family(ABC):
     text_lora_layers: ClassVar[tuple[str, ...]] = ()
     text_components: ClassVar[tuple[str, ...]] = ()
     unused_components: ClassVar[tuple[str, ...]] = ()
+    image_components: ClassVar[tuple[str, ...]] = ()
     block_stacks: ClassVar[tuple[str, ...] | None] = None
     own_flags: ClassVar[tuple[Flag, ...]] = ()
     flag_defaults: ClassVar[Mapping[str, Any]] = {}
@@ -88,6 +90,21 @@ class Family(ABC):
         self.vae_config = load_config(model_path / "vae")
 
     # What is known before any weight is read
+
+    def missing_packages(self) -> list[str]:
+        """Optional packages that this model needs and that are not installed."""
+        return []
+
+    def transformer_class(self, transformer_config: Mapping[str, Any]) -> type[ModelMixin]:
+        """The transformer's class, with LoRA methods.
+
+        Raises:
+            ValueError: if the config does not name a model class of diffusers.
+        """
+        return model_class(transformer_config)
+
+    def make_traceable(self, transformer: Any) -> None:  # noqa: B027 - most transformers need nothing
+        """Let an empty transformer run on fake tensors where what it does depends on the values of tensors."""
 
     def load_scheduler(self) -> Any:
         """The training noise schedule, with ``timesteps`` and ``sigmas`` of all training steps, noisiest first."""
@@ -125,13 +142,28 @@ class Family(ABC):
 
     # Encoding
 
+    def outside_components(self, dtype: torch.dtype) -> dict[str, Any]:
+        """Pipeline components that the model's folder lacks, loaded from where flags say.
+
+        Raises:
+            ValueError: naming the flag, if one cannot be loaded.
+        """
+        return {}
+
     def load_text_pipeline(self, dtype: torch.dtype, device: torch.device | str) -> DiffusionPipeline:
         """The stock pipeline with text encoders and tokenizers only."""
-        absent = dict.fromkeys(("transformer", "vae", *self.unused_components))
+        components: dict[str, Any] = dict.fromkeys(("transformer", "vae", *self.unused_components))
+        components |= self.outside_components(dtype)
         pipeline = self.pipeline_class.from_pretrained(
-            self.model_path, **absent, torch_dtype=dtype, variant=self.variant
+            self.model_path, **components, torch_dtype=dtype, variant=self.variant
         )
         return pipeline.to(device)
+
+    def load_pipeline(self, dtype: torch.dtype) -> DiffusionPipeline:
+        """The complete stock pipeline, on the CPU."""
+        return self.pipeline_class.from_pretrained(
+            self.model_path, **self.outside_components(dtype), torch_dtype=dtype, variant=self.variant
+        )
 
     @abstractmethod
     def encode_prompts(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> list[PromptEmbeds]:

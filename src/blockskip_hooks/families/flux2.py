@@ -3,6 +3,8 @@ encoder."""
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -59,6 +61,11 @@ class Flux2(Family):
     )
     flag_defaults = {"max_sequence_length": 512, "output_dir": "flux-dreambooth-lora"}
     tags = ("flux2", "flux2-diffusers")
+
+    def missing_packages(self) -> list[str]:
+        index = json.loads((self.model_path / "model_index.json").read_text())
+        needs_torchvision = index["tokenizer"][1] == "PixtralProcessor"
+        return ["torchvision"] if needs_torchvision and importlib.util.find_spec("torchvision") is None else []
 
     @property
     def vae_scale_factor(self) -> int:

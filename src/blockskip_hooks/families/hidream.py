@@ -92,20 +92,13 @@ class HiDream(Family):
             "pooled_prompt_embeds": torch.empty(transformer_config["text_emb_dim"], dtype=dtype),
         }
 
-    def make_traceable(self, transformer: torch.nn.Module) -> None:
+    def make_traceable(self, transformer: Any) -> None:
         """Let a transformer run on fake tensors: what it does by the values of tensors, it then does by shapes."""
         for module in transformer.modules():
             if isinstance(module, MOEFeedForwardSwiGLU):
                 module.forward = functools.partial(_balanced_experts, module)
-        unpatchify: Any = transformer.unpatchify
+        unpatchify = transformer.unpatchify
         transformer.unpatchify = lambda tokens, sizes, is_training: unpatchify(tokens, sizes, is_training=True)
-
-    def load_text_pipeline(self, dtype: torch.dtype, device: torch.device | str) -> DiffusionPipeline:
-        components = {"transformer": None, "vae": None, **self.outside_components(dtype)}
-        pipeline = self.pipeline_class.from_pretrained(
-            self.model_path, **components, torch_dtype=dtype, variant=self.variant
-        )
-        return pipeline.to(device)
 
     def outside_components(self, dtype: torch.dtype) -> dict[str, Any]:
         """Llama and its tokenizer where the model's folder lacks them, by pipeline component.

@@ -61,6 +61,7 @@ class Ideogram4(Family):
     pipeline_class = Ideogram4Pipeline
     text_components = ("text_encoder", "tokenizer")
     unused_components = ("unconditional_transformer", "prompt_enhancer_head")
+    image_components = ("unconditional_transformer",)
     lora_layers = (
         "attention.to_q",
         "attention.to_k",

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, PixArtSigmaPipeline, PixArtTransformer2DModel
+from diffusers import DDPMScheduler, DiffusionPipeline, ModelMixin, PixArtSigmaPipeline, PixArtTransformer2DModel
 from diffusers.loaders import PeftAdapterMixin, SanaLoraLoaderMixin
 from diffusers.utils import is_bs4_available, is_ftfy_available
 
@@ -14,18 +14,22 @@ from ..model_config import load_config
 from .base import Family, PromptEmbeds
 
 
-if not issubclass(PixArtTransformer2DModel, PeftAdapterMixin):
-    # diffusers left out its LoRA methods here (add_adapter, load_lora_adapter); they need nothing of the class.
-    PixArtTransformer2DModel.__bases__ += (PeftAdapterMixin,)
+class PixArtLoraTransformer(PixArtTransformer2DModel, PeftAdapterMixin):
+    """The stock transformer with the LoRA methods of diffusers' other transformers, which it was left without."""
 
 
 class PixArtSigmaLoraPipeline(PixArtSigmaPipeline, SanaLoraLoaderMixin):
     """The stock pipeline with ``load_lora_weights`` and ``save_lora_weights``, which diffusers has not given it.
 
     The methods are those of the SANA pipelines, whose only adapted component is the transformer too. To use a LoRA,
-    load the model with this class instead of ``PixArtSigmaPipeline``, or leave the pipeline as it is and call
-    ``pipe.transformer.load_lora_adapter(file, prefix="transformer")``, which importing this module makes possible.
+    load the model with this class instead of ``PixArtSigmaPipeline``.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if type(self.transformer) is PixArtTransformer2DModel:
+            # The same modules and weights; only the methods are added.
+            self.transformer.__class__ = PixArtLoraTransformer
 
 
 class PixArtSigma(Family):
@@ -42,6 +46,9 @@ class PixArtSigma(Family):
     flag_defaults = {"max_sequence_length": 300, "output_dir": "pixart-sigma-dreambooth-lora"}
     negative_prompt = ""
     tags = ("pixart-sigma", "pixart-sigma-diffusers")
+
+    def transformer_class(self, transformer_config: Mapping[str, Any]) -> type[ModelMixin]:
+        return PixArtLoraTransformer
 
     def load_scheduler(self) -> DDPMScheduler:
         scheduler: Any = DDPMScheduler.from_pretrained(self.model_path, subfolder="scheduler")

@@ -35,7 +35,11 @@ class Preset:
 
     def skeleton(self, config: BlockSkipConfig) -> DiTBlockSkipTransformer:
         """The transformer without weights, placeholders on."""
-        return DiTBlockSkipTransformer(empty_model(self.transformer_config), config, self.family.block_stacks)
+        return DiTBlockSkipTransformer(
+            empty_model(self.transformer_config, self.family.transformer_class(self.transformer_config)),
+            config,
+            self.family.block_stacks,
+        )
 
     def lora_targets(self, config: BlockSkipConfig, layers: Sequence[str] | None = None) -> list[str]:
         """Full names of the layers that get LoRA; see :func:`~blockskip_hooks.lora.lora_targets`.

@@ -48,7 +48,8 @@ class TinyFamily:
 
     def make_family(self, **flags: Any) -> Family:
         """The family on the pipeline's folder."""
-        return self.family(self.folder, flags={"max_sequence_length": self.text_tokens, **self.flags, **flags})
+        run = {"max_sequence_length": self.text_tokens, "resolution": self.resolution}
+        return self.family(self.folder, flags={**run, **self.flags, **flags})
 
     def make_transformer(self) -> torch.nn.Module:
         """The pipeline's transformer, the same in every call."""

@@ -25,11 +25,13 @@ class PixArtSigmaLoraPipeline(PixArtSigmaPipeline, SanaLoraLoaderMixin):
     load the model with this class instead of ``PixArtSigmaPipeline``.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if type(self.transformer) is PixArtTransformer2DModel:
+    def __init__(
+        self, tokenizer: Any, text_encoder: Any, vae: Any, transformer: PixArtTransformer2DModel, scheduler: Any
+    ) -> None:
+        if type(transformer) is PixArtTransformer2DModel:
             # The same modules and weights; only the methods are added.
-            self.transformer.__class__ = PixArtLoraTransformer
+            transformer.__class__ = PixArtLoraTransformer
+        super().__init__(tokenizer, text_encoder, vae, transformer, scheduler)
 
 
 class PixArtSigma(Family):

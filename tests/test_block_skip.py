@@ -57,6 +57,7 @@ def wrap(tiny: TinyFamily, transformer: torch.nn.Module, config: BlockSkipConfig
     return DiTBlockSkipTransformer(transformer, config, tiny.family.block_stacks, **kwargs)
 
 
+@pytest.mark.column("E1")
 @pytest.mark.parametrize(("tiny", "spans"), SPANS)
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 def test_residuals_reproduce_the_full_model(tiny: TinyFamily, spans: tuple[int, int], checkpointing: bool):
@@ -89,6 +90,7 @@ def test_skipped_blocks_matter_and_do_not_run(tiny: TinyFamily):
     assert (forward(identity, inputs, residuals=SpanResiduals()) - expected).abs().max() > 1e-2
 
 
+@pytest.mark.column("E2")
 @pytest.mark.parametrize(
     ("tiny", "leading"),
     [pytest.param(tiny, n, id=f"{tiny.name}-{n}") for tiny in TINY_FAMILIES for n in range(1, tiny.num_blocks)],
@@ -138,6 +140,7 @@ def test_trailing_span_passes_the_gradient_through(tiny: TinyFamily):
     assert trained and all(p.grad is not None and p.grad.abs().max() > 0 for p in trained.values())
 
 
+@pytest.mark.column("E3")
 @pytest.mark.parametrize("max_shard_size", ["10GB", "20KB"], ids=["one file", "shards"])
 def test_streamed_forward_is_the_ordinary_forward(tiny: TinyFamily, tmp_path: Path, max_shard_size: str):
     """E3: bit for bit, and skipped blocks hold weights only while they run."""

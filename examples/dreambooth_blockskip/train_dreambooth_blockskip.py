@@ -28,6 +28,7 @@ from blockskip_hooks.arguments import parse_args
 from blockskip_hooks.checkpoints import find_checkpoint
 from blockskip_hooks.class_images import make_class_images
 from blockskip_hooks.encode import encode_prompts
+from blockskip_hooks.lora import describe_trainable
 from blockskip_hooks.monitor import StageMonitor, write_json
 from blockskip_hooks.outputs import push_to_hub, run_report, write_outputs
 from blockskip_hooks.plan import describe_plan, plan_for, planned_batch_size
@@ -143,6 +144,7 @@ def train(
         if args.enable_npu_flash_attention:
             model.transformer.set_attention_backend("_native_npu")
         trainer = Trainer(run, accelerator, monitor, maker, model, text, store, max_train_steps, steps_per_stretch)
+    accelerator.print(f"Training {describe_trainable(model, run.targets)}.")
     if checkpoint is not None:
         trainer.resume(checkpoint)
         accelerator.print(f"Resuming from {checkpoint.name}, {trainer.step} of {max_train_steps} steps done.")

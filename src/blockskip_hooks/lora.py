@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import ModelMixin
@@ -190,9 +189,35 @@ def _layer(parameter_name: str) -> str:
     return parameter_name.partition(".lora_")[0]
 
 
-def describe_trainable(model: DiTBlockSkipTransformer, parameters: Sequence[torch.nn.Parameter]) -> dict[str, Any]:
-    """What trains: number of parameters and names of the kept blocks."""
-    return {
-        "parameters": sum(parameter.numel() for parameter in parameters),
-        "blocks": [block.name for block in model.spans.kept],
-    }
+def describe_trainable(model: DiTBlockSkipTransformer, targets: Sequence[str]) -> str:
+    """One line that says what trains in the transformer: how many parameters, in how many layers of which blocks.
+
+    Args:
+        model: The transformer, LoRA added.
+        targets: Full names of the layers with LoRA.
+    """
+    blocks = [block for block in model.spans.kept if any(name.startswith(f"{block.name}.") for name in targets)]
+    stacks: dict[str, list[int]] = {}
+    for block in blocks:
+        stack, _, number = block.name.rpartition(".")
+        stacks.setdefault(stack, []).append(int(number))
+    places = [f"{stack} {_ranges(numbers)}" for stack, numbers in stacks.items()]
+    inside = tuple(f"{block.name}." for block in blocks)
+    outside = sum(not name.startswith(inside) for name in targets)
+    places += [f"{outside} layers outside the blocks"] if outside else []
+    total = len(model.spans.kept) + len(model.spans.skipped)
+    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return (
+        f"{count:,} LoRA parameters in {len(targets)} layers of {len(blocks)} of {total} blocks: {', '.join(places)}"
+    )
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers as text, runs of them as ranges: ``0-4, 7``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -1,0 +1,92 @@
+#!/usr/bin/env python
+"""Which truth holds for which model family: runs the tests that show it and prints a table.
+
+Each cell is the tests of one column (marked ``column`` in ``tests/``) on one family's tiny pipeline: "12 ok" if all
+of them passed, "2 of 12 FAIL" otherwise. Families without trainable text encoders pass that column by refusing the
+flag in one line; their cell says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+TESTS = [str(ROOT / "tests" / name) for name in ("test_block_skip.py", "test_families.py")]
+
+
+class Collector:
+    """A pytest plugin that keeps the outcome of every test with a column, by column and family."""
+
+    def __init__(self) -> None:
+        self.outcomes: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
+        self.refusing: set[str] = set()
+        self.seconds = 0.0
+        self._cells: dict[str, tuple[str, str]] = {}
+
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[Any]) -> None:
+        kept = []
+        for item in items:
+            marker = item.get_closest_marker("column")
+            if marker is not None:
+                tiny = item.callspec.params["tiny"]
+                self._cells[item.nodeid] = (marker.args[0], tiny.name)
+                if not tiny.trains_text:
+                    self.refusing.add(tiny.name)
+                kept.append(item)
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.seconds += report.duration
+        if report.nodeid in self._cells and (report.when == "call" or report.failed):
+            column, family = self._cells[report.nodeid]
+            self.outcomes[column][family].append(report.passed)
+
+
+def table(collector: Collector) -> str:
+    """The outcomes as a Markdown table."""
+    columns = list(collector.outcomes)
+    families = list(dict.fromkeys(family for column in columns for family in collector.outcomes[column]))
+    rows = [["family", *columns], ["---"] * (1 + len(columns))]
+    for family in families:
+        cells = []
+        for column in columns:
+            passed = collector.outcomes[column][family]
+            cell = f"{len(passed)} ok" if passed and all(passed) else f"{passed.count(False)} of {len(passed)} FAIL"
+            refused = column == "text encoder" and family in collector.refusing and all(passed)
+            cells.append("refused" if refused else cell)
+        rows.append([family, *cells])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def main() -> int:
+    """Run the script; the exit code is pytest's."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("-k", help="Only tests that match this pytest expression, such as a family's name.")
+    args = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    collector = Collector()
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        code = pytest.main(
+            ["-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), *(["-k", args.k] if args.k else []), *TESTS],
+            plugins=[collector],
+        )
+    if code != pytest.ExitCode.OK:
+        print(output.getvalue())
+    print(table(collector))
+    print(f"\n{sum(len(p) for c in collector.outcomes.values() for p in c.values())} tests, {collector.seconds:.0f} s")
+    return int(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -37,7 +37,7 @@ def model_class(config: Mapping[str, Any]) -> type[ModelMixin]:
     found = getattr(diffusers, name, None)
     if found is None:
         raise ValueError(
-            f"A model's config names the class {name}, which diffusers {diffusers.__version__} does not have; update "
-            "diffusers or name another model."
+            f"--pretrained_model_name_or_path: the model names the class {name}, which diffusers "
+            f"{diffusers.__version__} does not have; update diffusers or name another model."
         )
     return found

@@ -8,6 +8,7 @@ import importlib.util
 import logging
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
@@ -206,7 +207,7 @@ class Run:
                 field.name: str(getattr(plan, field.name)) for field in fields(plan) if field.name != "timesteps"
             },
             "timesteps": hashlib.sha256(plan.timesteps.numpy().tobytes()).hexdigest(),
-            "family_flags": {flag.name: str(getattr(args, flag.name)) for flag in self.family.own_flags},
+            **{flag.name: str(getattr(args, flag.name)) for flag in self.family.own_flags},
             "max_sequence_length": args.max_sequence_length,
             "interpolation": args.image_interpolation_mode,
             "dtype": str(dtype),
@@ -363,7 +364,7 @@ def _lora_blocks(args: argparse.Namespace, model: DiTBlockSkipTransformer) -> li
     kept = {block.index for block in model.spans.kept}
     names = []
     for number in (part.strip() for part in args.lora_blocks.split(",")):
-        if not number.isdigit() or int(number) >= len(blocks):
+        if not re.fullmatch("[0-9]{1,9}", number) or int(number) >= len(blocks):
             raise ValueError(
                 f"--lora_blocks '{args.lora_blocks}': '{number}' is no block; the {len(blocks)} blocks are numbered "
                 f"0 to {len(blocks) - 1}."
@@ -422,7 +423,7 @@ def _patch_sampling(args: argparse.Namespace, family: Family, skips: bool) -> Pa
     if args.aspect_ratio_buckets:
         buckets = parse_buckets(args.aspect_ratio_buckets)
     elif args.use_aspect_ratio_buckets:
-        buckets = standard_buckets(args.resolution, multiple)
+        buckets = standard_buckets(largest, multiple)
     return PatchSamplingConfig(mode=mode, min_size=smallest, max_size=largest, multiple=multiple, buckets=buckets)
 
 

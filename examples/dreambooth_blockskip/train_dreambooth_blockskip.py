@@ -105,7 +105,7 @@ def train(
     # Prior preservation: class images that are not there yet.
     if args.with_prior_preservation:
         with monitor.stage("class_images"):
-            make_class_images(run, accelerator, dtype, seed)
+            make_class_images(run, accelerator, dtype, seed, planned_batch_size(plan, "class_images") or 1)
 
     # The sample plan: from here on nothing is random. Records of it may be there already.
     sources = run.photo_sources()
@@ -157,7 +157,7 @@ def train(
     num_stretches = 0
     for stretch, first in stretches(trainer.step, max_train_steps, steps_per_stretch or max_train_steps):
         num_stretches += 1
-        trainer.precompute(stretch, args.precompute_batch_size or planned_batch_size(plan))
+        trainer.precompute(stretch, args.precompute_batch_size or planned_batch_size(plan, "precompute"))
         for part in segments(range(first, stretch.stop), validation_steps):
             trainer.train(part)
             if part.stop % validation_steps == 0 and part.stop < max_train_steps:

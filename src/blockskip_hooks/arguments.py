@@ -107,8 +107,12 @@ def parse_skip_blocks(text: str, num_blocks: int | None = None) -> tuple[int, in
 
 
 def family_flags() -> dict[str, Flag]:
-    """The flags that some families own, by name."""
-    return {flag.name: flag for family in FAMILIES.values() for flag in family.own_flags}
+    """The flags that some families own, by name; of several owners' descriptions the first one's."""
+    flags: dict[str, Flag] = {}
+    for family in FAMILIES.values():
+        for flag in family.own_flags:
+            flags.setdefault(flag.name, flag)
+    return flags
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -344,11 +348,11 @@ def check_family_flags(args: argparse.Namespace, family: type[Family]) -> None:
 _AT_LEAST_ONE = (
     "resolution repeats max_sequence_length min_patch_size max_patch_size precompute_batch_size rank lora_alpha "
     "train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps sample_batch_size num_class_images "
-    "validation_epochs checkpointing_steps checkpoints_total_limit lr_num_cycles"
+    "validation_epochs validation_num_inference_steps checkpointing_steps checkpoints_total_limit lr_num_cycles"
 )
 _NOT_NEGATIVE = (
-    "dataloader_num_workers lr_warmup_steps num_validation_images seed guidance_scale prior_loss_weight "
-    "adam_weight_decay adam_weight_decay_text_encoder"
+    "dataloader_num_workers lr_warmup_steps num_validation_images seed guidance_scale validation_guidance_scale "
+    "prior_loss_weight adam_weight_decay adam_weight_decay_text_encoder"
 )
 _ABOVE_ZERO = "learning_rate text_encoder_lr adam_epsilon max_grad_norm logit_std lr_power"
 _FROM_ZERO_BELOW_ONE = "lora_dropout caption_dropout adam_beta1 adam_beta2 prodigy_beta3"

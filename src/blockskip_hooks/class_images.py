@@ -1,4 +1,4 @@
-"""Class images for prior preservation, made by the base pipeline when the folder lacks some."""
+"""Class images for prior preservation, made by the base model when the folder lacks some."""
 
 from __future__ import annotations
 
@@ -11,23 +11,33 @@ from diffusers.training_utils import free_memory
 from tqdm.auto import tqdm
 
 from .data import image_paths
+from .encode import encode_prompts
+from .images import generate_images
 from .run import Run
 from .sample_plan import derived_seed
+from .transformer import DiTBlockSkipTransformer
 
 
 PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def make_class_images(run: Run, accelerator: Accelerator, dtype: torch.dtype, seed: int) -> int:
+def make_class_images(run: Run, accelerator: Accelerator, dtype: torch.dtype, seed: int, batch_size: int) -> int:
     """Fill ``--class_data_dir`` up to ``--num_class_images``, the work shared between processes.
 
-    Components are offloaded to host memory while they are not in use, so the peak is one component's, and everything
-    is freed before training. Image number i has the same noise in every run.
+    Works as the rest of the run does, and so within its memory: text encoders first and freed, then kept blocks in
+    memory and skipped ones streamed. Image number i has the same noise in every run.
+
+    Args:
+        run: Settings.
+        accelerator: Device and processes.
+        dtype: Dtype of the models, unless ``--prior_generation_precision`` names another.
+        seed: Seed of the run.
+        batch_size: Images made at a time.
 
     Returns:
         Number of images made by this process.
     """
-    args, family = run.args, run.family
+    args, family, device = run.args, run.family, accelerator.device
     folder = Path(args.class_data_dir)
     folder.mkdir(parents=True, exist_ok=True)
     present = len(image_paths(folder))
@@ -35,27 +45,36 @@ def make_class_images(run: Run, accelerator: Accelerator, dtype: torch.dtype, se
     numbers = list(range(present, args.num_class_images))[accelerator.process_index :: accelerator.num_processes]
     if numbers:
         dtype = PRECISIONS.get(args.prior_generation_precision, dtype)
-        pipeline = family.load_pipeline(dtype)
-        pipeline.set_progress_bar_config(disable=True)
-        if accelerator.device.type == "cpu":
-            pipeline.to("cpu")
-        else:
-            pipeline.enable_model_cpu_offload(device=accelerator.device)
+        prompts = [args.class_prompt, *([] if run.negative_prompt is None else [run.negative_prompt])]
+        embeds, _ = encode_prompts(family, prompts, dtype=dtype, device=device)
+        model = DiTBlockSkipTransformer.from_pretrained(
+            family.model_path,
+            run.config,
+            torch_dtype=dtype,
+            device=device,
+            variant=args.variant,
+            stacks=family.block_stacks,
+            transformer_class=family.transformer_class(run.transformer_config),
+        )
+        vae = family.load_vae(dtype, device)
         progress = tqdm(total=len(numbers), desc="Class images", disable=not accelerator.is_local_main_process)
-        for start in range(0, len(numbers), args.sample_batch_size):
-            part = numbers[start : start + args.sample_batch_size]
-            generators = [torch.Generator().manual_seed(derived_seed(seed, "class image", n)) for n in part]
-            images = pipeline(
-                **{**family.prompt_inputs(args.class_prompt), **run.pipeline_kwargs},
-                num_images_per_prompt=len(part),
-                generator=generators,
-            ).images
+        for start in range(0, len(numbers), batch_size):
+            part = numbers[start : start + batch_size]
+            (images,) = generate_images(
+                [embeds[args.class_prompt]],
+                family=family,
+                model=model,
+                vae=vae,
+                negative=None if run.negative_prompt is None else embeds[run.negative_prompt],
+                seeds=[derived_seed(seed, "class image", number) for number in part],
+                pipeline_kwargs=run.pipeline_kwargs,
+            )
             for number, image in zip(part, images, strict=True):
                 digest = hashlib.sha1(image.tobytes(), usedforsecurity=False).hexdigest()
                 image.save(folder / f"{number}-{digest}.jpg")
                 progress.update()
         progress.close()
-        del pipeline
+        del model, vae
         free_memory()
     accelerator.wait_for_everyone()
     return len(numbers)

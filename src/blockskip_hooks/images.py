@@ -22,8 +22,7 @@ def generate_images(
     model: DiTBlockSkipTransformer,
     vae: ModelMixin,
     negative: PromptEmbeds | None = None,
-    num_images: int = 1,
-    seed: int | None = None,
+    seeds: Sequence[int],
     pipeline_kwargs: Mapping[str, Any] | None = None,
 ) -> list[list[Image.Image]]:
     """Make images with the stock pipeline around the loaded modules.
@@ -34,12 +33,11 @@ def generate_images(
         model: The transformer; its adapters take part as they are.
         vae: The VAE.
         negative: Embeddings of the negative prompt, for pipelines that take one.
-        num_images: Images of each prompt.
-        seed: Seed; each image has its own noise, the same in every call.
+        seeds: One for each image of a prompt; an image has the same noise in every call.
         pipeline_kwargs: Further arguments of the pipeline call.
 
     Returns:
-        ``num_images`` images for each prompt.
+        For each prompt an image of each seed.
     """
     device = vae.device
     dtype = model.dtype
@@ -54,13 +52,10 @@ def generate_images(
     model.eval()
     with model.full_model():
         for embeds in prompts:
-            generators = [
-                None if seed is None else torch.Generator().manual_seed(seed + number) for number in range(num_images)
-            ]
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
             inputs = family.pipeline_inputs(batched(embeds), None if negative is None else batched(negative))
             # What was asked for explicitly comes before a family's own settings.
-            call = {**inputs, **kwargs, "num_images_per_prompt": num_images}
-            result = pipeline(**call, generator=None if seed is None else generators)
-            images.append(result.images)
+            call = {**inputs, **kwargs, "num_images_per_prompt": len(seeds)}
+            images.append(pipeline(**call, generator=generators).images)
     model.train(was_training)
     return images

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import statistics
 from collections.abc import Mapping
 from typing import Any
@@ -141,11 +142,14 @@ def write_outputs(
 
 
 def snippet_kwargs(run: Run) -> dict[str, Any]:
-    """Arguments of a pipeline call that gives images like the report's."""
-    kwargs = dict(run.pipeline_kwargs)
-    if run.embedded:
-        kwargs["max_sequence_length"] = run.args.max_sequence_length
-    return kwargs
+    """Arguments of a pipeline call, beside the prompt, that gives images like the report's."""
+    kwargs = {**run.family.prompt_inputs(""), **run.pipeline_kwargs}
+    stock = inspect.signature(run.family.pipeline_class.__call__).parameters
+    return {
+        name: value
+        for name, value in kwargs.items()
+        if name != "prompt" and not (name in stock and stock[name].default == value)
+    }
 
 
 def _license(run: Run) -> str | None:

@@ -47,6 +47,8 @@ def plan_for(run: Run, dtype: torch.dtype, num_processes: int) -> dict[str, Any]
         text_encoders=_text_encoder_configs(family),
         validation_batch_size=args.num_validation_images,
         validation_resolution=run.image_size if run.makes_images else None,
+        class_batch_size=args.sample_batch_size if args.with_prior_preservation else None,
+        class_resolution=run.image_size,
         validation_extra_bytes=_weights_bytes(family, dtype),
         skip_source=run.selection.source,
         skip_table=run.selection.table,
@@ -71,9 +73,9 @@ def _text_encoder_configs(family: Family) -> list[dict[str, Any]]:
     return configs
 
 
-def planned_batch_size(plan: dict[str, Any]) -> int | None:
-    """Samples per precompute forward that need no more memory than a training step, by the plan."""
-    return next((stage["batch_size"] for stage in plan["stages"] if stage["name"] == "precompute"), None)
+def planned_batch_size(plan: dict[str, Any], stage: str) -> int | None:
+    """Samples or images per forward of a stage, which need no more memory than a training step, by the plan."""
+    return next((planned["batch_size"] for planned in plan["stages"] if planned["name"] == stage), None)
 
 
 def describe_plan(run: Run, plan: dict[str, Any]) -> str:

@@ -55,6 +55,8 @@ class PlanRequest:
         validation_resolution: Side of validation images in pixels; ``None`` if there are none.
         validation_batch_size: Validation images made at a time.
         validation_extra_bytes: Parameters of other models that validation images need.
+        class_batch_size: Class images made at a time, at most; ``None`` if there are none to make.
+        class_resolution: Their side in pixels.
         memory_budget_bytes: What every stage must fit in; ``None`` for no limit.
         skip_source: Where the spans come from, for the plan's ``skip`` part.
         skip_table: Name of the selection table, for the same.
@@ -82,6 +84,8 @@ class PlanRequest:
     validation_resolution: int | None = None
     validation_batch_size: int = 1
     validation_extra_bytes: int = 0
+    class_batch_size: int | None = None
+    class_resolution: int = 0
     memory_budget_bytes: int | None = None
     skip_source: str = "flag"
     skip_table: str | None = None
@@ -161,13 +165,17 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
             train = capture.then(train)
         train = vae.encode(request.batch_size).then(train.beside(parameter_bytes=vae.parameter_bytes))
     stages.append(_stage("train", train, request.batch_size))
+    if request.class_batch_size is not None:
+        images = request.class_batch_size
+        usage = _make_images(request, fake, vae, images, request.class_resolution, states)
+        while images > 1 and usage.peak_bytes > stages[-1]["peak_device_bytes"]:
+            images //= 2
+            usage = _make_images(request, fake, vae, images, request.class_resolution, states)
+        stages.insert(0, _stage("class_images", usage, images))
     if request.validation_resolution is not None:
-        images, side = request.validation_batch_size, request.validation_resolution
-        infer = fake.infer(images, (side, side), request.text_tokens)
-        infer = infer.beside(parameter_bytes=vae.parameter_bytes + request.resident_bytes, lora_bytes=states)
-        images_usage = infer.then(vae.decode(images, (side, side)))
-        images_usage = images_usage.beside(parameter_bytes=request.validation_extra_bytes)
-        stages.append(_stage("validate", images_usage, images))
+        images = request.validation_batch_size
+        usage = _make_images(request, fake, vae, images, request.validation_resolution, states)
+        stages.append(_stage("validate", usage, images))
 
     largest = max(stage["peak_device_bytes"] for stage in stages)
     budget = request.memory_budget_bytes
@@ -217,6 +225,16 @@ class _Vae:
 
     def _beside_transformer(self, usage: Usage) -> Usage:
         return usage.beside(parameter_bytes=self._base.parameter_bytes, lora_bytes=self._base.lora_bytes)
+
+
+def _make_images(request: PlanRequest, fake: FakeTransformer, vae: _Vae, images: int, side: int, states: int) -> Usage:
+    """What the pipeline needs to make images, LoRA and optimizer state resident."""
+    # A guided pipeline runs the prompt and the negative prompt in one batch, if not one after the other.
+    batch_size = images if request.family.negative_prompt is None else 2 * images
+    infer = fake.infer(batch_size, (side, side), request.text_tokens)
+    infer = infer.beside(parameter_bytes=vae.parameter_bytes + request.resident_bytes, lora_bytes=states)
+    usage = infer.then(vae.decode(images, (side, side)))
+    return usage.beside(parameter_bytes=request.validation_extra_bytes)
 
 
 def _precompute_batch(

@@ -190,14 +190,14 @@ class Trainer:
             assert self._resident_vae is not None
             crops = torch.stack([payload["pixels"] for payload in payloads])
             batch = self.maker.batch(samples, self.maker.encode(self._resident_vae, samples, crops))
+        if self.text:
+            tokens = self.text.batch_tokens(batch.prompts, self.accelerator.device)
+            batch.embeds = self.run.family.refresh_embeds(self.text.encoders, tokens, batch.embeds)
         if self.run.skips and self.run.config.residuals == "none":
             batch.residuals = SpanResiduals()
         elif self.run.skips and self.run.config.residuals == "online":
             with self.accelerator.autocast():
                 batch.residuals = capture(self.model, self.maker, batch)
-        if self.text:
-            tokens = self.text.batch_tokens(batch.prompts, self.accelerator.device)
-            batch.embeds = self.run.family.refresh_embeds(self.text.encoders, tokens, batch.embeds)
         return batch
 
     def _loss(self, batch: Batch) -> torch.Tensor:
@@ -284,8 +284,7 @@ class Trainer:
                 model=self.model,
                 vae=vae,
                 negative=None if negative is None else embeds[negative],
-                num_images=self.run.args.num_validation_images,
-                seed=self.maker.plan.seed,
+                seeds=[self.maker.plan.seed + number for number in range(self.run.args.num_validation_images)],
                 pipeline_kwargs=self.run.pipeline_kwargs,
             )
 

@@ -1,5 +1,6 @@
-"""The command line: its contract with the upstream script, what counts as typed, and one-line errors."""
+"""The command line: its contract with the upstream scripts, what counts as typed, and one-line errors."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -9,15 +10,41 @@ from blockskip_hooks import arguments
 from blockskip_hooks.arguments import (
     apply_defaults,
     build_parser,
+    check_family_flags,
+    family_flags,
     parse_args,
     parse_bool,
     parse_bytes,
     parse_skip_blocks,
     validate_args,
 )
+from blockskip_hooks.buckets import standard_buckets
+from blockskip_hooks.data import INTERPOLATION
+from blockskip_hooks.families import FAMILIES
+from blockskip_hooks.run import prepare_run
+from tests.script import load_script, save_photos
+from tests.tiny import TINY_FAMILIES
 
 
-CONTRACT = json.loads((Path(__file__).parent / "flags" / "flags_flux.json").read_text())
+FAMILY = {family.name: family for family in FAMILIES.values()}
+CONTRACTS = {
+    path.stem.removeprefix("flags_").replace("_", "-"): json.loads(path.read_text())
+    for path in sorted((Path(__file__).parent / "flags").glob("flags_*.json"))
+}
+# There is no upstream DreamBooth-LoRA script for these.
+WITHOUT_CONTRACT = {"sana-sprint", "pixart-sigma"}
+# Choices of the other families that one parser cannot but offer to this one too.
+EXTRA_CHOICES = {("sd3", "--weighting_scheme"): {"none"}}
+# Flags of a family's upstream script that its runs refuse, with what to do; all others must pass.
+REFUSED = {
+    "bnb_quantization_config_path": "quantised base weights are not supported; leave it out",
+    "do_fp8_training": "leave it out and use --mixed_precision bf16",
+    "fsdp_text_encoder": "nothing to shard; leave it out",
+    "remote_text_encoder": "leave it out, and the local text encoder is used",
+    "validation_model_path": "leave it out",
+    "disable_training_autocast": "leave it out",
+}
+REFUSED_EVERYWHERE = ("bnb_quantization_config_path", "do_fp8_training", "fsdp_text_encoder")
 # Without a model or a prompt the embedded model is trained, so these two are not required here.
 NOT_REQUIRED_HERE = {"--pretrained_model_name_or_path", "--instance_prompt"}
 # Adding a flag is a decision: it fails here until this list is changed too.
@@ -33,7 +60,6 @@ OUR_FLAGS = {
     "--patch_sampling": (None, "auto", ("auto", "dynamic", "resize", "random", "high_to_low", "none")),
     "--min_patch_size": (int, None, None),
     "--max_patch_size": (int, None, None),
-    "--skip_final_inference": ("store_true", False, None),
 }
 TYPES = {"str": (None, str), "int": (int,), "float": (float,), "bool": (parse_bool,)}
 NAMED = [
@@ -46,8 +72,24 @@ NAMED = [
 ]
 
 
+@functools.cache
 def actions():
     return {action.option_strings[0]: action for action in build_parser()._actions if action.dest != "help"}
+
+
+def words_for(name):
+    """A command line with the flag and some value."""
+    action = actions()[f"--{name}"]
+    # "1" is a word for a switch too.
+    value = action.choices[0] if action.choices else "1" if action.type else "x"
+    return [f"--{name}"] if action.nargs == 0 else [f"--{name}", value]
+
+
+def args_of(family, argv=()):
+    """The flags as a run of this family has them."""
+    args = parse_args(argv)
+    apply_defaults(args, family.flag_defaults)
+    return args
 
 
 @pytest.fixture(autouse=True)
@@ -69,22 +111,155 @@ def installed(monkeypatch):
     return pretend
 
 
+# The contract
+
+
+def test_every_family_has_a_contract_where_upstream_has_a_script():
+    assert set(CONTRACTS) | WITHOUT_CONTRACT == set(FAMILY) and not set(CONTRACTS) & WITHOUT_CONTRACT
+
+
 def test_the_flags_are_those_of_upstream_and_ours():
-    assert set(actions()) == {flag["name"] for flag in CONTRACT} | set(OUR_FLAGS)
+    upstream = {flag["name"] for contract in CONTRACTS.values() for flag in contract}
+    assert set(actions()) == upstream | set(OUR_FLAGS)
+    assert not upstream & set(OUR_FLAGS)
 
 
-@pytest.mark.parametrize("flag", CONTRACT, ids=lambda flag: flag["name"])
-def test_upstream_flag_keeps_its_meaning(flag):
-    action = actions()[flag["name"]]
-    assert action.option_strings == [flag["name"]] and action.dest == flag["name"][2:]
-    assert action.default == flag["default"] and type(action.default) is type(flag["default"])
-    assert (list(action.choices) if action.choices else None) == flag["choices"]
-    assert action.required is (flag["required"] and flag["name"] not in NOT_REQUIRED_HERE)
-    assert action.help
-    if flag["action"] == "store_true":
-        assert action.nargs == 0 and action.const is True
-    else:
-        assert action.nargs == flag["nargs"] and action.type in TYPES[flag["type"]]
+@pytest.mark.parametrize("name", CONTRACTS)
+def test_upstream_flags_keep_their_form(name):
+    wrong = []
+    for flag in CONTRACTS[name]:
+        action = actions()[flag["name"]]
+        switch = flag["action"] == "store_true"
+        extra = EXTRA_CHOICES.get((name, flag["name"]), set())
+        choices = None if action.choices is None else set(action.choices) - extra
+        fits = {
+            "name": action.option_strings == [flag["name"]] and action.dest == flag["name"][2:],
+            "choices": choices == (None if flag["choices"] is None else set(flag["choices"])),
+            "required": not action.required and (not flag["required"] or flag["name"] in NOT_REQUIRED_HERE),
+            "help": bool(action.help),
+            "action": (action.nargs == 0 and action.const is True) if switch else action.const is None,
+            "nargs": switch or action.nargs == flag["nargs"],
+            "type": switch or action.type in TYPES[flag["type"]],
+        }
+        wrong += [(flag["name"], what) for what, holds in fits.items() if not holds]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("name", CONTRACTS)
+def test_upstream_flags_keep_their_default(name):
+    values = vars(args_of(FAMILY[name]))
+    ours = {flag["name"]: values[flag["name"][2:]] for flag in CONTRACTS[name]}
+    theirs = {flag["name"]: flag["default"] for flag in CONTRACTS[name]}
+    assert ours == theirs
+    assert {flag: type(value) for flag, value in ours.items()} == {f: type(value) for f, value in theirs.items()}
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_a_family_without_a_flag_for_alpha_scales_by_one(name):
+    """Upstream scripts without ``--lora_alpha`` take the rank for it."""
+    has_flag = name in WITHOUT_CONTRACT or "--lora_alpha" in {flag["name"] for flag in CONTRACTS[name]}
+    assert (args_of(FAMILY[name]).lora_alpha is None) is not has_flag
+
+
+def test_family_defaults_are_of_known_flags_and_checked_values(installed):
+    for family in FAMILY.values():
+        args = args_of(family, NAMED)
+        args.lora_alpha = args.lora_alpha or args.rank
+        validate_args(args)
+
+
+# Flags of some families
+
+
+def test_a_flag_that_several_families_own_is_parsed_the_same_for_all():
+    for family in FAMILY.values():
+        for flag in family.own_flags:
+            parsed = [{**own.settings, "help": None} for own in (flag, family_flags()[flag.name])]
+            assert parsed[0] == parsed[1], (family.name, flag.name)
+
+
+def test_help_says_what_a_flag_does_for_the_families_that_use_it():
+    helps = {name: actions()[f"--{name}"].help for name in family_flags()}
+    assert helps["guidance_scale"].endswith(" Only flux, flux2, flux2-klein, z-image, ideogram4.")
+    assert helps["pretrained_text_encoder_4_name_or_path"].startswith("Llama to encode prompts with")
+    for name, text in helps.items():
+        assert any(family.name in text.rpartition(" Only ")[2] for family in FAMILY.values()), name
+
+
+def refusal(family, argv):
+    """Why the family refuses a command line, or None."""
+    try:
+        check_family_flags(parse_args(argv), family)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("name", CONTRACTS)
+def test_a_family_takes_the_flags_of_its_upstream_script(name):
+    refused = {
+        flag["name"][2:] for flag in CONTRACTS[name] if refusal(FAMILY[name], words_for(flag["name"][2:])) is not None
+    }
+    assert refused == {flag["name"][2:] for flag in CONTRACTS[name]} & set(REFUSED)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_a_flag_of_other_families_is_refused_with_their_names(name):
+    own = {flag.name for flag in FAMILY[name].own_flags}
+    for flag in set(family_flags()) - own:
+        owners = [family.name for family in FAMILY.values() if flag in {own.name for own in family.own_flags}]
+        assert refusal(FAMILY[name], words_for(flag)) == (
+            f"--{flag} cannot be used: it belongs to models of {', '.join(owners)} and does nothing for {name}; "
+            "leave it out."
+        )
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_a_flag_that_no_run_can_honour_is_refused_with_what_to_do(name):
+    own = {flag.name for flag in FAMILY[name].own_flags if flag.refusal}
+    assert own <= set(REFUSED)
+    for flag in (*REFUSED_EVERYWHERE, *own):
+        message = refusal(FAMILY[name], words_for(flag))
+        assert message.startswith(f"--{flag} cannot be used: ") and "\n" not in message
+        assert REFUSED[flag] in message
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_flags_that_were_not_typed_are_not_refused(name):
+    assert refusal(FAMILY[name], []) is None
+    assert refusal(FAMILY[name], [word for flag in OUR_FLAGS for word in our_words(flag)]) is None
+
+
+def our_words(flag):
+    kind, default, choices = OUR_FLAGS[flag]
+    return [flag] if kind == "store_true" else [flag, str(default or (choices or ("1",))[0])]
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "argv", "words"),
+    [
+        ("FluxPipeline", ["--complex_human_instruction", "x"], ["sana, sana-sprint", "nothing for flux", "leave it"]),
+        ("FluxPipeline", ["--do_fp8_training"], ["float8", "--mixed_precision bf16"]),
+        ("SanaPipeline", ["--guidance_scale", "2"], ["flux, flux2", "nothing for sana", "leave it out"]),
+        ("SanaPipeline", ["--bnb_quantization_config_path", "x.json"], ["quantised", "leave it out"]),
+        ("Krea2Pipeline", ["--validation_model_path", "x"], ["the model that is trained", "leave it out"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0] if value[0].startswith("--") else "",
+)
+def test_the_script_refuses_a_flag_before_it_reads_a_weight(pipeline, argv, words, tmp_path, capsys):
+    model = tmp_path / "model"
+    for component in ("transformer", "vae", "scheduler"):
+        (model / component).mkdir(parents=True)
+    (model / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
+    named = ["--pretrained_model_name_or_path", str(model), *NAMED[2:], "--report_to", "none", "--output_dir", "out"]
+    assert load_script().main([*named, *argv]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"error: {argv[0]} cannot be used: ") and err.count("\n") == 1
+    assert [word for word in words if word not in err] == []
+    assert not (tmp_path / "out").exists()
+
+
+# Our flags
 
 
 @pytest.mark.parametrize("name", OUR_FLAGS)
@@ -128,6 +303,8 @@ def test_unknown_defaults_change_nothing(name):
     [
         (["--rank", "many"], ["--rank", "many"]),
         (["--mixed_precision", "fp8"], ["--mixed_precision", "fp8", "bf16"]),
+        (["--image_interpolation_mode", "area"], ["--image_interpolation_mode", "area", *INTERPOLATION]),
+        (["--text_encoder_out_layers"], ["--text_encoder_out_layers", "at least one"]),
         (["--skip_block", "2,3"], ["--skip_block 2,3", "did you mean --skip_blocks?"]),
         (["--prodigy_decouple", "maybe"], ["--prodigy_decouple", "maybe", "True"]),
         (["--residual", "online"], ["--residuals"]),
@@ -256,6 +433,10 @@ def test_good_commands_pass_without_a_word(argv, installed, caplog):
             ["--min_patch_size 256 (half of --resolution)", "--max_patch_size 128"],
         ),
         (["--resume_from_checkpoint", "checkpoint-9"], ["--resume_from_checkpoint checkpoint-9", "latest"]),
+        (["--caption_dropout", "1"], ["--caption_dropout is 1.0", "from 0 up to, but not including, 1"]),
+        (["--caption_dropout", "-0.1"], ["--caption_dropout is -0.1", "from 0 up to"]),
+        (["--caption_dropout", "nan"], ["--caption_dropout is nan"]),
+        (["--aspect_ratio_buckets", "64x96"], ["--aspect_ratio_buckets is '64x96'", "height,width", "1024,1024;"]),
     ],
     ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
 )
@@ -272,14 +453,14 @@ def test_bad_commands_are_refused_in_one_line(argv, words, installed):
     """resolution train_batch_size gradient_accumulation_steps rank lora_alpha checkpointing_steps num_train_epochs
     max_train_steps repeats sample_batch_size num_class_images max_sequence_length checkpoints_total_limit
     validation_epochs lr_num_cycles min_patch_size max_patch_size precompute_batch_size learning_rate text_encoder_lr
-    max_grad_norm adam_epsilon""".split(),  # noqa: SIM905
+    max_grad_norm adam_epsilon validation_num_inference_steps""".split(),  # noqa: SIM905
 )
 def test_numbers_must_be_positive(name, value):
     with pytest.raises(ValueError, match=f"^--{name} is {value}.*; give "):
         validate_args(parse_args([f"--{name}", value]))
 
 
-@pytest.mark.parametrize("name", ["dataloader_num_workers", "lr_warmup_steps", "seed", "adam_weight_decay"])
+@pytest.mark.parametrize("name", ["dataloader_num_workers", "lr_warmup_steps", "seed", "guidance_scale"])
 def test_numbers_may_be_zero_but_not_negative(name):
     validate_args(parse_args([f"--{name}", "0"]))
     with pytest.raises(ValueError, match=f"^--{name} is -1.*; give 0 or more"):
@@ -346,3 +527,78 @@ def test_photos_of_the_embedded_model_give_way_to_the_users():
     args = parse_args(["--dataset_name", "set", "--instance_prompt", "a sks dog"])
     apply_defaults(args, {"instance_data_dir": "embedded"})
     validate_args(args)
+
+
+# Flags that need the model's shape
+
+
+@pytest.fixture(scope="module")
+def prepare(tmp_path_factory):
+    """Prepare a run on a tiny model."""
+    photos = save_photos(tmp_path_factory.mktemp("photos"), [(64, 64)])
+
+    def call(*argv, name="flux"):
+        tiny = next(tiny for tiny in TINY_FAMILIES if tiny.family.name == name)
+        settings = ["--pretrained_model_name_or_path", tiny.folder, "--instance_data_dir", photos, *NAMED[2:4]]
+        settings += ["--resolution", tiny.resolution, "--report_to", "none"]
+        return prepare_run(parse_args([*map(str, settings), *argv]))
+
+    return call
+
+
+def test_alpha_is_the_rank_where_the_family_has_no_flag_for_it(prepare):
+    assert prepare("--rank", "7", name="sd3").args.lora_alpha == 7
+    assert prepare("--rank", "7", "--lora_alpha", "2", name="sd3").args.lora_alpha == 2
+    assert prepare("--rank", "7").args.lora_alpha == 4
+
+
+@pytest.mark.parametrize(
+    ("skipped", "numbers", "blocks"),
+    [
+        ("none", "0,4", {"transformer_blocks.0", "single_transformer_blocks.2"}),
+        ("none", " 1 , 1", {"transformer_blocks.1"}),
+        ("1,1", "1,2,3", {"transformer_blocks.1", "single_transformer_blocks.0", "single_transformer_blocks.1"}),
+        ("2,0", "3", {"single_transformer_blocks.1"}),
+    ],
+)
+def test_lora_blocks_are_numbers_of_blocks_in_order_of_execution(prepare, skipped, numbers, blocks):
+    run = prepare("--skip_blocks", skipped, "--lora_blocks", numbers)
+    assert {".".join(target.split(".")[:2]) for target in run.targets} == blocks
+    assert len(run.targets) == len(set(run.targets))
+    every = prepare("--skip_blocks", skipped).targets
+    assert set(run.targets) == {target for target in every if ".".join(target.split(".")[:2]) in blocks}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--lora_blocks", "0"], r"^--lora_blocks 0 is a skipped block; name kept ones \(1 to 3\) or change --skip_b"),
+        (["--lora_blocks", "1,4"], "^--lora_blocks 4 is a skipped block"),
+        (["--lora_blocks", "5"], "^--lora_blocks '5': '5' is no block; the 5 blocks are numbered 0 to 4"),
+        (["--lora_blocks", "-1"], "^--lora_blocks '-1': '-1' is no block"),
+        (["--lora_blocks", "1-3"], "^--lora_blocks '1-3': '1-3' is no block"),
+        (["--lora_blocks", "1,"], "^--lora_blocks '1,': '' is no block"),
+        (["--lora_blocks", ""], "^--lora_blocks '': '' is no block"),
+        (["--lora_blocks", "1,\u00b2"], "^--lora_blocks .* is no block"),
+        (["--lora_blocks", "9" * 5000], "^--lora_blocks .* is no block"),
+        (["--lora_blocks", "3", "--lora_layers", "attn.add_q_proj"], "^--lora_blocks: none of single_.*name others"),
+        (["--aspect_ratio_buckets", "64,64;60,64"], "^--aspect_ratio_buckets has 60,64, which are not .*8 px"),
+        (["--aspect_ratio_buckets", "64,68"], "^--aspect_ratio_buckets has 64,68"),
+        (["--aspect_ratio_buckets", "0,64"], "^--aspect_ratio_buckets has 0,64, which are not positive"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+)
+def test_what_does_not_fit_the_model_is_refused_in_one_line(prepare, argv, message):
+    with pytest.raises(ValueError, match=message) as error:
+        prepare("--skip_blocks", "1,1", *argv)
+    assert "\n" not in str(error.value)
+
+
+def test_buckets_are_those_typed_or_standard_ones_of_the_largest_patch(prepare):
+    typed = ("--aspect_ratio_buckets", "64,64; 96,64")
+    assert prepare().patch.buckets == ()
+    assert prepare(*typed).patch.buckets == ((64, 64), (96, 64))
+    assert prepare(*typed, "--use_aspect_ratio_buckets").patch.buckets == ((64, 64), (96, 64))
+    assert prepare("--use_aspect_ratio_buckets").patch.buckets == standard_buckets(64, 8)
+    largest = ("--skip_blocks", "1,1", "--max_patch_size", "48", "--min_patch_size", "24")
+    assert prepare("--use_aspect_ratio_buckets", *largest).patch.buckets == standard_buckets(48, 8)

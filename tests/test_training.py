@@ -2,38 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import FluxPipeline
-from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 from blockskip_hooks.data import PhotoSet, scan_photos
 from blockskip_hooks.families.flux import Flux
 from blockskip_hooks.lora import add_lora, lora_targets
 from blockskip_hooks.transformer import BlockSkipConfig, DiTBlockSkipTransformer
+from tests import script
+from tests.script import PROMPT, WEIGHTS, assert_same_weights, losses, weights
 from tests.tiny import save_tiny_flux
-
-
-ROOT = Path(__file__).parents[1]
-PROMPT = "a photo of sks dog"
-WEIGHTS = "pytorch_lora_weights.safetensors"
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    path = ROOT / "examples" / "dreambooth_blockskip" / "train_dreambooth_blockskip.py"
-    spec = importlib.util.spec_from_file_location("train_dreambooth_blockskip", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -43,59 +26,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("photos")
-    generator = torch.Generator().manual_seed(0)
-    for number, size in enumerate([(80, 64), (64, 64), (64, 96)]):
-        pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).resize(size).save(folder / f"{number}.png")
-    return folder
+    return script.save_photos(tmp_path_factory.mktemp("photos"), [(80, 64), (64, 64), (64, 96)])
 
 
 @pytest.fixture
-def train(script: ModuleType, model: Path, photos: Path, tmp_path: Path):
+def train(model: Path, photos: Path, tmp_path: Path):
     """Run the script with small settings; returns its output folder."""
 
-    def run(*flags: str, name: str = "out", expect: int = 0) -> Path:
-        output = tmp_path / name
-        settings = {
-            "--pretrained_model_name_or_path": model,
-            "--instance_data_dir": photos,
-            "--instance_prompt": PROMPT,
-            "--output_dir": output,
-            "--resolution": 64,
-            "--max_sequence_length": 12,
-            "--train_batch_size": 2,
-            "--max_train_steps": 4,
-            "--checkpointing_steps": 100,
-            "--rank": 2,
-            "--learning_rate": 1e-2,
-            "--lr_warmup_steps": 0,
-            "--seed": 3,
-            "--report_to": "none",
-        }
-        # Accelerate's state lives as long as the process; a run of its own would start without.
-        AcceleratorState._reset_state(reset_partial_state=True)
-        given = {flag for flag in flags if flag.startswith("--")}
-        argv = [str(part) for flag, value in settings.items() if flag not in given for part in (flag, value)]
-        assert script.main([*argv, *flags]) == expect
-        return output
+    def run(*flags: str, name: str = "out") -> Path:
+        return script.train(model, photos, tmp_path / name, *flags)
 
     return run
-
-
-def losses(output: Path) -> list[float]:
-    return json.loads((output / "run_report.json").read_text())["train"]["loss"]
-
-
-def weights(output: Path) -> dict[str, torch.Tensor]:
-    return load_file(output / WEIGHTS)
-
-
-def assert_same_weights(actual: Path, expected: Path) -> None:
-    a, b = weights(actual), weights(expected)
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
 
 
 def test_plain_mode_is_a_straightforward_loop(train, model: Path, photos: Path):
@@ -165,59 +106,6 @@ def test_without_trailing_span_training_is_lora_on_the_remaining_blocks(train, r
     assert losses(skipped) == pytest.approx(losses(plain), rel=1e-4)
     for name, value in weights(plain).items():
         assert torch.allclose(weights(skipped)[name], value, atol=1e-5), name
-
-
-def test_exported_lora_is_a_stock_lora(train, model: Path):
-    """E4: kept blocks only, metadata, loads into the stock pipeline and changes its image."""
-    output = train("--skip_blocks", "1,2", "--validation_prompt", PROMPT, "--skip_final_inference")
-    kept = ("transformer.transformer_blocks.1.", "transformer.single_transformer_blocks.0.")
-    assert all(name.startswith(kept) for name in weights(output))
-    assert {name[: len("transformer.transformer_blocks.1.")] for name in weights(output)} >= {kept[0]}
-    with safe_open(output / WEIGHTS, framework="pt") as file:
-        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
-    assert metadata["transformer.r"] == 2 and metadata["transformer.lora_alpha"] == 4
-
-    pipeline = FluxPipeline.from_pretrained(model)
-    pipeline.set_progress_bar_config(disable=True)
-
-    def image() -> torch.Tensor:
-        return torch.from_numpy(
-            pipeline(
-                PROMPT,
-                height=32,
-                width=32,
-                num_inference_steps=2,
-                max_sequence_length=12,
-                generator=torch.Generator().manual_seed(0),
-                output_type="np",
-            ).images
-        )
-
-    before = image()
-    pipeline.load_lora_weights(output)
-    assert (image() - before).abs().max() > 1e-3
-
-
-def test_full_model_with_the_lora_differs_by_the_trailing_approximation_only(train, model: Path):
-    """E4, second half: with fresh residuals of the trained model the two agree to rounding."""
-    output = train("--skip_blocks", "1,2")
-    pipeline = FluxPipeline.from_pretrained(model)
-    pipeline.load_lora_weights(output)
-    wrapped = DiTBlockSkipTransformer(pipeline.transformer, BlockSkipConfig(leading=1, trailing=2))
-    from tests.tiny import TINY_FAMILIES
-
-    inputs = TINY_FAMILIES[0].make_inputs(2)
-    pipeline.transformer.disable_adapters()
-    base_residuals = wrapped.capture_residuals(**inputs)
-    pipeline.transformer.enable_adapters()
-    fresh_residuals = wrapped.capture_residuals(**inputs)
-    with torch.no_grad():
-        full = wrapped(**inputs, return_dict=False)[0]
-        fresh = wrapped(**inputs, residuals=fresh_residuals, return_dict=False)[0]
-        stale = wrapped(**inputs, residuals=base_residuals, return_dict=False)[0]
-    assert (fresh - full).abs().max() <= 1e-5
-    assert (stale - full).abs().max() > 1e-4
-    assert torch.equal(fresh_residuals.leading_hidden_states, base_residuals.leading_hidden_states)
 
 
 @pytest.mark.parametrize(
@@ -299,26 +187,6 @@ def test_captions_belong_to_their_photos(train, photos: Path, tmp_path: Path, mo
     for image, prompt, tokens in seen:
         assert prompt.endswith(("red", "blue", "snow")[image])
         assert all(torch.equal(tokens, other) == (image == other_image) for other_image, _, other in seen)
-
-
-def test_prior_preservation_makes_and_trains_on_class_images(train, tmp_path: Path):
-    classes = tmp_path / "classes"
-    flags = ("--with_prior_preservation", "--class_data_dir", str(classes), "--class_prompt", "a photo of dog")
-    small = ("--num_class_images", "2", "--sample_batch_size", "2")
-    output = train("--skip_blocks", "1,1", "--train_batch_size", "1", *flags, *small)
-    assert len(list(classes.glob("*.jpg"))) == 2
-    assert len(losses(output)) == 4
-
-
-def test_trained_text_encoder_is_exported(train, model: Path):
-    output = train("--skip_blocks", "1,1", "--train_text_encoder", "--text_encoder_lr", "1e-2")
-    prefixes = {name.partition(".")[0] for name in weights(output)}
-    assert prefixes == {"transformer", "text_encoder"}
-    trained = [
-        value for name, value in weights(output).items() if name.startswith("text_encoder") and "lora_B" in name
-    ]
-    assert trained and all(value.any() for value in trained)
-    FluxPipeline.from_pretrained(model).load_lora_weights(output)
 
 
 def test_adapters_stay_float32_under_bfloat16(train):

@@ -23,6 +23,9 @@ from tests.tiny import TINY_FAMILIES
 
 
 TINY = TINY_FAMILIES[0]
+# Families with blocks of other kinds before those that can be skipped, and families with a text stream of its own.
+WITH_REFINERS = [tiny for tiny in TINY_FAMILIES if tiny.name in ("z-image", "lumina2")]
+WITH_TEXT_STREAM = [tiny for tiny in TINY_FAMILIES if tiny.family.text_stream_layers]
 # The tiny FLUX has two double-stream blocks, then three single-stream ones.
 DOUBLE = [f"transformer_blocks.{i}" for i in range(2)]
 SINGLE = [f"single_transformer_blocks.{i}" for i in range(3)]
@@ -30,12 +33,24 @@ LAYERS_OF_SINGLE = {"attn.to_k", "attn.to_q", "attn.to_v"}
 SPANS = [(0, 0), (1, 0), (0, 1), (1, 1), (2, 0), (0, 3), (1, 3), (2, 2), (4, 0), (0, 4), (3, 1)]
 
 
-def make_model(leading=0, trailing=0):
-    return DiTBlockSkipTransformer(TINY.make_transformer(), BlockSkipConfig(leading=leading, trailing=trailing))
+def make_model(leading=0, trailing=0, tiny=TINY):
+    config = BlockSkipConfig(leading=leading, trailing=trailing)
+    return DiTBlockSkipTransformer(tiny.make_transformer(), config, tiny.family.block_stacks)
 
 
-def default_targets(model):
-    return lora_targets(model, Flux.lora_layers, Flux.text_stream_layers)
+def default_targets(model, family=Flux):
+    return lora_targets(model, family.lora_layers, family.text_stream_layers)
+
+
+def matching_layers(model, family):
+    """Every linear layer of the whole model that the family's default names match, by the plain rule."""
+    endings = tuple(f".{layer}" for layer in family.lora_layers)
+    linear = [name for name, module in model.transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+    return {name for name in linear if name.endswith(endings)}
+
+
+def in_blocks(names, blocks):
+    return {name for name in names if name.startswith(tuple(f"{block.name}." for block in blocks))}
 
 
 def with_lora(leading=1, trailing=1, *, layers=("attn.to_q", "attn.to_v"), rank=2, seed=0, fill=True):
@@ -105,7 +120,8 @@ def test_layers_are_named_by_their_ending_or_in_full_and_listed_once():
     assert lora_targets(model, [ending]) == expected
     assert lora_targets(model, [ending, full, ending]) == expected
     assert lora_targets(model, [full]) == [full]
-    assert lora_targets(model, ["proj_out"]) == [f"{block}.proj_out" for block in SINGLE[:2]] + ["proj_out"]
+    assert lora_targets(model, ["proj_out"]) == [f"{block}.proj_out" for block in SINGLE[:2]]
+    assert lora_targets(make_model(), ["proj_out"]) == [f"{block}.proj_out" for block in SINGLE] + ["proj_out"]
 
 
 @pytest.mark.parametrize("name", ["attn.to_x", "to_", "", "transformer_blocks", "attn", "norm1"])
@@ -115,12 +131,81 @@ def test_a_name_of_no_linear_layer_is_refused(name):
 
 
 def test_layers_of_skipped_blocks_only_are_refused_with_the_kept_ones_named():
-    with pytest.raises(ValueError, match="--lora_layers.*skipped blocks only") as error:
+    with pytest.raises(ValueError, match="--lora_layers.*matches no layer of a kept block; ") as error:
         lora_targets(make_model(2, 0), ["attn.add_q_proj", "ff.net.2"])
     message = str(error.value)
     assert SINGLE[0] in message and SINGLE[2] in message and "\n" not in message
     with pytest.raises(ValueError, match="--lora_layers"):
         lora_targets(make_model(1, 0), [f"{DOUBLE[0]}.attn.to_q"])
+
+
+@pytest.mark.parametrize("tiny", WITH_REFINERS, ids=lambda tiny: tiny.name)
+def test_layers_outside_the_blocks_get_lora_in_plain_mode_only(tiny):
+    plain = make_model(tiny=tiny)
+    everywhere = matching_layers(plain, tiny.family)
+    refiners = {name for name in everywhere if "refiner" in name}
+    assert refiners and everywhere - refiners == in_blocks(everywhere, plain.spans.kept)
+    assert set(default_targets(plain, tiny.family)) == everywhere
+    for leading, trailing in ((1, 0), (0, 1), (1, 2)):
+        model = make_model(leading, trailing, tiny)
+        assert set(default_targets(model, tiny.family)) == in_blocks(everywhere, model.spans.kept)
+
+
+@pytest.mark.parametrize("tiny", WITH_REFINERS, ids=lambda tiny: tiny.name)
+def test_a_layer_outside_the_blocks_is_refused_once_anything_is_skipped(tiny):
+    refiner = min(name for name in matching_layers(make_model(tiny=tiny), tiny.family) if "refiner" in name)
+    assert lora_targets(make_model(tiny=tiny), [refiner]) == [refiner]
+    with pytest.raises(ValueError, match=f"^--lora_layers '{refiner}' matches no layer of a kept block; ") as error:
+        lora_targets(make_model(0, 1, tiny), [refiner])
+    assert "layers.0 to layers.3" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("tiny", WITH_REFINERS, ids=lambda tiny: tiny.name)
+def test_layers_outside_the_blocks_learn_in_plain_mode(tiny):
+    model = make_model(tiny=tiny)
+    add_lora(model.transformer, default_targets(model, tiny.family), rank=2, alpha=2, dropout=0.0, seed=0)
+    prediction = model(**tiny.make_inputs(1), return_dict=False)[0]
+    prediction = torch.stack(list(prediction)) if isinstance(prediction, (list, tuple)) else prediction
+    prediction.square().sum().backward()
+    check_gradients(model.transformer)
+
+
+@pytest.mark.parametrize("tiny", WITH_REFINERS, ids=lambda tiny: tiny.name)
+def test_named_blocks_are_a_limit_for_layers_outside_the_blocks_too(tiny):
+    model = make_model(tiny=tiny)
+    names = [model.spans.kept[1].name, model.spans.kept[3].name]
+    targets = lora_targets(model, tiny.family.lora_layers, blocks=names)
+    assert set(targets) == in_blocks(matching_layers(model, tiny.family), [model.spans.kept[1], model.spans.kept[3]])
+
+
+def test_a_named_block_is_not_taken_for_the_start_of_another_name():
+    model = make_model()
+    assert lora_targets(model, ["attn.to_q"], blocks=[DOUBLE[1]]) == [f"{DOUBLE[1]}.attn.to_q"]
+    with pytest.raises(ValueError, match=f"^--lora_blocks: none of {DOUBLE[0]}, {DOUBLE[1]} has a layer of --lora_la"):
+        lora_targets(model, [f"{SINGLE[0]}.attn.to_q"], blocks=DOUBLE)
+
+
+@pytest.mark.parametrize("spans", [(0, 0), (1, 0), (0, 2), (1, 2)], ids=lambda spans: f"{spans[0]},{spans[1]}")
+@pytest.mark.parametrize("tiny", WITH_TEXT_STREAM, ids=lambda tiny: tiny.name)
+def test_text_layers_are_left_out_of_the_last_kept_block_and_of_no_other(tiny, spans):
+    model = make_model(*spans, tiny)
+    last = model.spans.kept[-1]
+    matching = in_blocks(matching_layers(model, tiny.family), model.spans.kept)
+    endings = tuple(f".{layer}" for layer in tiny.family.text_stream_layers)
+    unread = {name for name in in_blocks(matching, [last]) if name.endswith(endings)}
+    assert set(default_targets(model, tiny.family)) == matching - unread
+
+
+def test_text_layers_of_the_last_block_are_left_out_without_skipping_too():
+    """Where every block has a text stream, as in Qwen-Image, nothing reads the text of the last one."""
+    tiny = next(tiny for tiny in TINY_FAMILIES if tiny.name == "qwen-image")
+    model = make_model(tiny=tiny)
+    targets = default_targets(model, tiny.family)
+    of_last = [name for name in targets if name.startswith(f"{model.spans.kept[-1].name}.")]
+    assert of_last and not any(name.endswith(tiny.family.text_stream_layers) for name in of_last)
+    unread = f"{model.spans.kept[-1].name}.{tiny.family.text_stream_layers[0]}"
+    with pytest.raises(ValueError, match=f"^--lora_layers '{unread}' names text layers of .* only"):
+        lora_targets(model, [unread], tiny.family.text_stream_layers)
 
 
 def test_layers_that_could_never_learn_only_are_refused():
@@ -162,10 +247,30 @@ def test_lora_starts_at_zero_in_float32_and_is_all_that_trains(dtype):
     assert all(bool(p.any()) != ("lora_B" in name) for name, p in trainable.items())
     assert {min(p.shape) for p in parameters} == {3}
     assert {p.dtype for p in model.transformer.parameters() if not p.requires_grad} == {dtype}
-    assert describe_trainable(model, parameters) == {
-        "parameters": sum(p.numel() for p in parameters),
-        "blocks": [DOUBLE[1], *SINGLE[:2]],
-    }
+
+
+# What is said of it
+
+
+def test_the_description_has_the_trained_blocks_and_the_parameters_that_train():
+    model = make_model(1, 1)
+    targets = default_targets(model)
+    parameters = add_lora(model.transformer, targets, rank=3, alpha=6, dropout=0.0, seed=0)
+    count = sum(p.numel() for p in parameters)
+    assert describe_trainable(model, targets) == (
+        f"{count:,} LoRA parameters in {len(targets)} layers of 3 of 5 blocks: "
+        "transformer_blocks 1, single_transformer_blocks 0-1"
+    )
+
+
+def test_the_description_follows_the_named_blocks_and_counts_layers_outside():
+    model = make_model()
+    targets = [f"{DOUBLE[0]}.attn.to_q", f"{SINGLE[0]}.attn.to_q", f"{SINGLE[2]}.attn.to_q", "x_embedder", "proj_out"]
+    add_lora(model.transformer, targets, rank=1, alpha=1, dropout=0.0, seed=0)
+    assert describe_trainable(model, targets).endswith(
+        " in 5 layers of 3 of 5 blocks: transformer_blocks 0, single_transformer_blocks 0, 2, "
+        "2 layers outside the blocks"
+    )
 
 
 # What the file holds

@@ -187,6 +187,11 @@ REFUSED = {
     "min_patch_size off the grid": ({"--min_patch_size": "33"}, ["--min_patch_size is 33", "32"]),
     "max_patch_size off the grid": ({"--max_patch_size": "63"}, ["--max_patch_size is 63", "64"]),
     "patch_sampling word": ({"--patch_sampling": "big"}, ["--patch_sampling", "big", "dynamic"]),
+    "buckets in another form": (
+        {"--aspect_ratio_buckets": "64x96"},
+        ["--aspect_ratio_buckets is '64x96'", "1024,1024"],
+    ),
+    "buckets off the grid": ({"--aspect_ratio_buckets": "64,60"}, ["--aspect_ratio_buckets has 64,60", "8 px"]),
     # Photos and prompts
     "no photos": ({"--instance_data_dir": None}, ["--instance_data_dir", "--dataset_name"]),
     "absent photos": ({"--instance_data_dir": "nowhere"}, ["--instance_data_dir nowhere", "does not exist"]),
@@ -222,6 +227,8 @@ REFUSED = {
         ["--lora_layers 'attn.add_q_proj'", "single_transformer_blocks.0"],
     ),
     "layers that cannot learn": ({"--skip_blocks": "1,3", "--lora_layers": "attn.add_q_proj"}, ["--lora_layers"]),
+    "a skipped block": ({"--lora_blocks": "1,4"}, ["--lora_blocks 4 is a skipped block", "1 to 3"]),
+    "a block that is not there": ({"--lora_blocks": "5"}, ["--lora_blocks '5'", "0 to 4"]),
     "rank": ({"--rank": "0"}, ["--rank is 0", "1 or more"]),
     "lora_dropout": ({"--lora_dropout": "1"}, ["--lora_dropout is 1"]),
     # The model
@@ -301,6 +308,7 @@ REFUSED = {
     "zero residual_budget": ({"--residual_budget": "0"}, ["--residual_budget"]),
     "absent checkpoint": ({"--resume_from_checkpoint": "checkpoint-9"}, ["--resume_from_checkpoint checkpoint-9"]),
     "tracker": ({"--report_to": "excel"}, ["--report_to", "excel"]),
+    "flag of another family": ({"--precondition_outputs": "0"}, ["--precondition_outputs", "sd3", "leave it out"]),
     "unknown flag": ({"--skip_block": "1,1"}, ["--skip_block", "did you mean --skip_blocks"]),
 }
 

@@ -36,7 +36,7 @@ def add_lora(
     transformer: torch.nn.Module, tiny: TinyFamily, config: BlockSkipConfig, *, randomise_b: bool = False
 ) -> None:
     """Give the kept blocks the family's LoRA with rank 2; B starts at zero unless asked otherwise."""
-    skeleton = DiTBlockSkipTransformer(empty_model(dict(transformer.config)), config, tiny.family.block_stacks)
+    skeleton = wrap(tiny, empty_model(dict(transformer.config), type(transformer)), config)
     targets = lora_targets(skeleton, tiny.family.lora_layers, tiny.family.text_stream_layers)
     torch.manual_seed(0)
     transformer.requires_grad_(False)
@@ -150,7 +150,9 @@ def test_streamed_forward_is_the_ordinary_forward(tiny: TinyFamily, tmp_path: Pa
     with torch.no_grad():
         expected = forward(transformer, inputs)
     config = BlockSkipConfig(leading=2, trailing=1)
-    model = DiTBlockSkipTransformer.from_pretrained(tmp_path, config, stacks=tiny.family.block_stacks)
+    model = DiTBlockSkipTransformer.from_pretrained(
+        tmp_path, config, stacks=tiny.family.block_stacks, transformer_class=type(transformer)
+    )
     with torch.no_grad(), model.full_model():
         assert torch.equal(forward(model.transformer, inputs), expected)
     assert all(p.is_meta for block in model.spans.skipped for p in block.module.parameters())

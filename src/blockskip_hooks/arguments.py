@@ -408,7 +408,8 @@ def _check_photos(args: argparse.Namespace) -> None:
         model = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
         if not has_photos:
             raise ValueError(f"{model} needs photos; give --instance_data_dir or --dataset_name.")
-        if not (args.instance_prompt or "").strip():
+        # An empty prompt is a choice; a blank one is a mistake.
+        if args.instance_prompt is None or args.instance_prompt.isspace():
             raise ValueError(f'{model} needs --instance_prompt; give one like "a photo of sks dog".')
     elif {"instance_data_dir", "dataset_name"} & args.given and "instance_prompt" not in args.given:
         logger.warning("No --instance_prompt for your photos: those without a caption get the embedded model's.")

@@ -1,12 +1,13 @@
-"""Where each tensor of a diffusers model folder lies, without reading any of it."""
+"""Where each tensor of a diffusers model folder lies, and reading them one at a time."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate.utils import OffloadedWeightsLoader
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
@@ -48,15 +49,36 @@ def index_safetensors(folder: Path, variant: str | None = None) -> dict[str, Pat
     )
 
 
-def weights_loader(index: dict[str, Path], dtypes: dict[str, torch.dtype]) -> OffloadedWeightsLoader:
-    """A mapping that reads tensors from disk when asked for, cast to the model's dtypes."""
-    return OffloadedWeightsLoader(
-        index={
-            name: {
-                "safetensors_file": str(index[name]),
-                "weight_name": name,
-                "dtype": str(dtype).removeprefix("torch."),
-            }
-            for name, dtype in dtypes.items()
-        }
-    )
+class CheckpointWeights(Mapping[str, torch.Tensor]):
+    """Tensors of a checkpoint, read from disk when asked for and cast to the model's dtypes.
+
+    A shard that was opened stays open until :meth:`close`; its tensors stay valid afterwards.
+
+    Args:
+        index: File of each tensor, from :func:`index_safetensors`.
+        dtypes: Dtype of each tensor that the model wants.
+        prefix: Keys are the names behind this prefix; others are left out.
+    """
+
+    def __init__(self, index: Mapping[str, Path], dtypes: Mapping[str, torch.dtype], prefix: str = "") -> None:
+        self._index = index
+        self._prefix = prefix
+        self._dtypes = {name.removeprefix(prefix): d for name, d in dtypes.items() if name.startswith(prefix)}
+        self._open: dict[Path, Any] = {}
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        name = f"{self._prefix}{key}"
+        path = self._index[name]
+        if path not in self._open:
+            self._open[path] = safe_open(str(path), framework="pt")
+        return self._open[path].get_tensor(name).to(self._dtypes[key])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._dtypes)
+
+    def __len__(self) -> int:
+        return len(self._dtypes)
+
+    def close(self) -> None:
+        """Close the shards, so that what was read of them does not count as memory of the process any more."""
+        self._open.clear()

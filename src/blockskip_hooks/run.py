@@ -332,7 +332,7 @@ def prepare_run(args: argparse.Namespace) -> Run:
     patch = _patch_sampling(args, family, skips=config.num_skipped > 0)
     photos = _find_photos(args)
     if not args.instance_prompt and any(photo.caption is None for photo in photos):
-        raise ValueError("--instance_prompt is missing and not every photo has a caption; give the prompt.")
+        logger.warning("--instance_prompt is empty: photos without a caption train on an empty prompt.")
     if args.train_text_encoder and not family.text_lora_layers:
         raise ValueError(f"--train_text_encoder is not available for {family.name}; leave it out.")
     if missing := family.missing_packages():

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
-from accelerate.utils import PrefixedDataset, set_module_tensor_to_device
+from accelerate.utils import set_module_tensor_to_device
 from diffusers import ModelMixin
 
 from .blocks import Block, BlockSpans, list_blocks, split_blocks
-from .checkpoint_index import index_safetensors, weights_loader
+from .checkpoint_index import CheckpointWeights, index_safetensors
 from .config import BlockSkipConfig
 from .hooks import CaptureDone, SkipMode, SpanResiduals, apply_block_skip, remove_block_skip
 from .model_config import load_config, model_class
@@ -105,23 +105,25 @@ class DiTBlockSkipTransformer(torch.nn.Module):
         missing = sorted(set(tensors) - set(index))
         if missing:
             raise ValueError(f"{folder} lacks {len(missing)} tensors of {chosen.__name__}, first {missing[0]}.")
-        loader = weights_loader(index, {name: tensor.dtype for name, tensor in tensors.items()})
+        dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+        weights = CheckpointWeights(index, dtypes)
 
         skipped = split_blocks(list_blocks(transformer, stacks), config).skipped
         prefixes = tuple(f"{block.name}." for block in skipped)
         for name, tensor in tensors.items():
             if not name.startswith(prefixes):
-                value = loader[name]
+                value = weights[name]
                 if value.shape != tensor.shape:
                     raise ValueError(
                         f"{folder}: {name} has shape {tuple(value.shape)}, but the model's config asks for "
                         f"{tuple(tensor.shape)}."
                     )
-                set_module_tensor_to_device(transformer, name, device, value=value)
+                set_module_tensor_to_device(transformer, name, device, value=value, clear_cache=False)
+        weights.close()
         for name, buffer in transformer.named_buffers():
             set_module_tensor_to_device(transformer, name, device, value=buffer)
         for block in skipped:
-            _stream(block, device, PrefixedDataset(loader, f"{block.name}."))
+            _stream(block, device, CheckpointWeights(index, dtypes, f"{block.name}."))
         return cls(transformer, config, stacks)
 
     def remove(self) -> ModelMixin:
@@ -199,10 +201,26 @@ class DiTBlockSkipTransformer(torch.nn.Module):
 
 def _stream(block: Block, device: torch.device | str, weights: Mapping[str, torch.Tensor] | None) -> None:
     """Let a block read its weights only while it runs: from ``weights``, or from a host copy of what it holds now."""
-    hook = AlignDevicesHook(
-        execution_device=_plain_device(device), offload=True, weights_map=weights, place_submodules=True
-    )
+    hook = StreamHook(execution_device=_plain_device(device), offload=True, weights_map=weights, place_submodules=True)
     add_hook_to_module(block.module, hook)
+
+
+class StreamHook(AlignDevicesHook):
+    """accelerate's offloading, without its collection of garbage after each tensor: a block has dozens of them."""
+
+    def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        for name, _ in module.named_parameters():
+            set_module_tensor_to_device(
+                module, name, self.execution_device, value=self.weights_map[name], clear_cache=False
+            )
+        if isinstance(self.weights_map, CheckpointWeights):
+            self.weights_map.close()
+        return args, kwargs
+
+    def post_forward(self, module: torch.nn.Module, output: Any) -> Any:
+        for name, _ in module.named_parameters():
+            set_module_tensor_to_device(module, name, "meta", clear_cache=False)
+        return output
 
 
 def _plain_device(device: torch.device | str) -> torch.device:

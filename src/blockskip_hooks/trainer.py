@@ -262,7 +262,8 @@ class Trainer:
         Raises:
             ValueError: if some LoRA has not learnt anything.
         """
-        if self.step:
+        # A warmup's first step has rate zero.
+        if self.step > 1:
             for module in (self.model.transformer, *self.text_encoders.values()):
                 check_learned(module)
         if self.accelerator.is_main_process:

@@ -78,7 +78,7 @@ class Setting:
         if self.trainer.store is not None:
             run = self.trainer.run
             plan = plan_for(run, weight_dtype(self.trainer.accelerator), 1)
-            self.precompute_batch = planned_batch_size(plan) or 1
+            self.precompute_batch = planned_batch_size(plan, "precompute") or 1
             # What a step waits for: reading the records, and making a batch of them.
             store, maker = self.trainer.store, self.trainer.maker
             store.read = self._timed(store.read)  # type: ignore[method-assign]
@@ -114,7 +114,7 @@ class Setting:
                 part = samples[start : start + self.precompute_batch]
                 batch = trainer.maker.batch(part, trainer.maker.encode(vae, part))
                 inputs = trainer.run.family.transformer_inputs(
-                    full.model.config, batch.noisy_latents, batch.timesteps, batch.embeds, 3.5
+                    full.model.config, batch.noisy_latents, batch.timesteps, batch.embeds
                 )
                 with base_model(full.model.transformer), full.accelerator.autocast():
                     started = time.perf_counter()

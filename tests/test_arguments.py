@@ -594,6 +594,12 @@ def test_what_does_not_fit_the_model_is_refused_in_one_line(prepare, argv, messa
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("layers", ["1", "1 2 -9", "1 2 999"])
+def test_layers_that_the_text_encoder_lacks_are_refused(prepare, layers):
+    with pytest.raises(ValueError, match=f"^--text_encoder_out_layers {layers} does not fit this model; give 3 num"):
+        prepare("--text_encoder_out_layers", *layers.split(), name="flux2-klein")
+
+
 def test_buckets_are_those_typed_or_standard_ones_of_the_largest_patch(prepare):
     typed = ("--aspect_ratio_buckets", "64,64; 96,64")
     assert prepare().patch.buckets == ()

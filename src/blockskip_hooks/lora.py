@@ -10,6 +10,7 @@ from diffusers import ModelMixin
 from diffusers.training_utils import _collate_lora_metadata, cast_training_params
 from diffusers.utils import convert_unet_state_dict_to_peft
 from peft import LoraConfig, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
@@ -90,6 +91,11 @@ def add_lora(
             )
         )
     cast_training_params(module, dtype=torch.float32)
+    for layer in module.modules():
+        if isinstance(layer, BaseTunerLayer):
+            # Half precision trains under autocast, which casts the weights; a float32 copy of each layer's input
+            # would only be kept for backward.
+            layer.cast_input_dtype_enabled = False
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 

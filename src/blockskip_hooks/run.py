@@ -335,8 +335,7 @@ def prepare_run(args: argparse.Namespace) -> Run:
         logger.warning("--instance_prompt is empty: photos without a caption train on an empty prompt.")
     if args.train_text_encoder and not family.text_lora_layers:
         raise ValueError(f"--train_text_encoder is not available for {family.name}; leave it out.")
-    if missing := family.missing_packages():
-        raise ValueError(f"{model_name} needs packages that are not installed: {', '.join(missing)}; install them.")
+    family.check()
     if args.enable_npu_flash_attention and importlib.util.find_spec("torch_npu") is None:
         raise ValueError("--enable_npu_flash_attention needs a package that is not installed: torch_npu.")
     _check_writable(Path(args.output_dir))

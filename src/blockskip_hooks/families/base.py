@@ -91,9 +91,12 @@ class Family(ABC):
 
     # What is known before any weight is read
 
-    def missing_packages(self) -> list[str]:
-        """Optional packages that this model needs and that are not installed."""
-        return []
+    def check(self) -> None:  # noqa: B027 - most families have nothing to check
+        """Find what would fail later: packages that are not installed, flags that do not fit the model.
+
+        Raises:
+            ValueError: one line that says what to do.
+        """
 
     def transformer_class(self, transformer_config: Mapping[str, Any]) -> type[ModelMixin]:
         """The transformer's class, with LoRA methods.

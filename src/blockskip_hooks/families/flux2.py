@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers import DiffusionPipeline, Flux2KleinPipeline, Flux2Pipeline, ModelMixin
 
+from ..model_config import load_config
 from .base import Family, Flag, PromptEmbeds
 
 
@@ -62,10 +63,19 @@ class Flux2(Family):
     flag_defaults = {"max_sequence_length": 512, "output_dir": "flux-dreambooth-lora"}
     tags = ("flux2", "flux2-diffusers")
 
-    def missing_packages(self) -> list[str]:
+    def check(self) -> None:
         index = json.loads((self.model_path / "model_index.json").read_text())
-        needs_torchvision = index["tokenizer"][1] == "PixtralProcessor"
-        return ["torchvision"] if needs_torchvision and importlib.util.find_spec("torchvision") is None else []
+        if index["tokenizer"][1] == "PixtralProcessor" and importlib.util.find_spec("torchvision") is None:
+            raise ValueError("FLUX.2's text processor needs a package that is missing; run: pip install torchvision")
+        encoder = load_config(self.model_path / "text_encoder")
+        encoder = encoder.get("text_config", encoder)
+        depth, layers = encoder["num_hidden_layers"], self.flags["text_encoder_out_layers"]
+        wanted = load_config(self.model_path / "transformer")["joint_attention_dim"] // encoder["hidden_size"]
+        if len(layers) != wanted or not all(0 <= layer <= depth for layer in layers):
+            raise ValueError(
+                f"--text_encoder_out_layers {' '.join(map(str, layers))} does not fit this model; give {wanted} "
+                f"numbers from 0 to {depth}."
+            )
 
     @property
     def vae_scale_factor(self) -> int:

@@ -26,7 +26,7 @@ from tests.tiny import TINY_FAMILIES, TinyFamily
 PROMPT = "a photo of sks dog on the beach"
 OTHER = "a red cat"
 
-# Arguments that leave the prediction for the prompt alone. SANA-Sprint is only told a value, which it was trained with.
+# Arguments that leave the prediction for the prompt alone. SANA-Sprint is always told a value, that of its pipeline.
 UNGUIDED = {
     "krea2": {"guidance_scale": 0.0},
     "qwen-image": {"true_cfg_scale": 1.0},

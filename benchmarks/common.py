@@ -169,13 +169,18 @@ def open_trainer(argv: Sequence[str]) -> Trainer:
     with quiet():
         embeds, _ = encode_prompts(family, prompts, dtype=dtype, device=device)
     sample_plan = run.sample_plan(0, {kind: len(source.photos) for kind, source in sources.items()})
-    maker = SampleMaker(sample_plan, sources, family, embeds, device, dtype)
+    maker = SampleMaker(sample_plan, sources, family, embeds, device, dtype, bool(run.recorded_layers))
     _, max_train_steps = run.schedule(sample_plan, accelerator.num_processes)
     store = None
     if run.uses_store:
         store = ResidualStore(run.residual_dir, run.describe_records(sample_plan, sources, dtype))
     model = DiTBlockSkipTransformer.from_pretrained(
-        family.model_path, run.config, torch_dtype=dtype, device=device, stacks=family.block_stacks
+        family.model_path,
+        run.config,
+        torch_dtype=dtype,
+        device=device,
+        stacks=family.block_stacks,
+        recorded_layers=run.recorded_layers,
     )
     return Trainer(run, accelerator, StageMonitor(), maker, model, None, store, max_train_steps)
 

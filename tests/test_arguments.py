@@ -53,6 +53,7 @@ OUR_FLAGS = {
     "--skip_ratio": (float, 0.3, None),
     "--residuals": (None, "precomputed", ("precomputed", "online", "none")),
     "--residual_dir": (None, None, None),
+    "--keep_modulation": ("store_true", False, None),
     "--residual_budget": (None, None, None),
     "--precompute_batch_size": (int, None, None),
     "--overwrite_residuals": ("store_true", False, None),

@@ -16,7 +16,7 @@ from blockskip_hooks import (
     apply_block_skip,
     remove_block_skip,
 )
-from blockskip_hooks.blocks import list_blocks
+from blockskip_hooks.blocks import list_blocks, modulation_layers, split_blocks
 from blockskip_hooks.hooks import SkipMode
 from blockskip_hooks.lora import lora_targets
 from blockskip_hooks.simulation import empty_model
@@ -126,6 +126,55 @@ def test_gradients_equal_the_full_model_without_trailing_span(tiny: TinyFamily, 
     for name, gradient in expected.items():
         assert gradient.abs().max() > 0, name
         assert (actual[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("spans", [(1, 0), (0, 1), (2, 1)], ids=str)
+@pytest.mark.parametrize(
+    "tiny", [tiny for tiny in TINY_FAMILIES if tiny.family.modulation_layers], ids=lambda tiny: tiny.name
+)
+def test_recorded_layers_need_no_weights(tiny: TinyFamily, spans: tuple[int, int]):
+    """The outputs of modulation layers in the residuals give the same prediction and gradients without the layers."""
+    inputs = tiny.make_inputs(2)
+    config = BlockSkipConfig(leading=spans[0], trailing=spans[1])
+
+    def gradients(recorded: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        transformer = tiny.make_transformer()
+        add_lora(transformer, tiny, config, randomise_b=True)
+        skeleton = split_blocks(list_blocks(transformer, tiny.family.block_stacks), config)
+        names = modulation_layers(skeleton, tiny.family.modulation_layers) if recorded else ()
+        assert bool(names) == recorded
+        model = wrap(tiny, transformer, config, recorded_layers=names)
+        residuals = model.capture_residuals(**inputs)
+        assert (residuals.modulation is not None) == recorded
+        for name in names:
+            for parameter in transformer.get_submodule(name).parameters():
+                parameter.data.fill_(float("nan"))
+        prediction = forward(model, inputs, residuals=residuals)
+        prediction.square().mean().backward()
+        return prediction.detach(), {n: p.grad for n, p in transformer.named_parameters() if p.requires_grad}
+
+    expected, actual = gradients(recorded=False), gradients(recorded=True)
+    assert torch.equal(actual[0], expected[0])
+    assert all(torch.equal(actual[1][name], gradient) for name, gradient in expected[1].items())
+
+
+def test_recorded_layers_stream_and_are_undone(tmp_path: Path):
+    tiny = TINY_FAMILIES[0]
+    transformer, inputs = tiny.make_transformer(), tiny.make_inputs(2)
+    transformer.save_pretrained(tmp_path / "transformer")
+    config = BlockSkipConfig(leading=1, trailing=1)
+    names = modulation_layers(split_blocks(list_blocks(transformer), config), tiny.family.modulation_layers)
+    model = DiTBlockSkipTransformer.from_pretrained(tmp_path, config, recorded_layers=names)
+    assert all(p.is_meta for name in names for p in model.transformer.get_submodule(name).parameters())
+    with torch.no_grad():
+        expected = forward(transformer, inputs)
+        assert torch.equal(forward(model, inputs), expected)
+        residuals = model.capture_residuals(**inputs)
+        assert (forward(model, inputs, residuals=residuals) - expected).abs().max() <= 1e-5
+        with pytest.raises(ValueError, match="No recorded output"):
+            forward(model, inputs, residuals=SpanResiduals(**{**vars(residuals), "modulation": None}))
+        wrapped = DiTBlockSkipTransformer(transformer, config, recorded_layers=names, offload_device="cpu")
+        assert torch.equal(forward(wrapped.remove(), inputs), expected)
 
 
 def test_trailing_span_passes_the_gradient_through(tiny: TinyFamily):

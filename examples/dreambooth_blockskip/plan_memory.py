@@ -43,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--precompute_batch_size", type=int, help="Samples per precompute forward; default: what training leaves.")
     flag("--max_sequence_length", type=int, default=512, help="Tokens of a prompt.")
     flag("--max_train_steps", type=int, default=500, help="Steps, for the disk that records take.")
+    flag("--keep_modulation", action="store_true", help="Keep modulation layers in memory, as the training flag.")
     flag("--residual_budget", help="Disk the records may fill at a time, like 8GB.")
     flag("--memory_budget", help="Accelerator memory every stage should fit in, like 12GiB.")
     flag("--validation_resolution", type=int, help="Side of validation images; without it there are none.")
@@ -74,6 +75,7 @@ def make_requests(args: argparse.Namespace, preset: Preset) -> tuple[PlanRequest
         mode="none" if training_resolution == args.resolution else "dynamic", min_size=training_resolution, **shared
     )
     layers = args.lora_layers.split(",") if args.lora_layers else None
+    targets = preset.lora_targets(config, layers)
     request = PlanRequest(
         family=preset.family,
         transformer_config=preset.transformer_config,
@@ -81,7 +83,8 @@ def make_requests(args: argparse.Namespace, preset: Preset) -> tuple[PlanRequest
         patch=patch,
         batch_size=args.train_batch_size,
         rank=args.rank,
-        lora_targets=preset.lora_targets(config, layers),
+        lora_targets=targets,
+        recorded_layers=() if args.keep_modulation else preset.recorded_layers(config, targets),
         text_tokens=args.max_sequence_length,
         weight_dtype=DTYPES[args.mixed_precision],
         gradient_checkpointing=args.gradient_checkpointing,
@@ -102,6 +105,7 @@ def make_requests(args: argparse.Namespace, preset: Preset) -> tuple[PlanRequest
         config=plain,
         patch=PatchSamplingConfig(mode="none", min_size=args.resolution, **shared),
         lora_targets=preset.lora_targets(plain, layers),
+        recorded_layers=(),
         text_encoders=(),
         validation_resolution=None,
     )

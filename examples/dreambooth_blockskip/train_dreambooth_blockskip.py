@@ -128,7 +128,7 @@ def train(
             keep_trainable=args.train_text_encoder,
             show_progress=accelerator.is_main_process,
         )
-    maker = SampleMaker(sample_plan, sources, family, embeds, device, dtype)
+    maker = SampleMaker(sample_plan, sources, family, embeds, device, dtype, bool(run.recorded_layers))
 
     # Load the kept blocks only; LoRA, optimiser and learning-rate schedule.
     with monitor.stage("load"):
@@ -140,6 +140,7 @@ def train(
             variant=args.variant,
             stacks=family.block_stacks,
             transformer_class=family.transformer_class(run.transformer_config),
+            recorded_layers=run.recorded_layers,
         )
         if args.enable_npu_flash_attention:
             model.transformer.set_attention_backend("_native_npu")

@@ -162,6 +162,11 @@ def build_parser() -> argparse.ArgumentParser:
         default="precomputed",
         help="What stands in for skipped blocks: records made before training, a forward in every step, or nothing.",
     )
+    flag(
+        "--keep_modulation",
+        action="store_true",
+        help="Keep the kept blocks' modulation layers in memory; by default their outputs are part of the records.",
+    )
     flag("--residual_dir", help="Folder of the residual records; by default inside --output_dir.")
     flag("--residual_budget", help="Disk the records may fill at a time, like 8GB; fewer are then made per stretch.")
     flag("--precompute_batch_size", type=int, help="Samples per forward when making records; default: what fits.")
@@ -513,7 +518,7 @@ def _without_effect(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
         (skipping, ("residuals",), "skipped blocks"),
         (
             skipping and args.residuals == "precomputed",
-            ("residual_dir", "residual_budget", "precompute_batch_size", "overwrite_residuals"),
+            ("residual_dir", "residual_budget", "precompute_batch_size", "overwrite_residuals", "keep_modulation"),
             "precomputed residuals of skipped blocks",
         ),
         (_patch_mode(args) != "none", ("min_patch_size",), "--patch_sampling other than none"),

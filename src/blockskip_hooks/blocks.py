@@ -83,6 +83,16 @@ def list_blocks(transformer: torch.nn.Module, stacks: Sequence[str] | None = Non
     return tuple(blocks)
 
 
+def modulation_layers(spans: BlockSpans, suffixes: Sequence[str]) -> tuple[str, ...]:
+    """Qualified names of the kept blocks' linear layers with these names, relative to their block, in order."""
+    return tuple(
+        f"{block.name}.{name}"
+        for block in spans.kept
+        for name, module in block.module.named_modules()
+        if name in suffixes and isinstance(module, torch.nn.Linear)
+    )
+
+
 def split_blocks(blocks: Sequence[Block], config: BlockSkipConfig) -> BlockSpans:
     """Split ``blocks`` into leading span, kept blocks and trailing span.
 

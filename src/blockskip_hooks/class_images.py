@@ -55,6 +55,7 @@ def make_class_images(run: Run, accelerator: Accelerator, dtype: torch.dtype, se
             variant=args.variant,
             stacks=family.block_stacks,
             transformer_class=family.transformer_class(run.transformer_config),
+            recorded_layers=run.recorded_layers,
         )
         vae = family.load_vae(dtype, device)
         progress = tqdm(total=len(numbers), desc="Class images", disable=not accelerator.is_local_main_process)

@@ -31,6 +31,7 @@ from .config import BlockSkipConfig
 
 
 PLACEHOLDER_HOOK = "blockskip_placeholder"
+RECORDED_HOOK = "blockskip_recorded"
 
 
 class SkipMode(enum.Enum):
@@ -54,11 +55,14 @@ class SpanResiduals:
         trailing_hidden_states: Residual of the image tokens over the trailing span, ``(batch, image_tokens, dim)``.
             After the last block only the image tokens are read, so the text is not needed. In models that run text
             and image as one sequence, the tokens are those of that sequence, here and in the leading span.
+        modulation: Outputs of the kept blocks' recorded layers side by side, ``(batch, sum of their widths)``;
+            ``None`` if no layer is recorded.
     """
 
     leading_hidden_states: torch.Tensor | None = None
     leading_encoder_hidden_states: torch.Tensor | None = None
     trailing_hidden_states: torch.Tensor | None = None
+    modulation: torch.Tensor | None = None
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors that are present, by attribute name."""
@@ -85,6 +89,21 @@ class BlockSkipState:
         # span's input are in the sequence.
         self.span_output: torch.Tensor | None = None
         self.span_tokens = slice(None)
+        # Outputs of recorded layers so far, by name.
+        self.recorded: dict[str, torch.Tensor] = {}
+        self.recorded_layers: tuple[str, ...] = ()
+
+    @property
+    def all_captured(self) -> bool:
+        """Whether a capture forward has everything it is for."""
+        captured = self.captured
+        return (
+            (not self.config.leading or captured.leading_hidden_states is not None)
+            and (
+                not self.config.trailing or (captured.trailing_hidden_states is not None and self.span_output is None)
+            )
+            and len(self.recorded) == len(self.recorded_layers)
+        )
 
 
 class PlaceholderHook(ModelHook):
@@ -168,7 +187,7 @@ class PlaceholderHook(ModelHook):
             self._capture_leading(hidden_states, streams, encoder_hidden_states is not None)
         else:
             self._capture_trailing(span_input, hidden_states)
-        if self.is_last and not (self.is_leading and self.state.config.trailing):
+        if self.state.all_captured:
             raise CaptureDone
         return output
 
@@ -206,6 +225,59 @@ class PlaceholderHook(ModelHook):
             f"{self.block_name} receives {whole.shape[1]} tokens after a block that returned {length}, and these are "
             "neither its first nor its last; choose spans that do not cross this border."
         )
+
+
+class RecordedLayerHook(ModelHook):
+    """Replaces the forward of a linear layer of a kept block whose input no LoRA can change.
+
+    Layers that turn the timestep's and the prompt's embedding into a block's modulation are such: a large part of a
+    block's weights, whose outputs are small. In *inject* mode the recorded output stands in for the layer.
+
+    Args:
+        name: Qualified name of the layer.
+        place: Where its output lies in :attr:`SpanResiduals.modulation`.
+        state: The transformer's shared state.
+    """
+
+    def __init__(self, name: str, place: slice, state: BlockSkipState) -> None:
+        super().__init__()
+        self.name = name
+        self.place = place
+        self.state = state
+
+    def new_forward(self, module: torch.nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.state.mode is SkipMode.INJECT:
+            modulation = self.state.residuals.modulation
+            if modulation is None:
+                raise ValueError(f"No recorded output of {self.name}: pass `residuals=` to the forward.")
+            recorded = modulation[:, self.place].to(hidden_states.device)
+            return recorded.reshape(*hidden_states.shape[:-1], -1)
+        output = self.fn_ref.original_forward(hidden_states)
+        if self.state.mode is SkipMode.CAPTURE:
+            self.state.recorded[self.name] = output.flatten(1).detach()
+            if self.state.all_captured:
+                raise CaptureDone
+        return output
+
+
+def record_layers(transformer: torch.nn.Module, names: Sequence[str], state: BlockSkipState) -> None:
+    """Record the outputs of linear layers with the residuals; see :class:`RecordedLayerHook`."""
+    state.recorded_layers = tuple(names)
+    start = 0
+    for name in names:
+        layer = transformer.get_submodule(name)
+        stop = start + int(layer.out_features)  # type: ignore[arg-type]
+        hook = RecordedLayerHook(name, slice(start, stop), state)
+        HookRegistry.check_if_exists_or_initialize(layer).register_hook(hook, RECORDED_HOOK)
+        start = stop
+
+
+def remove_recorded_layers(transformer: torch.nn.Module, state: BlockSkipState) -> None:
+    """Undo :func:`record_layers`."""
+    for name in state.recorded_layers:
+        layer = transformer.get_submodule(name)
+        HookRegistry.check_if_exists_or_initialize(layer).remove_hook(RECORDED_HOOK, recurse=False)
+    state.recorded_layers = ()
 
 
 def apply_block_skip(
@@ -261,8 +333,11 @@ __all__ = [
     "BlockSpans",
     "CaptureDone",
     "PlaceholderHook",
+    "RecordedLayerHook",
     "SkipMode",
     "SpanResiduals",
     "apply_block_skip",
+    "record_layers",
     "remove_block_skip",
+    "remove_recorded_layers",
 ]

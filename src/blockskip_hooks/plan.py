@@ -34,6 +34,7 @@ def plan_for(run: Run, dtype: torch.dtype, num_processes: int) -> dict[str, Any]
         patch=run.patch,
         rank=args.rank,
         lora_targets=run.targets,
+        recorded_layers=run.recorded_layers,
         batch_size=args.train_batch_size * len(run.kinds),
         text_tokens=args.max_sequence_length,
         weight_dtype=dtype,

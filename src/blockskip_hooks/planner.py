@@ -39,6 +39,7 @@ class PlanRequest:
         batch_size: Samples per forward in training, class samples included.
         rank: Rank of the LoRA matrices.
         lora_targets: Full names of the layers that get LoRA.
+        recorded_layers: Full names of the layers whose outputs are recorded with the residuals.
         text_tokens: Tokens of a prompt.
         weight_dtype: Dtype of the frozen weights; in half precision training runs under autocast.
         gradient_checkpointing: As the flag.
@@ -68,6 +69,7 @@ class PlanRequest:
     patch: PatchSamplingConfig
     rank: int
     lora_targets: Sequence[str]
+    recorded_layers: Sequence[str] = ()
     batch_size: int = 1
     text_tokens: int = 512
     weight_dtype: torch.dtype = torch.bfloat16
@@ -125,6 +127,7 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
         rank=request.rank,
         lora_targets=request.lora_targets,
         dtype=request.weight_dtype,
+        recorded_layers=request.recorded_layers,
     )
     num_blocks = len(fake.model.spans.kept) + request.config.num_skipped
     states = _optimizer_state_bytes(fake.lora_parameters, request.use_8bit_adam)
@@ -275,17 +278,27 @@ def _encode_text(request: PlanRequest) -> Usage:
 def _records(request: PlanRequest, residuals: SpanResiduals) -> dict[str, int]:
     """Disk of the residual store."""
     if not request.stores_residuals and not request.cache_latents:
-        return {"records": 0, "bytes": 0, "stretches": 0}
-    stored = residuals if request.stores_residuals else SpanResiduals()
-    per_record = math.prod(request.family.latent_shape(*request.training_size)) * request.weight_dtype.itemsize
-    per_record += sum(tensor[0].numel() * tensor.element_size() for tensor in stored.tensors().values())
+        return {"records": 0, "bytes": 0, "stretches": 0, "record_bytes": 0, "modulation_bytes": 0}
+    stored = residuals.tensors() if request.stores_residuals else {}
+    sizes = {name: tensor[0].numel() * tensor.element_size() for name, tensor in stored.items()}
+    modulation = sizes.pop("modulation", 0)
+    record = math.prod(request.family.latent_shape(*request.training_size)) * request.weight_dtype.itemsize
+    record += sum(sizes.values())
+    # Samples of the same prompt and timestep share their modulation; at most, each has its own.
+    per_record = record + modulation
     stretches = 1
     if request.residual_budget_bytes is not None:
         # A stretch holds whole steps.
         per_step = request.batch_size * request.gradient_accumulation_steps
         steps = max(1, request.residual_budget_bytes // (per_record * per_step))
         stretches = -(-request.num_samples // (steps * per_step))
-    return {"records": request.num_samples, "bytes": request.num_samples * per_record, "stretches": stretches}
+    return {
+        "records": request.num_samples,
+        "bytes": request.num_samples * per_record,
+        "stretches": stretches,
+        "record_bytes": record,
+        "modulation_bytes": modulation,
+    }
 
 
 def _optimizer_state_bytes(parameters: Sequence[torch.nn.Parameter], use_8bit_adam: bool) -> int:

@@ -70,7 +70,7 @@ def precompute_records(
     Returns:
         Number of records written.
     """
-    missing = [sample for sample in samples if sample.id not in store]
+    missing = [sample for sample in samples if not maker.is_recorded(sample, store)]
     if progress is not None:
         progress.update(len(samples) - len(missing))
     start_size = batch_size or min(len(missing), LARGEST_BATCH.get(maker.device.type, 32)) or 1
@@ -86,7 +86,7 @@ def precompute_records(
                 part = group[:size]
                 batch = maker.batch(part, maker.encode(vae, part))
                 residuals = capture(model, maker, batch) if with_residuals else SpanResiduals()
-                store.write(_records(batch, residuals))
+                store.write(_records(batch, residuals, maker, store))
                 del group[: len(part)]
                 if progress is not None:
                     progress.update(len(part))
@@ -96,10 +96,15 @@ def precompute_records(
     return len(missing)
 
 
-def _records(batch: Batch, residuals: SpanResiduals) -> dict[str, Record]:
+def _records(batch: Batch, residuals: SpanResiduals, maker: SampleMaker, store: ResidualStore) -> dict[str, Record]:
+    """Records by id: one for each sample, and one for each modulation that the store lacks."""
     stacked: dict[str, Any] = {"latents": batch.latents, **residuals.tensors()}
     on_cpu = {name: tensor.cpu() for name, tensor in stacked.items()}
-    return {
-        sample.id: {name: tensor[row].clone() for name, tensor in on_cpu.items()}
-        for row, sample in enumerate(batch.samples)
-    }
+    modulation = on_cpu.pop("modulation", None)
+    records: dict[str, Record] = {}
+    for row, sample in enumerate(batch.samples):
+        records[sample.id] = {name: tensor[row].clone() for name, tensor in on_cpu.items()}
+        shared = maker.modulation_id(sample)
+        if modulation is not None and shared not in records and shared not in store:
+            records[shared] = {"modulation": modulation[row].clone()}
+    return records

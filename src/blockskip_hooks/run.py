@@ -20,7 +20,7 @@ from accelerate import Accelerator, init_empty_weights
 from accelerate.utils import broadcast_object_list
 
 from .arguments import apply_defaults, check_family_flags, parse_bytes, validate_args
-from .blocks import list_blocks
+from .blocks import list_blocks, modulation_layers
 from .buckets import parse_buckets, standard_buckets
 from .checkpoints import read_state
 from .config import BlockSkipConfig, PatchSamplingConfig
@@ -86,6 +86,16 @@ class Run:
     @property
     def skips(self) -> bool:
         return self.config.num_skipped > 0
+
+    @property
+    def recorded_layers(self) -> tuple[str, ...]:
+        """Names of the modulation layers whose outputs are recorded, so that training does without their weights."""
+        args = self.args
+        # A trained text encoder would change their input.
+        if not self.skips or self.config.residuals != "precomputed" or args.keep_modulation or args.train_text_encoder:
+            return ()
+        names = modulation_layers(self.skeleton.spans, self.family.modulation_layers)
+        return tuple(name for name in names if name not in set(self.targets))
 
     @property
     def uses_store(self) -> bool:
@@ -198,6 +208,7 @@ class Run:
         return {
             "version": __version__,
             "weights": {name: folder_digest(path / name) for name in components if (path / name).is_dir()},
+            "modulation": bool(self.recorded_layers),
             "spans": [self.config.leading, self.config.trailing] if self.config.residuals == "precomputed" else None,
             "photos": {
                 kind: [[source.photos.digest(i), source.prompt_for(i)] for i in range(len(source.photos))]

@@ -19,7 +19,6 @@ from diffusers import ModelMixin
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .blocks import Block
 from .config import BlockSkipConfig
 from .counters import Meter
 from .families import Family
@@ -84,6 +83,7 @@ class FakeTransformer:
         config: The spans to skip.
         rank: Rank of the LoRA matrices.
         lora_targets: Full names of the modules that get LoRA.
+        recorded_layers: See :class:`~blockskip_hooks.transformer.DiTBlockSkipTransformer`.
         dtype: Dtype of the model's weights. In half precision the training step runs under autocast.
 
     Raises:
@@ -99,6 +99,7 @@ class FakeTransformer:
         rank: int,
         lora_targets: Sequence[str],
         dtype: torch.dtype,
+        recorded_layers: Sequence[str] = (),
     ) -> None:
         self.family = family
         self.transformer_config = transformer_config
@@ -112,8 +113,9 @@ class FakeTransformer:
         if lora_targets:
             # Settings other than the rank change neither memory nor FLOPs.
             add_lora(transformer, lora_targets, rank=rank, alpha=rank, dropout=0.0, seed=0)
-        self.model = DiTBlockSkipTransformer(transformer, config, family.block_stacks)
-        skipped = {id(part) for block in self.model.spans.skipped for part in block.module.modules()}
+        self.model = DiTBlockSkipTransformer(transformer, config, family.block_stacks, recorded_layers=recorded_layers)
+        self._streamed = list(self.model.streamed_modules.values())
+        skipped = {id(part) for module in self._streamed for part in module.modules()}
         with self.fake_mode:
             for module in transformer.modules():
                 if id(module) not in skipped:
@@ -141,18 +143,18 @@ class FakeTransformer:
         adapters = contextlib.nullcontext() if with_adapters else base_model(self.model.transformer)
         with adapters, self._measured(text_tokens) as meter:
             inputs = self._inputs(self._batch(batch_size, size, text_tokens))
-            with self._autocast(), _streamed(self.model.spans.skipped):
+            with self._autocast(), _streamed(self._streamed):
                 residuals = self.model.capture_residuals(**inputs, return_dict=False)
-        return self._usage(meter, self._largest_skipped_block()), residuals
+        return self._usage(meter, self._largest_streamed_module()), residuals
 
     @torch.no_grad()
     def infer(self, batch_size: int, size: tuple[int, int], text_tokens: int) -> Usage:
         """A forward of the whole model without gradients, skipped blocks streamed one at a time."""
         with self._measured(text_tokens) as meter:
             inputs = self._inputs(self._batch(batch_size, size, text_tokens))
-            with self._autocast(), _streamed(self.model.spans.skipped), self.model.full_model() as transformer:
+            with self._autocast(), _streamed(self._streamed), self.model.full_model() as transformer:
                 transformer(**inputs, return_dict=False)
-        return self._usage(meter, self._largest_skipped_block())
+        return self._usage(meter, self._largest_streamed_module())
 
     def train(
         self,
@@ -242,8 +244,8 @@ class FakeTransformer:
         yield from (p for p in self.model.parameters() if p.device.type != "meta")
         yield from (b for b in self.model.buffers() if b.device.type != "meta")
 
-    def _largest_skipped_block(self) -> int:
-        return max((sum(map(_num_bytes, b.module.parameters())) for b in self.model.spans.skipped), default=0)
+    def _largest_streamed_module(self) -> int:
+        return max((sum(map(_num_bytes, module.parameters())) for module in self._streamed), default=0)
 
     def _usage(self, meter: Meter, streamed_bytes: int) -> Usage:
         lora_bytes = sum(map(_num_bytes, self.lora_parameters))
@@ -363,8 +365,8 @@ def _materialise(module: torch.nn.Module) -> list[tuple[Any, Any, torch.Tensor]]
 
 
 @contextlib.contextmanager
-def _streamed(blocks: Sequence[Block]) -> Iterator[None]:
-    """Within this context a block's weights take memory while it runs, as when they are read from the checkpoint."""
+def _streamed(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Within this context a module's weights take memory while it runs, as when they are read from the checkpoint."""
     loaded: list[tuple[Any, Any, torch.Tensor]] = []
 
     def load(module: torch.nn.Module, args: Any) -> None:
@@ -376,8 +378,8 @@ def _streamed(blocks: Sequence[Block]) -> Iterator[None]:
             holder[name] = tensor
         loaded.clear()
 
-    handles = [block.module.register_forward_pre_hook(load) for block in blocks]
-    handles += [block.module.register_forward_hook(unload) for block in blocks]
+    handles = [module.register_forward_pre_hook(load) for module in modules]
+    handles += [module.register_forward_hook(unload) for module in modules]
     try:
         yield
     finally:

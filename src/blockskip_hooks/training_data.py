@@ -76,6 +76,7 @@ class SampleMaker:
         embeds: Embeddings of every prompt, on the CPU.
         device: Where batches go.
         dtype: Dtype of latents and embeddings.
+        records_modulation: Whether records hold the outputs of modulation layers.
     """
 
     def __init__(
@@ -86,7 +87,9 @@ class SampleMaker:
         embeds: dict[str, PromptEmbeds],
         device: torch.device | str,
         dtype: torch.dtype,
+        records_modulation: bool = False,
     ) -> None:
+        self.records_modulation = records_modulation
         self.plan = plan
         self.sources = sources
         self.family = family
@@ -117,6 +120,19 @@ class SampleMaker:
     def prompt(self, sample: Sample) -> str:
         """The sample's prompt; empty where caption dropout takes it away."""
         return "" if sample.drop_caption else self.sources[sample.kind].prompt_for(sample.image)
+
+    def modulation_id(self, sample: Sample) -> str:
+        """Name of the record with the sample's modulation, which all samples of this prompt and timestep share."""
+        return f"modulation-{derived_seed('prompt', self.prompt(sample)):016x}-{sample.timestep_index:04d}"
+
+    def is_recorded(self, sample: Sample, store: ResidualStore) -> bool:
+        """Whether the store holds everything of the sample."""
+        return sample.id in store and (not self.records_modulation or self.modulation_id(sample) in store)
+
+    def read_record(self, sample: Sample, store: ResidualStore) -> Record:
+        """The sample's tensors, its modulation included."""
+        record = store.read(sample.id)
+        return {**record, **store.read(self.modulation_id(sample))} if self.records_modulation else record
 
     def shape_key(self, sample: Sample) -> tuple:
         """What decides the shapes of the sample's tensors; equal keys can share a forward without padding."""
@@ -215,7 +231,7 @@ class RecordDataset(torch.utils.data.Dataset):
         samples = self.maker.samples([self.indices[item]])
         if self.store is None:
             return samples, [{"pixels": self.maker.crop(sample)} for sample in samples]
-        return samples, [self.store.read(sample.id) for sample in samples]
+        return samples, [self.maker.read_record(sample, self.store) for sample in samples]
 
 
 def collate_by_kind(items: Sequence[tuple[list[Sample], list[Record]]]) -> tuple[list[Sample], list[Record]]:

@@ -13,10 +13,18 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_f
 from accelerate.utils import set_module_tensor_to_device
 from diffusers import ModelMixin
 
-from .blocks import Block, BlockSpans, list_blocks, split_blocks
+from .blocks import BlockSpans, list_blocks, split_blocks
 from .checkpoint_index import CheckpointWeights, index_safetensors
 from .config import BlockSkipConfig
-from .hooks import CaptureDone, SkipMode, SpanResiduals, apply_block_skip, remove_block_skip
+from .hooks import (
+    CaptureDone,
+    SkipMode,
+    SpanResiduals,
+    apply_block_skip,
+    record_layers,
+    remove_block_skip,
+    remove_recorded_layers,
+)
 from .model_config import load_config, model_class
 
 
@@ -33,6 +41,8 @@ class DiTBlockSkipTransformer(torch.nn.Module):
         stacks: See :func:`~blockskip_hooks.blocks.list_blocks`.
         offload_device: Move the weights of skipped blocks to host memory and stream them, block by block, to this
             device when they run. By default they stay where they are.
+        recorded_layers: Names of linear layers of kept blocks whose outputs are part of the residuals, so that
+            training needs no weights of theirs; see :class:`~blockskip_hooks.hooks.RecordedLayerHook`.
 
     Raises:
         ValueError: if no block would be kept or placeholders are on the model already.
@@ -50,15 +60,23 @@ class DiTBlockSkipTransformer(torch.nn.Module):
         stacks: Sequence[str] | None = None,
         *,
         offload_device: torch.device | str | None = None,
+        recorded_layers: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.transformer: ModelMixin = transformer
         self._stacks = stacks
         self.spans: BlockSpans = split_blocks(list_blocks(transformer, stacks), config)
+        self.recorded_layers = tuple(recorded_layers)
         if offload_device is not None:
-            for block in self.spans.skipped:
-                _stream(block, offload_device, None)
+            for module in self.streamed_modules.values():
+                _stream(module, offload_device, None)
         self.skip_state = apply_block_skip(transformer, config, stacks)
+        record_layers(transformer, self.recorded_layers, self.skip_state)
+
+    @property
+    def streamed_modules(self) -> dict[str, torch.nn.Module]:
+        """What training needs no weights of, by name: skipped blocks and recorded layers."""
+        return _streamed_modules(self.transformer, self.spans, self.recorded_layers)
 
     @classmethod
     def from_pretrained(
@@ -72,6 +90,7 @@ class DiTBlockSkipTransformer(torch.nn.Module):
         variant: str | None = None,
         stacks: Sequence[str] | None = None,
         transformer_class: type[ModelMixin] | None = None,
+        recorded_layers: Sequence[str] = (),
     ) -> DiTBlockSkipTransformer:
         """Load the kept blocks only; skipped blocks are read from the checkpoint when the whole model runs.
 
@@ -87,6 +106,7 @@ class DiTBlockSkipTransformer(torch.nn.Module):
             variant: Weight variant in the file names, such as ``"fp16"``.
             stacks: See :func:`~blockskip_hooks.blocks.list_blocks`.
             transformer_class: Class of the model, by default the one that its config names.
+            recorded_layers: See the class; their weights are streamed like those of skipped blocks.
 
         Raises:
             ValueError: if weights are missing, have other shapes than the config says, or are not safetensors.
@@ -108,8 +128,10 @@ class DiTBlockSkipTransformer(torch.nn.Module):
         dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
         weights = CheckpointWeights(index, dtypes)
 
-        skipped = split_blocks(list_blocks(transformer, stacks), config).skipped
-        prefixes = tuple(f"{block.name}." for block in skipped)
+        streamed = _streamed_modules(
+            transformer, split_blocks(list_blocks(transformer, stacks), config), recorded_layers
+        )
+        prefixes = tuple(f"{name}." for name in streamed)
         for name, tensor in tensors.items():
             if not name.startswith(prefixes):
                 value = weights[name]
@@ -122,9 +144,9 @@ class DiTBlockSkipTransformer(torch.nn.Module):
         weights.close()
         for name, buffer in transformer.named_buffers():
             set_module_tensor_to_device(transformer, name, device, value=buffer)
-        for block in skipped:
-            _stream(block, device, CheckpointWeights(index, dtypes, f"{block.name}."))
-        return cls(transformer, config, stacks)
+        for name, module in streamed.items():
+            _stream(module, device, CheckpointWeights(index, dtypes, f"{name}."))
+        return cls(transformer, config, stacks, recorded_layers=recorded_layers)
 
     def remove(self) -> ModelMixin:
         """Take the placeholders and the streaming off and return the model.
@@ -132,9 +154,10 @@ class DiTBlockSkipTransformer(torch.nn.Module):
         Weights that were in memory are put back; blocks read from a checkpoint by :meth:`from_pretrained` are left
         without weights.
         """
+        remove_recorded_layers(self.transformer, self.skip_state)
         remove_block_skip(self.transformer, self._stacks)
-        for block in self.spans.skipped:
-            remove_hook_from_module(block.module)
+        for module in self.streamed_modules.values():
+            remove_hook_from_module(module)
         return self.transformer
 
     def forward(self, *args: Any, residuals: SpanResiduals | None = None, **kwargs: Any) -> Any:
@@ -164,16 +187,18 @@ class DiTBlockSkipTransformer(torch.nn.Module):
             The batch's residuals, in the dtype of the hidden states.
         """
         state = self.skip_state
-        if not self.spans.skipped:
+        if not self.spans.skipped and not self.recorded_layers:
             return SpanResiduals()
-        state.mode, state.captured = SkipMode.CAPTURE, SpanResiduals()
+        state.mode, state.captured, state.recorded = SkipMode.CAPTURE, SpanResiduals(), {}
         try:
             self.transformer(*args, **kwargs)
         except CaptureDone:
             pass
         finally:
-            captured, state.captured, state.mode = state.captured, SpanResiduals(), SkipMode.RUN
-            state.span_output = None
+            captured, recorded = state.captured, state.recorded
+            state.mode, state.captured, state.recorded, state.span_output = SkipMode.RUN, SpanResiduals(), {}, None
+        if self.recorded_layers:
+            captured.modulation = torch.cat([recorded[name] for name in self.recorded_layers], dim=1)
         return captured
 
     @contextmanager
@@ -188,8 +213,8 @@ class DiTBlockSkipTransformer(torch.nn.Module):
 
     @property
     def skipped_parameter_names(self) -> list[str]:
-        """Names, in this module's state dict, of the parameters of skipped blocks."""
-        prefixes = tuple(f"transformer.{block.name}." for block in self.spans.skipped)
+        """Names, in this module's state dict, of the parameters of skipped blocks and recorded layers."""
+        prefixes = tuple(f"transformer.{name}." for name in self.streamed_modules)
         return [name for name, _ in self.named_parameters() if name.startswith(prefixes)]
 
     def __getattr__(self, name: str) -> Any:
@@ -199,10 +224,17 @@ class DiTBlockSkipTransformer(torch.nn.Module):
             return getattr(super().__getattr__("transformer"), name)
 
 
-def _stream(block: Block, device: torch.device | str, weights: Mapping[str, torch.Tensor] | None) -> None:
-    """Let a block read its weights only while it runs: from ``weights``, or from a host copy of what it holds now."""
+def _streamed_modules(
+    transformer: torch.nn.Module, spans: BlockSpans, recorded_layers: Sequence[str]
+) -> dict[str, torch.nn.Module]:
+    blocks = {block.name: block.module for block in spans.skipped}
+    return blocks | {name: transformer.get_submodule(name) for name in recorded_layers}
+
+
+def _stream(module: torch.nn.Module, device: torch.device | str, weights: Mapping[str, torch.Tensor] | None) -> None:
+    """Let a module read its weights only while it runs: from ``weights``, or from a host copy of what it holds now."""
     hook = StreamHook(execution_device=_plain_device(device), offload=True, weights_map=weights, place_submodules=True)
-    add_hook_to_module(block.module, hook)
+    add_hook_to_module(module, hook)
 
 
 class StreamHook(AlignDevicesHook):

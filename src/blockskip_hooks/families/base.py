@@ -55,6 +55,8 @@ class Family(ABC):
         pipeline_class: The stock pipeline whose LoRA loader reads what we export.
         lora_layers: Modules of a block that get LoRA when ``--lora_layers`` is not given, relative to the block.
         text_stream_layers: Of these, the layers whose only effect is on the block's text output.
+        modulation_layers: Linear layers of a block, relative to it, whose input depends on the timestep and the
+            prompt's embedding as a whole, but on no token: their outputs are recorded with the residuals.
         text_lora_layers: Linear layers that ``--train_text_encoder`` adapts, by name suffix.
         text_components: Pipeline components that encode prompts.
         unused_components: Pipeline components that training leaves alone.
@@ -71,6 +73,7 @@ class Family(ABC):
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     lora_layers: ClassVar[tuple[str, ...]]
     text_stream_layers: ClassVar[tuple[str, ...]] = ()
+    modulation_layers: ClassVar[tuple[str, ...]] = ()
     text_lora_layers: ClassVar[tuple[str, ...]] = ()
     text_components: ClassVar[tuple[str, ...]] = ()
     unused_components: ClassVar[tuple[str, ...]] = ()

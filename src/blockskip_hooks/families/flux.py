@@ -31,6 +31,7 @@ class Flux(Family):
         "ff_context.net.0.proj",
         "ff_context.net.2",
     )
+    modulation_layers = ("norm1.linear", "norm1_context.linear", "norm.linear")
     text_stream_layers = (
         "attn.add_q_proj",
         "attn.to_add_out",

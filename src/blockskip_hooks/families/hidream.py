@@ -50,6 +50,7 @@ class HiDream(Family):
         *("tokenizer", "tokenizer_2", "tokenizer_3", "tokenizer_4"),
     )
     lora_layers = ("attn1.to_k", "attn1.to_q", "attn1.to_v", "attn1.to_out")
+    modulation_layers = ("block.adaLN_modulation.1",)
     text_stream_layers = ("attn1.to_q_t", "attn1.to_out_t", "ff_t.w1", "ff_t.w2", "ff_t.w3")
     block_stacks = ("double_stream_blocks", "single_stream_blocks")
     own_flags = (

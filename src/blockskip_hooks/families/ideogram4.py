@@ -71,6 +71,7 @@ class Ideogram4(Family):
         "feed_forward.w2",
         "feed_forward.w3",
     )
+    modulation_layers = ("adaln_modulation",)
     # The upstream script takes --guidance_scale too; the transformer takes none, so it has no effect.
     own_flags = (
         *Flux.own_flags,

@@ -35,6 +35,7 @@ class Lumina2(Family):
     pipeline_class = Lumina2Pipeline
     text_components = ("text_encoder", "tokenizer")
     lora_layers = ("attn.to_k", "attn.to_q", "attn.to_v", "attn.to_out.0")
+    modulation_layers = ("norm1.linear",)
     block_stacks = ("layers",)
     own_flags = (
         Flag(

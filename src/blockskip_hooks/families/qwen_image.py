@@ -26,6 +26,7 @@ class QwenImage(Family):
     pipeline_class = QwenImagePipeline
     text_components = ("text_encoder", "tokenizer")
     lora_layers = ("attn.to_k", "attn.to_q", "attn.to_v", "attn.to_out.0")
+    modulation_layers = ("img_mod.1", "txt_mod.1")
     text_stream_layers = ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
     own_flags = (
         Flag("pretrained_text_encoder_4_name_or_path", UPSTREAM_LEFTOVER),

@@ -41,6 +41,7 @@ class StableDiffusion3(Family):
         "attn.to_q",
         "attn.to_v",
     )
+    modulation_layers = ("norm1.linear", "norm1_context.linear")
     text_stream_layers = (
         "attn.add_q_proj",
         "attn.to_add_out",

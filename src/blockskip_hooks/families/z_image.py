@@ -32,6 +32,7 @@ class ZImage(Family):
     pipeline_class = ZImagePipeline
     text_components = ("text_encoder", "tokenizer")
     lora_layers = ("attention.to_k", "attention.to_q", "attention.to_v", "attention.to_out.0")
+    modulation_layers = ("adaLN_modulation.0",)
     block_stacks = ("layers",)
     # The upstream script takes --guidance_scale too; the transformer takes none, so it has no effect.
     own_flags = Flux.own_flags

@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from ..blocks import modulation_layers
 from ..config import BlockSkipConfig
 from ..families import FAMILIES, Family
 from ..lora import lora_targets
@@ -52,6 +53,18 @@ class Preset:
             ValueError: if nothing in the kept blocks matches, or a name matches nothing at all.
         """
         return lora_targets(self.skeleton(config), layers or self.family.lora_layers, self.family.text_stream_layers)
+
+    def recorded_layers(self, config: BlockSkipConfig, targets: Sequence[str]) -> tuple[str, ...]:
+        """Modulation layers of kept blocks, whose outputs records hold; none if nothing is skipped.
+
+        Args:
+            config: The spans to skip.
+            targets: Layers with LoRA, which stay.
+        """
+        if not config.num_skipped:
+            return ()
+        names = modulation_layers(self.skeleton(config).spans, self.family.modulation_layers)
+        return tuple(name for name in names if name not in set(targets))
 
 
 def preset_names() -> list[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -68,11 +69,12 @@ def table(collector: Collector) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run the script; the exit code is pytest's."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-k", help="Only tests that match this pytest expression, such as a family's name.")
-    args = parser.parse_args()
+    parser.add_argument("--json", type=Path, help="Write the outcomes to this file as well.")
+    args = parser.parse_args(argv)
     sys.path.insert(0, str(ROOT))
     collector = Collector()
     output = io.StringIO()
@@ -85,6 +87,9 @@ def main() -> int:
         print(output.getvalue())
     print(table(collector))
     print(f"\n{sum(len(p) for c in collector.outcomes.values() for p in c.values())} tests, {collector.seconds:.0f} s")
+    if args.json:
+        cells = {column: {name: [all(p), len(p)] for name, p in c.items()} for column, c in collector.outcomes.items()}
+        args.json.write_text(json.dumps({"schema": 1, "passed_and_tests": cells}, indent=2) + "\n")
     return int(code)
 
 

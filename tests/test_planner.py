@@ -227,10 +227,26 @@ def test_plan_has_the_schema(skipping_plan: dict[str, Any]) -> None:
 def test_records_on_disk(preset: Preset, skipping_plan: dict[str, Any]) -> None:
     # 16 px sides of latents, 64 image tokens of width 32, 5 text tokens after the leading span, float32.
     latents, image, text = 4 * 4 * 16 * 16, 4 * 32 * 64, 4 * 32 * TEXT_TOKENS
-    assert skipping_plan["residuals"] == {"records": 20, "bytes": 20 * (latents + 2 * image + text), "stretches": 1}
+    expected = {"records": 20, "modulation_bytes": 0}
+    record = latents + 2 * image + text
+    assert skipping_plan["residuals"] == {**expected, "bytes": 20 * record, "record_bytes": record, "stretches": 1}
     # Room for 7 records is room for 3 steps of 2: 20 samples need 4 stretches.
     bounded = plan_run(request_for(preset, 1, 0, residual_budget_bytes=7 * (latents + image + text)))
-    assert bounded["residuals"] == {"records": 20, "bytes": 20 * (latents + image + text), "stretches": 4}
+    record = latents + image + text
+    assert bounded["residuals"] == {**expected, "bytes": 20 * record, "record_bytes": record, "stretches": 4}
+
+
+def test_recorded_modulation_is_on_disk_and_not_in_memory(preset: Preset) -> None:
+    request = request_for(preset, 1, 1)
+    names = preset.recorded_layers(request.config, request.lora_targets)
+    # One double-stream block with two layers of 6 x 32 and two single-stream blocks with one of 3 x 32.
+    assert len(names) == 4
+    plan, recorded = plan_run(request), plan_run(replace(request, recorded_layers=names))
+    assert recorded["residuals"]["modulation_bytes"] == 4 * (2 * 6 * 32 + 2 * 3 * 32)
+    assert recorded["residuals"]["record_bytes"] == plan["residuals"]["record_bytes"]
+    weights = 4 * (2 * 6 + 2 * 3) * (32 * 32 + 32)
+    difference = stage(plan, "train")["parameter_bytes"] - stage(recorded, "train")["parameter_bytes"]
+    assert difference == weights
 
 
 def test_precompute_batch_needs_no_more_than_training(preset: Preset) -> None:
@@ -245,7 +261,7 @@ def test_without_a_store_training_does_it_all(preset: Preset, residuals: str) ->
     config = BlockSkipConfig(leading=1, trailing=1, residuals=residuals)  # type: ignore[arg-type]
     plan = plan_run(request_for(preset, 1, 1, config=config, cache_latents=False))
     assert [s["name"] for s in plan["stages"]] == ["train"]
-    assert plan["residuals"] == {"records": 0, "bytes": 0, "stretches": 0}
+    assert not any(plan["residuals"].values())
 
 
 def test_adam_in_8_bits_and_accumulation(preset: Preset) -> None:

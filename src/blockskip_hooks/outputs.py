@@ -50,7 +50,7 @@ def run_report(run: Run, trainer: Trainer, stages: list[dict[str, Any]], num_str
         },
         "residuals": {
             "mode": run.config.residuals if uses_residuals else None,
-            "records": store.records_written if store else 0,
+            "records": trainer.records_made,
             "bytes": store.bytes_written if store else 0,
             "stretches": num_stretches if store else 0,
             "dtype": str(trainer.maker.dtype).removeprefix("torch."),

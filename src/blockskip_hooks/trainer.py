@@ -52,6 +52,7 @@ class Trainer:
         step: Optimiser steps done.
         losses: Loss of each of them.
         step_seconds: Seconds of each step of this process.
+        records_made: Records of samples that this process has computed.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Trainer:
         self.model, self.store = model, store
         self.max_train_steps, self.steps_per_stretch = max_train_steps, steps_per_stretch
         self.step = 0
+        self.records_made = 0
         self.losses: list[float] = []
         self.step_seconds: list[float] = []
         self.samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
@@ -137,7 +139,7 @@ class Trainer:
         with self.monitor.stage("precompute"), self.vae() as vae, self.accelerator.autocast():
             samples = self.maker.samples(self._my_indices(steps))
             with self._progress(len(samples), "Precomputing records") as bar:
-                precompute_records(
+                self.records_made += precompute_records(
                     samples,
                     model=self.model,
                     maker=self.maker,

@@ -320,11 +320,15 @@ def simulate_text_encoder(config: Mapping[str, Any], batch_size: int, text_token
         encoder = torch.nn.Module.to(encoder_class(model_config), dtype)
     encoder.requires_grad_(False).eval()
     tokens = min(text_tokens, getattr(model_config, "max_position_embeddings", text_tokens))
-    with FakeTensorMode(), torch.no_grad(), Meter() as meter:
+    with FakeTensorMode(), torch.no_grad():
         for module in encoder.modules():
             _materialise(module)
-        parameter_bytes = meter.current
-        encoder(input_ids=torch.zeros((batch_size, tokens), dtype=torch.long))
+        # Layers that share their weights, such as input and output embeddings, have got a copy each.
+        encoder.tie_weights()
+        with Meter() as meter:
+            meter.track((*encoder.parameters(), *encoder.buffers()))
+            parameter_bytes = meter.current
+            encoder(input_ids=torch.zeros((batch_size, tokens), dtype=torch.long))
     return Usage(meter.peak, parameter_bytes, 0, meter.flops.products, meter.flops.attention)
 
 

@@ -91,11 +91,13 @@ class Sana(Family):
         timesteps: torch.Tensor,
         embeds: PromptEmbeds,
     ) -> dict[str, Any]:
+        # Configs from before SANA-Sprint lack the entry.
+        scale = transformer_config.get("timestep_scale", 1.0)
         return {
             "hidden_states": noisy_latents,
             "encoder_hidden_states": embeds["prompt_embeds"],
             "encoder_attention_mask": embeds["prompt_attention_mask"],
-            "timestep": timesteps * transformer_config["timestep_scale"],
+            "timestep": timesteps * scale,
         }
 
     def prediction_to_latents(self, prediction: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

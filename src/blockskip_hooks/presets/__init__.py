@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -82,11 +84,16 @@ def load_preset(name: str) -> Preset:
     if name not in preset_names():
         raise ValueError(f"--preset '{name}' does not exist; choose one of {', '.join(preset_names())}.")
     data = json.loads((resources.files(__name__) / f"{name}.json").read_text())
-    # A family reads its configs from a model folder, and keeps what it read.
-    with tempfile.TemporaryDirectory() as folder:
-        for component, file_name in (("vae", "config.json"), ("scheduler", "scheduler_config.json")):
-            path = Path(folder) / component / file_name
-            path.parent.mkdir()
-            path.write_text(json.dumps(data[component]))
-        family = FAMILIES[data["pipeline"]](Path(folder))
+    # A family reads its configs from a model folder, at any time: the folder lives as long as the family.
+    folder = Path(tempfile.mkdtemp(prefix="blockskip_preset_"))
+    configs = {f"{component}/config.json": data[component] for component in ("transformer", "vae")}
+    configs["scheduler/scheduler_config.json"] = data["scheduler"]
+    for number, encoder in enumerate(data["text_encoders"], start=1):
+        configs[f"text_encoder{'' if number == 1 else f'_{number}'}/config.json"] = encoder
+    for name_in_folder, config in configs.items():
+        path = folder / name_in_folder
+        path.parent.mkdir()
+        path.write_text(json.dumps(config))
+    family = FAMILIES[data["pipeline"]](folder)
+    weakref.finalize(family, shutil.rmtree, folder, ignore_errors=True)
     return Preset(data["name"], family, data["transformer"], data["text_encoders"])

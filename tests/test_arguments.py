@@ -54,6 +54,8 @@ OUR_FLAGS = {
     "--residuals": (None, "precomputed", ("precomputed", "online", "none")),
     "--residual_dir": (None, None, None),
     "--keep_modulation": ("store_true", False, None),
+    "--memory_budget": (None, None, None),
+    "--memory_options": (None, [], None),
     "--residual_budget": (None, None, None),
     "--precompute_batch_size": (int, None, None),
     "--overwrite_residuals": ("store_true", False, None),

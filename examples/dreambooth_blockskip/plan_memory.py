@@ -14,9 +14,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 
-from blockskip_hooks.arguments import parse_bytes
+from blockskip_hooks.arguments import MEMORY_OPTIONS, parse_bytes
 from blockskip_hooks.blocks import list_blocks
+from blockskip_hooks.budget import fit_budget
 from blockskip_hooks.config import BlockSkipConfig, PatchSamplingConfig
 from blockskip_hooks.monitor import format_bytes
 from blockskip_hooks.planner import PlanRequest, format_plan, plan_run
@@ -45,7 +47,14 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--max_train_steps", type=int, default=500, help="Steps, for the disk that records take.")
     flag("--keep_modulation", action="store_true", help="Keep modulation layers in memory, as the training flag.")
     flag("--residual_budget", help="Disk the records may fill at a time, like 8GB.")
-    flag("--memory_budget", help="Accelerator memory every stage should fit in, like 12GiB.")
+    flag("--memory_budget", help="Memory every stage must fit in, like 12GiB; auto then skips as few blocks as do it.")
+    flag(
+        "--memory_options",
+        nargs="+",
+        default=[],
+        choices=tuple(MEMORY_OPTIONS),
+        help="What --memory_budget may use beside skipping.",
+    )
     flag("--validation_resolution", type=int, help="Side of validation images; without it there are none.")
     flag("--mixed_precision", choices=tuple(DTYPES), default="bf16", help="Dtype of the frozen weights.")
     flag("--gradient_checkpointing", action="store_true", help="Less activation memory for one more forward.")
@@ -112,6 +121,30 @@ def make_requests(args: argparse.Namespace, preset: Preset) -> tuple[PlanRequest
     return request, comparison
 
 
+def make_plan(args: argparse.Namespace, preset: Preset, request: PlanRequest) -> dict[str, Any]:
+    """The plan asked for or, with ``--memory_budget`` and ``--skip_blocks auto``, the one that fits.
+
+    Raises:
+        ValueError: if nothing that the flags allow fits.
+    """
+    if request.memory_budget_bytes is None or args.skip_blocks != "auto":
+        return plan_run(request)
+    num_blocks = len(list_blocks(empty_model(preset.transformer_config), preset.family.block_stacks))
+    with tqdm(desc="Fitting the memory budget", unit="plan", disable=None) as bar:
+
+        def planned(num_skipped: int, options: tuple[str, ...]) -> dict[str, Any]:
+            bar.update()
+            flags = dict(MEMORY_OPTIONS[option] for option in options)
+            skip = str(num_skipped) if num_skipped else "none"
+            changed, _ = make_requests(argparse.Namespace(**{**vars(args), **flags, "skip_blocks": skip}), preset)
+            return plan_run(changed)
+
+        options = [name for name in MEMORY_OPTIONS if name in args.memory_options]
+        choice = fit_budget(planned, num_blocks, request.memory_budget_bytes, options)
+    choice.plan["fits"]["reason"] = choice.reason
+    return choice.plan
+
+
 def _check_resolutions(resolution: int, training_resolution: int, multiple: int) -> None:
     for flag, size in (("--resolution", resolution), ("--training_resolution", training_resolution)):
         if size <= 0 or size % multiple:
@@ -135,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         preset = load_preset(args.preset)
         request, comparison = make_requests(args, preset)
-        plan, plain = plan_run(request), _train(plan_run(comparison))
+        plan, plain = make_plan(args, preset, request), _train(plan_run(comparison))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

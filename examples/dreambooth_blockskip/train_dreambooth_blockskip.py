@@ -31,7 +31,7 @@ from blockskip_hooks.encode import encode_prompts
 from blockskip_hooks.lora import describe_trainable
 from blockskip_hooks.monitor import StageMonitor, write_json
 from blockskip_hooks.outputs import push_to_hub, run_report, write_outputs
-from blockskip_hooks.plan import describe_plan, plan_for, planned_batch_size
+from blockskip_hooks.plan import describe_plan, make_plan, planned_batch_size
 from blockskip_hooks.residual_store import ResidualStore
 from blockskip_hooks.run import Run, prepare_run, segments, stretches, weight_dtype
 from blockskip_hooks.trainer import Trainer
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
             run = prepare_run(args)
             accelerator = make_accelerator(run)
             checkpoint = find_checkpoint(run.output_dir, args.resume_from_checkpoint)
-            plan = plan_for(run, weight_dtype(accelerator), accelerator.num_processes)
+            run, plan = make_plan(run, weight_dtype(accelerator), accelerator.num_processes)
             steps_per_stretch = run.steps_per_stretch(plan, run.samples_per_step(accelerator), checkpoint)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

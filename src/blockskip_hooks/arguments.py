@@ -26,6 +26,11 @@ _BYTE_UNITS = {"": 1, "b": 1} | {
     for power, prefix in enumerate("kmgt", start=1)
     for suffix, base in (("b", 1000), ("ib", 1024))
 }
+# What --memory_budget may switch on: flag and value by name.
+MEMORY_OPTIONS: dict[str, tuple[str, Any]] = {
+    "checkpointing": ("gradient_checkpointing", True),
+    "8bit_adam": ("use_8bit_adam", True),
+}
 # Flags of upstream scripts that no run here can honour, and why.
 _REFUSED = {
     "bnb_quantization_config_path": "quantised base weights are not supported; leave it out",
@@ -171,6 +176,13 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--residual_budget", help="Disk the records may fill at a time, like 8GB; fewer are then made per stretch.")
     flag("--precompute_batch_size", type=int, help="Samples per forward when making records; default: what fits.")
     flag("--overwrite_residuals", action="store_true", help="Replace records that another run left.")
+    flag("--memory_budget", help="Memory that every stage must fit in, like 12GiB; chooses how many blocks to skip.")
+    flag(
+        "--memory_options",
+        nargs="+",
+        default=[],
+        help=f"What --memory_budget may use beside skipping, in this order: {', '.join(MEMORY_OPTIONS)}.",
+    )
     flag("--plan_only", action="store_true", help="Print the plan and its memory and disk needs, write it, and stop.")
 
     flag = parser.add_argument_group("patch sampling").add_argument
@@ -439,11 +451,15 @@ def _check_skipping(args: argparse.Namespace) -> None:
             raise ValueError(f"{low} is above {high}; lower the first or raise the second.")
     if args.aspect_ratio_buckets is not None:
         parse_buckets(args.aspect_ratio_buckets)
-    if args.residual_budget is not None:
-        try:
-            parse_bytes(args.residual_budget)
-        except ValueError as error:
-            raise ValueError(f"--residual_budget is {error}") from None
+    for name in ("residual_budget", "memory_budget"):
+        if getattr(args, name) is not None:
+            try:
+                parse_bytes(getattr(args, name))
+            except ValueError as error:
+                raise ValueError(f"--{name} is {error}") from None
+    for option in args.memory_options:
+        if option not in MEMORY_OPTIONS:
+            raise ValueError(f"--memory_options is '{option}'; choose from {', '.join(MEMORY_OPTIONS)}.")
 
 
 def _check_optimizer(args: argparse.Namespace) -> None:
@@ -515,7 +531,8 @@ def _without_effect(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
         (args.with_prior_preservation, ("class_data_dir", "class_prompt"), "--with_prior_preservation"),
         (args.dataset_name, ("dataset_config_name", "image_column", "caption_column"), "--dataset_name"),
         (parse_skip_blocks(args.skip_blocks) == "auto", ("skip_ratio",), "--skip_blocks auto"),
-        (skipping, ("residuals",), "skipped blocks"),
+        (skipping or args.memory_budget, ("residuals",), "skipped blocks"),
+        (args.memory_budget, ("memory_options",), "--memory_budget"),
         (
             skipping and args.residuals == "precomputed",
             ("residual_dir", "residual_budget", "precompute_batch_size", "overwrite_residuals", "keep_modulation"),

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+from dataclasses import replace
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 
+from .arguments import MEMORY_OPTIONS, parse_bytes
+from .budget import fit_budget, largest_stage
 from .embedded import DEFAULT_SUBJECT
 from .families import Family
 from .model_config import load_config
+from .monitor import format_bytes
 from .planner import PlanRequest, format_plan, plan_run
-from .run import Run
+from .run import Run, choose_blocks
 from .simulation import empty_model
 
 
@@ -55,6 +61,74 @@ def plan_for(run: Run, dtype: torch.dtype, num_processes: int) -> dict[str, Any]
         skip_table=run.selection.table,
     )
     return plan_run(request)
+
+
+def make_plan(run: Run, dtype: torch.dtype, num_processes: int) -> tuple[Run, dict[str, Any]]:
+    """The plan of ``run`` or, with ``--memory_budget``, of the run changed to fit.
+
+    Args:
+        run: The prepared run.
+        dtype: Dtype of frozen weights.
+        num_processes: Processes that share the work.
+
+    Returns:
+        The run to carry out and its plan; which blocks the former skips may be another choice than the given run's.
+
+    Raises:
+        ValueError: if nothing that the flags allow fits.
+    """
+    args = run.args
+    if args.memory_budget is None:
+        plan = plan_for(run, dtype, num_processes)
+        _check_device(plan)
+        return run, plan
+    budget = parse_bytes(args.memory_budget)
+    fixed = "skip_blocks" in args.given and args.skip_blocks != "auto"
+
+    def changed(num_skipped: int, options: tuple[str, ...]) -> Run:
+        flags = dict(MEMORY_OPTIONS[option] for option in options)
+        skip = args.skip_blocks if fixed else str(num_skipped) if num_skipped else "none"
+        settings = argparse.Namespace(**{**vars(args), **flags, "skip_blocks": skip})
+        return replace(run, args=settings, **choose_blocks(settings, run.family, run.model_name))
+
+    options = [name for name in MEMORY_OPTIONS if name in args.memory_options]
+    choice = None
+    if fixed:
+        plan = plan_for(run, dtype, num_processes)
+        stage = largest_stage(plan)
+        if stage["peak_device_bytes"] > budget:
+            raise ValueError(
+                f"--skip_blocks {args.skip_blocks} needs {format_bytes(stage['peak_device_bytes'])} in stage "
+                f"{stage['name']}, more than --memory_budget {args.memory_budget}; use --skip_blocks auto."
+            )
+    else:
+        num_blocks = run.selection.blocks
+        with tqdm(desc="Fitting the memory budget", unit="plan", disable=None) as bar:
+
+            def planned(num_skipped: int, options: tuple[str, ...]) -> dict[str, Any]:
+                bar.update()
+                return plan_for(changed(num_skipped, options), dtype, num_processes)
+
+            choice = fit_budget(planned, num_blocks, budget, options)
+        run, plan = changed(choice.num_skipped, choice.options), choice.plan
+    plan["fits"] = {"budget_bytes": budget, "ok": True, "reason": choice.reason if choice else None}
+    return run, plan
+
+
+def _check_device(plan: dict[str, Any]) -> None:
+    """Refuse a run that the accelerator is too small for by plan.
+
+    Raises:
+        ValueError: naming the stage, what it needs and what there is.
+    """
+    if not torch.cuda.is_available():
+        return
+    stage, there = largest_stage(plan), torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    if stage["peak_device_bytes"] > there:
+        raise ValueError(
+            f"Stage {stage['name']} needs {format_bytes(stage['peak_device_bytes'])} by plan, and the accelerator has "
+            f"{format_bytes(there)}; give --memory_budget {there // 2**30}GiB to let blocks be skipped until it fits."
+        )
 
 
 def _weights_bytes(family: Family, dtype: torch.dtype) -> int:
@@ -101,4 +175,4 @@ def describe_plan(run: Run, plan: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-__all__ = ["describe_plan", "plan_for", "planned_batch_size"]
+__all__ = ["describe_plan", "make_plan", "plan_for", "planned_batch_size"]

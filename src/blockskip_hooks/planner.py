@@ -200,7 +200,7 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
         },
         "stages": stages,
         "residuals": _records(request, residuals),
-        "fits": {"budget_bytes": budget, "ok": None if budget is None else largest <= budget},
+        "fits": {"budget_bytes": budget, "ok": None if budget is None else largest <= budget, "reason": None},
     }
 
 
@@ -381,6 +381,8 @@ def format_plan(plan: Mapping[str, Any], *, model: str | None = None, outputs: M
     if fits["ok"] is not None:
         verdict = "fits" if fits["ok"] else "does not fit"
         lines.append(f"Budget   {verdict} in {format_bytes(fits['budget_bytes'])} (simulated)")
+        if fits["reason"]:
+            lines.append(f"         {fits['reason']}")
     for description, place in (outputs or {}).items():
         lines.append(f"Writes   {description}: {place}")
     return "\n".join(lines)

@@ -335,12 +335,9 @@ def prepare_run(args: argparse.Namespace) -> Run:
     check_weights(model_path, family_class, args.variant)
     try:
         family = family_class(model_path, args.variant, vars(args))
-        skeleton, selection, config = _select(args, family, model_name)
+        blocks = choose_blocks(args, family, model_name)
     except OSError as error:
         raise ValueError(f"--pretrained_model_name_or_path {model_path} cannot be used: {error}") from error
-    layers = [name.strip() for name in args.lora_layers.split(",")] if args.lora_layers else list(family.lora_layers)
-    targets = lora_targets(skeleton, layers, family.text_stream_layers, _lora_blocks(args, skeleton))
-    patch = _patch_sampling(args, family, skips=config.num_skipped > 0)
     photos = _find_photos(args)
     if not args.instance_prompt and any(photo.caption is None for photo in photos):
         logger.warning("--instance_prompt is empty: photos without a caption train on an empty prompt.")
@@ -355,15 +352,29 @@ def prepare_run(args: argparse.Namespace) -> Run:
         family=family,
         model_name=model_name,
         embedded=embedded,
-        skeleton=skeleton,
-        selection=selection,
-        config=config,
-        patch=patch,
-        targets=targets,
+        **blocks,
         photos=photos,
         prompts=prompts,
         pipeline_kwargs=pipeline_kwargs,
     )
+
+
+def choose_blocks(args: argparse.Namespace, family: Family, model_name: str) -> dict[str, Any]:
+    """Everything about a run that depends on which blocks are skipped, by field of :class:`Run`.
+
+    Raises:
+        ValueError: one line that names the flag and the fix.
+        OSError: if the transformer's config cannot be read.
+    """
+    skeleton, selection, config = _select(args, family, model_name)
+    layers = [name.strip() for name in args.lora_layers.split(",")] if args.lora_layers else list(family.lora_layers)
+    return {
+        "skeleton": skeleton,
+        "selection": selection,
+        "config": config,
+        "patch": _patch_sampling(args, family, skips=config.num_skipped > 0),
+        "targets": lora_targets(skeleton, layers, family.text_stream_layers, _lora_blocks(args, skeleton)),
+    }
 
 
 def _lora_blocks(args: argparse.Namespace, model: DiTBlockSkipTransformer) -> list[str] | None:

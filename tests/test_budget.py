@@ -1,0 +1,113 @@
+"""``--memory_budget``: the fewest skipped blocks that fit, options in their order, what is said when nothing fits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blockskip_hooks.budget import fit_budget
+from tests import script
+from tests.tiny import TINY_FAMILIES
+
+
+GIB = 2**30
+
+
+def plan_for(num_skipped: int, options: tuple[str, ...]) -> dict[str, Any]:
+    """A model of 20 blocks of 1 GiB beside 4 GiB; each option takes 2 GiB off."""
+    train = (24 - num_skipped - 2 * len(options)) * GIB
+    stages = [{"name": "encode", "peak_device_bytes": 3 * GIB}, {"name": "train", "peak_device_bytes": train}]
+    return {"stages": stages, "skip": {"leading": num_skipped, "trailing": 0}}
+
+
+@pytest.mark.parametrize(
+    ("gib", "options", "num_skipped", "used"),
+    [
+        (30, (), 0, ()),
+        (24, (), 0, ()),
+        (23.5, (), 1, ()),
+        (14, (), 10, ()),
+        (13, (), 11, ()),
+        (13, ("a", "b"), 9, ("a",)),
+        (11, ("a", "b"), 9, ("a", "b")),
+        (14, ("a", "b"), 10, ()),
+        (7, ("a", "b"), 13, ("a", "b")),
+        (5, (), 19, ()),
+    ],
+)
+def test_the_fewest_blocks_with_the_fewest_options(gib: float, options: tuple, num_skipped: int, used: tuple):
+    choice = fit_budget(plan_for, 20, int(gib * GIB), options)
+    assert (choice.num_skipped, choice.options) == (num_skipped, used)
+    assert f"{num_skipped} of 20" in choice.reason and all(option in choice.reason for option in used)
+
+
+def test_it_asks_for_few_plans():
+    asked = []
+
+    def counted(*args):
+        asked.append(args)
+        return plan_for(*args)
+
+    fit_budget(counted, 20, 17 * GIB)
+    assert len(asked) <= 6
+
+
+@pytest.mark.parametrize("options", [(), ("a", "b")])
+def test_the_least_is_said_when_nothing_fits(options: tuple):
+    with pytest.raises(
+        ValueError, match="^--memory_budget 2.50 GiB is less than any setting needs: the least is"
+    ) as e:
+        fit_budget(plan_for, 20, int(2.5 * GIB), options)
+    assert "\n" not in str(e.value) and ("3.00 GiB" if options else "5.00 GiB") in str(e.value)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return script.save_photos(tmp_path_factory.mktemp("photos"), [(64, 64)])
+
+
+def plan_only(photos: Path, output: Path, *flags: str) -> dict[str, Any]:
+    script.train(TINY_FAMILIES[0].folder, photos, output, "--plan_only", *flags)
+    return json.loads((output / "plan.json").read_text())
+
+
+def peak(plan: dict[str, Any]) -> int:
+    return max(stage["peak_device_bytes"] for stage in plan["stages"])
+
+
+def test_the_script_skips_as_few_blocks_as_fit(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Against every number of blocks, one by one."""
+    every = [plan_only(photos, tmp_path / str(n), "--skip_blocks", str(n) if n else "none") for n in range(5)]
+    budget = peak(every[2])
+    fewest = next(n for n in range(5) if peak(every[n]) <= budget)
+    plan = plan_only(photos, tmp_path / "fit", "--memory_budget", str(budget))
+    assert plan["skip"]["leading"] + plan["skip"]["trailing"] == fewest
+    assert plan["fits"]["ok"] and plan["fits"]["budget_bytes"] == budget and peak(plan) <= budget
+    assert f"{fewest} of 5" in capsys.readouterr().out
+
+
+def test_fixed_spans_that_do_not_fit_are_refused(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    with pytest.raises(AssertionError, match="ended with 2"):
+        plan_only(photos, tmp_path, "--skip_blocks", "1,1", "--memory_budget", "10KB")
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: --skip_blocks 1,1 needs") and "--memory_budget 10KB" in error
+    assert not list(tmp_path.glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--memory_budget", "1KB"), "error: --memory_budget 1000 B is less than any setting needs"),
+        (("--memory_budget", "much"), "error: --memory_budget is 'much' is not a number of bytes"),
+        (("--memory_budget", "1GB", "--memory_options", "magic"), "error: --memory_options is 'magic'; choose from"),
+    ],
+)
+def test_bad_budgets_are_one_line(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture, flags: tuple, message: str
+):
+    with pytest.raises(AssertionError, match="ended with 2"):
+        plan_only(photos, tmp_path, *flags)
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith(message)

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import transformers
 from diffusers import ModelMixin
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,6 +26,7 @@ from .lora import add_lora
 from .losses import combine_losses, flow_matching_loss
 from .model_config import model_class
 from .precompute import base_model
+from .text_encoders import empty_text_encoder, layer_stacks
 from .training_data import Batch, place_embeds
 from .transformer import DiTBlockSkipTransformer, _cast_floating
 
@@ -243,6 +243,9 @@ class FakeTransformer:
     def _resident(self) -> Iterator[torch.Tensor]:
         yield from (p for p in self.model.parameters() if p.device.type != "meta")
         yield from (b for b in self.model.buffers() if b.device.type != "meta")
+        # Constants in plain attributes, such as tables of rotary embeddings.
+        values = [value for module in self.model.modules() for value in vars(module).values()]
+        yield from (v for v in values if isinstance(v, torch.Tensor) and v.device.type != "meta")
 
     def _largest_streamed_module(self) -> int:
         return max((sum(map(_num_bytes, module.parameters())) for module in self._streamed), default=0)
@@ -296,7 +299,9 @@ def simulate_vae(family: Family, batch_size: int, size: tuple[int, int], dtype: 
     return Usage(meter.peak, parameter_bytes, 0, meter.flops.products, meter.flops.attention)
 
 
-def simulate_text_encoder(config: Mapping[str, Any], batch_size: int, text_tokens: int, dtype: torch.dtype) -> Usage:
+def simulate_text_encoder(
+    config: Mapping[str, Any], batch_size: int, text_tokens: int, dtype: torch.dtype, *, streamed: bool = False
+) -> Usage:
     """What a text encoder of transformers needs to encode prompts.
 
     Args:
@@ -304,31 +309,27 @@ def simulate_text_encoder(config: Mapping[str, Any], batch_size: int, text_token
         batch_size: Prompts at a time.
         text_tokens: Tokens of a prompt; an encoder with fewer positions gets as many as it has.
         dtype: Dtype of its weights.
+        streamed: Whether its layers have weights only while they run.
 
     Raises:
         ValueError: if the config names no model class of transformers.
     """
-    settings = {name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")}
-    encoder_class = getattr(transformers, (settings.get("architectures") or [""])[0], None)
-    if encoder_class is None:
-        raise ValueError(
-            f"A text encoder's config names the architectures {settings.get('architectures')}, which transformers "
-            f"{transformers.__version__} does not have."
-        )
-    model_config = encoder_class.config_class.from_dict(settings)
-    with torch.device("meta"):
-        encoder = torch.nn.Module.to(encoder_class(model_config), dtype)
-    encoder.requires_grad_(False).eval()
-    tokens = min(text_tokens, getattr(model_config, "max_position_embeddings", text_tokens))
+    encoder = empty_text_encoder(config, dtype)
+    tokens = min(text_tokens, getattr(encoder.config, "max_position_embeddings", text_tokens))
+    stacks = layer_stacks(encoder) if streamed else []
+    layers = [layer for stack in stacks for layer in encoder.get_submodule(stack).children()]
+    apart = {id(part) for layer in layers for part in layer.modules()}
     with FakeTensorMode(), torch.no_grad():
         for module in encoder.modules():
-            _materialise(module)
+            if id(module) not in apart:
+                _materialise(module)
         # Layers that share their weights, such as input and output embeddings, have got a copy each.
         encoder.tie_weights()
-        with Meter() as meter:
-            meter.track((*encoder.parameters(), *encoder.buffers()))
+        with Meter() as meter, _streamed(layers):
+            meter.track(t for t in (*encoder.parameters(), *encoder.buffers()) if t.device.type != "meta")
             parameter_bytes = meter.current
             encoder(input_ids=torch.zeros((batch_size, tokens), dtype=torch.long))
+    parameter_bytes += max((sum(map(_num_bytes, layer.parameters())) for layer in layers), default=0)
     return Usage(meter.peak, parameter_bytes, 0, meter.flops.products, meter.flops.attention)
 
 

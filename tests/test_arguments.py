@@ -37,14 +37,13 @@ WITHOUT_CONTRACT = {"sana-sprint", "pixart-sigma"}
 EXTRA_CHOICES = {("sd3", "--weighting_scheme"): {"none"}}
 # Flags of a family's upstream script that its runs refuse, with what to do; all others must pass.
 REFUSED = {
-    "bnb_quantization_config_path": "quantised base weights are not supported; leave it out",
     "do_fp8_training": "leave it out and use --mixed_precision bf16",
     "fsdp_text_encoder": "nothing to shard; leave it out",
     "remote_text_encoder": "leave it out, and the local text encoder is used",
     "validation_model_path": "leave it out",
     "disable_training_autocast": "leave it out",
 }
-REFUSED_EVERYWHERE = ("bnb_quantization_config_path", "do_fp8_training", "fsdp_text_encoder")
+REFUSED_EVERYWHERE = ("do_fp8_training", "fsdp_text_encoder")
 # Without a model or a prompt the embedded model is trained, so these two are not required here.
 NOT_REQUIRED_HERE = {"--pretrained_model_name_or_path", "--instance_prompt"}
 # Adding a flag is a decision: it fails here until this list is changed too.
@@ -61,6 +60,7 @@ OUR_FLAGS = {
     "--overwrite_residuals": ("store_true", False, None),
     "--plan_only": ("store_true", False, None),
     "--patch_sampling": (None, "auto", ("auto", "dynamic", "resize", "random", "high_to_low", "none")),
+    "--quantization": (None, "none", ("nf4", "int8", "none")),
     "--min_patch_size": (int, None, None),
     "--max_patch_size": (int, None, None),
 }
@@ -244,7 +244,6 @@ def our_words(flag):
         ("FluxPipeline", ["--complex_human_instruction", "x"], ["sana, sana-sprint", "nothing for flux", "leave it"]),
         ("FluxPipeline", ["--do_fp8_training"], ["float8", "--mixed_precision bf16"]),
         ("SanaPipeline", ["--guidance_scale", "2"], ["flux, flux2", "nothing for sana", "leave it out"]),
-        ("SanaPipeline", ["--bnb_quantization_config_path", "x.json"], ["quantised", "leave it out"]),
         ("Krea2Pipeline", ["--validation_model_path", "x"], ["the model that is trained", "leave it out"]),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0] if value[0].startswith("--") else "",

@@ -23,6 +23,7 @@ from blockskip_hooks.config import BlockSkipConfig, PatchSamplingConfig
 from blockskip_hooks.monitor import format_bytes
 from blockskip_hooks.planner import PlanRequest, format_plan, plan_run
 from blockskip_hooks.presets import Preset, load_preset, preset_names
+from blockskip_hooks.quantization import METHODS, QuantizationConfig
 from blockskip_hooks.selection import Selection, select_blocks
 from blockskip_hooks.simulation import empty_model
 
@@ -58,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--validation_resolution", type=int, help="Side of validation images; without it there are none.")
     flag("--mixed_precision", choices=tuple(DTYPES), default="bf16", help="Dtype of the frozen weights.")
     flag("--gradient_checkpointing", action="store_true", help="Less activation memory for one more forward.")
+    flag("--quantization", choices=METHODS, default="none", help="Hold kept blocks in 4 (nf4) or 8 bits (int8).")
     flag("--use_8bit_adam", action="store_true", help="AdamW with 8-bit state.")
     flag("--json", action="store_true", help="Print the plan as JSON.")
     return parser
@@ -94,6 +96,7 @@ def make_requests(args: argparse.Namespace, preset: Preset) -> tuple[PlanRequest
         rank=args.rank,
         lora_targets=targets,
         recorded_layers=() if args.keep_modulation else preset.recorded_layers(config, targets),
+        quantization=QuantizationConfig.named(args.quantization),
         text_tokens=args.max_sequence_length,
         weight_dtype=DTYPES[args.mixed_precision],
         gradient_checkpointing=args.gradient_checkpointing,
@@ -115,6 +118,7 @@ def make_requests(args: argparse.Namespace, preset: Preset) -> tuple[PlanRequest
         patch=PatchSamplingConfig(mode="none", min_size=args.resolution, **shared),
         lora_targets=preset.lora_targets(plain, layers),
         recorded_layers=(),
+        quantization=None,
         text_encoders=(),
         validation_resolution=None,
     )

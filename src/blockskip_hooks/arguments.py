@@ -17,6 +17,7 @@ from .buckets import parse_buckets
 from .config import BlockSkipConfig, PatchMode, ResidualMode
 from .data import INTERPOLATION
 from .families import FAMILIES, Family, Flag
+from .quantization import METHODS, read_quantization
 
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,6 @@ MEMORY_OPTIONS: dict[str, tuple[str, Any]] = {
 }
 # Flags of upstream scripts that no run here can honour, and why.
 _REFUSED = {
-    "bnb_quantization_config_path": "quantised base weights are not supported; leave it out",
     "do_fp8_training": "training in float8 is not supported; leave it out and use --mixed_precision bf16",
     "fsdp_text_encoder": "text encoders are freed before training, so there is nothing to shard; leave it out",
 }
@@ -133,7 +133,8 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--variant", help="Weight file variant, fp16 say.")
     flag("--cache_dir", help="Where downloaded models and datasets are kept.")
     flag("--max_sequence_length", type=int, default=512, help="Tokens of a prompt that the long text encoder sees.")
-    flag("--bnb_quantization_config_path", help="Not supported: quantisation of the base weights.")
+    flag("--bnb_quantization_config_path", help="JSON file that says how bitsandbytes holds kept blocks' weights.")
+    flag("--quantization", choices=METHODS, default="none", help="Hold kept blocks in 4 (nf4) or 8 bits (int8).")
 
     flag = parser.add_argument_group("photos").add_argument
     flag("--instance_data_dir", help="Folder with photos of the subject; name.txt beside name.jpg is its caption.")
@@ -390,6 +391,7 @@ def validate_args(args: argparse.Namespace) -> None:
     _check_numbers(args)
     _check_photos(args)
     _check_skipping(args)
+    read_quantization(args)
     _check_optimizer(args)
     _check_output(args)
     for name, needs in _without_effect(args):

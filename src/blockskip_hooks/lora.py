@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -79,8 +80,10 @@ def add_lora(
 ) -> list[torch.nn.Parameter]:
     """Freeze ``module``, add LoRA in float32 and return its parameters. Weights start the same for the same seed."""
     module.requires_grad_(False)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(derived_seed(seed, "lora"))
+        # peft could not merge LoRA into weights of torchao; nothing here merges.
+        warnings.filterwarnings("ignore", message=".*get_apply_tensor_subclass", category=UserWarning)
         module.add_adapter(
             LoraConfig(
                 r=rank,

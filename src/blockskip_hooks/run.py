@@ -31,6 +31,7 @@ from .lora import WEIGHTS_NAME, lora_targets
 from .model_config import load_config
 from .model_files import check_weights, resolve_model
 from .monitor import format_seconds
+from .quantization import QuantizationConfig, read_quantization
 from .residual_store import folder_digest
 from .sample_plan import SampleKind, SamplePlan
 from .selection import Selection, select_blocks
@@ -64,6 +65,7 @@ class Run:
         photos: The instance photos, not decoded yet.
         prompts: Validation prompts.
         pipeline_kwargs: Arguments of the pipeline call that the model asks for.
+        quantization: How kept blocks are held; ``None`` for plain weights.
     """
 
     args: argparse.Namespace
@@ -78,6 +80,7 @@ class Run:
     photos: list[Photo]
     prompts: list[str]
     pipeline_kwargs: dict[str, Any] = field(default_factory=dict)
+    quantization: QuantizationConfig | None = None
 
     @property
     def output_dir(self) -> Path:
@@ -210,6 +213,8 @@ class Run:
             "weights": {name: folder_digest(path / name) for name in components if (path / name).is_dir()},
             "modulation": bool(self.recorded_layers),
             "spans": [self.config.leading, self.config.trailing] if self.config.residuals == "precomputed" else None,
+            # Kept blocks lie between the spans, so the trailing residual depends on how they are held.
+            **({"quantization": self.quantization.describe()} if self.quantization and self.skips else {}),
             "photos": {
                 kind: [[source.photos.digest(i), source.prompt_for(i)] for i in range(len(source.photos))]
                 for kind, source in sources.items()
@@ -356,6 +361,7 @@ def prepare_run(args: argparse.Namespace) -> Run:
         photos=photos,
         prompts=prompts,
         pipeline_kwargs=pipeline_kwargs,
+        quantization=read_quantization(args),
     )
 
 

@@ -18,6 +18,7 @@ from diffusers import ModelMixin
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .blocks import list_blocks, split_blocks
 from .config import BlockSkipConfig
 from .counters import Meter
 from .families import Family
@@ -26,6 +27,7 @@ from .lora import add_lora
 from .losses import combine_losses, flow_matching_loss
 from .model_config import model_class
 from .precompute import base_model
+from .quantization import QuantizationConfig
 from .text_encoders import empty_text_encoder, layer_stacks
 from .training_data import Batch, place_embeds
 from .transformer import DiTBlockSkipTransformer, _cast_floating
@@ -85,6 +87,7 @@ class FakeTransformer:
         lora_targets: Full names of the modules that get LoRA.
         recorded_layers: See :class:`~blockskip_hooks.transformer.DiTBlockSkipTransformer`.
         dtype: Dtype of the model's weights. In half precision the training step runs under autocast.
+        quantization: How the linear layers of kept blocks are held, if not in ``dtype``.
 
     Raises:
         ValueError: if the config names no transformer of diffusers, or no block would be kept.
@@ -100,6 +103,7 @@ class FakeTransformer:
         lora_targets: Sequence[str],
         dtype: torch.dtype,
         recorded_layers: Sequence[str] = (),
+        quantization: QuantizationConfig | None = None,
     ) -> None:
         self.family = family
         self.transformer_config = transformer_config
@@ -110,6 +114,11 @@ class FakeTransformer:
         family.make_traceable(transformer)
         _cast_floating(transformer, dtype)
         transformer.requires_grad_(False)
+        if quantization is not None:
+            kept = split_blocks(list_blocks(transformer, family.block_stacks), config).kept
+            for name in quantization.layers(transformer, [block.name for block in kept], recorded_layers):
+                layer: Any = transformer.get_submodule(name)
+                transformer.set_submodule(name, _QuantizedLinear(layer, quantization))
         if lora_targets:
             # Settings other than the rank change neither memory nor FLOPs.
             add_lora(transformer, lora_targets, rank=rank, alpha=rank, dropout=0.0, seed=0)
@@ -326,7 +335,7 @@ def simulate_text_encoder(
         # Layers that share their weights, such as input and output embeddings, have got a copy each.
         encoder.tie_weights()
         with Meter() as meter, _streamed(layers):
-            meter.track(t for t in (*encoder.parameters(), *encoder.buffers()) if t.device.type != "meta")
+            meter.track((*encoder.parameters(), *encoder.buffers()))
             parameter_bytes = meter.current
             encoder(input_ids=torch.zeros((batch_size, tokens), dtype=torch.long))
     parameter_bytes += max((sum(map(_num_bytes, layer.parameters())) for layer in layers), default=0)
@@ -335,6 +344,36 @@ def simulate_text_encoder(
 
 def _num_bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
+
+
+class _QuantizedLinear(torch.nn.Linear):
+    """A layer with the bytes of a quantised weight, dequantised for each product, in forward and in backward."""
+
+    def __init__(self, layer: torch.nn.Linear, config: QuantizationConfig) -> None:
+        super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        self.product_dtype = config.compute_dtype or layer.weight.dtype
+        count = config.weight_bytes(layer.out_features, layer.in_features)
+        self.weight = torch.nn.Parameter(torch.empty(count, dtype=torch.uint8, device="meta"), requires_grad=False)
+        self.bias = layer.bias
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        shape = (self.out_features, self.in_features)
+        return _DequantizedProduct.apply(input, self.bias, shape, self.product_dtype).to(input.dtype)
+
+
+class _DequantizedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, input: torch.Tensor, bias: torch.Tensor | None, shape: tuple[int, int], dtype: torch.dtype
+    ) -> torch.Tensor:
+        ctx.shape, ctx.dtype, ctx.input_dtype = shape, dtype, input.dtype
+        bias = None if bias is None else bias.to(dtype)
+        return torch.nn.functional.linear(input.to(dtype), torch.empty(shape, dtype=dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
+        product = gradient.to(ctx.dtype) @ torch.empty(ctx.shape, dtype=ctx.dtype)
+        return product.to(ctx.input_dtype), None, None, None
 
 
 class _ReadScalars(TorchDispatchMode):

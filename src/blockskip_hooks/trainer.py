@@ -26,7 +26,7 @@ from .lora import add_lora, check_gradients, check_learned, load_lora, save_lora
 from .losses import combine_losses, flow_matching_loss
 from .monitor import StageMonitor
 from .optimizers import make_optimizer
-from .precompute import base_model, capture, precompute_records
+from .precompute import base_model, capture, encode_latents, precompute_records
 from .residual_store import Record, ResidualStore
 from .run import Run
 from .sample_plan import Sample, derived_seed
@@ -101,9 +101,10 @@ class Trainer:
             power=args.lr_power,
         )
         self.parameters = self.parameters + text_parameters
-        # Every process has the same weights already, and those of skipped blocks cannot be sent: they are not there.
+        # Every process has the same weights already, and they cannot all be sent: those of skipped blocks are not
+        # there, quantised ones are no plain tensors.
         torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-            model, model.skipped_parameter_names
+            model, model.frozen_parameter_names
         )
         # accelerate must not move the model either: kept blocks are in place.
         self.wrapped, self.optimizer, self.scheduler = accelerator.prepare(
@@ -136,14 +137,19 @@ class Trainer:
         """
         if self.store is None:
             return
-        with self.monitor.stage("precompute"), self.vae() as vae, self.accelerator.autocast():
+        with self.monitor.stage("precompute"), self.accelerator.autocast():
             samples = self.maker.samples(self._my_indices(steps))
+            missing = sum(not self.maker.is_recorded(sample, self.store) for sample in samples)
+            with self.vae() as vae, self._progress(missing, "Encoding photos") as bar:
+                latents = encode_latents(
+                    samples, maker=self.maker, vae=vae, store=self.store, batch_size=batch_size, progress=bar
+                )
             with self._progress(len(samples), "Precomputing records") as bar:
                 self.records_made += precompute_records(
                     samples,
+                    latents,
                     model=self.model,
                     maker=self.maker,
-                    vae=vae,
                     store=self.store,
                     batch_size=batch_size,
                     with_residuals=self.run.skips and self.run.config.residuals == "precomputed",

@@ -26,6 +26,7 @@ from .hooks import (
     remove_recorded_layers,
 )
 from .model_config import load_config, model_class
+from .quantization import QuantizationConfig, mark_quantized, quantize_linear
 
 
 class DiTBlockSkipTransformer(torch.nn.Module):
@@ -91,6 +92,7 @@ class DiTBlockSkipTransformer(torch.nn.Module):
         stacks: Sequence[str] | None = None,
         transformer_class: type[ModelMixin] | None = None,
         recorded_layers: Sequence[str] = (),
+        quantization: QuantizationConfig | None = None,
     ) -> DiTBlockSkipTransformer:
         """Load the kept blocks only; skipped blocks are read from the checkpoint when the whole model runs.
 
@@ -107,6 +109,7 @@ class DiTBlockSkipTransformer(torch.nn.Module):
             stacks: See :func:`~blockskip_hooks.blocks.list_blocks`.
             transformer_class: Class of the model, by default the one that its config names.
             recorded_layers: See the class; their weights are streamed like those of skipped blocks.
+            quantization: How the linear layers of kept blocks are held; ``None`` keeps them in ``torch_dtype``.
 
         Raises:
             ValueError: if weights are missing, have other shapes than the config says, or are not safetensors.
@@ -128,20 +131,35 @@ class DiTBlockSkipTransformer(torch.nn.Module):
         dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
         weights = CheckpointWeights(index, dtypes)
 
-        streamed = _streamed_modules(
-            transformer, split_blocks(list_blocks(transformer, stacks), config), recorded_layers
-        )
-        prefixes = tuple(f"{name}." for name in streamed)
-        for name, tensor in tensors.items():
+        spans = split_blocks(list_blocks(transformer, stacks), config)
+        streamed = _streamed_modules(transformer, spans, recorded_layers)
+        quantized: list[str] = []
+        if quantization is not None:
+            quantized = quantization.layers(transformer, [block.name for block in spans.kept], recorded_layers)
+
+        def load(name: str, place: torch.device | str) -> None:
+            value, shape = weights[name], tensors[name].shape
+            if value.shape != shape:
+                raise ValueError(
+                    f"{folder}: {name} has shape {tuple(value.shape)}, but the model's config asks for {tuple(shape)}."
+                )
+            set_module_tensor_to_device(transformer, name, place, value=value, clear_cache=False)
+
+        prefixes = tuple(f"{name}." for name in (*streamed, *quantized))
+        for name in tensors:
             if not name.startswith(prefixes):
-                value = weights[name]
-                if value.shape != tensor.shape:
-                    raise ValueError(
-                        f"{folder}: {name} has shape {tuple(value.shape)}, but the model's config asks for "
-                        f"{tuple(tensor.shape)}."
-                    )
-                set_module_tensor_to_device(transformer, name, device, value=value, clear_cache=False)
+                load(name, device)
         weights.close()
+        # Only one layer at a time is there in full.
+        for name in quantized:
+            assert quantization is not None
+            layer: Any = transformer.get_submodule(name)
+            for part, _ in layer.named_parameters():
+                load(f"{name}.{part}", "cpu")
+            transformer.set_submodule(name, quantize_linear(layer, quantization, device))
+            weights.close()
+        if quantization is not None:
+            mark_quantized(transformer, quantization)
         for name, buffer in transformer.named_buffers():
             set_module_tensor_to_device(transformer, name, device, value=buffer)
         for name, module in streamed.items():
@@ -212,10 +230,9 @@ class DiTBlockSkipTransformer(torch.nn.Module):
             self.skip_state.mode = previous
 
     @property
-    def skipped_parameter_names(self) -> list[str]:
-        """Names, in this module's state dict, of the parameters of skipped blocks and recorded layers."""
-        prefixes = tuple(f"transformer.{name}." for name in self.streamed_modules)
-        return [name for name, _ in self.named_parameters() if name.startswith(prefixes)]
+    def frozen_parameter_names(self) -> list[str]:
+        """Names, in this module's state dict, of the parameters that do not train, whether they are there or not."""
+        return [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -10,6 +10,7 @@ from diffusers.training_utils import free_memory
 from tqdm.auto import tqdm
 
 from .families import Family, PromptEmbeds
+from .text_encoders import large_encoders
 
 
 PROGRESS_FROM = 32
@@ -36,6 +37,7 @@ def encode_prompts(
     dtype: torch.dtype,
     device: torch.device,
     keep_trainable: bool = False,
+    streamed: bool = False,
     show_progress: bool = True,
 ) -> tuple[dict[str, PromptEmbeds], TrainedText | None]:
     """Embed prompts and free the text encoders.
@@ -46,13 +48,19 @@ def encode_prompts(
         dtype: Dtype of the encoders.
         device: Where they run.
         keep_trainable: Return the encoders that ``--train_text_encoder`` adapts instead of freeing them.
+        streamed: Read the layers of large encoders from the checkpoint while they run, again for every prompt; the
+            embeddings are the same.
         show_progress: Show a bar when there are many prompts.
 
     Returns:
         Embeddings by prompt, on the CPU, and the kept encoders.
     """
     prompts = list(dict.fromkeys(prompts))
-    pipeline = family.load_text_pipeline(dtype, device)
+    layered: list[str] = []
+    if streamed:
+        streamable = family.streamable_text_encoders(trains_text=keep_trainable)
+        layered = [name for name in large_encoders(family.text_encoder_configs()) if name in streamable]
+    pipeline = family.load_text_pipeline(dtype, device, layered)
     embeds: dict[str, PromptEmbeds] = {}
     # One at a time: in a batch the last bits of a prompt's embeddings would depend on the others.
     silent = not show_progress or len(prompts) < PROGRESS_FROM

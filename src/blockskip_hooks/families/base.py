@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,6 +14,7 @@ from diffusers import AutoModel, DiffusionPipeline, FlowMatchEulerDiscreteSchedu
 from torch.nn.utils.rnn import pad_sequence
 
 from ..model_config import load_config, model_class
+from ..text_encoders import load_streamed_encoder
 
 
 PromptEmbeds = dict[str, torch.Tensor]
@@ -59,6 +61,7 @@ class Family(ABC):
             prompt's embedding as a whole, but on no token: their outputs are recorded with the residuals.
         text_lora_layers: Linear layers that ``--train_text_encoder`` adapts, by name suffix.
         text_components: Pipeline components that encode prompts.
+        trained_text_components: Of these, the text encoders that ``--train_text_encoder`` adapts.
         unused_components: Pipeline components that training leaves alone.
         image_components: Of these, the ones that :meth:`image_pipeline` loads beside transformer and VAE.
         block_stacks: See :func:`~blockskip_hooks.blocks.list_blocks`; ``None`` detects them.
@@ -76,6 +79,7 @@ class Family(ABC):
     modulation_layers: ClassVar[tuple[str, ...]] = ()
     text_lora_layers: ClassVar[tuple[str, ...]] = ()
     text_components: ClassVar[tuple[str, ...]] = ()
+    trained_text_components: ClassVar[tuple[str, ...]] = ()
     unused_components: ClassVar[tuple[str, ...]] = ()
     image_components: ClassVar[tuple[str, ...]] = ()
     block_stacks: ClassVar[tuple[str, ...] | None] = None
@@ -148,22 +152,59 @@ class Family(ABC):
 
     # Encoding
 
-    def outside_components(self, dtype: torch.dtype) -> dict[str, Any]:
+    def outside_components(self, dtype: torch.dtype, without: Collection[str] = ()) -> dict[str, Any]:
         """Pipeline components that the model's folder lacks, loaded from where flags say.
+
+        Args:
+            dtype: Dtype of their weights.
+            without: Components that are not wanted.
 
         Raises:
             ValueError: naming the flag, if one cannot be loaded.
         """
         return {}
 
-    def load_text_pipeline(self, dtype: torch.dtype, device: torch.device | str) -> DiffusionPipeline:
-        """The stock pipeline with text encoders and tokenizers only."""
-        components: dict[str, Any] = dict.fromkeys(("transformer", "vae", *self.unused_components))
-        components |= self.outside_components(dtype)
+    def text_encoder_configs(self) -> dict[str, dict[str, Any]]:
+        """Configs of the text encoders by component, with the class that the pipeline's index names."""
+        index = json.loads((self.model_path / "model_index.json").read_text())
+        configs = {}
+        for name in self.text_components:
+            file = self.model_path / name / "config.json"
+            if file.is_file():
+                configs[name] = {**json.loads(file.read_text()), "architectures": [index[name][1]]}
+        return configs
+
+    def text_encoder_source(self, component: str) -> tuple[str | Path, dict[str, Any]]:
+        """Where a text encoder is loaded from, and further arguments of its ``from_pretrained``."""
+        return self.model_path / component, {"variant": self.variant}
+
+    def streamable_text_encoders(self, *, trains_text: bool) -> list[str]:
+        """The components that may be streamed, if they are large: text encoders that do not train."""
+        trained = self.trained_text_components if trains_text else ()
+        return [name for name in self.text_components if name not in trained]
+
+    def load_text_pipeline(
+        self, dtype: torch.dtype, device: torch.device | str, streamed: Collection[str] = ()
+    ) -> DiffusionPipeline:
+        """The stock pipeline with text encoders and tokenizers only.
+
+        Args:
+            dtype: Dtype of the encoders.
+            device: Where they run.
+            streamed: Components whose layers are read from the checkpoint while they run.
+        """
+        components: dict[str, Any] = dict.fromkeys(("transformer", "vae", *self.unused_components, *streamed))
+        components |= self.outside_components(dtype, without=streamed)
         pipeline = self.pipeline_class.from_pretrained(
             self.model_path, **components, torch_dtype=dtype, variant=self.variant
         )
-        return pipeline.to(device)
+        pipeline = pipeline.to(device)
+        configs = self.text_encoder_configs() if streamed else {}
+        for name in streamed:
+            source, settings = self.text_encoder_source(name)
+            encoder = load_streamed_encoder(source, configs[name], dtype=dtype, device=device, **settings)
+            pipeline.register_modules(**{name: encoder})
+        return pipeline
 
     def load_pipeline(self, dtype: torch.dtype) -> DiffusionPipeline:
         """The complete stock pipeline, on the CPU."""
@@ -247,7 +288,9 @@ class Family(ABC):
         Raises:
             ValueError: if the family has none.
         """
-        raise self._no_trained_text()
+        if not self.trained_text_components:
+            raise self._no_trained_text()
+        return {name: getattr(pipeline, name) for name in self.trained_text_components}
 
     def prompt_tokens(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         """Token ids for each trained text encoder, ``(B, S)``."""

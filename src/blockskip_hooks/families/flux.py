@@ -17,6 +17,7 @@ class Flux(Family):
     name = "flux"
     pipeline_class = FluxPipeline
     text_components = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    trained_text_components = ("text_encoder",)
     lora_layers = (
         "attn.to_k",
         "attn.to_q",
@@ -102,9 +103,6 @@ class Flux(Family):
     def prediction_to_latents(self, prediction: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         factor = self.vae_scale_factor
         return FluxPipeline._unpack_latents(prediction, like.shape[-2] * factor, like.shape[-1] * factor, factor)
-
-    def trainable_text_encoders(self, pipeline: DiffusionPipeline) -> dict[str, torch.nn.Module]:
-        return {"text_encoder": pipeline.text_encoder}
 
     def prompt_tokens(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         tokens = pipeline.tokenizer(

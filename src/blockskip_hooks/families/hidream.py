@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, HiDreamImagePipeline
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models.transformers.transformer_hidream_image import HiDreamBlock, MOEFeedForwardSwiGLU
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
 from ..model_config import load_config
 from .base import Family, Flag, PromptEmbeds
@@ -101,20 +103,38 @@ class HiDream(Family):
         unpatchify = transformer.unpatchify
         transformer.unpatchify = lambda tokens, sizes, is_training: unpatchify(tokens, sizes, is_training=True)
 
-    def outside_components(self, dtype: torch.dtype) -> dict[str, Any]:
+    def _hub_settings(self) -> dict[str, Any]:
+        return {name: self.flags.get(flag) for name, flag in (("cache_dir", "cache_dir"), ("token", "hub_token"))}
+
+    def text_encoder_configs(self) -> dict[str, dict[str, Any]]:
+        configs = super().text_encoder_configs()
+        if "text_encoder_4" not in configs:
+            source, settings = self.text_encoder_source("text_encoder_4")
+            # What cannot be read is said when the encoder itself is to be loaded.
+            with contextlib.suppress(OSError, ValueError):
+                config = AutoConfig.from_pretrained(source, **settings).to_dict()
+                configs["text_encoder_4"] = {**config, "architectures": [LlamaForCausalLM.__name__]}
+        return configs
+
+    def text_encoder_source(self, component: str) -> tuple[str | Path, dict[str, Any]]:
+        if component == "text_encoder_4" and not (self.model_path / component).is_dir():
+            return self.flags["pretrained_text_encoder_4_name_or_path"], self._hub_settings()
+        return super().text_encoder_source(component)
+
+    def outside_components(self, dtype: torch.dtype, without: Collection[str] = ()) -> dict[str, Any]:
         """Llama and its tokenizer where the model's folder lacks them, by pipeline component.
 
         Raises:
             ValueError: naming the flag, if one cannot be loaded.
         """
-        hub = {name: self.flags.get(flag) for name, flag in (("cache_dir", "cache_dir"), ("token", "hub_token"))}
+        hub = self._hub_settings()
         loaders = {
             "text_encoder_4": functools.partial(LlamaForCausalLM.from_pretrained, dtype=dtype, **hub),
             "tokenizer_4": functools.partial(AutoTokenizer.from_pretrained, **hub),
         }
         components = {}
         for component, load in loaders.items():
-            if (self.model_path / component).is_dir():
+            if component in without or (self.model_path / component).is_dir():
                 continue
             flag = f"pretrained_{component}_name_or_path"
             try:

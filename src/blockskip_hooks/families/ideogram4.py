@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -134,8 +134,14 @@ class Ideogram4(Family):
             "prompt_mask": torch.ones(text_tokens, dtype=torch.bool),
         }
 
-    def load_text_pipeline(self, dtype: torch.dtype, device: torch.device | str) -> DiffusionPipeline:
-        pipeline = super().load_text_pipeline(dtype, device)
+    def streamable_text_encoders(self, *, trains_text: bool) -> list[str]:
+        # Writing a prompt runs every layer once per word.
+        return [] if self.flags["upsample_prompt"] else super().streamable_text_encoders(trains_text=trains_text)
+
+    def load_text_pipeline(
+        self, dtype: torch.dtype, device: torch.device | str, streamed: Collection[str] = ()
+    ) -> DiffusionPipeline:
+        pipeline = super().load_text_pipeline(dtype, device, streamed)
         if self.flags["upsample_prompt"]:
             head = Ideogram4PromptEnhancerHead.from_pretrained(
                 self.flags["prompt_enhancer_head_id"], torch_dtype=dtype

@@ -30,6 +30,7 @@ class StableDiffusion3(Family):
     name = "sd3"
     pipeline_class = StableDiffusion3Pipeline
     text_components = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+    trained_text_components = ("text_encoder", "text_encoder_2")
     unused_components = ("image_encoder", "feature_extractor")
     lora_layers = (
         "attn.add_k_proj",
@@ -131,9 +132,6 @@ class StableDiffusion3(Family):
         if self.flags["precondition_outputs"]:
             return noisy_latents - sigmas * prediction, latents
         return super().loss_terms(prediction, latents, noise, noisy_latents, sigmas)
-
-    def trainable_text_encoders(self, pipeline: DiffusionPipeline) -> dict[str, torch.nn.Module]:
-        return {"text_encoder": pipeline.text_encoder, "text_encoder_2": pipeline.text_encoder_2}
 
     def prompt_tokens(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         tokenizers = {"text_encoder": pipeline.tokenizer, "text_encoder_2": pipeline.tokenizer_2}

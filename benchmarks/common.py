@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,15 @@ from tokenizers import Tokenizer
 from tokenizers.models import Unigram
 from tokenizers.pre_tokenizers import Metaspace
 from tokenizers.processors import TemplateProcessing
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    GemmaTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 from blockskip_hooks import DiTBlockSkipTransformer
 from blockskip_hooks.arguments import parse_args
@@ -72,7 +81,7 @@ class FluxSize:
 def save_random_flux(folder: Path, size: FluxSize, dtype: torch.dtype) -> Path:
     """Write a whole FLUX pipeline with random weights; only the transformer is of any size."""
     torch.manual_seed(0)
-    clip_tokenizer, t5_tokenizer = _tokenizers(folder / "tokenizer_files")
+    clip_tokenizer, t5_tokenizer = flux_tokenizers()
     clip = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(clip_tokenizer),
@@ -123,21 +132,29 @@ def save_random_flux(folder: Path, size: FluxSize, dtype: torch.dtype) -> Path:
     return folder
 
 
-def _tokenizers(folder: Path) -> tuple[CLIPTokenizer, T5TokenizerFast]:
+def flux_tokenizers() -> tuple[CLIPTokenizer, T5TokenizerFast]:
     """Tokenizers of the real classes that spell words by letters."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tokens = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    clip = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -100.0), ("▁", -20.0), *((letter, -20.0) for letter in LETTERS)]
     words = Tokenizer(Unigram(pieces, unk_id=2))
     words.pre_tokenizer = Metaspace(replacement="▁", prepend_scheme="always")
     words.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    words.save(str(folder / "tokenizer.json"))
     names = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "extra_ids": 0, "model_max_length": 512}
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5TokenizerFast", **names}))
-    return clip, T5TokenizerFast.from_pretrained(folder)
+    tokens = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+        (folder / "merges.txt").write_text("#version: 0.2\n")
+        words.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5TokenizerFast", **names}))
+        clip = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
+        return clip, T5TokenizerFast.from_pretrained(folder)
+
+
+def gemma_tokenizer() -> GemmaTokenizer:
+    """Tokenizer of the real class that spells words by letters, and other characters by bytes."""
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *LETTERS]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    return GemmaTokenizer(vocab=vocabulary, merges=[], model_max_length=512, add_bos_token=True)
 
 
 def save_photos(folder: Path, count: int, side: int) -> Path:

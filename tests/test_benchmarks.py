@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-SCRIPTS = sorted(path for path in BENCHMARKS.glob("*.py") if path.name != "common.py")
+SCRIPTS = sorted(path for path in BENCHMARKS.glob("*.py") if path.name not in ("common.py", "full_size.py"))
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_help(path: Path, load, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--json" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["step_time", "plain_overhead"])
+@pytest.mark.parametrize("name", ["step_time", "plain_overhead", "full_size_flux", "full_size_sana"])
 def test_smoke(name: str, load, tmp_path: Path) -> None:
     # Precision is one per process, and another test may have set it.
     AcceleratorState._reset_state(reset_partial_state=True)

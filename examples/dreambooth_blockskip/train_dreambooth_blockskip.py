@@ -18,6 +18,9 @@ from pathlib import Path
 # Optional packages that transformers misses (torchvision) do not matter here.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 warnings.filterwarnings("ignore", category=FutureWarning)
+# Nor does what torchao and bitsandbytes, where they are installed, cannot do on this machine.
+for _name in ("torchao", "bitsandbytes", "diffusers.quantizers", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 import torch
 from accelerate import Accelerator
@@ -31,7 +34,8 @@ from blockskip_hooks.encode import encode_prompts
 from blockskip_hooks.lora import describe_trainable
 from blockskip_hooks.monitor import StageMonitor, write_json
 from blockskip_hooks.outputs import push_to_hub, run_report, write_outputs
-from blockskip_hooks.plan import describe_plan, make_plan, planned_batch_size
+from blockskip_hooks.plan import describe_plan, make_plan, planned_batch_size, streams_text, vae_works_alone
+from blockskip_hooks.quantization import check_device
 from blockskip_hooks.residual_store import ResidualStore
 from blockskip_hooks.run import Run, prepare_run, segments, stretches, weight_dtype
 from blockskip_hooks.trainer import Trainer
@@ -51,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
         with monitor.stage("plan"):
             run = prepare_run(args)
             accelerator = make_accelerator(run)
+            if run.quantization:
+                check_device(run.quantization, accelerator.device, weight_dtype(accelerator))
             checkpoint = find_checkpoint(run.output_dir, args.resume_from_checkpoint)
             run, plan = make_plan(run, weight_dtype(accelerator), accelerator.num_processes)
             steps_per_stretch = run.steps_per_stretch(plan, run.samples_per_step(accelerator), checkpoint)
@@ -105,7 +111,8 @@ def train(
     # Prior preservation: class images that are not there yet.
     if args.with_prior_preservation:
         with monitor.stage("class_images"):
-            make_class_images(run, accelerator, dtype, seed, planned_batch_size(plan, "class_images") or 1)
+            images = planned_batch_size(plan, "class_images") or 1
+            make_class_images(run, accelerator, dtype, seed, images, streams_text=streams_text(plan))
 
     # The sample plan: from here on nothing is random. Records of it may be there already.
     sources = run.photo_sources()
@@ -126,6 +133,7 @@ def train(
             dtype=dtype,
             device=device,
             keep_trainable=args.train_text_encoder,
+            streamed=streams_text(plan),
             show_progress=accelerator.is_main_process,
         )
     maker = SampleMaker(sample_plan, sources, family, embeds, device, dtype, bool(run.recorded_layers))
@@ -141,10 +149,23 @@ def train(
             stacks=family.block_stacks,
             transformer_class=family.transformer_class(run.transformer_config),
             recorded_layers=run.recorded_layers,
+            quantization=run.quantization,
         )
         if args.enable_npu_flash_attention:
             model.transformer.set_attention_backend("_native_npu")
-        trainer = Trainer(run, accelerator, monitor, maker, model, text, store, max_train_steps, steps_per_stretch)
+        trainer = Trainer(
+            run,
+            accelerator,
+            monitor,
+            maker,
+            model,
+            text,
+            store,
+            max_train_steps,
+            steps_per_stretch,
+            images_at_once=planned_batch_size(plan, "validate"),
+            vae_alone=[stage for stage in ("precompute", "validate") if vae_works_alone(plan, stage)],
+        )
     accelerator.print(f"Training {describe_trainable(model, run.targets)}.")
     if checkpoint is not None:
         trainer.resume(checkpoint)

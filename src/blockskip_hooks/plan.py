@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +32,8 @@ def plan_for(run: Run, dtype: torch.dtype, num_processes: int) -> dict[str, Any]
     num_images = {kind: args.num_class_images if kind == "class" else len(run.photos) for kind in run.kinds}
     _, steps = run.schedule(run.sample_plan(args.seed or 0, num_images), num_processes)
     samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * num_processes * len(run.kinds)
+    encoders = family.text_encoder_configs()
+    streamable = family.streamable_text_encoders(trains_text=args.train_text_encoder)
     request = PlanRequest(
         family=family,
         transformer_config=run.transformer_config,
@@ -41,6 +42,7 @@ def plan_for(run: Run, dtype: torch.dtype, num_processes: int) -> dict[str, Any]
         rank=args.rank,
         lora_targets=run.targets,
         recorded_layers=run.recorded_layers,
+        quantization=run.quantization,
         batch_size=args.train_batch_size * len(run.kinds),
         text_tokens=args.max_sequence_length,
         weight_dtype=dtype,
@@ -51,7 +53,8 @@ def plan_for(run: Run, dtype: torch.dtype, num_processes: int) -> dict[str, Any]
         precompute_batch_size=args.precompute_batch_size,
         num_samples=steps * samples_per_step,
         residual_budget_bytes=run.residual_budget() if run.uses_store else None,
-        text_encoders=_text_encoder_configs(family),
+        text_encoders=list(encoders.values()),
+        streamable_encoders=[position for position, name in enumerate(encoders) if name in streamable],
         validation_batch_size=args.num_validation_images,
         validation_resolution=run.image_size if run.makes_images else None,
         class_batch_size=args.sample_batch_size if args.with_prior_preservation else None,
@@ -137,20 +140,19 @@ def _weights_bytes(family: Family, dtype: torch.dtype) -> int:
     return sum(parameter.numel() * dtype.itemsize for model in empty for parameter in model.parameters())
 
 
-def _text_encoder_configs(family: Family) -> list[dict[str, Any]]:
-    """Configs of the text encoders, with the class that the pipeline's index names: a config may lack it."""
-    index = json.loads((family.model_path / "model_index.json").read_text())
-    configs = []
-    for name in family.text_components:
-        file = family.model_path / name / "config.json"
-        if file.is_file():
-            configs.append({**json.loads(file.read_text()), "architectures": [index[name][1]]})
-    return configs
-
-
 def planned_batch_size(plan: dict[str, Any], stage: str) -> int | None:
     """Samples or images per forward of a stage, which need no more memory than a training step, by the plan."""
     return next((planned["batch_size"] for planned in plan["stages"] if planned["name"] == stage), None)
+
+
+def vae_works_alone(plan: dict[str, Any], stage: str) -> bool:
+    """Whether the plan has the transformer's weights in host memory while the VAE works in this stage."""
+    return any(planned.get("vae_alone", False) for planned in plan["stages"] if planned["name"] == stage)
+
+
+def streams_text(plan: dict[str, Any]) -> bool:
+    """Whether the plan has large text encoders read from the checkpoint layer by layer."""
+    return any(stage.get("streamed", False) for stage in plan["stages"])
 
 
 def describe_plan(run: Run, plan: dict[str, Any]) -> str:
@@ -175,4 +177,4 @@ def describe_plan(run: Run, plan: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-__all__ = ["describe_plan", "make_plan", "plan_for", "planned_batch_size"]
+__all__ = ["describe_plan", "make_plan", "plan_for", "planned_batch_size", "streams_text", "vae_works_alone"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,11 +17,15 @@ from .config import BlockSkipConfig, PatchSamplingConfig
 from .families import Family
 from .hooks import SpanResiduals
 from .monitor import format_bytes
+from .quantization import QuantizationConfig
 from .simulation import FakeTransformer, Usage, simulate_text_encoder, simulate_vae
+from .text_encoders import large_encoders
 
 
 SCHEMA = 1
 LARGEST_PRECOMPUTE_BATCH = 64
+# Text encoders that need less are loaded whole, whatever training needs.
+SMALL_ENCODE_BYTES = 2**30
 # bitsandbytes keeps the state of small tensors in float32 and one float32 scale per 256 values of the others.
 MIN_8BIT_SIZE = 4096
 BLOCK_8BIT_SIZE = 256
@@ -40,6 +44,7 @@ class PlanRequest:
         rank: Rank of the LoRA matrices.
         lora_targets: Full names of the layers that get LoRA.
         recorded_layers: Full names of the layers whose outputs are recorded with the residuals.
+        quantization: How kept blocks are held; ``None`` for ``weight_dtype``.
         text_tokens: Tokens of a prompt.
         weight_dtype: Dtype of the frozen weights; in half precision training runs under autocast.
         gradient_checkpointing: As the flag.
@@ -51,6 +56,8 @@ class PlanRequest:
         num_samples: Samples of the whole run, class samples included.
         residual_budget_bytes: Disk that the records may take at a time; ``None`` for no limit.
         text_encoders: Configs of the text encoders.
+        streamable_encoders: Positions of those that are streamed, if they are large and encoding would need more
+            than training does; ``None`` for all.
         text_encoder_parameter_bytes: Their weights, where their configs are not at hand.
         resident_bytes: Parameters of other models that stay during training, such as a text encoder that trains.
         validation_resolution: Side of validation images in pixels; ``None`` if there are none.
@@ -70,6 +77,7 @@ class PlanRequest:
     rank: int
     lora_targets: Sequence[str]
     recorded_layers: Sequence[str] = ()
+    quantization: QuantizationConfig | None = None
     batch_size: int = 1
     text_tokens: int = 512
     weight_dtype: torch.dtype = torch.bfloat16
@@ -81,6 +89,7 @@ class PlanRequest:
     num_samples: int = 0
     residual_budget_bytes: int | None = None
     text_encoders: Sequence[Mapping[str, Any]] = ()
+    streamable_encoders: Sequence[int] | None = None
     text_encoder_parameter_bytes: int = 0
     resident_bytes: int = 0
     validation_resolution: int | None = None
@@ -114,7 +123,8 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
         The contents of ``plan.json``. In each stage, ``peak_device_bytes`` is the sum of ``parameter_bytes`` (frozen
         weights, with one streamed block), ``lora_optimizer_bytes`` and ``activation_bytes`` (with gradients alive at
         the peak). ``tflops_per_step`` counts matrix products of one forward (and backward) of ``batch_size``
-        samples, ``attention_tflops_per_step`` the attention beside them.
+        samples, ``attention_tflops_per_step`` the attention beside them. ``streamed`` of the stage "encode" says
+        whether the layers of large text encoders are read from the checkpoint one at a time, once per prompt.
 
     Raises:
         ValueError: if the spans leave no block, or the config names no model class.
@@ -128,6 +138,7 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
         lora_targets=request.lora_targets,
         dtype=request.weight_dtype,
         recorded_layers=request.recorded_layers,
+        quantization=request.quantization,
     )
     num_blocks = len(fake.model.spans.kept) + request.config.num_skipped
     states = _optimizer_state_bytes(fake.lora_parameters, request.use_8bit_adam)
@@ -149,36 +160,32 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
         # LoRA and its optimizer are there from the start of training; a later stretch finds them in the way.
         capture = capture.beside(parameter_bytes=request.resident_bytes, lora_bytes=states)
 
-    vae = _Vae(request, base=replace(train, peak_bytes=train.parameter_bytes + train.lora_bytes))
+    vae = _Vae(request, base=train, limit=train.peak_bytes)
     stages = []
     if request.text_encoders or request.text_encoder_parameter_bytes:
-        stages.append(_stage("encode", _encode_text(request), 1))
+        usage, streamed = _encode_text(request, train.peak_bytes)
+        stages.append({**_stage("encode", usage, 1), "streamed": streamed})
     if request.stores_residuals:
         assert capture is not None
         batch_size, capture = _precompute_batch(request, fake, capture, train, vae, states)
-        encode = vae.encode(batch_size)
-        stages.append(
-            _stage("precompute", encode.then(capture.beside(parameter_bytes=vae.parameter_bytes)), batch_size)
-        )
+        # All photos of a stretch are encoded first; the VAE is gone when the transformer runs.
+        encode, alone = vae.encode(batch_size)
+        stages.append({**_stage("precompute", encode.then(capture), batch_size), "vae_alone": alone})
     elif request.cache_latents:
-        stages.append(_stage("precompute", vae.encode(1), 1))
+        encode, alone = vae.encode(1)
+        stages.append({**_stage("precompute", encode, 1), "vae_alone": alone})
     else:
         # Without records every step encodes its crops, so the VAE stays.
         if capture is not None:
             train = capture.then(train)
-        train = vae.encode(request.batch_size).then(train.beside(parameter_bytes=vae.parameter_bytes))
+        train = vae.beside_transformer(request.batch_size).then(train.beside(parameter_bytes=vae.parameter_bytes))
     stages.append(_stage("train", train, request.batch_size))
     if request.class_batch_size is not None:
-        images = request.class_batch_size
-        usage = _make_images(request, fake, vae, images, request.class_resolution, states)
-        while images > 1 and usage.peak_bytes > stages[-1]["peak_device_bytes"]:
-            images //= 2
-            usage = _make_images(request, fake, vae, images, request.class_resolution, states)
-        stages.insert(0, _stage("class_images", usage, images))
+        side, wanted = request.class_resolution, request.class_batch_size
+        stages.insert(0, _make_images("class_images", request, fake, vae, wanted, side, states))
     if request.validation_resolution is not None:
-        images = request.validation_batch_size
-        usage = _make_images(request, fake, vae, images, request.validation_resolution, states)
-        stages.append(_stage("validate", usage, images))
+        side, wanted = request.validation_resolution, request.validation_batch_size
+        stages.append(_make_images("validate", request, fake, vae, wanted, side, states))
 
     largest = max(stage["peak_device_bytes"] for stage in stages)
     budget = request.memory_budget_bytes
@@ -192,6 +199,7 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
             "source": request.skip_source,
             "table": request.skip_table,
         },
+        "quantization": request.quantization.name if request.quantization else None,
         "patch": {
             "mode": request.patch.mode,
             "min": request.patch.min_size,
@@ -205,45 +213,71 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
 
 
 class _Vae:
-    """The VAE's phases beside the resident transformer, each simulated at most once per batch size."""
+    """The VAE's phases, each simulated at most once per batch size.
 
-    def __init__(self, request: PlanRequest, base: Usage) -> None:
+    Where the VAE beside the transformer would need more than ``limit``, the transformer's weights are to be in host
+    memory while it works.
+    """
+
+    def __init__(self, request: PlanRequest, base: Usage, limit: int) -> None:
         self._request = request
         self._base = base
+        self.limit = limit
         self._encodes = {1: self._simulate(1, request.training_size, decode=False)}
         self.parameter_bytes = self._encodes[1].parameter_bytes
 
-    def encode(self, batch_size: int) -> Usage:
-        """Crops at the training resolution to latents."""
+    def encode(self, batch_size: int) -> tuple[Usage, bool]:
+        """Crops at the training resolution to latents, and whether alone."""
         if batch_size not in self._encodes:
             self._encodes[batch_size] = self._simulate(batch_size, self._request.training_size, decode=False)
-        return self._beside_transformer(self._encodes[batch_size])
+        return self._placed(self._encodes[batch_size])
 
-    def decode(self, batch_size: int, size: tuple[int, int]) -> Usage:
-        """Latents to images."""
-        return self._beside_transformer(self._simulate(batch_size, size, decode=True))
+    def beside_transformer(self, batch_size: int) -> Usage:
+        """Crops to latents with the transformer resident, as in training without records."""
+        return self._beside(self._simulate(batch_size, self._request.training_size, decode=False))
+
+    def decode(self, size: tuple[int, int]) -> tuple[Usage, bool]:
+        """Latents to one image, and whether alone."""
+        return self._placed(self._simulate(1, size, decode=True))
 
     def _simulate(self, batch_size: int, size: tuple[int, int], *, decode: bool) -> Usage:
         return simulate_vae(self._request.family, batch_size, size, self._request.weight_dtype, decode=decode)
 
-    def _beside_transformer(self, usage: Usage) -> Usage:
+    def _beside(self, usage: Usage) -> Usage:
         return usage.beside(parameter_bytes=self._base.parameter_bytes, lora_bytes=self._base.lora_bytes)
 
+    def _placed(self, usage: Usage) -> tuple[Usage, bool]:
+        beside = self._beside(usage)
+        if beside.peak_bytes <= self.limit:
+            return beside, False
+        return usage.beside(lora_bytes=self._base.lora_bytes), True
 
-def _make_images(request: PlanRequest, fake: FakeTransformer, vae: _Vae, images: int, side: int, states: int) -> Usage:
-    """What the pipeline needs to make images, LoRA and optimizer state resident."""
-    # A guided pipeline runs the prompt and the negative prompt in one batch, if not one after the other.
-    batch_size = images if request.family.negative_prompt is None else 2 * images
-    infer = fake.infer(batch_size, (side, side), request.text_tokens)
-    infer = infer.beside(parameter_bytes=vae.parameter_bytes + request.resident_bytes, lora_bytes=states)
-    usage = infer.then(vae.decode(images, (side, side)))
-    return usage.beside(parameter_bytes=request.validation_extra_bytes)
+
+def _make_images(
+    name: str, request: PlanRequest, fake: FakeTransformer, vae: _Vae, wanted: int, side: int, states: int
+) -> dict[str, Any]:
+    """The stage in which the pipeline makes images, LoRA and optimizer state resident.
+
+    As many at a time as are wanted and need no more than training; the VAE decodes them one by one.
+    """
+    size = (side, side)
+    decode, alone = vae.decode(size)
+    images = max(wanted, 1)
+    while True:
+        # A guided pipeline runs the prompt and the negative prompt in one batch, if not one after the other.
+        batch_size = images if request.family.negative_prompt is None else 2 * images
+        infer = fake.infer(batch_size, size, request.text_tokens)
+        infer = infer.beside(parameter_bytes=vae.parameter_bytes + request.resident_bytes, lora_bytes=states)
+        usage = infer.then(decode).beside(parameter_bytes=request.validation_extra_bytes)
+        if images == 1 or usage.peak_bytes <= vae.limit:
+            return {**_stage(name, usage, images), "vae_alone": alone}
+        images //= 2
 
 
 def _precompute_batch(
     request: PlanRequest, fake: FakeTransformer, first: Usage, train: Usage, vae: _Vae, states: int
 ) -> tuple[int, Usage]:
-    """The batch of precompute forwards, and what they need without the VAE.
+    """The batch of precompute forwards, and what they need.
 
     Weights are read once per batch, so more samples are faster; activations grow with them, and precompute should
     not need more than training does.
@@ -252,22 +286,39 @@ def _precompute_batch(
         return request.precompute_batch_size, first
     batch_size = 1
     limit = min(LARGEST_PRECOMPUTE_BATCH, max(request.num_samples, 1))
-    # Activations grow in proportion to the batch, so one sample tells the largest batch.
-    phases = (first.beside(parameter_bytes=vae.parameter_bytes), vae.encode(1))
+    # Activations grow about in proportion to the batch, so one sample tells where to begin.
+    phases = (first, vae.encode(1)[0])
     while 2 * batch_size <= limit and all(
         phase.parameter_bytes + phase.lora_bytes + 2 * batch_size * phase.activation_bytes <= train.peak_bytes
         for phase in phases
     ):
         batch_size *= 2
-    if batch_size == 1:
-        return 1, first
-    usage, _ = fake.capture(batch_size, request.training_size, request.text_tokens)
-    return batch_size, usage.beside(parameter_bytes=request.resident_bytes, lora_bytes=states)
+    while batch_size > 1:
+        usage, _ = fake.capture(batch_size, request.training_size, request.text_tokens)
+        usage = usage.beside(parameter_bytes=request.resident_bytes, lora_bytes=states)
+        if usage.peak_bytes <= train.peak_bytes:
+            return batch_size, usage
+        batch_size //= 2
+    return 1, first
 
 
-def _encode_text(request: PlanRequest) -> Usage:
+def _encode_text(request: PlanRequest, training_peak: int) -> tuple[Usage, bool]:
+    """What encoding needs, and whether large encoders have to be streamed to need no more than training."""
+    whole = _run_encoders(request, ())
+    if whole.peak_bytes <= max(training_peak, SMALL_ENCODE_BYTES):
+        return whole, False
+    allowed, large = request.streamable_encoders, large_encoders(dict(enumerate(request.text_encoders)))
+    positions = [position for position in large if allowed is None or position in allowed]
+    streamed = _run_encoders(request, positions) if positions else whole
+    return (streamed, True) if streamed.peak_bytes < whole.peak_bytes else (whole, False)
+
+
+def _run_encoders(request: PlanRequest, streamed: Sequence[int]) -> Usage:
     """All text encoders are loaded together and run in turn, one prompt at a time."""
-    usages = [simulate_text_encoder(c, 1, request.text_tokens, request.weight_dtype) for c in request.text_encoders]
+    usages = [
+        simulate_text_encoder(c, 1, request.text_tokens, request.weight_dtype, streamed=position in streamed)
+        for position, c in enumerate(request.text_encoders)
+    ]
     total = Usage(0, 0)
     parameter_bytes = request.text_encoder_parameter_bytes + sum(usage.parameter_bytes for usage in usages)
     for usage in usages:
@@ -348,6 +399,8 @@ def format_plan(plan: Mapping[str, Any], *, model: str | None = None, outputs: M
             f"         {kept} of {skip['blocks']} train (■); skipped (□): first {skip['leading']}, last "
             f"{skip['trailing']}, {skip['ratio']:.0%} ({source})"
         )
+    if plan["quantization"]:
+        lines.append(f"Weights  kept blocks' linear layers in {plan['quantization']}")
     if patch["mode"] == "none":
         lines.append(f"Patches  {patch['max']} px crops")
     else:
@@ -372,6 +425,8 @@ def format_plan(plan: Mapping[str, Any], *, model: str | None = None, outputs: M
     for row in rows:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
         lines.append(f"  {'  '.join(cells)}")
+    if any(stage.get("streamed") for stage in plan["stages"]):
+        lines.append("  Large text encoders are read layer by layer, once per prompt.")
     if records["records"]:
         stretches = f"{records['stretches']} stretch" + ("es" if records["stretches"] != 1 else "")
         most = -(-records["bytes"] // max(records["stretches"], 1))

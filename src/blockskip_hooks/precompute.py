@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from accelerate.utils import find_executable_batch_size
 from diffusers import ModelMixin
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -41,12 +42,47 @@ def capture(model: DiTBlockSkipTransformer, maker: SampleMaker, batch: Batch) ->
     return model.capture_residuals(**inputs, return_dict=False)
 
 
+def encode_latents(
+    samples: Sequence[Sample],
+    *,
+    maker: SampleMaker,
+    vae: ModelMixin,
+    store: ResidualStore,
+    batch_size: int | None = None,
+    progress: tqdm | None = None,
+) -> dict[str, torch.Tensor]:
+    """Clean latents of the samples that :func:`precompute_records` will work on, by sample id, on the CPU.
+
+    Encoding all of them first lets the VAE go before the transformer runs.
+
+    Args:
+        samples: Samples to have records of.
+        maker: Builds batches.
+        vae: Encodes crops.
+        store: Holds records already.
+        batch_size: Crops at a time, as many as samples per forward later.
+        progress: Advanced by one per sample.
+    """
+    latents: dict[str, torch.Tensor] = {}
+
+    @find_executable_batch_size(starting_batch_size=_start_size(samples, maker, batch_size))
+    def run(size: int) -> None:
+        for part in _unfinished_batches(samples, maker, store, size):
+            if part[0].id not in latents:
+                latents.update(zip((sample.id for sample in part), maker.encode(vae, part).cpu(), strict=True))
+                if progress is not None:
+                    progress.update(len(part))
+
+    run()
+    return latents
+
+
 def precompute_records(
     samples: Sequence[Sample],
+    latents: Mapping[str, torch.Tensor],
     *,
     model: DiTBlockSkipTransformer,
     maker: SampleMaker,
-    vae: ModelMixin,
     store: ResidualStore,
     batch_size: int | None = None,
     with_residuals: bool = True,
@@ -55,45 +91,56 @@ def precompute_records(
     """Write the records that ``store`` lacks: clean latents and, with skipped blocks, the spans' residuals.
 
     Weights of skipped blocks are read once per batch of samples. Samples share a batch only if their tensors have the
-    same shapes, so that no record depends on its neighbours. Adapters are left out: residuals are the base model's.
+    same shapes, so that no record depends on its neighbours. Which samples share a batch does not depend on what the
+    store holds already, so that records of a run that was killed come out as they would have. Adapters are left out:
+    residuals are the base model's.
 
     Args:
         samples: Samples to have records of.
+        latents: Their clean latents, from :func:`encode_latents`.
         model: The transformer.
         maker: Builds batches.
-        vae: Encodes crops.
         store: Takes the records.
         batch_size: Samples per forward; by default the largest that fits the device.
         with_residuals: Whether to run the transformer at all.
         progress: Advanced by one per sample, present ones included.
 
     Returns:
-        Number of records written.
+        Number of samples whose records were written.
     """
-    missing = [sample for sample in samples if not maker.is_recorded(sample, store)]
+    missing = sum(not maker.is_recorded(sample, store) for sample in samples)
     if progress is not None:
-        progress.update(len(samples) - len(missing))
-    start_size = batch_size or min(len(missing), LARGEST_BATCH.get(maker.device.type, 32)) or 1
-    groups: dict[tuple, list[Sample]] = {}
-    for sample in missing:
-        groups.setdefault(maker.shape_key(sample), []).append(sample)
+        progress.update(len(samples) - missing)
 
-    @find_executable_batch_size(starting_batch_size=start_size)
+    @find_executable_batch_size(starting_batch_size=_start_size(samples, maker, batch_size))
     def run(size: int) -> None:
         # Called again with half the size when memory runs out; what is written stays.
-        for group in groups.values():
-            while group:
-                part = group[:size]
-                batch = maker.batch(part, maker.encode(vae, part))
-                residuals = capture(model, maker, batch) if with_residuals else SpanResiduals()
-                store.write(_records(batch, residuals, maker, store))
-                del group[: len(part)]
-                if progress is not None:
-                    progress.update(len(part))
+        for part in _unfinished_batches(samples, maker, store, size):
+            batch = maker.batch(part, torch.stack([latents[sample.id] for sample in part]))
+            residuals = capture(model, maker, batch) if with_residuals else SpanResiduals()
+            fresh = [sample for sample in part if not maker.is_recorded(sample, store)]
+            store.write(_records(batch, residuals, maker, store))
+            if progress is not None:
+                progress.update(len(fresh))
 
     with base_model(model.transformer):
         run()
-    return len(missing)
+    return missing
+
+
+def _start_size(samples: Sequence[Sample], maker: SampleMaker, batch_size: int | None) -> int:
+    return batch_size or min(len(samples), LARGEST_BATCH.get(maker.device.type, 32)) or 1
+
+
+def _unfinished_batches(
+    samples: Sequence[Sample], maker: SampleMaker, store: ResidualStore, size: int
+) -> list[list[Sample]]:
+    """Batches of samples of the same shapes, those left out of which every record is there."""
+    groups: dict[tuple, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(maker.shape_key(sample), []).append(sample)
+    batches = [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
+    return [batch for batch in batches if not all(maker.is_recorded(sample, store) for sample in batch)]
 
 
 def _records(batch: Batch, residuals: SpanResiduals, maker: SampleMaker, store: ResidualStore) -> dict[str, Record]:
@@ -103,7 +150,8 @@ def _records(batch: Batch, residuals: SpanResiduals, maker: SampleMaker, store: 
     modulation = on_cpu.pop("modulation", None)
     records: dict[str, Record] = {}
     for row, sample in enumerate(batch.samples):
-        records[sample.id] = {name: tensor[row].clone() for name, tensor in on_cpu.items()}
+        if sample.id not in store:
+            records[sample.id] = {name: tensor[row].clone() for name, tensor in on_cpu.items()}
         shared = maker.modulation_id(sample)
         if modulation is not None and shared not in records and shared not in store:
             records[shared] = {"modulation": modulation[row].clone()}

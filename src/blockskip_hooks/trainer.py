@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,9 @@ class Trainer:
         store: Records, or ``None`` when crops are encoded in every step.
         max_train_steps: Optimiser steps of the whole run.
         steps_per_stretch: Steps of a stretch, for checkpoints.
+        images_at_once: Validation images per call of the pipeline; by default all of a prompt.
+        vae_alone: Stages ("precompute", "validate") in which the transformer's weights are in host memory while the
+            VAE works.
 
     Attributes:
         step: Optimiser steps done.
@@ -66,11 +69,14 @@ class Trainer:
         store: ResidualStore | None,
         max_train_steps: int,
         steps_per_stretch: int | None = None,
+        images_at_once: int | None = None,
+        vae_alone: Collection[str] = (),
     ) -> None:
         args, seed = run.args, maker.plan.seed
         self.run, self.accelerator, self.monitor, self.maker = run, accelerator, monitor, maker
         self.model, self.store = model, store
         self.max_train_steps, self.steps_per_stretch = max_train_steps, steps_per_stretch
+        self.images_at_once, self.vae_alone = images_at_once, vae_alone
         self.step = 0
         self.records_made = 0
         self.losses: list[float] = []
@@ -140,7 +146,8 @@ class Trainer:
         with self.monitor.stage("precompute"), self.accelerator.autocast():
             samples = self.maker.samples(self._my_indices(steps))
             missing = sum(not self.maker.is_recorded(sample, self.store) for sample in samples)
-            with self.vae() as vae, self._progress(missing, "Encoding photos") as bar:
+            place = self.model.on_host() if "precompute" in self.vae_alone else contextlib.nullcontext()
+            with place, self.vae() as vae, self._progress(missing, "Encoding photos") as bar:
                 latents = encode_latents(
                     samples, maker=self.maker, vae=vae, store=self.store, batch_size=batch_size, progress=bar
                 )
@@ -295,6 +302,8 @@ class Trainer:
                 negative=None if negative is None else embeds[negative],
                 seeds=[self.maker.plan.seed + number for number in range(self.run.args.num_validation_images)],
                 pipeline_kwargs=self.run.pipeline_kwargs,
+                images_at_once=self.images_at_once,
+                vae_alone="validate" in self.vae_alone,
             )
 
     def log_images(self, prompts: list[str], images: list[list[Image.Image]]) -> None:

@@ -220,6 +220,19 @@ class DiTBlockSkipTransformer(torch.nn.Module):
         return captured
 
     @contextmanager
+    def on_host(self) -> Iterator[None]:
+        """Within this context what is resident of the frozen weights is in host memory; nothing may run."""
+        devices = {name: p.device for name, p in self.named_parameters() if not p.requires_grad and not p.is_meta}
+        parameters = dict(self.named_parameters())
+        for name in devices:
+            parameters[name].data = parameters[name].data.to("cpu")
+        try:
+            yield
+        finally:
+            for name, device in devices.items():
+                parameters[name].data = parameters[name].data.to(device)
+
+    @contextmanager
     def full_model(self) -> Iterator[ModelMixin]:
         """Let the wrapped model compute every block, streamed where needed; for pipelines and validation."""
         previous = self.skip_state.mode

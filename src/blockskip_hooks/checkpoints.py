@@ -94,6 +94,10 @@ def save_training_state(folder: Path, optimizer: Any, scheduler: Any, **numbers:
         for name, value in entries.items():
             if isinstance(value, torch.Tensor):
                 tensors[f"{index}/{name}"] = value.detach().cpu().clone().contiguous()
+            elif isinstance(value, dict):
+                # bitsandbytes' 8-bit state is a dictionary of tensors.
+                for part, tensor in value.items():
+                    tensors[f"{index}/{name}/{part}"] = tensor.detach().cpu().clone().contiguous()
             else:
                 scalars.setdefault(str(index), {})[name] = value
     save_file(tensors, str(folder / OPTIMIZER_NAME))
@@ -135,8 +139,12 @@ def load_training_state(folder: Path, optimizer: Any, scheduler: Any) -> dict[st
     saved = state["optimizer"]
     entries: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in saved["scalars"].items()}
     for key, tensor in tensors.items():
-        index, _, name = key.partition("/")
-        entries.setdefault(int(index), {})[name] = tensor
+        index, name, *part = key.split("/")
+        entry = entries.setdefault(int(index), {})
+        if part:
+            entry.setdefault(name, {})[part[0]] = tensor
+        else:
+            entry[name] = tensor
     current = optimizer.state_dict()["param_groups"]
     same = [len(g["params"]) for g in saved["param_groups"]] == [len(g["params"]) for g in current] and all(
         # Prodigy adds entries to its groups as it goes.

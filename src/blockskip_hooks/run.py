@@ -343,6 +343,11 @@ def prepare_run(args: argparse.Namespace) -> Run:
         blocks = choose_blocks(args, family, model_name)
     except OSError as error:
         raise ValueError(f"--pretrained_model_name_or_path {model_path} cannot be used: {error}") from error
+    skeleton, quantization = blocks["skeleton"], read_quantization(args)
+    if quantization and not quantization.layers(skeleton.transformer, [block.name for block in skeleton.spans.kept]):
+        raise ValueError(
+            f"No kept block has a layer that can be held in {quantization.name}; leave --quantization out."
+        )
     photos = _find_photos(args)
     if not args.instance_prompt and any(photo.caption is None for photo in photos):
         logger.warning("--instance_prompt is empty: photos without a caption train on an empty prompt.")
@@ -361,7 +366,7 @@ def prepare_run(args: argparse.Namespace) -> Run:
         photos=photos,
         prompts=prompts,
         pipeline_kwargs=pipeline_kwargs,
-        quantization=read_quantization(args),
+        quantization=quantization,
     )
 
 

@@ -21,7 +21,15 @@ from .transformer import DiTBlockSkipTransformer
 PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def make_class_images(run: Run, accelerator: Accelerator, dtype: torch.dtype, seed: int, batch_size: int) -> int:
+def make_class_images(
+    run: Run,
+    accelerator: Accelerator,
+    dtype: torch.dtype,
+    seed: int,
+    batch_size: int,
+    *,
+    streams_text: bool = False,
+) -> int:
     """Fill ``--class_data_dir`` up to ``--num_class_images``, the work shared between processes.
 
     Works as the rest of the run does, and so within its memory: text encoders first and freed, then kept blocks in
@@ -33,6 +41,7 @@ def make_class_images(run: Run, accelerator: Accelerator, dtype: torch.dtype, se
         dtype: Dtype of the models, unless ``--prior_generation_precision`` names another.
         seed: Seed of the run.
         batch_size: Images made at a time.
+        streams_text: Whether large text encoders are read layer by layer.
 
     Returns:
         Number of images made by this process.
@@ -46,7 +55,7 @@ def make_class_images(run: Run, accelerator: Accelerator, dtype: torch.dtype, se
     if numbers:
         dtype = PRECISIONS.get(args.prior_generation_precision, dtype)
         prompts = [args.class_prompt, *([] if run.negative_prompt is None else [run.negative_prompt])]
-        embeds, _ = encode_prompts(family, prompts, dtype=dtype, device=device)
+        embeds, _ = encode_prompts(family, prompts, dtype=dtype, device=device, streamed=streams_text)
         model = DiTBlockSkipTransformer.from_pretrained(
             family.model_path,
             run.config,
@@ -56,6 +65,7 @@ def make_class_images(run: Run, accelerator: Accelerator, dtype: torch.dtype, se
             stacks=family.block_stacks,
             transformer_class=family.transformer_class(run.transformer_config),
             recorded_layers=run.recorded_layers,
+            quantization=run.quantization,
         )
         vae = family.load_vae(dtype, device)
         progress = tqdm(total=len(numbers), desc="Class images", disable=not accelerator.is_local_main_process)

@@ -65,7 +65,9 @@ def encode_prompts(
     # One at a time: in a batch the last bits of a prompt's embeddings would depend on the others.
     silent = not show_progress or len(prompts) < PROGRESS_FROM
     for prompt in tqdm(prompts, desc="Encoding prompts", disable=silent):
-        (embeds[prompt],) = family.encode_prompts(pipeline, [prompt])
+        (encoded,) = family.encode_prompts(pipeline, [prompt])
+        # Copies, because a view would keep all of what it is a part of.
+        embeds[prompt] = {name: tensor.clone() for name, tensor in encoded.items()}
     trained = None
     if keep_trainable:
         tokens = family.prompt_tokens(pipeline, prompts)

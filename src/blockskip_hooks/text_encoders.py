@@ -18,7 +18,7 @@ from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset, set_module
 from .transformer import _plain_device, _stream
 
 
-LARGE_PART = 0.25
+LARGE_PART = 0.1
 """An encoder with less than this part of all encoders' weights is not worth reading layer by layer."""
 
 

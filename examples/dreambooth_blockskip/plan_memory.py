@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--lora_layers", help="Comma-separated ends of the names of the layers to adapt, within kept blocks.")
     flag("--train_batch_size", type=int, default=1, help="Samples per step.")
     flag("--precompute_batch_size", type=int, help="Samples per precompute forward; default: what training leaves.")
-    flag("--max_sequence_length", type=int, default=512, help="Tokens of a prompt.")
+    flag("--max_sequence_length", type=int, help="Tokens of a prompt; default: that of the model's family.")
     flag("--max_train_steps", type=int, default=500, help="Steps, for the disk that records take.")
     flag("--keep_modulation", action="store_true", help="Keep modulation layers in memory, as the training flag.")
     flag("--residual_budget", help="Disk the records may fill at a time, like 8GB.")
@@ -71,6 +71,8 @@ def make_requests(args: argparse.Namespace, preset: Preset) -> tuple[PlanRequest
     Raises:
         ValueError: one line that names the flag and the fix.
     """
+    if args.max_sequence_length is None:
+        args.max_sequence_length = preset.family.flags["max_sequence_length"]
     for name in ("rank", "train_batch_size", "max_sequence_length", "max_train_steps"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}; give 1 or more.")

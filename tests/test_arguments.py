@@ -51,6 +51,7 @@ OUR_FLAGS = {
     "--skip_blocks": (None, "none", None),
     "--skip_ratio": (float, 0.3, None),
     "--residuals": (None, "precomputed", ("precomputed", "online", "none")),
+    "--residual_dtype": (None, "auto", ("auto", "float8")),
     "--residual_dir": (None, None, None),
     "--keep_modulation": ("store_true", False, None),
     "--memory_budget": (None, None, None),

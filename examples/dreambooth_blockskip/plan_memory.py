@@ -47,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--max_sequence_length", type=int, help="Tokens of a prompt; default: that of the model's family.")
     flag("--max_train_steps", type=int, default=500, help="Steps, for the disk that records take.")
     flag("--keep_modulation", action="store_true", help="Keep modulation layers in memory, as the training flag.")
+    flag("--residual_dtype", choices=("auto", "float8"), default="auto", help="Number format of the records.")
     flag("--residual_budget", help="Disk the records may fill at a time, like 8GB.")
     flag("--memory_budget", help="Memory every stage must fit in, like 12GiB; auto then skips as few blocks as do it.")
     flag(
@@ -107,6 +108,7 @@ def make_requests(args: argparse.Namespace, preset: Preset) -> tuple[PlanRequest
         precompute_batch_size=args.precompute_batch_size,
         num_samples=args.max_train_steps * args.train_batch_size,
         residual_budget_bytes=_bytes_of(args, "residual_budget"),
+        residual_dtype=args.residual_dtype,
         text_encoders=preset.text_encoders,
         validation_resolution=args.validation_resolution,
         memory_budget_bytes=_bytes_of(args, "memory_budget"),

@@ -136,7 +136,9 @@ def train(
             streamed=streams_text(plan),
             show_progress=accelerator.is_main_process,
         )
-    maker = SampleMaker(sample_plan, sources, family, embeds, device, dtype, bool(run.recorded_layers))
+    maker = SampleMaker(
+        sample_plan, sources, family, embeds, device, dtype, bool(run.recorded_layers), args.residual_dtype
+    )
 
     # Load the kept blocks only; LoRA, optimiser and learning-rate schedule.
     with monitor.stage("load"):

@@ -18,6 +18,7 @@ from .config import BlockSkipConfig, PatchMode, ResidualMode
 from .data import INTERPOLATION
 from .families import FAMILIES, Family, Flag
 from .quantization import METHODS, read_quantization
+from .residual_dtype import ResidualDtype
 
 
 logger = logging.getLogger(__name__)
@@ -172,6 +173,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--keep_modulation",
         action="store_true",
         help="Keep the kept blocks' modulation layers in memory; by default their outputs are part of the records.",
+    )
+    flag(
+        "--residual_dtype",
+        choices=get_args(ResidualDtype),
+        default="auto",
+        help="Number format of the records: that of the hidden states, or float8, which halves the disk.",
     )
     flag("--residual_dir", help="Folder of the residual records; by default inside --output_dir.")
     flag("--residual_budget", help="Disk the records may fill at a time, like 8GB; fewer are then made per stretch.")
@@ -537,7 +544,10 @@ def _without_effect(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
         (args.memory_budget, ("memory_options",), "--memory_budget"),
         (
             skipping and args.residuals == "precomputed",
-            ("residual_dir", "residual_budget", "precompute_batch_size", "overwrite_residuals", "keep_modulation"),
+            (
+                *("residual_dir", "residual_dtype", "residual_budget"),
+                *("precompute_batch_size", "overwrite_residuals", "keep_modulation"),
+            ),
             "precomputed residuals of skipped blocks",
         ),
         (_patch_mode(args) != "none", ("min_patch_size",), "--patch_sampling other than none"),

@@ -28,6 +28,7 @@ def run_report(run: Run, trainer: Trainer, stages: list[dict[str, Any]], num_str
     """The contents of ``run_report.json``; the schema is in the README."""
     store = trainer.store
     uses_residuals = run.skips
+    packed = uses_residuals and run.config.residuals == "precomputed" and run.args.residual_dtype == "float8"
     return {
         "schema": 1,
         "model": run.model_name,
@@ -53,7 +54,7 @@ def run_report(run: Run, trainer: Trainer, stages: list[dict[str, Any]], num_str
             "records": trainer.records_made,
             "bytes": store.bytes_written if store else 0,
             "stretches": num_stretches if store else 0,
-            "dtype": str(trainer.maker.dtype).removeprefix("torch."),
+            "dtype": "float8_e4m3fn" if packed else str(trainer.maker.dtype).removeprefix("torch."),
         },
         "versions": versions(),
     }

@@ -53,6 +53,7 @@ def plan_for(run: Run, dtype: torch.dtype, num_processes: int) -> dict[str, Any]
         precompute_batch_size=args.precompute_batch_size,
         num_samples=steps * samples_per_step,
         residual_budget_bytes=run.residual_budget() if run.uses_store else None,
+        residual_dtype=args.residual_dtype,
         text_encoders=list(encoders.values()),
         streamable_encoders=[position for position, name in enumerate(encoders) if name in streamable],
         validation_batch_size=args.num_validation_images,

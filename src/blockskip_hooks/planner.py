@@ -18,6 +18,7 @@ from .families import Family
 from .hooks import SpanResiduals
 from .monitor import format_bytes
 from .quantization import QuantizationConfig
+from .residual_dtype import PACKED, ResidualDtype, packed_bytes
 from .simulation import FakeTransformer, Usage, simulate_text_encoder, simulate_vae
 from .text_encoders import large_encoders
 
@@ -55,6 +56,7 @@ class PlanRequest:
             more memory than a training step.
         num_samples: Samples of the whole run, class samples included.
         residual_budget_bytes: Disk that the records may take at a time; ``None`` for no limit.
+        residual_dtype: How records hold residuals.
         text_encoders: Configs of the text encoders.
         streamable_encoders: Positions of those that are streamed, if they are large and encoding would need more
             than training does; ``None`` for all.
@@ -88,6 +90,7 @@ class PlanRequest:
     precompute_batch_size: int | None = None
     num_samples: int = 0
     residual_budget_bytes: int | None = None
+    residual_dtype: ResidualDtype = "auto"
     text_encoders: Sequence[Mapping[str, Any]] = ()
     streamable_encoders: Sequence[int] | None = None
     text_encoder_parameter_bytes: int = 0
@@ -331,7 +334,11 @@ def _records(request: PlanRequest, residuals: SpanResiduals) -> dict[str, int]:
     if not request.stores_residuals and not request.cache_latents:
         return {"records": 0, "bytes": 0, "stretches": 0, "record_bytes": 0, "modulation_bytes": 0}
     stored = residuals.tensors() if request.stores_residuals else {}
-    sizes = {name: tensor[0].numel() * tensor.element_size() for name, tensor in stored.items()}
+    packed = PACKED if request.residual_dtype == "float8" else ()
+    sizes = {
+        name: packed_bytes(tensor[0]) if name in packed else tensor[0].numel() * tensor.element_size()
+        for name, tensor in stored.items()
+    }
     modulation = sizes.pop("modulation", 0)
     record = math.prod(request.family.latent_shape(*request.training_size)) * request.weight_dtype.itemsize
     record += sum(sizes.values())

@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from tqdm.auto import tqdm
 
 from .hooks import SpanResiduals
+from .residual_dtype import pack_record
 from .residual_store import Record, ResidualStore
 from .sample_plan import Sample
 from .training_data import Batch, SampleMaker
@@ -151,7 +152,8 @@ def _records(batch: Batch, residuals: SpanResiduals, maker: SampleMaker, store: 
     records: dict[str, Record] = {}
     for row, sample in enumerate(batch.samples):
         if sample.id not in store:
-            records[sample.id] = {name: tensor[row].clone() for name, tensor in on_cpu.items()}
+            record = {name: tensor[row].clone() for name, tensor in on_cpu.items()}
+        records[sample.id] = pack_record(record) if maker.residual_dtype == "float8" else record
         shared = maker.modulation_id(sample)
         if modulation is not None and shared not in records and shared not in store:
             records[shared] = {"modulation": modulation[row].clone()}

@@ -168,6 +168,11 @@ class ResidualStore:
             path.unlink(missing_ok=True)
         self._records = {i: record for i, record in self._records.items() if record[0].exists()}
 
+    def drop_others(self, sample_ids: Iterable[str]) -> None:
+        """Delete the shards that hold none of the given records."""
+        wanted = {self._records[sample_id][0] for sample_id in sample_ids if sample_id in self._records}
+        self.drop([sample_id for sample_id, (path, _) in self._records.items() if path not in wanted])
+
     def remove(self) -> None:
         """Delete the whole store, and its folder if nothing else is in it."""
         self.drop()

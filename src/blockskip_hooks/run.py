@@ -44,8 +44,8 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_RESIDUAL_BUDGET = 16 * 10**9
 EMBEDDED_PROMPTS = 4
-# A shard's header names each tensor of a record; beside real records this is nothing.
-RECORD_OVERHEAD = 1024
+# A shard's header names each tensor of a record, the manifest each photo; beside real records this is nothing.
+RECORD_OVERHEAD = 2048
 
 
 @dataclass
@@ -213,6 +213,7 @@ class Run:
             "weights": {name: folder_digest(path / name) for name in components if (path / name).is_dir()},
             "modulation": bool(self.recorded_layers),
             "spans": [self.config.leading, self.config.trailing] if self.config.residuals == "precomputed" else None,
+            "residual_dtype": args.residual_dtype,
             # Kept blocks lie between the spans, so the trailing residual depends on how they are held.
             **({"quantization": self.quantization.describe()} if self.quantization and self.skips else {}),
             "photos": {

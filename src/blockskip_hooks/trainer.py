@@ -143,6 +143,9 @@ class Trainer:
         """
         if self.store is None:
             return
+        if self.steps_per_stretch and self.steps_per_stretch < self.max_train_steps:
+            # A run that was killed behind its last checkpoint left records of a later stretch.
+            self.store.drop_others(sample.id for sample in self.maker.samples(self._sample_range(steps)))
         with self.monitor.stage("precompute"), self.accelerator.autocast():
             samples = self.maker.samples(self._my_indices(steps))
             missing = sum(not self.maker.is_recorded(sample, self.store) for sample in samples)

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from .data import PhotoSet
 from .families import Family, PromptEmbeds
 from .hooks import SpanResiduals
+from .residual_dtype import ResidualDtype, unpack_record
 from .residual_store import Record, ResidualStore
 from .sample_plan import Sample, SampleKind, SamplePlan, derived_seed
 
@@ -77,6 +78,7 @@ class SampleMaker:
         device: Where batches go.
         dtype: Dtype of latents and embeddings.
         records_modulation: Whether records hold the outputs of modulation layers.
+        residual_dtype: How records hold residuals.
     """
 
     def __init__(
@@ -88,7 +90,9 @@ class SampleMaker:
         device: torch.device | str,
         dtype: torch.dtype,
         records_modulation: bool = False,
+        residual_dtype: ResidualDtype = "auto",
     ) -> None:
+        self.residual_dtype = residual_dtype
         self.records_modulation = records_modulation
         self.plan = plan
         self.sources = sources
@@ -131,7 +135,7 @@ class SampleMaker:
 
     def read_record(self, sample: Sample, store: ResidualStore) -> Record:
         """The sample's tensors, its modulation included."""
-        record = store.read(sample.id)
+        record = unpack_record(store.read(sample.id), self.dtype)
         return {**record, **store.read(self.modulation_id(sample))} if self.records_modulation else record
 
     def shape_key(self, sample: Sample) -> tuple:

@@ -195,9 +195,8 @@ def mark_quantized(transformer: torch.nn.Module, config: QuantizationConfig) -> 
 def quantize_linear(layer: torch.nn.Linear, config: QuantizationConfig, device: torch.device | str) -> torch.nn.Linear:
     """A frozen quantised layer on ``device`` with the weights of ``layer``, which must be on the CPU."""
     layer.requires_grad_(False)
-    if config.library == "torchao":
-        return _with_torchao(layer.to(device))
-    return _with_bitsandbytes(layer, config).to(device)
+    quantized = _with_torchao(layer.to(device)) if config.library == "torchao" else _with_bitsandbytes(layer, config)
+    return quantized.to(device).train(layer.training)
 
 
 def _with_bitsandbytes(layer: torch.nn.Linear, config: QuantizationConfig) -> torch.nn.Linear:

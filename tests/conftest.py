@@ -16,6 +16,15 @@ from tests.tiny import TINY_FAMILIES, TinyFamily  # noqa: E402
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let reports say which cell of the family table a test is, for ``benchmarks/family_table.py``."""
+    for item in items:
+        marker = item.get_closest_marker("column")
+        if marker is not None:
+            tiny = item.callspec.params["tiny"]  # type: ignore[attr-defined]
+            item.user_properties += [("column", marker.args[0]), ("family", tiny.name), ("text", tiny.trains_text)]
+
+
 @pytest.fixture(params=TINY_FAMILIES, ids=lambda family: family.name)
 def tiny(request: pytest.FixtureRequest) -> TinyFamily:
     """Every family's tiny transformer in turn."""

@@ -89,6 +89,17 @@ def test_the_script_skips_as_few_blocks_as_fit(photos: Path, tmp_path: Path, cap
     assert f"{fewest} of 5" in capsys.readouterr().out
 
 
+def test_allowed_options_are_used_before_more_than_half_is_skipped(photos: Path, tmp_path: Path):
+    half = plan_only(photos, tmp_path / "half", "--skip_blocks", "2")
+    budget = peak(half) - 1
+    without = plan_only(photos, tmp_path / "without", "--memory_budget", str(budget))
+    options = ("--memory_budget", str(budget), "--memory_options", "checkpointing", "nf4")
+    allowed = plan_only(photos, tmp_path / "with", *options)
+    assert without["skip"]["ratio"] > 0.5 >= allowed["skip"]["ratio"]
+    assert peak(allowed) <= budget
+    assert "checkpointing" in allowed["fits"]["reason"]
+
+
 def test_fixed_spans_that_do_not_fit_are_refused(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     with pytest.raises(AssertionError, match="ended with 2"):
         plan_only(photos, tmp_path, "--skip_blocks", "1,1", "--memory_budget", "10KB")

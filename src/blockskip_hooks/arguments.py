@@ -32,6 +32,8 @@ _BYTE_UNITS = {"": 1, "b": 1} | {
 MEMORY_OPTIONS: dict[str, tuple[str, Any]] = {
     "checkpointing": ("gradient_checkpointing", True),
     "8bit_adam": ("use_8bit_adam", True),
+    "int8": ("quantization", "int8"),
+    "nf4": ("quantization", "nf4"),
 }
 # Flags of upstream scripts that no run here can honour, and why.
 _REFUSED = {

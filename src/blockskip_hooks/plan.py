@@ -16,6 +16,7 @@ from .families import Family
 from .model_config import load_config
 from .monitor import format_bytes
 from .planner import PlanRequest, format_plan, plan_run
+from .quantization import read_quantization
 from .run import Run, choose_blocks
 from .simulation import empty_model
 
@@ -93,7 +94,8 @@ def make_plan(run: Run, dtype: torch.dtype, num_processes: int) -> tuple[Run, di
         flags = dict(MEMORY_OPTIONS[option] for option in options)
         skip = args.skip_blocks if fixed else str(num_skipped) if num_skipped else "none"
         settings = argparse.Namespace(**{**vars(args), **flags, "skip_blocks": skip})
-        return replace(run, args=settings, **choose_blocks(settings, run.family, run.model_name))
+        blocks = choose_blocks(settings, run.family, run.model_name)
+        return replace(run, args=settings, quantization=read_quantization(settings), **blocks)
 
     options = [name for name in MEMORY_OPTIONS if name in args.memory_options]
     choice = None

@@ -6,17 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from blockskip_hooks import arguments
+from blockskip_hooks import argument_checks
+from blockskip_hooks.argument_checks import check_family_flags, validate_args
 from blockskip_hooks.arguments import (
     apply_defaults,
     build_parser,
-    check_family_flags,
     family_flags,
     parse_args,
     parse_bool,
     parse_bytes,
     parse_skip_blocks,
-    validate_args,
 )
 from blockskip_hooks.buckets import standard_buckets
 from blockskip_hooks.data import INTERPOLATION
@@ -108,7 +107,7 @@ def installed(monkeypatch):
 
     def pretend(missing=()):
         monkeypatch.setattr(
-            arguments.importlib.util, "find_spec", lambda name: None if name in missing else "a package"
+            argument_checks.importlib.util, "find_spec", lambda name: None if name in missing else "a package"
         )
 
     pretend()
@@ -514,7 +513,7 @@ def test_output_dir_must_be_a_folder_that_can_be_written(tmp_path, monkeypatch):
     for name in ("file", "file/below"):
         with pytest.raises(ValueError, match="--output_dir .*is a file; name a folder"):
             validate_args(parse_args(["--output_dir", name]))
-    monkeypatch.setattr(arguments.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(argument_checks.os, "access", lambda path, mode: False)
     with pytest.raises(ValueError, match="--output_dir new cannot be written"):
         validate_args(parse_args(["--output_dir", "new"]))
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

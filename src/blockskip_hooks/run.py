@@ -19,7 +19,8 @@ import torch
 from accelerate import Accelerator, init_empty_weights
 from accelerate.utils import broadcast_object_list
 
-from .arguments import apply_defaults, check_family_flags, parse_bytes, validate_args
+from .argument_checks import check_family_flags, validate_args
+from .arguments import apply_defaults, parse_bytes
 from .blocks import list_blocks, modulation_layers
 from .buckets import parse_buckets, standard_buckets
 from .checkpoints import read_state

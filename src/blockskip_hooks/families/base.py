@@ -121,19 +121,19 @@ class Family(ABC):
         return FlowMatchEulerDiscreteScheduler.from_pretrained(self.model_path, subfolder="scheduler")
 
     @property
-    @abstractmethod
     def vae_scale_factor(self) -> int:
-        """Pixels per VAE latent along one side."""
+        """Pixels per VAE latent along one side; that of ``AutoencoderKL`` unless overridden."""
+        return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
 
     @property
-    @abstractmethod
     def latent_token_size(self) -> int:
-        """Pixels per transformer token along one side: VAE factor x patchify."""
+        """Pixels per transformer token along one side: VAE factor x patchify, 2 unless overridden."""
+        return 2 * self.vae_scale_factor
 
     @property
-    @abstractmethod
     def image_size(self) -> int:
         """Side in pixels of the images that the pipeline makes unless told otherwise."""
+        return 128 * self.vae_scale_factor
 
     def vae_latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         """Shape of one image's latents as the VAE encodes and decodes them, from its size in pixels."""

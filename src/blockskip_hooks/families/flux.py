@@ -49,18 +49,6 @@ class Flux(Family):
     flag_defaults = {"max_sequence_length": 512, "output_dir": "flux-dreambooth-lora"}
     tags = ("flux", "flux-diffusers")
 
-    @property
-    def vae_scale_factor(self) -> int:
-        return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
-
-    @property
-    def latent_token_size(self) -> int:
-        return 2 * self.vae_scale_factor
-
-    @property
-    def image_size(self) -> int:
-        return 128 * self.vae_scale_factor
-
     def empty_embeds(
         self, transformer_config: Mapping[str, Any], text_tokens: int, dtype: torch.dtype
     ) -> PromptEmbeds:

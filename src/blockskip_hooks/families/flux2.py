@@ -77,18 +77,6 @@ class Flux2(Family):
                 f"numbers from 0 to {depth}."
             )
 
-    @property
-    def vae_scale_factor(self) -> int:
-        return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
-
-    @property
-    def latent_token_size(self) -> int:
-        return 2 * self.vae_scale_factor
-
-    @property
-    def image_size(self) -> int:
-        return 128 * self.vae_scale_factor
-
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         channels, rows, columns = self.vae_latent_shape(height, width)
         return (4 * channels, rows // 2, columns // 2)

@@ -73,16 +73,8 @@ class HiDream(Family):
         return FlowMatchEulerDiscreteScheduler.from_pretrained(self.model_path, subfolder="scheduler", shift=3.0)
 
     @property
-    def vae_scale_factor(self) -> int:
-        return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
-
-    @property
     def latent_token_size(self) -> int:
         return load_config(self.model_path / "transformer")["patch_size"] * self.vae_scale_factor
-
-    @property
-    def image_size(self) -> int:
-        return 128 * self.vae_scale_factor
 
     def empty_embeds(
         self, transformer_config: Mapping[str, Any], text_tokens: int, dtype: torch.dtype

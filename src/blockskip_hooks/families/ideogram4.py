@@ -111,10 +111,6 @@ class Ideogram4(Family):
         )
 
     @property
-    def vae_scale_factor(self) -> int:
-        return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
-
-    @property
     def latent_token_size(self) -> int:
         return PATCH_SIZE * self.vae_scale_factor
 

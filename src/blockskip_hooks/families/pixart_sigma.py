@@ -64,10 +64,6 @@ class PixArtSigma(Family):
         return signal.sqrt(), (1.0 - signal).sqrt()
 
     @property
-    def vae_scale_factor(self) -> int:
-        return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
-
-    @property
     def latent_token_size(self) -> int:
         return self.vae_scale_factor * load_config(self.model_path / "transformer")["patch_size"]
 

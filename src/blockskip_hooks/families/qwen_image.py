@@ -41,14 +41,6 @@ class QwenImage(Family):
     def vae_scale_factor(self) -> int:
         return 2 ** len(self.vae_config["temperal_downsample"])
 
-    @property
-    def latent_token_size(self) -> int:
-        return 2 * self.vae_scale_factor
-
-    @property
-    def image_size(self) -> int:
-        return 128 * self.vae_scale_factor
-
     def vae_latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         factor = self.vae_scale_factor
         return (self.vae_config["z_dim"], 1, height // factor, width // factor)

@@ -70,10 +70,6 @@ class StableDiffusion3(Family):
     tags = ("sd3", "sd3-diffusers")
 
     @property
-    def vae_scale_factor(self) -> int:
-        return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
-
-    @property
     def latent_token_size(self) -> int:
         return load_config(self.model_path / "transformer")["patch_size"] * self.vae_scale_factor
 

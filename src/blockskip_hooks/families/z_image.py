@@ -41,14 +41,6 @@ class ZImage(Family):
     tags = ("z-image", "z-image-diffusers")
 
     @property
-    def vae_scale_factor(self) -> int:
-        return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
-
-    @property
-    def latent_token_size(self) -> int:
-        return 2 * self.vae_scale_factor
-
-    @property
     def image_size(self) -> int:
         return 1024
 

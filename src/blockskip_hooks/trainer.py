@@ -26,7 +26,7 @@ from .lora import add_lora, check_gradients, check_learned, load_lora, save_lora
 from .losses import combine_losses, flow_matching_loss
 from .monitor import StageMonitor
 from .optimizers import make_optimizer
-from .precompute import base_model, capture, encode_latents, precompute_records
+from .precompute import base_model, capture, encode_latents, only_new_garbage, precompute_records
 from .residual_store import Record, ResidualStore
 from .run import Run
 from .sample_plan import Sample, derived_seed
@@ -146,7 +146,7 @@ class Trainer:
         if self.steps_per_stretch and self.steps_per_stretch < self.max_train_steps:
             # A run that was killed behind its last checkpoint left records of a later stretch.
             self.store.drop_others(sample.id for sample in self.maker.samples(self._sample_range(steps)))
-        with self.monitor.stage("precompute"), self.accelerator.autocast():
+        with self.monitor.stage("precompute"), self.accelerator.autocast(), only_new_garbage():
             samples = self.maker.samples(self._my_indices(steps))
             missing = sum(not self.maker.is_recorded(sample, self.store) for sample in samples)
             place = self.model.on_host() if "precompute" in self.vae_alone else contextlib.nullcontext()

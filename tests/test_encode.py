@@ -15,14 +15,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from blockskip_hooks import class_images, planner
+from blockskip_hooks import class_images, planner, text_encoders
 from blockskip_hooks.config import BlockSkipConfig, PatchSamplingConfig
 from blockskip_hooks.encode import encode_prompts
 from blockskip_hooks.families import Family
 from blockskip_hooks.planner import PlanRequest, format_plan, plan_run
 from blockskip_hooks.presets import load_preset
 from blockskip_hooks.simulation import simulate_text_encoder
-from blockskip_hooks.text_encoders import empty_text_encoder, large_encoders, layer_stacks, load_streamed_encoder
+from blockskip_hooks.text_encoders import (
+    empty_text_encoder,
+    large_encoders,
+    large_tables,
+    layer_stacks,
+    load_streamed_encoder,
+)
 from tests import script
 from tests.tiny import TINY_FAMILIES, TinyFamily
 
@@ -75,7 +81,8 @@ def assert_same_embeds(actual: dict[str, Any], expected: dict[str, Any]) -> None
 def test_streamed_encoders_give_the_same_embeddings_and_nothing_of_an_encoder_stays(
     tiny: TinyFamily, monkeypatch: pytest.MonkeyPatch
 ):
-    """Bit for bit the same; afterwards no tensor of an encoder is alive, streamed or not."""
+    """Bit for bit the same, large tables included; afterwards no tensor of an encoder is alive, streamed or not."""
+    monkeypatch.setattr(text_encoders, "LARGE_TABLE_BYTES", 1)
     family, embeds = tiny.make_family(), {}
     for streamed in (False, True):
         with seen_encoders(monkeypatch) as seen:
@@ -95,6 +102,22 @@ def test_streamed_encoders_give_the_same_embeddings_and_nothing_of_an_encoder_st
 def test_streamed_encoders_give_the_same_embeddings_in_half_precision(name: str):
     family = tiny_named(name).make_family()
     assert_same_embeds(embed(family, torch.bfloat16, streamed=True), embed(family, torch.bfloat16))
+
+
+def test_large_tables_have_no_memory_and_factors_stay(monkeypatch: pytest.MonkeyPatch):
+    """Gemma multiplies what it looks up by a factor; a table that an output layer shares is left alone."""
+    monkeypatch.setattr(text_encoders, "LARGE_TABLE_BYTES", 1)
+    family = tiny_named("sana").make_family()
+    config = family.text_encoder_configs()["text_encoder"]
+    source, _ = family.text_encoder_source("text_encoder")
+    streamed = load_streamed_encoder(source, config, dtype=torch.float32, device="cpu")
+    assert large_tables(empty_text_encoder(config, torch.float32)) == ["embed_tokens"]
+    assert streamed.embed_tokens.weight.numel() == 0 and streamed.embed_tokens.embed_scale.item() > 1
+    shared = torch.nn.ModuleDict({"in": torch.nn.Embedding(8, 4), "out": torch.nn.Linear(4, 8, bias=False)})
+    shared["layers"] = torch.nn.ModuleList([torch.nn.Linear(4, 4)])
+    assert large_tables(shared) == ["in"]
+    shared["out"].weight = shared["in"].weight
+    assert large_tables(shared) == []
 
 
 def test_layers_that_a_class_keeps_in_float32_stay_so_when_streamed():

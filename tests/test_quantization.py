@@ -129,7 +129,8 @@ def rounded_transformer(tiny: TinyFamily, model: DiTBlockSkipTransformer) -> tor
     with torch.no_grad():
         for name, layer in model.transformer.named_modules():
             if is_quantized(layer):
-                transformer.get_submodule(name).weight.copy_(plain_weight(layer))
+                weight = transformer.get_submodule(name).weight
+                weight.copy_(plain_weight(layer).view_as(weight))
     return transformer
 
 
@@ -162,12 +163,14 @@ def test_linear_layers_of_kept_blocks_are_quantised_and_nothing_else(
     expected = {
         name
         for name, layer in original.named_modules()
-        if isinstance(layer, torch.nn.Linear) and name.startswith(kept) and name not in model.recorded_layers
+        if (isinstance(layer, torch.nn.Linear) or config.takes_pointwise and quantization.is_pointwise(layer))
+        and name.startswith(kept)
+        and name not in model.recorded_layers
     }
     quantized = {name for name, layer in model.transformer.named_modules() if is_quantized(layer)}
     assert quantized == expected and expected
     for name in quantized:
-        weight = original.get_submodule(name).weight
+        weight = original.get_submodule(name).weight.flatten(1)
         error = (plain_weight(model.transformer.get_submodule(name)) - weight).norm() / weight.norm()
         assert 0 < error < ERROR[config.bits], name
     streamed = tuple(f"{name}." for name in model.streamed_modules)
@@ -256,7 +259,7 @@ def test_lora_gradients_under_autocast_are_float32_and_reach_every_layer(tiny: T
 
 @needs("torchao")
 def test_no_dequantised_weight_is_kept_for_backward():
-    layer = quantization.quantize_linear(torch.nn.Linear(64, 64), CONFIGS["int8"], "cpu")
+    layer = quantization.quantize_layer(torch.nn.Linear(64, 64), CONFIGS["int8"], "cpu")
     saved: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         layer(torch.ones(2, 64, requires_grad=True)).sum()
@@ -268,20 +271,19 @@ def test_a_layer_is_in_full_only_while_it_is_quantised(
     tiny: TinyFamily, config: QuantizationConfig, monkeypatch: pytest.MonkeyPatch
 ):
     whole: list[int] = []
-    original = quantization.quantize_linear
+    original = quantization.quantize_layer
+
+    def could_be_quantized(layer: torch.nn.Module) -> bool:
+        is_linear = isinstance(layer, torch.nn.Linear) or quantization.is_pointwise(layer)
+        return is_linear and not is_quantized(layer)
 
     def counted(layer: torch.nn.Linear, *args: Any) -> torch.nn.Linear:
-        loaded = [m for m in model_of[-1].modules() if isinstance(m, torch.nn.Linear) and not is_quantized(m)]
+        loaded = [m for m in model_of[-1].modules() if could_be_quantized(m)]
         whole.append(sum(not m.weight.is_meta for m in loaded) - outside[0])
         return original(layer, *args)
 
     names = load(tiny, config)
-    outside = [
-        sum(
-            isinstance(m, torch.nn.Linear) and not is_quantized(m) and not m.weight.is_meta
-            for m in names.transformer.modules()
-        )
-    ]
+    outside = [sum(could_be_quantized(m) and not m.weight.is_meta for m in names.transformer.modules())]
     model_of: list[torch.nn.Module] = []
     make = type(names.transformer).from_config
 
@@ -290,7 +292,7 @@ def test_a_layer_is_in_full_only_while_it_is_quantised(
         return model_of[-1]
 
     monkeypatch.setattr(type(names.transformer), "from_config", remembered)
-    monkeypatch.setattr("blockskip_hooks.transformer.quantize_linear", counted)
+    monkeypatch.setattr("blockskip_hooks.transformer.quantize_layer", counted)
     load(tiny, config)
     assert whole and set(whole) == {1}
 
@@ -630,7 +632,7 @@ def test_a_device_that_the_library_cannot_use_ends_the_run_before_it_starts(
     def fail(*args: Any) -> None:
         raise RuntimeError("no kernel for this device\nmore lines")
 
-    monkeypatch.setattr(quantization, "quantize_linear", fail)
+    monkeypatch.setattr(quantization, "quantize_layer", fail)
     tiny = FLUX
     with pytest.raises(AssertionError, match="ended with 2"):
         run_script(tiny, photos, tmp_path / "out", "--quantization", method)

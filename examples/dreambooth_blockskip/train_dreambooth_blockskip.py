@@ -34,7 +34,7 @@ from blockskip_hooks.encode import encode_prompts
 from blockskip_hooks.lora import describe_trainable
 from blockskip_hooks.monitor import StageMonitor, write_json
 from blockskip_hooks.outputs import push_to_hub, run_report, write_outputs
-from blockskip_hooks.plan import describe_plan, make_plan, planned_batch_size, streams_text, vae_works_alone
+from blockskip_hooks.plan import describe_plan, make_plan, planned_batch_size, planned_vae, streams_text
 from blockskip_hooks.quantization import check_device
 from blockskip_hooks.residual_store import ResidualStore
 from blockskip_hooks.run import Run, prepare_run, segments, stretches, weight_dtype
@@ -111,8 +111,15 @@ def train(
     # Prior preservation: class images that are not there yet.
     if args.with_prior_preservation:
         with monitor.stage("class_images"):
-            images = planned_batch_size(plan, "class_images") or 1
-            make_class_images(run, accelerator, dtype, seed, images, streams_text=streams_text(plan))
+            make_class_images(
+                run,
+                accelerator,
+                dtype,
+                seed,
+                planned_batch_size(plan, "class_images") or 1,
+                streams_text=streams_text(plan),
+                placement=planned_vae(plan, "class_images"),
+            )
 
     # The sample plan: from here on nothing is random. Records of it may be there already.
     sources = run.photo_sources()
@@ -166,7 +173,7 @@ def train(
             max_train_steps,
             steps_per_stretch,
             images_at_once=planned_batch_size(plan, "validate"),
-            vae_alone=[stage for stage in ("precompute", "validate") if vae_works_alone(plan, stage)],
+            vae_placement={stage: planned_vae(plan, stage) for stage in ("precompute", "validate")},
         )
     accelerator.print(f"Training {describe_trainable(model, run.targets)}.")
     if checkpoint is not None:

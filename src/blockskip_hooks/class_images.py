@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from .data import image_paths
 from .encode import encode_prompts
-from .images import generate_images
+from .images import VaePlacement, generate_images
 from .run import Run
 from .sample_plan import derived_seed
 from .transformer import DiTBlockSkipTransformer
@@ -29,6 +29,7 @@ def make_class_images(
     batch_size: int,
     *,
     streams_text: bool = False,
+    placement: VaePlacement | None = None,
 ) -> int:
     """Fill ``--class_data_dir`` up to ``--num_class_images``, the work shared between processes.
 
@@ -42,6 +43,7 @@ def make_class_images(
         seed: Seed of the run.
         batch_size: Images made at a time.
         streams_text: Whether large text encoders are read layer by layer.
+        placement: How the VAE works.
 
     Returns:
         Number of images made by this process.
@@ -79,6 +81,7 @@ def make_class_images(
                 negative=None if run.negative_prompt is None else embeds[run.negative_prompt],
                 seeds=[derived_seed(seed, "class image", number) for number in part],
                 pipeline_kwargs=run.pipeline_kwargs,
+                placement=placement,
             )
             for number, image in zip(part, images, strict=True):
                 digest = hashlib.sha1(image.tobytes(), usedforsecurity=False).hexdigest()

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import cpu_offload_with_hook
+from accelerate.hooks import remove_hook_from_module
 from diffusers import ModelMixin
 from PIL import Image
 
 from .families import Family, PromptEmbeds
 from .training_data import place_embeds
 from .transformer import DiTBlockSkipTransformer
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaePlacement:
+    """How the VAE works where memory is short.
+
+    Attributes:
+        alone: VAE and transformer take turns on the device: one is in host memory while the other works.
+        tiled: Images are decoded tile by tile and blended where tiles meet.
+    """
+
+    alone: bool = False
+    tiled: bool = False
 
 
 @torch.no_grad()
@@ -26,7 +42,7 @@ def generate_images(
     seeds: Sequence[int],
     pipeline_kwargs: Mapping[str, Any] | None = None,
     images_at_once: int | None = None,
-    vae_alone: bool = False,
+    placement: VaePlacement | None = None,
 ) -> list[list[Image.Image]]:
     """Make images with the stock pipeline around the loaded modules.
 
@@ -39,7 +55,7 @@ def generate_images(
         seeds: One for each image of a prompt; an image has the same noise in every call.
         pipeline_kwargs: Further arguments of the pipeline call.
         images_at_once: Images per call of the pipeline; by default all of a prompt.
-        vae_alone: Keep the transformer's weights in host memory while the VAE decodes.
+        placement: How the VAE works; by default beside the transformer and on whole images.
 
     Returns:
         For each prompt an image of each seed.
@@ -56,7 +72,7 @@ def generate_images(
     at_once = images_at_once or len(seeds)
     was_training = model.training
     model.eval()
-    with model.full_model(), _decoding(vae, model if vae_alone else None):
+    with model.full_model(), _decoding(vae, model, placement or VaePlacement()):
         for embeds in prompts:
             images.append([])
             for start in range(0, len(seeds), at_once):
@@ -71,26 +87,43 @@ def generate_images(
 
 
 @contextmanager
-def _decoding(vae: ModelMixin, model: DiTBlockSkipTransformer | None) -> Iterator[None]:
-    """Within this context the VAE decodes one image at a time and, if a model is given, without it on the device."""
+def _decoding(vae: ModelMixin, model: DiTBlockSkipTransformer, placement: VaePlacement) -> Iterator[None]:
+    """Within this context the VAE decodes one image at a time, placed as asked."""
     autoencoder: Any = vae
-    decode = autoencoder.decode
-
-    def alone(*args: Any, **kwargs: Any) -> Any:
-        assert model is not None
-        with model.on_host():
-            return decode(*args, **kwargs)
-
-    sliced = getattr(autoencoder, "use_slicing", None)
+    sliced, tiled = (getattr(autoencoder, name, None) for name in ("use_slicing", "use_tiling"))
     if sliced is False:
         autoencoder.enable_slicing()
-    if model is not None:
-        autoencoder.decode = alone
+    if placement.tiled and tiled is False:
+        autoencoder.enable_tiling()
     try:
-        yield
+        with _taking_turns(vae, model) if placement.alone else nullcontext():
+            yield
     finally:
         if sliced is False:
             autoencoder.disable_slicing()
-        if model is not None:
-            # The attribute hid the class's method.
-            del autoencoder.decode
+        if placement.tiled and tiled is False:
+            autoencoder.disable_tiling()
+
+
+@contextmanager
+def _taking_turns(vae: ModelMixin, model: DiTBlockSkipTransformer) -> Iterator[None]:
+    """Within this context the VAE is in host memory but for its decodes, and the model is there during them."""
+    autoencoder: Any = vae
+    device, decode = vae.device, autoencoder.decode
+    # diffusers' autoencoders fetch themselves to the hook's device when they are asked to decode.
+    autoencoder, offload = cpu_offload_with_hook(autoencoder, device)
+
+    def alone(*args: Any, **kwargs: Any) -> Any:
+        with model.on_host():
+            decoded = decode(*args, **kwargs)
+            offload.offload()
+            return decoded
+
+    autoencoder.decode = alone
+    try:
+        yield
+    finally:
+        # The attribute hid the class's method.
+        del autoencoder.decode
+        remove_hook_from_module(autoencoder)
+        autoencoder.to(device)

@@ -13,6 +13,7 @@ from .arguments import MEMORY_OPTIONS, parse_bytes
 from .budget import fit_budget, largest_stage
 from .embedded import DEFAULT_SUBJECT
 from .families import Family
+from .images import VaePlacement
 from .model_config import load_config
 from .monitor import format_bytes
 from .planner import PlanRequest, format_plan, plan_run
@@ -148,9 +149,10 @@ def planned_batch_size(plan: dict[str, Any], stage: str) -> int | None:
     return next((planned["batch_size"] for planned in plan["stages"] if planned["name"] == stage), None)
 
 
-def vae_works_alone(plan: dict[str, Any], stage: str) -> bool:
-    """Whether the plan has the transformer's weights in host memory while the VAE works in this stage."""
-    return any(planned.get("vae_alone", False) for planned in plan["stages"] if planned["name"] == stage)
+def planned_vae(plan: dict[str, Any], stage: str) -> VaePlacement:
+    """How the VAE works in a stage, by the plan."""
+    planned: dict[str, Any] = next((planned for planned in plan["stages"] if planned["name"] == stage), {})
+    return VaePlacement(alone=planned.get("vae_alone", False), tiled=planned.get("vae_tiled", False))
 
 
 def streams_text(plan: dict[str, Any]) -> bool:
@@ -180,4 +182,4 @@ def describe_plan(run: Run, plan: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-__all__ = ["describe_plan", "make_plan", "plan_for", "planned_batch_size", "streams_text", "vae_works_alone"]
+__all__ = ["describe_plan", "make_plan", "plan_for", "planned_batch_size", "planned_vae", "streams_text"]

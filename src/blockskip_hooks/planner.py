@@ -218,8 +218,7 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
 class _Vae:
     """The VAE's phases, each simulated at most once per batch size.
 
-    Where the VAE beside the transformer would need more than ``limit``, the transformer's weights are to be in host
-    memory while it works.
+    Where one of VAE and transformer beside the other would need more than ``limit``, they take turns on the device.
     """
 
     def __init__(self, request: PlanRequest, base: Usage, limit: int) -> None:
@@ -227,6 +226,7 @@ class _Vae:
         self._base = base
         self.limit = limit
         self._encodes = {1: self._simulate(1, request.training_size, decode=False)}
+        self._decodes: dict[tuple[tuple[int, int], bool], Usage] = {}
         self.parameter_bytes = self._encodes[1].parameter_bytes
 
     def encode(self, batch_size: int) -> tuple[Usage, bool]:
@@ -239,12 +239,25 @@ class _Vae:
         """Crops to latents with the transformer resident, as in training without records."""
         return self._beside(self._simulate(batch_size, self._request.training_size, decode=False))
 
-    def decode(self, size: tuple[int, int]) -> tuple[Usage, bool]:
-        """Latents to one image, and whether alone."""
-        return self._placed(self._simulate(1, size, decode=True))
+    def decode_after(self, denoising: Usage, size: tuple[int, int]) -> tuple[Usage, dict[str, bool]]:
+        """The transformer's work, then latents to one image; whether they take turns, and whether in tiles."""
+        decode, alone = self._placed(self._decoded(size))
+        beside = denoising.beside(parameter_bytes=self.parameter_bytes)
+        if not alone and beside.peak_bytes <= self.limit:
+            return beside.then(decode), {"vae_alone": False, "vae_tiled": False}
+        whole, tiled = (self._decoded(size, tiled).beside(lora_bytes=self._base.lora_bytes) for tiled in (False, True))
+        # Tiles are blended where they meet, so they are for where nothing else helps.
+        in_tiles = whole.peak_bytes > self.limit and tiled.peak_bytes < whole.peak_bytes
+        return denoising.then(tiled if in_tiles else whole), {"vae_alone": True, "vae_tiled": in_tiles}
 
-    def _simulate(self, batch_size: int, size: tuple[int, int], *, decode: bool) -> Usage:
-        return simulate_vae(self._request.family, batch_size, size, self._request.weight_dtype, decode=decode)
+    def _decoded(self, size: tuple[int, int], tiled: bool = False) -> Usage:
+        if (size, tiled) not in self._decodes:
+            self._decodes[size, tiled] = self._simulate(1, size, decode=True, tiled=tiled)
+        return self._decodes[size, tiled]
+
+    def _simulate(self, batch_size: int, size: tuple[int, int], *, decode: bool, tiled: bool = False) -> Usage:
+        family, dtype = self._request.family, self._request.weight_dtype
+        return simulate_vae(family, batch_size, size, dtype, decode=decode, tiled=tiled)
 
     def _beside(self, usage: Usage) -> Usage:
         return usage.beside(parameter_bytes=self._base.parameter_bytes, lora_bytes=self._base.lora_bytes)
@@ -263,17 +276,16 @@ def _make_images(
 
     As many at a time as are wanted and need no more than training; the VAE decodes them one by one.
     """
-    size = (side, side)
-    decode, alone = vae.decode(size)
     images = max(wanted, 1)
     while True:
         # A guided pipeline runs the prompt and the negative prompt in one batch, if not one after the other.
         batch_size = images if request.family.negative_prompt is None else 2 * images
-        infer = fake.infer(batch_size, size, request.text_tokens)
-        infer = infer.beside(parameter_bytes=vae.parameter_bytes + request.resident_bytes, lora_bytes=states)
-        usage = infer.then(decode).beside(parameter_bytes=request.validation_extra_bytes)
+        infer = fake.infer(batch_size, (side, side), request.text_tokens)
+        infer = infer.beside(parameter_bytes=request.resident_bytes, lora_bytes=states)
+        phases, placement = vae.decode_after(infer, (side, side))
+        usage = phases.beside(parameter_bytes=request.validation_extra_bytes)
         if images == 1 or usage.peak_bytes <= vae.limit:
-            return {**_stage(name, usage, images), "vae_alone": alone}
+            return {**_stage(name, usage, images), **placement}
         images //= 2
 
 
@@ -434,6 +446,8 @@ def format_plan(plan: Mapping[str, Any], *, model: str | None = None, outputs: M
         lines.append(f"  {'  '.join(cells)}")
     if any(stage.get("streamed") for stage in plan["stages"]):
         lines.append("  Large text encoders are read layer by layer, once per prompt.")
+    if any(stage.get("vae_tiled") for stage in plan["stages"]):
+        lines.append("  The VAE decodes images in tiles, blended where they meet.")
     if records["records"]:
         stretches = f"{records['stretches']} stretch" + ("es" if records["stretches"] != 1 else "")
         most = -(-records["bytes"] // max(records["stretches"], 1))

@@ -1,7 +1,8 @@
 """Quantised kept blocks: bitsandbytes or torchao hold their linear layers in 4 or 8 bits, made so while loading.
 
-Skipped blocks, recorded layers and what lies outside the blocks keep the checkpoint's dtype: they are streamed, or
-small. No arithmetic of quantisation is done here, the two libraries do it.
+A convolution with a kernel of one pixel is a linear layer on the channels and is held as one; half of a SANA block's
+weights are such. Skipped blocks, recorded layers and what lies outside the blocks keep the checkpoint's dtype: they
+are streamed, or small. No arithmetic of quantisation is done here, the two libraries do it.
 """
 
 from __future__ import annotations
@@ -57,6 +58,15 @@ class QuantizationConfig:
         return cls(library="bitsandbytes", bits=4) if method == "nf4" else cls(library="torchao", bits=8)
 
     @property
+    def takes_pointwise(self) -> bool:
+        """Whether pointwise convolutions are held as linear layers.
+
+        bitsandbytes' 8-bit layers round their inputs too, by rows and but for outliers found over the batch; pixels in
+        the place of tokens were not meant there.
+        """
+        return not (self.library == "bitsandbytes" and self.bits == 8)
+
+    @property
     def name(self) -> str:
         """For people to read."""
         return f"{self.quant_type if self.bits == 4 else 'int8'} ({self.library})"
@@ -90,13 +100,24 @@ class QuantizationConfig:
         return [
             name
             for name, layer in module.named_modules()
-            if isinstance(layer, torch.nn.Linear)
+            if (isinstance(layer, torch.nn.Linear) or self.takes_pointwise and is_pointwise(layer))
             and name.startswith(inside)
             and name not in left_out
-            and (self.bits == 8 or layer.in_features % BLOCK_SIZE == 0)
+            and (self.bits == 8 or layer.weight.shape[1] % BLOCK_SIZE == 0)
             and not set(name.split(".")) & set(kept_in_float32)
             and not any(part == name.rpartition(".")[2] or f"{part}." in f"{name}." for part in self.skipped_layers)
         ]
+
+
+def is_pointwise(layer: torch.nn.Module) -> bool:
+    """Whether a layer is a convolution that treats every pixel by itself, and all channels together."""
+    return (
+        isinstance(layer, torch.nn.Conv2d)
+        and layer.kernel_size == (1, 1)
+        and layer.stride == (1, 1)
+        and layer.padding == (0, 0)
+        and layer.groups == 1
+    )
 
 
 def read_quantization(args: argparse.Namespace) -> QuantizationConfig | None:
@@ -176,7 +197,7 @@ def check_device(config: QuantizationConfig, device: torch.device | str, dtype: 
         ValueError: if the library cannot do that on this device.
     """
     try:
-        layer = quantize_linear(torch.nn.Linear(BLOCK_SIZE, BLOCK_SIZE, dtype=dtype), config, device)
+        layer = quantize_layer(torch.nn.Linear(BLOCK_SIZE, BLOCK_SIZE, dtype=dtype), config, device)
         layer(torch.ones(2, BLOCK_SIZE, dtype=dtype, device=device, requires_grad=True)).sum().backward()
     except Exception as error:  # whatever a library raises, it means the same
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -192,11 +213,36 @@ def mark_quantized(transformer: torch.nn.Module, config: QuantizationConfig) -> 
         setattr(transformer, f"is_loaded_in_{config.bits}bit", True)
 
 
-def quantize_linear(layer: torch.nn.Linear, config: QuantizationConfig, device: torch.device | str) -> torch.nn.Linear:
-    """A frozen quantised layer on ``device`` with the weights of ``layer``, which must be on the CPU."""
+def quantize_layer(
+    layer: torch.nn.Linear | torch.nn.Conv2d, config: QuantizationConfig, device: torch.device | str
+) -> torch.nn.Linear:
+    """A frozen quantised layer on ``device`` with the weights of ``layer``, which must be on the CPU.
+
+    Args:
+        layer: A linear layer, or a convolution for which :func:`is_pointwise` holds.
+        config: How its weights are held.
+        device: Where it is to be.
+    """
     layer.requires_grad_(False)
-    quantized = _with_torchao(layer.to(device)) if config.library == "torchao" else _with_bitsandbytes(layer, config)
-    return quantized.to(device).train(layer.training)
+    linear = layer if isinstance(layer, torch.nn.Linear) else as_linear(layer)
+    quantized = _with_torchao(linear.to(device)) if config.library == "torchao" else _with_bitsandbytes(linear, config)
+    quantized = quantized.to(device).train(layer.training)
+    return quantized if layer is linear else on_channels(quantized)
+
+
+def as_linear(layer: torch.nn.Conv2d) -> torch.nn.Linear:
+    """The linear layer that a pointwise convolution applies to every pixel; it shares the weights."""
+    linear: Any = torch.nn.Linear(layer.in_channels, layer.out_channels, layer.bias is not None, device="meta")
+    linear.weight = torch.nn.Parameter(layer.weight.data.flatten(1), requires_grad=False)
+    linear.bias = layer.bias
+    return linear
+
+
+def on_channels(linear: torch.nn.Linear) -> torch.nn.Linear:
+    """Let a linear layer take and give ``(batch, channels, height, width)``."""
+    linear.register_forward_pre_hook(lambda _, args: (args[0].movedim(1, -1),))
+    linear.register_forward_hook(lambda _, args, output: output.movedim(-1, 1))
+    return linear
 
 
 def _with_bitsandbytes(layer: torch.nn.Linear, config: QuantizationConfig) -> torch.nn.Linear:

@@ -9,7 +9,7 @@ devices fuse or keep in another dtype may differ by a few percent there.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,8 +27,8 @@ from .lora import add_lora
 from .losses import combine_losses, flow_matching_loss
 from .model_config import model_class
 from .precompute import base_model
-from .quantization import QuantizationConfig
-from .text_encoders import empty_text_encoder, layer_stacks
+from .quantization import QuantizationConfig, as_linear, on_channels
+from .text_encoders import empty_text_encoder, large_tables, layer_stacks
 from .training_data import Batch, place_embeds
 from .transformer import DiTBlockSkipTransformer, _cast_floating
 
@@ -118,7 +118,9 @@ class FakeTransformer:
             kept = split_blocks(list_blocks(transformer, family.block_stacks), config).kept
             for name in quantization.layers(transformer, [block.name for block in kept], recorded_layers):
                 layer: Any = transformer.get_submodule(name)
-                transformer.set_submodule(name, _QuantizedLinear(layer, quantization))
+                linear = layer if isinstance(layer, torch.nn.Linear) else as_linear(layer)
+                held = _QuantizedLinear(linear, quantization)
+                transformer.set_submodule(name, held if layer is linear else on_channels(held))
         if lora_targets:
             # Settings other than the rank change neither memory nor FLOPs.
             add_lora(transformer, lora_targets, rank=rank, alpha=rank, dropout=0.0, seed=0)
@@ -285,7 +287,9 @@ def empty_model(config: Mapping[str, Any], class_of_model: type[ModelMixin] | No
         return chosen.from_config(dict(config))
 
 
-def simulate_vae(family: Family, batch_size: int, size: tuple[int, int], dtype: torch.dtype, *, decode: bool) -> Usage:
+def simulate_vae(
+    family: Family, batch_size: int, size: tuple[int, int], dtype: torch.dtype, *, decode: bool, tiled: bool = False
+) -> Usage:
     """What the family's VAE needs to encode, or decode, images.
 
     Args:
@@ -294,9 +298,12 @@ def simulate_vae(family: Family, batch_size: int, size: tuple[int, int], dtype: 
         size: Their height and width in pixels.
         dtype: Dtype of weights and images.
         decode: Whether latents become images; otherwise images become latents.
+        tiled: Whether the VAE works tile by tile, in tiles of its class's default size.
     """
     vae: Any = torch.nn.Module.to(empty_model(family.vae_config), dtype)
     vae.requires_grad_(False)
+    if tiled:
+        vae.enable_tiling()
     with FakeTensorMode(), torch.no_grad(), Meter() as meter:
         for module in vae.modules():
             _materialise(module)
@@ -318,7 +325,7 @@ def simulate_text_encoder(
         batch_size: Prompts at a time.
         text_tokens: Tokens of a prompt; an encoder with fewer positions gets as many as it has.
         dtype: Dtype of its weights.
-        streamed: Whether its layers have weights only while they run.
+        streamed: Whether its layers have weights only while they run, and large tables none on the device.
 
     Raises:
         ValueError: if the config names no model class of transformers.
@@ -327,7 +334,10 @@ def simulate_text_encoder(
     tokens = min(text_tokens, getattr(encoder.config, "max_position_embeddings", text_tokens))
     stacks = layer_stacks(encoder) if streamed else []
     layers = [layer for stack in stacks for layer in encoder.get_submodule(stack).children()]
-    apart = {id(part) for layer in layers for part in layer.modules()}
+    tables = [encoder.get_submodule(name) for name in large_tables(encoder)] if streamed else []
+    for table in tables:
+        table.forward = _looked_up_elsewhere(table)
+    apart = {id(part) for layer in (*layers, *tables) for part in layer.modules()}
     with FakeTensorMode(), torch.no_grad():
         for module in encoder.modules():
             if id(module) not in apart:
@@ -340,6 +350,12 @@ def simulate_text_encoder(
             encoder(input_ids=torch.zeros((batch_size, tokens), dtype=torch.long))
     parameter_bytes += max((sum(map(_num_bytes, layer.parameters())) for layer in layers), default=0)
     return Usage(meter.peak, parameter_bytes, 0, meter.flops.products, meter.flops.attention)
+
+
+def _looked_up_elsewhere(table: torch.nn.Embedding) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A forward of a table that takes no memory for the table."""
+    dim, dtype = table.embedding_dim, table.weight.dtype
+    return lambda input_ids: torch.empty((*input_ids.shape, dim), dtype=dtype)
 
 
 def _num_bytes(tensor: torch.Tensor) -> int:

@@ -12,11 +12,19 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate.hooks import AlignDevicesHook, remove_hook_from_module
-from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset, set_module_tensor_to_device
+from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module, remove_hook_from_module
+from accelerate.utils import (
+    OffloadedWeightsLoader,
+    PrefixedDataset,
+    send_to_device,
+    set_module_tensor_to_device,
+)
 
 from .transformer import _plain_device, _stream
 
+
+LARGE_TABLE_BYTES = 2**28
+"""Smaller tables of token embeddings stay on the device."""
 
 LARGE_PART = 0.1
 """An encoder with less than this part of all encoders' weights is not worth reading layer by layer."""
@@ -55,6 +63,27 @@ def layer_stacks(encoder: torch.nn.Module) -> list[str]:
     return stacks
 
 
+def large_tables(encoder: torch.nn.Module) -> list[str]:
+    """Names of the tables of token embeddings that are looked up in host memory when an encoder is streamed.
+
+    A prompt needs a few hundred rows of a quarter of a million. Tables that another layer shares are not among them,
+    nor are those that do not stand beside a list of layers: what is around them is loaded in one piece.
+    """
+    stacks = layer_stacks(encoder)
+    users: dict[int, int] = {}
+    for module in encoder.modules():
+        for parameter in module.parameters(recurse=False):
+            users[id(parameter)] = users.get(id(parameter), 0) + 1
+    return [
+        name
+        for name, module in encoder.named_modules()
+        if isinstance(module, torch.nn.Embedding)
+        and any(stack.rpartition(".")[0] == name.rpartition(".")[0] for stack in stacks)
+        and users[id(module.weight)] == 1
+        and module.weight.numel() * module.weight.element_size() >= LARGE_TABLE_BYTES
+    ]
+
+
 def large_encoders(configs: Mapping[Any, Mapping[str, Any]]) -> list[Any]:
     """The encoders, by their keys, that are worth streaming when memory is short.
 
@@ -78,6 +107,8 @@ def load_streamed_encoder(
 ) -> Any:
     """Load a text encoder without its layers, which are read one at a time when they run.
 
+    Of large tables of token embeddings only the rows in use are read, in host memory.
+
     What transformers renames or converts when it loads a checkpoint is the same here: it loads the rest of the model
     and says where each weight of a layer lies.
 
@@ -89,7 +120,7 @@ def load_streamed_encoder(
         **settings: Further arguments of ``from_pretrained``.
     """
     empty = empty_text_encoder(config, dtype)
-    stacks = layer_stacks(empty)
+    stacks, tables = layer_stacks(empty), large_tables(empty)
     place = str(_plain_device(device))
     # Only for weights that transformers stores otherwise than the checkpoint does: mixtures of experts.
     converted = tempfile.TemporaryDirectory(prefix="text-encoder-", ignore_cleanup_errors=True)
@@ -97,7 +128,7 @@ def load_streamed_encoder(
         encoder = type(empty).from_pretrained(
             source,
             dtype=dtype,
-            device_map=_device_map(empty, stacks, place),
+            device_map=_device_map(empty, stacks, tables, place),
             offload_folder=converted.name,
             use_safetensors=True,
             **settings,
@@ -114,11 +145,40 @@ def load_streamed_encoder(
     for stack in stacks:
         for number, layer in encoder.get_submodule(stack).named_children():
             _stream(layer, place, PrefixedDataset(weights, f"{stack}.{number}."))
+    for table in tables:
+        hook = HostLookupHook(PrefixedDataset(weights, f"{table}."), place)
+        add_hook_to_module(encoder.get_submodule(table), hook)
     return encoder
 
 
-def _device_map(model: torch.nn.Module, stacks: list[str], device: str) -> dict[str, str]:
-    """Where each part of a model goes: layers to disk, all else to ``device``."""
+class HostLookupHook(ModelHook):
+    """Looks embeddings up in a table in host memory, which is mapped and not read, and sends them back.
+
+    Between forwards the table is empty but on ``device``, where others look for the encoder's inputs to go.
+    """
+
+    def __init__(self, weights: Mapping[str, torch.Tensor], device: str) -> None:
+        self.weights, self.device = weights, device
+
+    def init_hook(self, module: Any) -> Any:
+        # A table may come with a factor, which transformers has put on the device.
+        for name, buffer in module.named_buffers():
+            set_module_tensor_to_device(module, name, "cpu", value=buffer)
+        self.absent = torch.nn.Parameter(torch.empty(0, dtype=module.weight.dtype, device=self.device), False)
+        module.weight = self.absent
+        return module
+
+    def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        module.weight = torch.nn.Parameter(self.weights["weight"].to(self.absent.dtype), requires_grad=False)
+        return send_to_device(args, "cpu"), send_to_device(kwargs, "cpu")
+
+    def post_forward(self, module: torch.nn.Module, output: Any) -> Any:
+        module.weight = self.absent
+        return send_to_device(output, self.device)
+
+
+def _device_map(model: torch.nn.Module, stacks: list[str], tables: list[str], device: str) -> dict[str, str]:
+    """Where each part of a model goes: layers and large tables to disk, all else to ``device``."""
     places: dict[str, str] = {}
 
     def place(module: torch.nn.Module, prefix: str) -> None:
@@ -128,7 +188,9 @@ def _device_map(model: torch.nn.Module, stacks: list[str], device: str) -> dict[
             full = f"{prefix}{name}"
             if full in stacks:
                 places.update({f"{full}.{number}": "disk" for number in range(len(child))})  # type: ignore[arg-type]
-            elif any(stack.startswith(f"{full}.") for stack in stacks):
+            elif full in tables:
+                places[full] = "disk"
+            elif any(part.startswith(f"{full}.") for part in (*stacks, *tables)):
                 place(child, f"{full}.")
             else:
                 places[full] = device
@@ -169,4 +231,4 @@ def _no_warning_of_offloading() -> Iterator[None]:
         logger.setLevel(level)
 
 
-__all__ = ["empty_text_encoder", "large_encoders", "layer_stacks", "load_streamed_encoder"]
+__all__ = ["empty_text_encoder", "large_encoders", "large_tables", "layer_stacks", "load_streamed_encoder"]

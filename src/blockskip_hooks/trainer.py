@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from .checkpoints import begin_checkpoint, commit_checkpoint, load_training_state, save_training_state
 from .encode import TrainedText
 from .hooks import SpanResiduals
-from .images import generate_images
+from .images import VaePlacement, generate_images
 from .lora import add_lora, check_gradients, check_learned, load_lora, save_lora
 from .losses import combine_losses, flow_matching_loss
 from .monitor import StageMonitor
@@ -48,8 +48,7 @@ class Trainer:
         max_train_steps: Optimiser steps of the whole run.
         steps_per_stretch: Steps of a stretch, for checkpoints.
         images_at_once: Validation images per call of the pipeline; by default all of a prompt.
-        vae_alone: Stages ("precompute", "validate") in which the transformer's weights are in host memory while the
-            VAE works.
+        vae_placement: How the VAE works in the stages "precompute" and "validate".
 
     Attributes:
         step: Optimiser steps done.
@@ -70,13 +69,13 @@ class Trainer:
         max_train_steps: int,
         steps_per_stretch: int | None = None,
         images_at_once: int | None = None,
-        vae_alone: Collection[str] = (),
+        vae_placement: Mapping[str, VaePlacement] | None = None,
     ) -> None:
         args, seed = run.args, maker.plan.seed
         self.run, self.accelerator, self.monitor, self.maker = run, accelerator, monitor, maker
         self.model, self.store = model, store
         self.max_train_steps, self.steps_per_stretch = max_train_steps, steps_per_stretch
-        self.images_at_once, self.vae_alone = images_at_once, vae_alone
+        self.images_at_once, self.vae_placement = images_at_once, vae_placement or {}
         self.step = 0
         self.records_made = 0
         self.losses: list[float] = []
@@ -149,7 +148,8 @@ class Trainer:
         with self.monitor.stage("precompute"), self.accelerator.autocast(), only_new_garbage():
             samples = self.maker.samples(self._my_indices(steps))
             missing = sum(not self.maker.is_recorded(sample, self.store) for sample in samples)
-            place = self.model.on_host() if "precompute" in self.vae_alone else contextlib.nullcontext()
+            alone = self.vae_placement.get("precompute", VaePlacement()).alone
+            place = self.model.on_host() if alone else contextlib.nullcontext()
             with place, self.vae() as vae, self._progress(missing, "Encoding photos") as bar:
                 latents = encode_latents(
                     samples, maker=self.maker, vae=vae, store=self.store, batch_size=batch_size, progress=bar
@@ -306,7 +306,7 @@ class Trainer:
                 seeds=[self.maker.plan.seed + number for number in range(self.run.args.num_validation_images)],
                 pipeline_kwargs=self.run.pipeline_kwargs,
                 images_at_once=self.images_at_once,
-                vae_alone="validate" in self.vae_alone,
+                placement=self.vae_placement.get("validate"),
             )
 
     def log_images(self, prompts: list[str], images: list[list[Image.Image]]) -> None:

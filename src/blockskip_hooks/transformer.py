@@ -26,7 +26,7 @@ from .hooks import (
     remove_recorded_layers,
 )
 from .model_config import load_config, model_class
-from .quantization import QuantizationConfig, mark_quantized, quantize_linear
+from .quantization import QuantizationConfig, mark_quantized, quantize_layer
 
 
 class DiTBlockSkipTransformer(torch.nn.Module):
@@ -156,7 +156,7 @@ class DiTBlockSkipTransformer(torch.nn.Module):
             layer: Any = transformer.get_submodule(name)
             for part, _ in layer.named_parameters():
                 load(f"{name}.{part}", "cpu")
-            transformer.set_submodule(name, quantize_linear(layer, quantization, device))
+            transformer.set_submodule(name, quantize_layer(layer, quantization, device))
             weights.close()
         if quantization is not None:
             mark_quantized(transformer, quantization)

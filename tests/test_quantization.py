@@ -345,6 +345,8 @@ def test_a_run_trains_and_leaves_a_stock_lora(tiny: TinyFamily, method: str, fin
     assert len(losses(finished)) == 4 and all(torch.isfinite(torch.tensor(losses(finished))))
     assert len(list((finished.parent / "class").iterdir())) == 2
     assert CONFIGS[method].name in json.loads((finished / "plan.json").read_text())["quantization"]
+    assert json.loads((finished / "run_report.json").read_text())["train"]["quantization"] == CONFIGS[method].name
+    assert f"| Kept blocks held in | {CONFIGS[method].name} |" in (finished / "README.md").read_text()
     model = DiTBlockSkipTransformer(tiny.make_transformer(), SPANS, tiny.family.block_stacks)
     kept = tuple(f"transformer.{block.name}." for block in model.spans.kept)
     exported = weights(finished)

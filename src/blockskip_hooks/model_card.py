@@ -228,6 +228,8 @@ def training_table(run_report: Mapping[str, Any], train_text_encoder: bool) -> s
         kept = skip["blocks"] - leading - trailing
         rows.append(("Blocks kept, with LoRA", f"{kept} of {skip['blocks']}"))
         rows.append(("Blocks skipped", f"{leading} leading, {trailing} trailing (from the {skip.get('source', '?')})"))
+    if train.get("quantization"):
+        rows.append(("Kept blocks held in", train["quantization"]))
     if patch.get("mode"):
         rows.append(("Patch sampling", _patches(patch)))
     if train.get("steps"):

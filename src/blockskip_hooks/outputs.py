@@ -48,6 +48,7 @@ def run_report(run: Run, trainer: Trainer, stages: list[dict[str, Any]], num_str
             "samples": trainer.step * trainer.samples_per_step,
             "step_seconds_median": statistics.median(trainer.step_seconds) if trainer.step_seconds else None,
             "loss": trainer.losses,
+            "quantization": run.quantization.name if run.quantization else None,
         },
         "residuals": {
             "mode": run.config.residuals if uses_residuals else None,

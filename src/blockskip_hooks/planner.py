@@ -25,6 +25,8 @@ from .text_encoders import large_encoders
 
 SCHEMA = 1
 LARGEST_PRECOMPUTE_BATCH = 64
+# A shard's header names each tensor of a record, the manifest each photo; beside real records this is nothing.
+RECORD_OVERHEAD = 2048
 # Text encoders that need less are loaded whole, whatever training needs.
 SMALL_ENCODE_BYTES = 2**30
 # bitsandbytes keeps the state of small tensors in float32 and one float32 scale per 256 values of the others.
@@ -355,7 +357,7 @@ def _records(request: PlanRequest, residuals: SpanResiduals) -> dict[str, int]:
     record = math.prod(request.family.latent_shape(*request.training_size)) * request.weight_dtype.itemsize
     record += sum(sizes.values())
     # Samples of the same prompt and timestep share their modulation; at most, each has its own.
-    per_record = record + modulation
+    per_record = record + modulation + RECORD_OVERHEAD
     stretches = 1
     if request.residual_budget_bytes is not None:
         # A stretch holds whole steps.

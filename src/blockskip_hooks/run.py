@@ -45,8 +45,6 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_RESIDUAL_BUDGET = 16 * 10**9
 EMBEDDED_PROMPTS = 4
-# A shard's header names each tensor of a record, the manifest each photo; beside real records this is nothing.
-RECORD_OVERHEAD = 2048
 
 
 @dataclass
@@ -245,7 +243,7 @@ class Run:
         if checkpoint is not None:
             return read_state(checkpoint)["steps_per_stretch"]
         planned = plan["residuals"]
-        record_bytes = -(-planned["bytes"] // planned["records"]) + RECORD_OVERHEAD
+        record_bytes = -(-planned["bytes"] // planned["records"])
         step_bytes = record_bytes * samples_per_step * len(self.kinds)
         budget = self.residual_budget()
         if step_bytes > budget:

@@ -65,6 +65,9 @@ class Family(ABC):
         unused_components: Pipeline components that training leaves alone.
         image_components: Of these, the ones that :meth:`image_pipeline` loads beside transformer and VAE.
         block_stacks: See :func:`~blockskip_hooks.blocks.list_blocks`; ``None`` detects them.
+        cross_attention: The layer of a block, relative to it, in which the image reads the text; ``None`` where both
+            are in one sequence.
+        text_comes_first: Whether text is before image in that sequence.
         own_flags: Flags that have an effect with some families only, this one among them.
         flag_defaults: Defaults of flags that differ between families.
         negative_prompt: What guided pipelines are given as the negative prompt; ``None`` for those without guidance.
@@ -83,6 +86,8 @@ class Family(ABC):
     unused_components: ClassVar[tuple[str, ...]] = ()
     image_components: ClassVar[tuple[str, ...]] = ()
     block_stacks: ClassVar[tuple[str, ...] | None] = None
+    cross_attention: ClassVar[str | None] = None
+    text_comes_first: ClassVar[bool] = True
     own_flags: ClassVar[tuple[Flag, ...]] = ()
     flag_defaults: ClassVar[Mapping[str, Any]] = {}
     negative_prompt: ClassVar[str | None] = None
@@ -247,6 +252,30 @@ class Family(ABC):
     def sigmas(self, indices: Sequence[int]) -> torch.Tensor:
         """Noise levels ``(B, 1, 1, 1)`` of indices into the schedule."""
         return self.scheduler.sigmas[list(indices)].reshape(-1, 1, 1, 1)
+
+    def image_tokens(self, transformer_config: Mapping[str, Any], inputs: Mapping[str, Any]) -> int:
+        """Tokens of an image in the blocks' sequence, given the arguments of the transformer's forward."""
+        hidden_states = inputs["hidden_states"]
+        if hidden_states.ndim == 3:
+            return hidden_states.shape[1]
+        patch_size = transformer_config["patch_size"]
+        return (hidden_states.shape[-2] // patch_size) * (hidden_states.shape[-1] // patch_size)
+
+    def text_positions(
+        self, transformer_config: Mapping[str, Any], inputs: Mapping[str, Any], length: int
+    ) -> torch.Tensor:
+        """Which tokens of a block's sequence are text.
+
+        Args:
+            transformer_config: Config of the transformer.
+            inputs: Arguments of the transformer's forward.
+            length: Tokens of the sequence; layers that see only the image have as many as it has.
+
+        Returns:
+            Booleans ``(1 or B, length)``.
+        """
+        image_tokens, positions = self.image_tokens(transformer_config, inputs), torch.arange(length)
+        return (positions < length - image_tokens if self.text_comes_first else positions >= image_tokens)[None]
 
     @abstractmethod
     def transformer_inputs(

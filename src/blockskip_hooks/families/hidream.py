@@ -51,6 +51,7 @@ class HiDream(Family):
         *("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4"),
         *("tokenizer", "tokenizer_2", "tokenizer_3", "tokenizer_4"),
     )
+    text_comes_first = False
     lora_layers = ("attn1.to_k", "attn1.to_q", "attn1.to_v", "attn1.to_out")
     modulation_layers = ("block.adaLN_modulation.1",)
     text_stream_layers = ("attn1.to_q_t", "attn1.to_out_t", "ff_t.w1", "ff_t.w2", "ff_t.w3")
@@ -161,6 +162,14 @@ class HiDream(Family):
             "encoder_hidden_states_llama3": embeds["prompt_embeds_llama3"].permute(2, 0, 1, 3),
             "pooled_embeds": embeds["pooled_prompt_embeds"],
         }
+
+    def image_tokens(self, transformer_config: Mapping[str, Any], inputs: Mapping[str, Any]) -> int:
+        height, width = inputs["hidden_states"].shape[-2:]
+        if inputs["hidden_states"].ndim == 4 and height != width:
+            # Images that are not square are padded to the longest sequence.
+            largest = transformer_config["max_resolution"]
+            return largest[0] * largest[1] // transformer_config["patch_size"] ** 2
+        return super().image_tokens(transformer_config, inputs)
 
     def prediction_to_latents(self, prediction: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         batch, channels, height, width = like.shape

@@ -198,6 +198,11 @@ class Ideogram4(Family):
             "indicator": indicator,
         }
 
+    def text_positions(
+        self, transformer_config: Mapping[str, Any], inputs: Mapping[str, Any], length: int
+    ) -> torch.Tensor:
+        return inputs["indicator"] == LLM_TOKEN_INDICATOR
+
     def prediction_to_latents(self, prediction: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         image_tokens = like.shape[-2] * like.shape[-1]
         return -prediction[:, :image_tokens].transpose(1, 2).unflatten(2, like.shape[-2:])

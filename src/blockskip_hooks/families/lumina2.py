@@ -96,6 +96,13 @@ class Lumina2(Family):
             "encoder_attention_mask": embeds["prompt_attention_mask"],
         }
 
+    def text_positions(
+        self, transformer_config: Mapping[str, Any], inputs: Mapping[str, Any], length: int
+    ) -> torch.Tensor:
+        # Every sample begins with its own text, without padding.
+        lengths = inputs["encoder_attention_mask"].sum(1)
+        return torch.arange(length, device=lengths.device) < lengths[:, None]
+
     def prediction_to_latents(self, prediction: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         return -prediction
 

@@ -44,6 +44,7 @@ class PixArtSigma(Family):
     name = "pixart-sigma"
     pipeline_class = PixArtSigmaLoraPipeline
     text_components = ("text_encoder", "tokenizer")
+    cross_attention = "attn2"
     lora_layers = ("to_k", "to_q", "to_v")
     flag_defaults = {"max_sequence_length": 300, "output_dir": "pixart-sigma-dreambooth-lora"}
     negative_prompt = ""

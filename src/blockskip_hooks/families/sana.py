@@ -26,6 +26,7 @@ class Sana(Family):
     name = "sana"
     pipeline_class: ClassVar[type[DiffusionPipeline]] = SanaPipeline
     text_components = ("text_encoder", "tokenizer")
+    cross_attention = "attn2"
     lora_layers = ("to_k", "to_q", "to_v")
     own_flags = (
         Flag(

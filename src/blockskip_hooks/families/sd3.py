@@ -32,6 +32,7 @@ class StableDiffusion3(Family):
     text_components = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
     trained_text_components = ("text_encoder", "text_encoder_2")
     unused_components = ("image_encoder", "feature_extractor")
+    text_comes_first = False
     lora_layers = (
         "attn.add_k_proj",
         "attn.add_q_proj",

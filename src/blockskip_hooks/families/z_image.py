@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, ZImagePipeline
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
-from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
+from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF, ZImageTransformerBlock
 
 from .base import Family, PromptEmbeds
 from .flux import Flux
@@ -31,6 +31,7 @@ class ZImage(Family):
     name = "z-image"
     pipeline_class = ZImagePipeline
     text_components = ("text_encoder", "tokenizer")
+    text_comes_first = False
     lora_layers = ("attention.to_k", "attention.to_q", "attention.to_v", "attention.to_out.0")
     modulation_layers = ("adaLN_modulation.0",)
     block_stacks = ("layers",)
@@ -88,6 +89,12 @@ class ZImage(Family):
             "t": (steps - timesteps) / steps,
             "cap_feats": [caption[:length] for caption, length in zip(captions, lengths, strict=True)],
         }
+
+    def image_tokens(self, transformer_config: Mapping[str, Any], inputs: Mapping[str, Any]) -> int:
+        _, frames, height, width = inputs["x"][0].shape
+        patch, frame_patch = inputs.get("patch_size", 2), inputs.get("f_patch_size", 1)
+        tokens = (frames // frame_patch) * (height // patch) * (width // patch)
+        return -(-tokens // SEQ_MULTI_OF) * SEQ_MULTI_OF
 
     def prediction_to_latents(self, prediction: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
         return -torch.stack(list(prediction)).squeeze(2)

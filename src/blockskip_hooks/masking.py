@@ -1,0 +1,165 @@
+"""Attention masking: in chosen blocks the image cannot see the text (DiT-BlockSkip, section 3.4).
+
+What masking a block does to an image tells how much of the subject and the prompt comes in there. In joint attention
+image queries lose the text keys, and text queries see everything as before; a cross-attention layer contributes
+nothing. Everything else of the model is untouched, and without the hooks it is bit for bit what it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from inspect import signature
+from typing import Any
+from unittest import mock
+
+import torch
+from diffusers import ModelMixin
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from torch.overrides import TorchFunctionMode
+
+from .blocks import list_blocks
+from .families import Family
+
+
+MASKING_HOOK = "blockskip_masking"
+
+Mask = Callable[[int], "torch.Tensor | None"]
+"""From the length of an attention's sequence to what may be seen, ``(1 or batch, 1, queries, keys)`` booleans."""
+
+
+@contextmanager
+def text_masked(transformer: ModelMixin, family: Family, blocks: Iterable[int]) -> Iterator[None]:
+    """Within this context the image cannot see the text in the given blocks.
+
+    Args:
+        transformer: The transformer, whole or wrapped by placeholders.
+        family: Its family, which knows where the text is.
+        blocks: Indices of the blocks, in execution order.
+
+    Raises:
+        ValueError: if a block does not exist.
+    """
+    every = list_blocks(transformer, family.block_stacks)
+    chosen = sorted(set(blocks))
+    if chosen and not 0 <= chosen[0] <= chosen[-1] < len(every):
+        raise ValueError(f"Blocks {chosen} cannot be masked: the {len(every)} blocks are 0 to {len(every) - 1}.")
+    inputs: dict[str, Any] = {}
+    parameters = signature(type(transformer).forward)
+
+    def remember(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        inputs.clear()
+        inputs.update(parameters.bind(module, *args, **kwargs).arguments)
+
+    def may_see(length: int) -> torch.Tensor | None:
+        return image_sees_no_text(family.text_positions(transformer.config, inputs, length))
+
+    hooked: list[torch.nn.Module] = []
+    watch = transformer.register_forward_pre_hook(remember, with_kwargs=True)
+    try:
+        for index in chosen:
+            block = every[index].module
+            if family.cross_attention is None:
+                target, hook = block, JointMaskingHook(may_see)
+            else:
+                target, hook = block.get_submodule(family.cross_attention), CrossMaskingHook()
+            HookRegistry.check_if_exists_or_initialize(target).register_hook(hook, MASKING_HOOK)
+            hooked.append(target)
+        yield
+    finally:
+        watch.remove()
+        for target in hooked:
+            HookRegistry.check_if_exists_or_initialize(target).remove_hook(MASKING_HOOK, recurse=False)
+
+
+def image_sees_no_text(is_text: torch.Tensor) -> torch.Tensor | None:
+    """What may be seen when image queries must not see text keys.
+
+    Args:
+        is_text: Which tokens of the sequence are text, ``(1 or batch, tokens)`` booleans.
+
+    Returns:
+        Booleans ``(1 or batch, 1, tokens, tokens)``, or ``None`` if there is nothing to hide.
+    """
+    if not is_text.any():
+        return None
+    return (is_text[:, :, None] | ~is_text[:, None, :])[:, None]
+
+
+class CrossMaskingHook(ModelHook):
+    """Lets a cross-attention layer contribute nothing."""
+
+    def post_forward(self, module: torch.nn.Module, output: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(output)
+
+
+class JointMaskingHook(ModelHook):
+    """Hides text from image queries in every attention of a block.
+
+    Args:
+        may_see: The mask for a sequence length.
+    """
+
+    def __init__(self, may_see: Mask) -> None:
+        super().__init__()
+        self.may_see = may_see
+
+    def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with _MaskedProducts(self.may_see), _masked_flex(self.may_see):
+            return self.fn_ref.original_forward(*args, **kwargs)
+
+
+class _MaskedProducts(TorchFunctionMode):
+    """Adds the mask to every call of torch's attention: models call it directly or through diffusers' dispatcher."""
+
+    def __init__(self, may_see: Mask) -> None:
+        super().__init__()
+        self.may_see = may_see
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.nn.functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        return self._attention(func, *args, **(kwargs or {}))
+
+    def _attention(
+        self,
+        func: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        return func(query, key, value, _both(attn_mask, self.may_see(key.shape[-2]), query), *args, **kwargs)
+
+
+@contextmanager
+def _masked_flex(may_see: Mask) -> Iterator[None]:
+    """The dispatcher's flex backend does not go through torch's attention function."""
+    backends, name = _AttentionBackendRegistry._backends, AttentionBackendName.FLEX
+    flex = backends.get(name)
+    if flex is None:
+        yield
+        return
+
+    def masked(query: torch.Tensor, key: torch.Tensor, *args: Any, attn_mask: Any = None, **kwargs: Any) -> Any:
+        # Its tensors are (batch, tokens, heads, dim), and it wants the mask of a product's full shape.
+        mask = _both(attn_mask, may_see(key.shape[1]), query)
+        if mask is not None:
+            mask = mask.expand(query.shape[0], 1, query.shape[1], key.shape[1])
+        return flex(query, key, *args, attn_mask=mask, **kwargs)
+
+    with mock.patch.dict(backends, {name: masked}):
+        yield
+
+
+def _both(given: torch.Tensor | None, ours: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
+    """The mask that a model gives, boolean or additive, and ours."""
+    if ours is None:
+        return given
+    ours = ours.to(like.device)
+    if given is None:
+        return ours
+    return given & ours if given.dtype == torch.bool else given.masked_fill(~ours, -torch.inf)

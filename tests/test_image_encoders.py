@@ -43,7 +43,8 @@ def save_clip(folder: Path) -> None:
     tokenizer = clip_tokenizer()
     text = {"vocab_size": len(tokenizer), "intermediate_size": 32, "bos_token_id": 0, "eos_token_id": 1}
     vision = {**WIDTH, **SIZE, "intermediate_size": 32}
-    CLIPModel(CLIPConfig({**WIDTH, **text}, vision, projection_dim=12)).save_pretrained(folder)
+    config = CLIPConfig(text_config={**WIDTH, **text}, vision_config=vision, projection_dim=12)
+    CLIPModel(config).save_pretrained(folder)
     CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -19,7 +19,7 @@ from blockskip_hooks.counters import CountFlops, LiveBytes
 from blockskip_hooks.families import FAMILIES, Family
 from blockskip_hooks.lora import add_lora, lora_targets
 from blockskip_hooks.losses import flow_matching_loss
-from blockskip_hooks.planner import PlanRequest, format_plan, plan_run
+from blockskip_hooks.planner import RECORD_OVERHEAD, PlanRequest, format_plan, plan_run
 from blockskip_hooks.presets import Preset, load_preset
 from blockskip_hooks.simulation import FakeTransformer, empty_model, simulate_vae
 from tests.tiny import TINY_FAMILIES, TinyFamily
@@ -229,11 +229,13 @@ def test_records_on_disk(preset: Preset, skipping_plan: dict[str, Any]) -> None:
     latents, image, text = 4 * 4 * 16 * 16, 4 * 32 * 64, 4 * 32 * TEXT_TOKENS
     expected = {"records": 20, "modulation_bytes": 0}
     record = latents + 2 * image + text
-    assert skipping_plan["residuals"] == {**expected, "bytes": 20 * record, "record_bytes": record, "stretches": 1}
+    size = {"bytes": 20 * (record + RECORD_OVERHEAD), "record_bytes": record}
+    assert skipping_plan["residuals"] == {**expected, **size, "stretches": 1}
     # Room for 7 records is room for 3 steps of 2: 20 samples need 4 stretches.
-    bounded = plan_run(request_for(preset, 1, 0, residual_budget_bytes=7 * (latents + image + text)))
     record = latents + image + text
-    assert bounded["residuals"] == {**expected, "bytes": 20 * record, "record_bytes": record, "stretches": 4}
+    bounded = plan_run(request_for(preset, 1, 0, residual_budget_bytes=7 * (record + RECORD_OVERHEAD)))
+    size = {"bytes": 20 * (record + RECORD_OVERHEAD), "record_bytes": record}
+    assert bounded["residuals"] == {**expected, **size, "stretches": 4}
 
 
 def test_recorded_modulation_is_on_disk_and_not_in_memory(preset: Preset) -> None:

@@ -7,10 +7,8 @@ import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -22,7 +20,7 @@ from blockskip_hooks.losses import flow_matching_loss
 from blockskip_hooks.planner import RECORD_OVERHEAD, PlanRequest, format_plan, plan_run
 from blockskip_hooks.presets import Preset, load_preset
 from blockskip_hooks.simulation import FakeTransformer, empty_model, simulate_vae
-from tests.tiny import TINY_FAMILIES, TinyFamily
+from tests.tiny import TINY_FAMILIES
 
 
 ROOT = Path(__file__).parents[1]
@@ -377,89 +375,6 @@ def test_the_vae_works_alone_where_it_would_need_more_than_training(preset: Pres
     assert not stage(beside, "validate")["vae_alone"]
 
 
-def test_images_come_in_batches_and_alone_without_a_difference() -> None:
-    """Chunks of a prompt's images, and a VAE that takes turns with the transformer, give the same images."""
-    from blockskip_hooks.images import VaePlacement, generate_images
-
-    tiny = TINY_FAMILIES[0]
-    family = tiny.make_family()
-    vae = family.load_vae(torch.float32, "cpu")
-    prompt = family.encode_prompts(family.load_text_pipeline(torch.float32, "cpu"), ["a photo of sks dog"])
-    model = DiTBlockSkipTransformer.from_pretrained(tiny.folder, BlockSkipConfig(leading=1, trailing=1))
-    kwargs = {"height": 32, "width": 32, "num_inference_steps": 2}
-    on_host: list[int] = []
-    original = model.on_host
-
-    @contextlib.contextmanager
-    def spy() -> Any:
-        with original():
-            on_host.append(1)
-            yield
-
-    model.on_host = spy  # type: ignore[method-assign]
-    together, apart = (
-        generate_images(
-            prompt, family=family, model=model, vae=vae, seeds=[1, 2, 3], pipeline_kwargs=kwargs, **settings
-        )[0]
-        for settings in ({}, {"images_at_once": 2, "placement": VaePlacement(alone=True)})
-    )
-    assert len(on_host) == 2 and len(apart) == 3
-    for one, other in zip(together, apart):
-        difference = torch.from_numpy(np.asarray(one).astype(int) - np.asarray(other).astype(int))
-        assert difference.abs().max() <= 1
-    assert "decode" not in vars(vae) and not vae.use_slicing and not hasattr(vae, "_hf_hook")
-
-
-def test_vae_and_transformer_are_never_on_the_device_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The places that the VAE and the transformer's frozen weights are sent to, in order."""
-    from blockskip_hooks.images import VaePlacement, generate_images
-
-    tiny = TINY_FAMILIES[0]
-    family = tiny.make_family()
-    vae = family.load_vae(torch.float32, "cpu")
-    prompt = family.encode_prompts(family.load_text_pipeline(torch.float32, "cpu"), ["a photo of sks dog"])
-    model = DiTBlockSkipTransformer.from_pretrained(tiny.folder, BlockSkipConfig(leading=1, trailing=1))
-    events: list[str] = []
-    move, decode, on_host, forward = type(vae).to, type(vae)._decode, model.on_host, type(model.transformer).forward
-
-    def note(event: str, call: Any) -> Any:
-        def noted(*args: Any, **kwargs: Any) -> Any:
-            events.append(event)
-            return call(*args, **kwargs)
-
-        return noted
-
-    @contextlib.contextmanager
-    def host() -> Any:
-        events.append("transformer away")
-        with on_host():
-            yield
-        events.append("transformer back")
-
-    # On a CPU the VAE is in place when it is asked to decode, so that move is missing.
-    monkeypatch.setattr(type(vae), "to", note("vae moves", move))
-    monkeypatch.setattr(type(vae), "_decode", note("decodes", decode))
-    monkeypatch.setattr(type(model.transformer), "forward", note("denoises", forward))
-    model.on_host = host  # type: ignore[method-assign]
-    settings = {"height": 32, "width": 32, "num_inference_steps": 1}
-    placement = VaePlacement(alone=True)
-    generate_images(
-        prompt, family=family, model=model, vae=vae, seeds=[1], pipeline_kwargs=settings, placement=placement
-    )
-    turns = ["denoises", "transformer away", "decodes", "vae moves", "transformer back"]
-    assert events == ["vae moves", *turns, "vae moves"]
-
-
-def test_every_vae_fetches_itself_when_it_decodes(tiny: TinyFamily) -> None:
-    """What lets a VAE wait in host memory: diffusers' decoration of ``decode``, which calls accelerate's hook."""
-    vae = tiny.make_family().load_vae(torch.float32, "cpu")
-    fetched: list[bool] = []
-    vae._hf_hook = SimpleNamespace(pre_forward=lambda module: fetched.append(module is vae))
-    height, width = 64, 64
-    vae.decode(torch.zeros(1, *tiny.make_family().vae_latent_shape(height, width)), return_dict=False)
-    assert fetched == [True]
-
-
 def test_images_are_decoded_in_tiles_where_the_whole_one_does_not_fit() -> None:
     """SANA's VAE needs several times the memory of a training step for a picture of 1024 pixels."""
     preset = load_preset("sana-0.6b")
@@ -479,27 +394,3 @@ def test_images_are_decoded_in_tiles_where_the_whole_one_does_not_fit() -> None:
     assert validate["vae_alone"] and validate["vae_tiled"] and "in tiles" in format_plan(plan)
     whole = simulate_vae(preset.family, 1, (1024, 1024), torch.bfloat16, decode=True)
     assert validate["peak_device_bytes"] < whole.peak_bytes / 2
-
-
-def test_tiling_ends_with_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    from blockskip_hooks.images import VaePlacement, generate_images
-
-    tiny = TINY_FAMILIES[0]
-    family = tiny.make_family()
-    vae = family.load_vae(torch.float32, "cpu")
-    prompt = family.encode_prompts(family.load_text_pipeline(torch.float32, "cpu"), ["a photo of sks dog"])
-    model = DiTBlockSkipTransformer(tiny.make_transformer(), BlockSkipConfig(leading=1))
-    tiled: list[bool] = []
-    decode = type(vae)._decode
-
-    def spy(self: Any, *args: Any, **kwargs: Any) -> Any:
-        tiled.append(self.use_tiling)
-        return decode(self, *args, **kwargs)
-
-    monkeypatch.setattr(type(vae), "_decode", spy)
-    settings = {"height": 32, "width": 32, "num_inference_steps": 1}
-    for placement in (VaePlacement(tiled=True), None):
-        generate_images(
-            prompt, family=family, model=model, vae=vae, seeds=[1], pipeline_kwargs=settings, placement=placement
-        )
-    assert tiled == [True, False] and not vae.use_tiling

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from blockskip_hooks import BlockSkipConfig, DiTBlockSkipTransformer
 from blockskip_hooks.blocks import list_blocks
-from blockskip_hooks.masking import image_sees_no_text, text_masked
+from blockskip_hooks.masking import image_sees_no_text, text_masked, text_masked_by_row
 from tests.tiny import TINY_FAMILIES, TinyFamily
 
 
@@ -178,6 +178,22 @@ def test_without_the_hooks_the_model_is_what_it_was(tiny: TinyFamily):
     with pytest.raises(ZeroDivisionError), text_masked(transformer, family, [0]):
         raise ZeroDivisionError
     assert torch.equal(predict(transformer, inputs), before)
+
+
+def test_each_image_of_a_batch_has_masked_blocks_of_its_own(tiny: TinyFamily):
+    """As if each were made alone, also in a batch of twice the size, which guidance asks for."""
+    transformer, family = tiny.make_transformer().eval(), tiny.make_family()
+    rows: list[set[int]] = [{0, 1}, {2}, set()]
+    inputs = inputs_for(tiny, 6 * embeds_of(tiny, PROMPTS[1:]))
+    expected = []
+    for row in rows:
+        with text_masked(transformer, family, row):
+            expected.append(predict(transformer, inputs))
+    with text_masked_by_row(transformer, family, rows):
+        together = predict(transformer, inputs)
+    assert not torch.allclose(expected[0], expected[1], atol=1e-5)
+    for position in range(6):
+        assert (together[position] - expected[position % 3][position]).abs().max() <= 1e-5
 
 
 def test_streamed_blocks_are_masked_alike(tiny: TinyFamily):

@@ -7,7 +7,7 @@ nothing. Everything else of the model is untouched, and without the hooks it is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from inspect import signature
 from typing import Any
@@ -25,8 +25,8 @@ from .families import Family
 
 MASKING_HOOK = "blockskip_masking"
 
-Mask = Callable[[int], "torch.Tensor | None"]
-"""From the length of an attention's sequence to what may be seen, ``(1 or batch, 1, queries, keys)`` booleans."""
+Mask = Callable[[int, int], "torch.Tensor | None"]
+"""From an attention's batch and sequence length to what may be seen, ``(1 or batch, 1, queries, keys)`` booleans."""
 
 
 @contextmanager
@@ -41,8 +41,25 @@ def text_masked(transformer: ModelMixin, family: Family, blocks: Iterable[int]) 
     Raises:
         ValueError: if a block does not exist.
     """
+    with text_masked_by_row(transformer, family, [set(blocks)]):
+        yield
+
+
+@contextmanager
+def text_masked_by_row(transformer: ModelMixin, family: Family, rows: Sequence[Collection[int]]) -> Iterator[None]:
+    """As :func:`text_masked`, with blocks of its own for each image of a batch.
+
+    Args:
+        transformer: The transformer, whole or wrapped by placeholders.
+        family: Its family, which knows where the text is.
+        rows: For each image the indices of its masked blocks. A batch of several times as many images, such as that
+            of guidance, goes through them again.
+
+    Raises:
+        ValueError: if a block does not exist.
+    """
     every = list_blocks(transformer, family.block_stacks)
-    chosen = sorted(set(blocks))
+    chosen = sorted(set().union(*rows))
     if chosen and not 0 <= chosen[0] <= chosen[-1] < len(every):
         raise ValueError(f"Blocks {chosen} cannot be masked: the {len(every)} blocks are 0 to {len(every) - 1}.")
     inputs: dict[str, Any] = {}
@@ -52,8 +69,14 @@ def text_masked(transformer: ModelMixin, family: Family, blocks: Iterable[int]) 
         inputs.clear()
         inputs.update(parameters.bind(module, *args, **kwargs).arguments)
 
-    def may_see(length: int) -> torch.Tensor | None:
-        return image_sees_no_text(family.text_positions(transformer.config, inputs, length))
+    def masks(index: int) -> Mask:
+        masked = torch.tensor([index in row for row in rows])
+
+        def may_see(batch: int, length: int) -> torch.Tensor | None:
+            positions = family.text_positions(transformer.config, inputs, length)
+            return image_sees_no_text(positions, _repeated(masked, batch))
+
+        return may_see
 
     hooked: list[torch.nn.Module] = []
     watch = transformer.register_forward_pre_hook(remember, with_kwargs=True)
@@ -61,9 +84,10 @@ def text_masked(transformer: ModelMixin, family: Family, blocks: Iterable[int]) 
         for index in chosen:
             block = every[index].module
             if family.cross_attention is None:
-                target, hook = block, JointMaskingHook(may_see)
+                target, hook = block, JointMaskingHook(masks(index))
             else:
-                target, hook = block.get_submodule(family.cross_attention), CrossMaskingHook()
+                masked = torch.tensor([index in row for row in rows])
+                target, hook = block.get_submodule(family.cross_attention), CrossMaskingHook(masked)
             HookRegistry.check_if_exists_or_initialize(target).register_hook(hook, MASKING_HOOK)
             hooked.append(target)
         yield
@@ -73,32 +97,50 @@ def text_masked(transformer: ModelMixin, family: Family, blocks: Iterable[int]) 
             HookRegistry.check_if_exists_or_initialize(target).remove_hook(MASKING_HOOK, recurse=False)
 
 
-def image_sees_no_text(is_text: torch.Tensor) -> torch.Tensor | None:
+def image_sees_no_text(is_text: torch.Tensor, masked: torch.Tensor | None = None) -> torch.Tensor | None:
     """What may be seen when image queries must not see text keys.
 
     Args:
         is_text: Which tokens of the sequence are text, ``(1 or batch, tokens)`` booleans.
+        masked: Images of the batch for which it is so, ``(1 or batch,)`` booleans; by default all.
 
     Returns:
         Booleans ``(1 or batch, 1, tokens, tokens)``, or ``None`` if there is nothing to hide.
     """
     if not is_text.any():
         return None
-    return (is_text[:, :, None] | ~is_text[:, None, :])[:, None]
+    seen = is_text[:, :, None] | ~is_text[:, None, :]
+    if masked is not None and not masked.all():
+        seen = seen | ~masked[:, None, None]
+    return seen[:, None]
+
+
+def _repeated(rows: torch.Tensor, batch: int) -> torch.Tensor:
+    """Values of one or some images, for a batch of a multiple of them."""
+    return rows if len(rows) == 1 else rows.repeat(batch // len(rows))
 
 
 class CrossMaskingHook(ModelHook):
-    """Lets a cross-attention layer contribute nothing."""
+    """Lets a cross-attention layer contribute nothing.
+
+    Args:
+        masked: To which images of the batch, ``(1 or batch,)`` booleans.
+    """
+
+    def __init__(self, masked: torch.Tensor) -> None:
+        super().__init__()
+        self.masked = masked
 
     def post_forward(self, module: torch.nn.Module, output: torch.Tensor) -> torch.Tensor:
-        return torch.zeros_like(output)
+        masked = _repeated(self.masked, output.shape[0]).to(output.device)
+        return output.masked_fill(masked.reshape(-1, *(1,) * (output.ndim - 1)), 0.0)
 
 
 class JointMaskingHook(ModelHook):
     """Hides text from image queries in every attention of a block.
 
     Args:
-        may_see: The mask for a sequence length.
+        may_see: The mask for a batch and a sequence length.
     """
 
     def __init__(self, may_see: Mask) -> None:
@@ -132,7 +174,8 @@ class _MaskedProducts(TorchFunctionMode):
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
-        return func(query, key, value, _both(attn_mask, self.may_see(key.shape[-2]), query), *args, **kwargs)
+        ours = self.may_see(key.shape[0], key.shape[-2])
+        return func(query, key, value, _both(attn_mask, ours, query), *args, **kwargs)
 
 
 @contextmanager
@@ -146,7 +189,7 @@ def _masked_flex(may_see: Mask) -> Iterator[None]:
 
     def masked(query: torch.Tensor, key: torch.Tensor, *args: Any, attn_mask: Any = None, **kwargs: Any) -> Any:
         # Its tensors are (batch, tokens, heads, dim), and it wants the mask of a product's full shape.
-        mask = _both(attn_mask, may_see(key.shape[1]), query)
+        mask = _both(attn_mask, may_see(key.shape[0], key.shape[1]), query)
         if mask is not None:
             mask = mask.expand(query.shape[0], 1, query.shape[1], key.shape[1])
         return flex(query, key, *args, attn_mask=mask, **kwargs)

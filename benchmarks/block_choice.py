@@ -37,9 +37,11 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from blockskip_hooks.embedded import embedded_model, embedded_photos, embedded_subjects
+from blockskip_hooks.image_encoders import load_image_encoder
 from blockskip_hooks.monitor import write_json
+from blockskip_hooks.residual_store import folder_digest
 from blockskip_hooks.selection import select_blocks
-from blockskip_hooks.subject_encoder import SubjectEncoder
+from blockskip_hooks.selection_tables import find_table, read_table
 
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "dreambooth_blockskip" / "train_dreambooth_blockskip.py"
@@ -48,7 +50,7 @@ NUM_BLOCKS = 18
 IMAGES_PER_PROMPT, IMAGE_STEPS, IMAGE_SEED = 2, 12, 100
 
 
-def train(output: Path, subject: str, seed: int, skip: str, extra: list[str]) -> None:
+def train(output: Path, subject: str, seed: int, skip: str) -> None:
     """Train one LoRA by the script, in this process.
 
     Raises:
@@ -68,7 +70,7 @@ def train(output: Path, subject: str, seed: int, skip: str, extra: list[str]) ->
         "--num_validation_images": 0,
         "--checkpointing_steps": 10**6,
     }
-    argv = [str(item) for pair in settings.items() for item in pair] + extra
+    argv = [str(item) for pair in settings.items() for item in pair]
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         code = script.main(argv)
@@ -76,18 +78,11 @@ def train(output: Path, subject: str, seed: int, skip: str, extra: list[str]) ->
         raise RuntimeError(f"{' '.join(argv)} ended with {code}: {said.getvalue()[-500:]}")
 
 
-@torch.no_grad()
-def embed(encoder: SubjectEncoder, images: list[Image.Image]) -> torch.Tensor:
-    """Embeddings ``(N, D)`` of length 1."""
-    pixels = np.stack([np.asarray(i.convert("RGB").resize((64, 64), Image.Resampling.LANCZOS)) for i in images])
-    return encoder.embed(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1)
-
-
 def fidelity(lora: Path | None, subject: str) -> dict[str, Any]:
     """How far images with a LoRA (or without any) show the subject: similarity to its photos, share retrieved."""
-    encoder = SubjectEncoder.from_pretrained(embedded_model().parent / "subject_encoder")
+    encoder = load_image_encoder("subject")
     gallery = {
-        name: embed(encoder, [Image.open(path) for path in sorted(embedded_photos(name).glob("*.png"))])
+        name: encoder.embed([Image.open(path) for path in sorted(embedded_photos(name).glob("*.png"))])
         for name in embedded_subjects()
     }
     pipeline = FluxPipeline.from_pretrained(embedded_model(), torch_dtype=torch.float32)
@@ -106,7 +101,7 @@ def fidelity(lora: Path | None, subject: str) -> dict[str, Any]:
         num_images_per_prompt=IMAGES_PER_PROMPT,
         generator=[torch.Generator().manual_seed(IMAGE_SEED + i) for i in range(len(prompts) * IMAGES_PER_PROMPT)],
     ).images
-    vectors = embed(encoder, images)
+    vectors = encoder.embed(images)
     own = (vectors @ gallery[subject].T).mean(1)
     nearest = [max(gallery, key=lambda name: float((vector @ gallery[name].T).mean())) for vector in vectors]
     return {
@@ -116,16 +111,16 @@ def fidelity(lora: Path | None, subject: str) -> dict[str, Any]:
     }
 
 
-def run_cell(cell: tuple[Path, str, int, str, list[str]]) -> None:
+def run_cell(cell: tuple[Path, str, int, str]) -> None:
     """Train and measure one cell, unless its file is there."""
-    folder, subject, seed, skip, extra = cell
+    folder, subject, seed, skip = cell
     torch.set_num_threads(1)
     path = cell_file(folder, subject, seed, skip)
     if path.is_file():
         return
     output = path.with_suffix("")
     if skip != "base":
-        train(output, subject, seed, skip, extra)
+        train(output, subject, seed, skip)
     write_json(
         path, {"subject": subject, "seed": seed, "skip": skip, **fidelity(output if skip != "base" else None, subject)}
     )
@@ -135,10 +130,20 @@ def cell_file(folder: Path, subject: str, seed: int, skip: str) -> Path:
     return folder / f"{subject}-{seed}-{skip.replace(',', '_')}.json"
 
 
-def bootstrap(values: list[float], rounds: int = 2000) -> list[float]:
-    """Mean and the bounds of its bootstrap 95 % interval; each value is one subject and seed."""
-    sample, generator = np.asarray(values), np.random.default_rng(0)
-    means = generator.choice(sample, (rounds, len(sample))).mean(1)
+def bootstrap(values: dict[tuple[str, int], float], rounds: int = 2000) -> list[float]:
+    """Mean and the bounds of its bootstrap 95 % interval, subjects drawn first and then seeds of each.
+
+    Args:
+        values: By subject and seed.
+        rounds: Samples drawn.
+    """
+    subjects = sorted({subject for subject, _ in values})
+    # Equally many seeds of every subject: a table (subjects, seeds).
+    sample = np.array([[value for key, value in sorted(values.items()) if key[0] == name] for name in subjects])
+    generator = np.random.default_rng(0)
+    drawn = generator.integers(0, len(subjects), (rounds, len(subjects), 1))
+    seeds = generator.integers(0, sample.shape[1], (rounds, len(subjects), sample.shape[1]))
+    means = sample[drawn, seeds].mean((1, 2))
     return [round(float(v), 4) for v in (sample.mean(), *np.quantile(means, (0.025, 0.975)))]
 
 
@@ -150,22 +155,26 @@ def summarise(cells: list[dict[str, Any]], skipped: int, chosen: dict[str, str])
     pairs = [f"{n},{skipped - n}" for n in range(skipped + 1)]
     shared = sorted(set.intersection(*(set(table[pair]) for pair in pairs)))
     at_random = {key: mean(table[pair][key] for pair in pairs) for key in shared}
+    best = max(pairs, key=lambda pair: mean(table[pair][key] for key in shared))
     against = {"all pairs, mean": at_random, "leading only": table[pairs[-1]], "trailing only": table[pairs[0]]}
     retrieved = {skip: round(mean(cell["retrieved"] for cell in cells if cell["skip"] == skip), 3) for skip in table}
     return {
         "skipped": skipped,
         "runs_per_pair": len(shared),
-        "similarity": {skip: bootstrap([row[key] for key in shared if key in row]) for skip, row in table.items()},
+        "similarity": {
+            skip: bootstrap({key: row[key] for key in shared if key in row}) for skip, row in table.items()
+        },
         "retrieved": retrieved,
         "chosen": chosen,
         "difference": {
-            name: {other: bootstrap([table[pair][key] - row[key] for key in shared]) for other, row in against.items()}
+            name: {
+                other: bootstrap({key: table[pair][key] - row[key] for key in shared})
+                for other, row in against.items()
+            }
             for name, pair in chosen.items()
         },
         "regret": {
-            name: bootstrap(
-                [max(mean(table[p][k] for k in shared) for p in pairs) - table[pair][key] for key in shared]
-            )
+            name: bootstrap({key: table[best][key] - table[pair][key] for key in shared})
             for name, pair in chosen.items()
         },
     }
@@ -188,18 +197,19 @@ def main(argv: list[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     pairs = args.pairs or ["base", "none", *(f"{n},{args.skipped - n}" for n in range(args.skipped + 1))]
     keys = list(itertools.product(args.seeds, args.subjects, pairs))
-    cells = [(folder, subject, seed, pair, []) for seed, subject, pair in keys]
-    missing = [cell for cell in cells if not cell_file(*cell[:4]).is_file()]
+    cells = [(folder, subject, seed, pair) for seed, subject, pair in keys]
+    missing = [cell for cell in cells if not cell_file(*cell).is_file()]
     with multiprocessing.get_context("fork").Pool(args.jobs, maxtasksperchild=4) as pool:
         for _ in tqdm(pool.imap_unordered(run_cell, missing), total=len(missing), desc="Cells"):
             pass
     if args.pairs:
         return 0
-    results = [json.loads(cell_file(*cell[:4]).read_text()) for cell in cells]
-    chosen = {"auto": select_blocks(str(args.skipped), 0.5, NUM_BLOCKS, ("embedded micro-FLUX",))}
-    picked = {name: f"{pair.leading},{pair.trailing}" for name, pair in chosen.items()}
-    for name, _, file in (item.partition("=") for item in args.tables):
-        picked[name] = ",".join(map(str, json.loads(Path(file).read_text())["pairs"][str(args.skipped)]))
+    results = [json.loads(cell_file(*cell).read_text()) for cell in cells]
+    weights = folder_digest(embedded_model() / "transformer")
+    tables = {"auto": find_table(NUM_BLOCKS, (), weights), "rule": None}
+    tables |= {name: read_table(Path(file)) for name, _, file in (item.partition("=") for item in args.tables)}
+    selections = {name: select_blocks(str(args.skipped), 0.5, NUM_BLOCKS, table) for name, table in tables.items()}
+    picked = {name: f"{selection.leading},{selection.trailing}" for name, selection in selections.items()}
     summary = summarise(results, args.skipped, picked)
     print(json.dumps(summary, indent=2))
     if args.json:

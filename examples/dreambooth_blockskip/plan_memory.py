@@ -11,20 +11,22 @@ import argparse
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
 from blockskip_hooks.arguments import MEMORY_OPTIONS, parse_bytes
-from blockskip_hooks.blocks import list_blocks
+from blockskip_hooks.blocks import block_bytes, list_blocks
 from blockskip_hooks.budget import fit_budget
 from blockskip_hooks.config import BlockSkipConfig, PatchSamplingConfig
 from blockskip_hooks.monitor import format_bytes
 from blockskip_hooks.planner import PlanRequest, format_plan, plan_run
 from blockskip_hooks.presets import Preset, load_preset, preset_names
 from blockskip_hooks.quantization import METHODS, QuantizationConfig
-from blockskip_hooks.selection import Selection, select_blocks
+from blockskip_hooks.selection import Selection, select_blocks, select_by_bytes, selections_by_bytes
+from blockskip_hooks.selection_tables import find_table, read_table
 from blockskip_hooks.simulation import empty_model
 
 
@@ -38,6 +40,8 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--preset", required=True, help=f"Model: {', '.join(preset_names())}.")
     flag("--skip_blocks", default="auto", help="Blocks to skip: none, auto, N in all, or n,m (leading,trailing).")
     flag("--skip_ratio", type=float, default=0.3, help="Part of all blocks that --skip_blocks auto skips.")
+    flag("--skip_budget", help="Bytes of parameters that --skip_blocks auto frees instead, like 10GiB.")
+    flag("--selection_table", help="Table that says which blocks to skip, from select_blocks.py.")
     flag("--resolution", type=int, default=512, help="Largest patch in pixels.")
     flag("--training_resolution", type=int, help="Side trained at; default: half of --resolution if blocks skip.")
     flag("--rank", type=int, default=4, help="Rank of the LoRA matrices.")
@@ -66,7 +70,32 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def make_requests(args: argparse.Namespace, preset: Preset) -> tuple[PlanRequest, PlanRequest]:
+def list_selections(args: argparse.Namespace, preset: Preset) -> tuple[Selection, list[Selection]]:
+    """The blocks to skip by the flags, and all choices that ``--memory_budget`` has, mildest first.
+
+    Raises:
+        ValueError: one line that names the flag and the fix.
+    """
+    blocks = list_blocks(empty_model(preset.transformer_config), preset.family.block_stacks)
+    sizes = block_bytes(blocks, DTYPES[args.mixed_precision])
+    if args.selection_table is not None and not Path(args.selection_table).is_file():
+        raise ValueError(f"--selection_table {args.selection_table} is not a file; give one of select_blocks.py's.")
+    file = args.selection_table
+    table = read_table(Path(file)) if file is not None else find_table(len(sizes), (preset.name,), None)
+    if table is not None and table.num_blocks != len(sizes):
+        raise ValueError(
+            f"--selection_table {file} is about {table.num_blocks} blocks; {preset.name} has {len(sizes)}."
+        )
+    every = [selection for selection, _ in selections_by_bytes(sizes, table)]
+    budget = _bytes_of(args, "skip_budget")
+    if budget is None:
+        return select_blocks(args.skip_blocks, args.skip_ratio, len(sizes), table), every
+    if args.skip_blocks != "auto":
+        raise ValueError(f"--skip_budget and --skip_blocks {args.skip_blocks} both say what to skip; give auto.")
+    return select_by_bytes(budget, sizes, table), every
+
+
+def make_requests(args: argparse.Namespace, preset: Preset, selection: Selection) -> tuple[PlanRequest, PlanRequest]:
     """The plan asked for, and plain LoRA at the full resolution on the same terms.
 
     Raises:
@@ -77,8 +106,6 @@ def make_requests(args: argparse.Namespace, preset: Preset) -> tuple[PlanRequest
     for name in ("rank", "train_batch_size", "max_sequence_length", "max_train_steps"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}; give 1 or more.")
-    num_blocks = len(list_blocks(empty_model(preset.transformer_config), preset.family.block_stacks))
-    selection: Selection = select_blocks(args.skip_blocks, args.skip_ratio, num_blocks, (preset.name,))
     config = BlockSkipConfig(leading=selection.leading, trailing=selection.trailing)
     training_resolution = args.training_resolution
     if training_resolution is None:
@@ -112,13 +139,13 @@ def make_requests(args: argparse.Namespace, preset: Preset) -> tuple[PlanRequest
         text_encoders=preset.text_encoders,
         validation_resolution=args.validation_resolution,
         memory_budget_bytes=_bytes_of(args, "memory_budget"),
-        skip_source=selection.source,
-        skip_table=selection.table,
+        selection=selection,
     )
     plain = BlockSkipConfig()
     comparison = replace(
         request,
         config=plain,
+        selection=None,
         patch=PatchSamplingConfig(mode="none", min_size=args.resolution, **shared),
         lora_targets=preset.lora_targets(plain, layers),
         recorded_layers=(),
@@ -129,7 +156,9 @@ def make_requests(args: argparse.Namespace, preset: Preset) -> tuple[PlanRequest
     return request, comparison
 
 
-def make_plan(args: argparse.Namespace, preset: Preset, request: PlanRequest) -> dict[str, Any]:
+def make_plan(
+    args: argparse.Namespace, preset: Preset, request: PlanRequest, selections: list[Selection]
+) -> dict[str, Any]:
     """The plan asked for or, with ``--memory_budget`` and ``--skip_blocks auto``, the one that fits.
 
     Raises:
@@ -137,18 +166,16 @@ def make_plan(args: argparse.Namespace, preset: Preset, request: PlanRequest) ->
     """
     if request.memory_budget_bytes is None or args.skip_blocks != "auto":
         return plan_run(request)
-    num_blocks = len(list_blocks(empty_model(preset.transformer_config), preset.family.block_stacks))
     with tqdm(desc="Fitting the memory budget", unit="plan", disable=None) as bar:
 
-        def planned(num_skipped: int, options: tuple[str, ...]) -> dict[str, Any]:
+        def planned(selection: Selection, options: tuple[str, ...]) -> dict[str, Any]:
             bar.update()
             flags = dict(MEMORY_OPTIONS[option] for option in options)
-            skip = str(num_skipped) if num_skipped else "none"
-            changed, _ = make_requests(argparse.Namespace(**{**vars(args), **flags, "skip_blocks": skip}), preset)
+            changed, _ = make_requests(argparse.Namespace(**{**vars(args), **flags}), preset, selection)
             return plan_run(changed)
 
         options = [name for name in MEMORY_OPTIONS if name in args.memory_options]
-        choice = fit_budget(planned, num_blocks, request.memory_budget_bytes, options)
+        choice = fit_budget(planned, selections, request.memory_budget_bytes, options)
     choice.plan["fits"]["reason"] = choice.reason
     return choice.plan
 
@@ -175,9 +202,10 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         preset = load_preset(args.preset)
-        request, comparison = make_requests(args, preset)
-        plan, plain = make_plan(args, preset, request), _train(plan_run(comparison))
-    except ValueError as error:
+        selection, selections = list_selections(args, preset)
+        request, comparison = make_requests(args, preset, selection)
+        plan, plain = make_plan(args, preset, request, selections), _train(plan_run(comparison))
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     train = _train(plan)

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from .arguments import MEMORY_OPTIONS, family_flags, parse_bytes, parse_skip_blocks
+from .arguments import MEMORY_OPTIONS, family_flags, looks_up_blocks, parse_bytes, parse_skip_blocks
 from .buckets import parse_buckets
 from .families import FAMILIES, Family
 from .quantization import read_quantization
@@ -52,8 +52,8 @@ def check_family_flags(args: argparse.Namespace, family: type[Family]) -> None:
 
 _AT_LEAST_ONE = (
     "resolution repeats max_sequence_length min_patch_size max_patch_size precompute_batch_size rank lora_alpha "
-    "train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps sample_batch_size num_class_images "
-    "validation_epochs validation_num_inference_steps checkpointing_steps checkpoints_total_limit lr_num_cycles"
+    "probe_steps train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps sample_batch_size "
+    "num_class_images validation_epochs validation_num_inference_steps checkpointing_steps checkpoints_total_limit lr_num_cycles"
 )
 _NOT_NEGATIVE = (
     "dataloader_num_workers lr_warmup_steps num_validation_images seed guidance_scale validation_guidance_scale "
@@ -140,7 +140,18 @@ def _check_skipping(args: argparse.Namespace) -> None:
             raise ValueError(f"{low} is above {high}; lower the first or raise the second.")
     if args.aspect_ratio_buckets is not None:
         parse_buckets(args.aspect_ratio_buckets)
-    for name in ("residual_budget", "memory_budget"):
+    if args.skip_budget is not None and parse_skip_blocks(args.skip_blocks) != "auto":
+        raise ValueError(
+            f"--skip_budget {args.skip_budget} and --skip_blocks {args.skip_blocks} both say what to skip; give "
+            "--skip_blocks auto."
+        )
+    if args.skip_budget is not None and args.memory_budget is not None:
+        raise ValueError("--skip_budget and --memory_budget both choose the blocks to skip; give one of them.")
+    if args.selection_table is not None and args.select_on == "subject":
+        raise ValueError("--selection_table and --select_on subject are two sources of one choice; give one of them.")
+    if args.selection_table is not None and not Path(args.selection_table).is_file():
+        raise ValueError(f"--selection_table {args.selection_table} is not a file; give one of select_blocks.py's.")
+    for name in ("residual_budget", "memory_budget", "skip_budget"):
         if getattr(args, name) is not None:
             try:
                 parse_bytes(getattr(args, name))
@@ -220,6 +231,14 @@ def _without_effect(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
         (args.with_prior_preservation, ("class_data_dir", "class_prompt"), "--with_prior_preservation"),
         (args.dataset_name, ("dataset_config_name", "image_column", "caption_column"), "--dataset_name"),
         (parse_skip_blocks(args.skip_blocks) == "auto", ("skip_ratio",), "--skip_blocks auto"),
+        (not args.skip_budget, ("skip_ratio",), "a choice by ratio, which --skip_budget replaces"),
+        (
+            looks_up_blocks(args),
+            ("selection_table", "select_on", "strict_table"),
+            "--skip_blocks auto or a number of blocks",
+        ),
+        (args.select_on != "table", ("selection_encoder",), "--select_on base or subject"),
+        (args.select_on == "subject", ("probe_steps",), "--select_on subject"),
         (skipping or args.memory_budget, ("residuals",), "skipped blocks"),
         (args.memory_budget, ("memory_options",), "--memory_budget"),
         (

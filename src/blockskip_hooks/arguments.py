@@ -105,6 +105,13 @@ def parse_skip_blocks(text: str, num_blocks: int | None = None) -> tuple[int, in
     return skipped
 
 
+def looks_up_blocks(args: argparse.Namespace) -> bool:
+    """Whether the flags leave it to a selection table or the rule which blocks are skipped."""
+    choice = parse_skip_blocks(args.skip_blocks)
+    # A memory budget chooses by itself unless the flag was typed.
+    return choice == "auto" or isinstance(choice, int) or bool(args.memory_budget and "skip_blocks" not in args.given)
+
+
 def family_flags() -> dict[str, Flag]:
     """The flags that some families own, by name; of several owners' descriptions the first one's."""
     flags: dict[str, Flag] = {}
@@ -156,6 +163,20 @@ def build_parser() -> argparse.ArgumentParser:
     flag = parser.add_argument_group("block skipping").add_argument
     flag("--skip_blocks", default="none", help="Blocks to skip: none, auto, N in all, or n,m (leading,trailing).")
     flag("--skip_ratio", type=float, default=0.3, help="Part of all blocks that --skip_blocks auto skips.")
+    flag("--skip_budget", help="Bytes of parameters that --skip_blocks auto frees instead, like 10GiB.")
+    flag(
+        "--selection_table",
+        help="Table that says which blocks to skip, from select_blocks.py; default: what is known.",
+    )
+    flag(
+        "--select_on",
+        choices=("table", "base", "subject"),
+        default="table",
+        help="Measure which blocks to skip: on the base model where no table was measured, or on a probe LoRA.",
+    )
+    flag("--selection_encoder", help="Image encoder for that: hub id, folder or offline; default: DINO ViT-S/16.")
+    flag("--probe_steps", type=int, default=100, help="Optimizer steps of the probe LoRA for --select_on subject.")
+    flag("--strict_table", action="store_true", help="Refuse to choose blocks by anything that was not measured.")
     flag(
         "--residuals",
         choices=get_args(ResidualMode),

@@ -83,6 +83,11 @@ def list_blocks(transformer: torch.nn.Module, stacks: Sequence[str] | None = Non
     return tuple(blocks)
 
 
+def block_bytes(blocks: Sequence[Block], dtype: torch.dtype) -> list[int]:
+    """Bytes of each block's parameters in ``dtype``."""
+    return [sum(p.numel() for p in block.module.parameters()) * dtype.itemsize for block in blocks]
+
+
 def modulation_layers(spans: BlockSpans, suffixes: Sequence[str]) -> tuple[str, ...]:
     """Qualified names of the kept blocks' linear layers with these names, relative to their block, in order."""
     return tuple(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
 from .arguments import MEMORY_OPTIONS, parse_bytes
+from .blocks import block_bytes, list_blocks
 from .budget import fit_budget, largest_stage
 from .embedded import DEFAULT_SUBJECT
 from .families import Family
@@ -19,6 +20,7 @@ from .monitor import format_bytes
 from .planner import PlanRequest, format_plan, plan_run
 from .quantization import read_quantization
 from .run import Run, choose_blocks
+from .selection import Selection, selections_by_bytes
 from .simulation import empty_model
 
 
@@ -63,10 +65,13 @@ def plan_for(run: Run, dtype: torch.dtype, num_processes: int) -> dict[str, Any]
         class_batch_size=args.sample_batch_size if args.with_prior_preservation else None,
         class_resolution=run.image_size,
         validation_extra_bytes=_weights_bytes(family, dtype),
-        skip_source=run.selection.source,
-        skip_table=run.selection.table,
+        selection=run.selection,
     )
-    return plan_run(request)
+    plan = plan_run(request)
+    if run.table is not None and run.table.leading:
+        sizes = block_bytes(list_blocks(run.skeleton.transformer, family.block_stacks), dtype)
+        plan["skip"]["trade_off"] = [asdict(point) for point in run.table.trade_off(sizes)]
+    return plan
 
 
 def make_plan(run: Run, dtype: torch.dtype, num_processes: int) -> tuple[Run, dict[str, Any]]:
@@ -91,11 +96,12 @@ def make_plan(run: Run, dtype: torch.dtype, num_processes: int) -> tuple[Run, di
     budget = parse_bytes(args.memory_budget)
     fixed = "skip_blocks" in args.given and args.skip_blocks != "auto"
 
-    def changed(num_skipped: int, options: tuple[str, ...]) -> Run:
+    def changed(selection: Selection, options: tuple[str, ...]) -> Run:
         flags = dict(MEMORY_OPTIONS[option] for option in options)
-        skip = args.skip_blocks if fixed else str(num_skipped) if num_skipped else "none"
-        settings = argparse.Namespace(**{**vars(args), **flags, "skip_blocks": skip})
-        blocks = choose_blocks(settings, run.family, run.model_name)
+        settings = argparse.Namespace(**{**vars(args), **flags})
+        # A pair of numbers is taken as it is; what it was taken from is said by the selection.
+        settings.skip_blocks = f"{selection.leading},{selection.trailing}" if selection.num_skipped else "none"
+        blocks = choose_blocks(settings, run.family, run.model_name, run.table) | {"selection": selection}
         return replace(run, args=settings, quantization=read_quantization(settings), **blocks)
 
     options = [name for name in MEMORY_OPTIONS if name in args.memory_options]
@@ -109,15 +115,16 @@ def make_plan(run: Run, dtype: torch.dtype, num_processes: int) -> tuple[Run, di
                 f"{stage['name']}, more than --memory_budget {args.memory_budget}; use --skip_blocks auto."
             )
     else:
-        num_blocks = run.selection.blocks
+        sizes = block_bytes(list_blocks(run.skeleton.transformer, run.family.block_stacks), dtype)
+        selections = [selection for selection, _ in selections_by_bytes(sizes, run.table)]
         with tqdm(desc="Fitting the memory budget", unit="plan", disable=None) as bar:
 
-            def planned(num_skipped: int, options: tuple[str, ...]) -> dict[str, Any]:
+            def planned(selection: Selection, options: tuple[str, ...]) -> dict[str, Any]:
                 bar.update()
-                return plan_for(changed(num_skipped, options), dtype, num_processes)
+                return plan_for(changed(selection, options), dtype, num_processes)
 
-            choice = fit_budget(planned, num_blocks, budget, options)
-        run, plan = changed(choice.num_skipped, choice.options), choice.plan
+            choice = fit_budget(planned, selections, budget, options)
+        run, plan = changed(choice.selection, choice.options), choice.plan
     plan["fits"] = {"budget_bytes": budget, "ok": True, "reason": choice.reason if choice else None}
     return run, plan
 

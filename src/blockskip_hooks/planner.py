@@ -19,6 +19,7 @@ from .hooks import SpanResiduals
 from .monitor import format_bytes
 from .quantization import QuantizationConfig
 from .residual_dtype import PACKED, ResidualDtype, packed_bytes
+from .selection import Selection
 from .simulation import FakeTransformer, Usage, simulate_text_encoder, simulate_vae
 from .text_encoders import large_encoders
 
@@ -70,8 +71,7 @@ class PlanRequest:
         class_batch_size: Class images made at a time, at most; ``None`` if there are none to make.
         class_resolution: Their side in pixels.
         memory_budget_bytes: What every stage must fit in; ``None`` for no limit.
-        skip_source: Where the spans come from, for the plan's ``skip`` part.
-        skip_table: Name of the selection table, for the same.
+        selection: Where the spans come from, for the plan's ``skip`` part; by default the flag.
     """
 
     family: Family
@@ -103,8 +103,7 @@ class PlanRequest:
     class_batch_size: int | None = None
     class_resolution: int = 0
     memory_budget_bytes: int | None = None
-    skip_source: str = "flag"
-    skip_table: str | None = None
+    selection: Selection | None = None
 
     @property
     def training_size(self) -> tuple[int, int]:
@@ -194,16 +193,10 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
 
     largest = max(stage["peak_device_bytes"] for stage in stages)
     budget = request.memory_budget_bytes
+    selection = request.selection or Selection(num_blocks, request.config.leading, request.config.trailing, "flag")
     return {
         "schema": SCHEMA,
-        "skip": {
-            "blocks": num_blocks,
-            "leading": request.config.leading,
-            "trailing": request.config.trailing,
-            "ratio": round(request.config.num_skipped / num_blocks, 4),
-            "source": request.skip_source,
-            "table": request.skip_table,
-        },
+        "skip": selection.as_dict(),
         "quantization": request.quantization.name if request.quantization else None,
         "patch": {
             "mode": request.patch.mode,

@@ -20,8 +20,8 @@ from accelerate import Accelerator, init_empty_weights
 from accelerate.utils import broadcast_object_list
 
 from .argument_checks import check_family_flags, validate_args
-from .arguments import apply_defaults, parse_bytes
-from .blocks import list_blocks, modulation_layers
+from .arguments import apply_defaults, looks_up_blocks, parse_bytes
+from .blocks import block_bytes, list_blocks, modulation_layers
 from .buckets import parse_buckets, standard_buckets
 from .checkpoints import read_state
 from .config import BlockSkipConfig, PatchSamplingConfig
@@ -35,7 +35,8 @@ from .monitor import format_seconds
 from .quantization import QuantizationConfig, read_quantization
 from .residual_store import folder_digest
 from .sample_plan import SampleKind, SamplePlan
-from .selection import Selection, select_blocks
+from .selection import Selection, select_blocks, select_by_bytes
+from .selection_tables import SelectionTable, find_table, read_table
 from .training_data import PhotoSource
 from .transformer import DiTBlockSkipTransformer
 from .version import __version__
@@ -65,6 +66,7 @@ class Run:
         prompts: Validation prompts.
         pipeline_kwargs: Arguments of the pipeline call that the model asks for.
         quantization: How kept blocks are held; ``None`` for plain weights.
+        table: What is known of the harm of skipping this model's blocks.
     """
 
     args: argparse.Namespace
@@ -80,10 +82,19 @@ class Run:
     prompts: list[str]
     pipeline_kwargs: dict[str, Any] = field(default_factory=dict)
     quantization: QuantizationConfig | None = None
+    table: SelectionTable | None = None
 
     @property
     def output_dir(self) -> Path:
         return Path(self.args.output_dir)
+
+    @property
+    def needs_search(self) -> bool:
+        """Whether ``--select_on`` asks for curves that no table has."""
+        wanted = self.args.select_on
+        if not looks_up_blocks(self.args) or wanted == "table":
+            return False
+        return wanted == "subject" or self.table is None or self.table.source == "inferred"
 
     @property
     def skips(self) -> bool:
@@ -370,18 +381,35 @@ def prepare_run(args: argparse.Namespace) -> Run:
     )
 
 
-def choose_blocks(args: argparse.Namespace, family: Family, model_name: str) -> dict[str, Any]:
+def choose_blocks(
+    args: argparse.Namespace, family: Family, model_name: str, table: SelectionTable | None = None
+) -> dict[str, Any]:
     """Everything about a run that depends on which blocks are skipped, by field of :class:`Run`.
+
+    Args:
+        args: The flags.
+        family: The model's family.
+        model_name: What the user called the model.
+        table: A selection table to go by; by default the flag's, the cache's or the package's.
 
     Raises:
         ValueError: one line that names the flag and the fix.
         OSError: if the transformer's config cannot be read.
     """
-    skeleton, selection, config = _select(args, family, model_name)
+    transformer_config = load_config(family.model_path / "transformer")
+    with init_empty_weights():
+        transformer = family.transformer_class(transformer_config).from_config(transformer_config)
+    if table is None and looks_up_blocks(args):
+        names = (model_name, transformer_config.get("_name_or_path"))
+        table = _look_up(args, family, names, len(list_blocks(transformer, family.block_stacks)))
+    selection = _select(args, transformer, family, table)
+    config = BlockSkipConfig(leading=selection.leading, trailing=selection.trailing, residuals=args.residuals)
+    skeleton = DiTBlockSkipTransformer(transformer, config, family.block_stacks)
     layers = [name.strip() for name in args.lora_layers.split(",")] if args.lora_layers else list(family.lora_layers)
     return {
         "skeleton": skeleton,
         "selection": selection,
+        "table": table,
         "config": config,
         "patch": _patch_sampling(args, family, skips=config.num_skipped > 0),
         "targets": lora_targets(skeleton, layers, family.text_stream_layers, _lora_blocks(args, skeleton)),
@@ -424,17 +452,46 @@ def _embedded_defaults(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _look_up(
+    args: argparse.Namespace, family: Family, names: tuple[str | None, ...], num_blocks: int
+) -> SelectionTable | None:
+    """The table that the flags ask for.
+
+    Raises:
+        ValueError: if it is about another model, or not the measured one that ``--strict_table`` insists on.
+    """
+    if args.selection_table is not None:
+        table: SelectionTable | None = read_table(Path(args.selection_table))
+        assert table is not None
+        if table.num_blocks != num_blocks:
+            raise ValueError(
+                f"--selection_table {args.selection_table} is about {table.model} with {table.num_blocks} blocks, but "
+                f"{names[0]} has {num_blocks}; name another, or leave it out."
+            )
+    else:
+        table = find_table(num_blocks, names, folder_digest(family.model_path / "transformer"))
+    if args.strict_table and args.select_on == "table" and (table is None or table.source != "measured"):
+        found = "no table knows" if table is None else f"the table of {table.model} was {table.source} for"
+        raise ValueError(
+            f"--strict_table: {found} {names[0]}, nothing was measured; run select_blocks.py on it, give --select_on "
+            "base, or leave --strict_table out."
+        )
+    return table
+
+
 def _select(
-    args: argparse.Namespace, family: Family, model_name: str
-) -> tuple[DiTBlockSkipTransformer, Selection, BlockSkipConfig]:
-    config = load_config(family.model_path / "transformer")
-    with init_empty_weights():
-        transformer = family.transformer_class(config).from_config(config)
-    num_blocks = len(list_blocks(transformer, family.block_stacks))
-    names = (model_name, config.get("_name_or_path"))
-    selection = select_blocks(args.skip_blocks, args.skip_ratio, num_blocks, names)
-    skip_config = BlockSkipConfig(leading=selection.leading, trailing=selection.trailing, residuals=args.residuals)
-    return DiTBlockSkipTransformer(transformer, skip_config, family.block_stacks), selection, skip_config
+    args: argparse.Namespace, transformer: torch.nn.Module, family: Family, table: SelectionTable | None
+) -> Selection:
+    sizes = block_bytes(list_blocks(transformer, family.block_stacks), planned_dtype(args))
+    if args.skip_budget is not None:
+        return select_by_bytes(parse_bytes(args.skip_budget), sizes, table)
+    return select_blocks(args.skip_blocks, args.skip_ratio, len(sizes), table)
+
+
+def planned_dtype(args: argparse.Namespace) -> torch.dtype:
+    """Dtype that frozen weights will have, before there is an accelerator to ask."""
+    precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
 
 
 def _patch_sampling(args: argparse.Namespace, family: Family, skips: bool) -> PatchSamplingConfig:

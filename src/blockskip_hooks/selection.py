@@ -1,18 +1,18 @@
-"""Which blocks to skip: from the flag, from a shipped table, or by a written rule."""
+"""Which blocks to skip: from the flag, from a selection table, or by a written rule."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib import resources
 from typing import Any, Literal
 
 from .arguments import parse_skip_blocks
+from .monitor import format_bytes
+from .selection_tables import Pair, SelectionTable
 
 
-RULE = "leading = ceil(0.6 k), trailing = the rest: leading residuals are exact, trailing ones an approximation"
+RULE = "rule: leading = ceil(0.6 k), trailing = the rest, because leading residuals are exact"
 LEADING_SHARE = 0.6
 
 
@@ -24,30 +24,30 @@ class Selection:
         blocks: N, number of blocks of the transformer.
         leading: n.
         trailing: m.
-        source: ``"flag"``, ``"table"`` or ``"rule"``.
+        source: ``"flag"``, ``"table"``, ``"search"`` (a table measured by this run) or ``"rule"``.
         table: Name and origin of the table, or the rule's wording.
+        harm: D[n] + D[m] of the table's curves (Eq. 2), if it has some.
     """
 
     blocks: int
     leading: int
     trailing: int
-    source: Literal["flag", "table", "rule"]
+    source: Literal["flag", "table", "search", "rule"]
     table: str | None = None
+    harm: float | None = None
+
+    @property
+    def num_skipped(self) -> int:
+        """k = n + m."""
+        return self.leading + self.trailing
 
     def as_dict(self) -> dict[str, Any]:
         """The ``skip`` part of ``plan.json`` and ``run_report.json``."""
-        return {**asdict(self), "ratio": round((self.leading + self.trailing) / self.blocks, 4)}
-
-
-def load_tables() -> list[dict[str, Any]]:
-    """Selection tables shipped with the package."""
-    folder = resources.files("blockskip_hooks") / "tables"
-    files = sorted((entry for entry in folder.iterdir() if entry.name.endswith(".json")), key=lambda e: e.name)
-    return [json.loads(entry.read_text()) for entry in files]
+        return {**asdict(self), "ratio": round(self.num_skipped / self.blocks, 4)}
 
 
 def select_blocks(
-    skip_blocks: str, skip_ratio: float, num_blocks: int, model_names: tuple[str | None, ...] = ()
+    skip_blocks: str, skip_ratio: float, num_blocks: int, table: SelectionTable | None = None
 ) -> Selection:
     """Resolve ``--skip_blocks``.
 
@@ -55,33 +55,84 @@ def select_blocks(
         skip_blocks: ``none``, ``auto``, a number of blocks, or ``leading,trailing``.
         skip_ratio: Share of blocks that ``auto`` skips.
         num_blocks: N.
-        model_names: Names under which a table may know the model.
+        table: What is known of the model.
 
     Raises:
-        ValueError: if no block would be kept or nothing would be skipped by ``auto``.
+        ValueError: if no block would be kept.
     """
     choice = parse_skip_blocks(skip_blocks, num_blocks)
     if choice == "none":
         return Selection(num_blocks, 0, 0, "flag")
     if isinstance(choice, tuple):
         return Selection(num_blocks, *choice, "flag")
-    if choice == "auto":
-        # At least one block is skipped and one is kept, however small the model.
-        num_skipped = min(max(round(skip_ratio * num_blocks), 1), num_blocks - 1)
-    else:
-        num_skipped = choice
-    for table in load_tables():
-        pair = _lookup(table, num_blocks, num_skipped, model_names)
-        if pair is not None:
-            return Selection(num_blocks, *pair, "table", f"{table['model']} ({table['source']}: {table['about']})")
-    leading = math.ceil(LEADING_SHARE * num_skipped)
-    return Selection(num_blocks, leading, num_skipped - leading, "rule", RULE)
+    # At least one block is skipped and one is kept, however small the model.
+    skipped = min(max(round(skip_ratio * num_blocks), 1), num_blocks - 1) if choice == "auto" else choice
+    return select_number(skipped, num_blocks, table)
 
 
-def _lookup(
-    table: Mapping[str, Any], num_blocks: int, num_skipped: int, model_names: tuple[str | None, ...]
-) -> tuple[int, int] | None:
-    if table["num_blocks"] != num_blocks or not any(name in table["names"] for name in model_names):
-        return None
-    pair = table["pairs"].get(str(num_skipped))
-    return None if pair is None else (pair[0], pair[1])
+def select_number(skipped: int, num_blocks: int, table: SelectionTable | None = None) -> Selection:
+    """Divide ``skipped`` blocks between the ends: by the table, or by the rule where it has no such pair."""
+    pair = None if table is None else table.pairs.get(skipped)
+    if table is not None and pair is not None:
+        return _from_table(table, pair)
+    leading = math.ceil(LEADING_SHARE * skipped)
+    return Selection(num_blocks, leading, skipped - leading, "rule", RULE)
+
+
+def selections_by_bytes(
+    block_bytes: Sequence[int], table: SelectionTable | None = None
+) -> list[tuple[Selection, int]]:
+    """Selections in the order in which they are worth making, each freeing more bytes than the ones before it.
+
+    Those of a measured table are its trade-off, from the least predicted harm on; others skip block after block.
+
+    Args:
+        block_bytes: Bytes of each block's parameters.
+        table: What is known of the model.
+
+    Returns:
+        Selections from none on, with the bytes that they free.
+    """
+    num_blocks = len(block_bytes)
+    ordered: list[tuple[Selection, int]] = [(Selection(num_blocks, 0, 0, "flag"), 0)]
+    points = table.trade_off(block_bytes) if table is not None else []
+    if table is not None and points:
+        return ordered + [
+            (_from_table(table, (point.leading, point.trailing)), point.freed_bytes)
+            for point in points
+            if point.freed_bytes
+        ]
+    for skipped in range(1, num_blocks):
+        selection = select_number(skipped, num_blocks, table)
+        freed = sum(block_bytes[: selection.leading]) + sum(block_bytes[num_blocks - selection.trailing :])
+        if freed > ordered[-1][1]:
+            ordered.append((selection, freed))
+    return ordered
+
+
+def select_by_bytes(budget: int, block_bytes: Sequence[int], table: SelectionTable | None = None) -> Selection:
+    """Resolve ``--skip_budget``: the least harmful pair whose blocks hold that many bytes of parameters.
+
+    Args:
+        budget: Bytes to free at least.
+        block_bytes: Bytes of each block's parameters.
+        table: What is known of the model.
+
+    Raises:
+        ValueError: if all but one block hold less than that.
+    """
+    selections = selections_by_bytes(block_bytes, table)
+    for selection, freed in selections:
+        if freed >= budget:
+            return selection
+    most, freed = selections[-1]
+    raise ValueError(
+        f"--skip_budget {format_bytes(budget)} is more than the blocks hold: skipping {most.leading} leading and "
+        f"{most.trailing} trailing ones of {len(block_bytes)} frees {format_bytes(freed)}; lower it."
+    )
+
+
+def _from_table(table: SelectionTable, pair: Pair) -> Selection:
+    source: Literal["search", "table"] = "search" if table.searched else "table"
+    harm = table.leading[pair[0]] + table.trailing[pair[1]] if table.leading else None
+    return Selection(table.num_blocks, *pair, source, table.describe(), harm)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoModel, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
+from diffusers.utils import logging
 from torch.nn.utils.rnn import pad_sequence
 
 from ..model_config import load_config, model_class
@@ -343,10 +345,23 @@ class Family(ABC):
     def image_pipeline(self, transformer: torch.nn.Module, vae: ModelMixin) -> DiffusionPipeline:
         """The stock pipeline without text encoders, around loaded modules."""
         absent = dict.fromkeys((*self.text_components, *self.unused_components))
-        pipeline = self.pipeline_class.from_pretrained(self.model_path, transformer=transformer, vae=vae, **absent)
+        with _no_progress_bar():
+            pipeline = self.pipeline_class.from_pretrained(self.model_path, transformer=transformer, vae=vae, **absent)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
     @abstractmethod
     def pipeline_inputs(self, embeds: PromptEmbeds, negative: PromptEmbeds | None) -> dict[str, Any]:
         """Keyword arguments that give the image pipeline its prompt (with a batch dimension of one)."""
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Within this context diffusers shows no bar for what is loaded: here hardly anything is."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,247 @@
+#!/usr/bin/env python
+"""Which blocks of a diffusion transformer to skip: the masking search of DiT-BlockSkip (section 3.4, Eq. 2).
+
+Hides the text from the image in the first or last blocks and measures what that does to images of some subjects:
+of fine-tuned LoRAs, as in the paper, or of the base model with class prompts. Writes ``selection.json``, which
+``--skip_blocks auto`` finds again for the same weights, ``selection.png`` and ``masked_images.png``.
+
+Without a model named it measures the embedded one.
+
+Example:
+    python select_blocks.py --pretrained_model_name_or_path black-forest-labs/FLUX.1-dev --mixed_precision bf16 \
+        --search_stride 4 --output_dir flux-selection
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shlex
+import sys
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+warnings.filterwarnings("ignore", category=FutureWarning)
+for _name in ("torchao", "bitsandbytes", "diffusers.quantizers", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
+
+from accelerate import Accelerator
+
+from blockskip_hooks.embedded import embedded_model, model_defaults
+from blockskip_hooks.families import Family, detect_family
+from blockskip_hooks.image_encoders import DEFAULT_ENCODER
+from blockskip_hooks.lora import WEIGHTS_NAME
+from blockskip_hooks.model_config import load_config
+from blockskip_hooks.model_files import check_weights, resolve_model
+from blockskip_hooks.monitor import format_seconds, write_json
+from blockskip_hooks.run import weight_dtype
+from blockskip_hooks.selection_measure import (
+    DEFAULT_SEEDS,
+    DEFAULT_STEPS,
+    SearchRequest,
+    block_parameters,
+    class_subjects,
+    count_images,
+    default_window_lengths,
+    measure_table,
+    open_search,
+    stream_all,
+)
+from blockskip_hooks.selection_picture import draw_images, draw_table, masked_variants
+from blockskip_hooks.selection_search import MaskedImages, Subject
+from blockskip_hooks.selection_tables import cache_file, read_table
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags; those that the training script has mean the same here."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    flag = parser.add_argument
+    flag("--pretrained_model_name_or_path", help="Hub id or folder of a pipeline; without it, the embedded model.")
+    flag("--revision", help="Branch, tag or commit of the model on the hub.")
+    flag("--variant", help="Weight file variant, fp16 say.")
+    flag("--cache_dir", help="Where downloaded models are kept.")
+    flag("--hub_token", help="Token for the download; logging in beforehand is safer.")
+    flag("--max_sequence_length", type=int, help="Tokens of a prompt; default: that of the model.")
+    flag(
+        "--lora_weights",
+        nargs="+",
+        type=Path,
+        default=[],
+        help="LoRAs of subjects, files or folders; needs --prompts.",
+    )
+    flag(
+        "--prompts", nargs="+", help="One prompt for each LoRA, or prompts for the base model; default: some classes."
+    )
+    flag("--seeds", nargs="+", type=int, default=list(DEFAULT_SEEDS), help="Seeds of each subject's images.")
+    flag("--encoder", help=f"Image encoder: hub id, folder, or offline; default: {DEFAULT_ENCODER}.")
+    flag("--resolution", type=int, help="Side of the images in pixels; default: 512, or what the model asks for.")
+    flag("--num_inference_steps", type=int, default=DEFAULT_STEPS, help="Denoising steps of the images.")
+    flag("--search_stride", type=int, default=1, help="Measure every how many blocks, then closer where it counts.")
+    flag("--window_lengths", nargs="*", type=int, help="Lengths of inner runs to mask for the heat map.")
+    flag("--images_at_once", type=int, help="Images in one forward; default: by their size.")
+    flag("--stream_blocks", action="store_true", help="Read blocks from the files as they run, whatever is free.")
+    flag("--mixed_precision", choices=("no", "fp16", "bf16"), help="Number format; default: accelerate's setting.")
+    flag("--no_cache", action="store_true", help="Do not keep the table where --skip_blocks auto looks for it.")
+    flag("--output_dir", type=Path, default=Path("block-selection"), help="Folder for the table and the pictures.")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the script.
+
+    Returns:
+        The exit code: 0, 2 for settings that cannot work, 1 for a search that cannot go on. Both say why in one line.
+    """
+    args = build_parser().parse_args(argv)
+    try:
+        request = make_request(args)
+        num_blocks = len(block_parameters(request.family, load_config(request.transformer_folder)))
+        check_blocks(args, num_blocks)
+        lengths = default_window_lengths(num_blocks) if args.window_lengths is None else tuple(args.window_lengths)
+        spans = stream_all(num_blocks) if args.stream_blocks else None
+        request = replace(request, window_lengths=lengths, spans=spans)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    steps, number = request.pipeline_kwargs["num_inference_steps"], count_images(request, num_blocks)
+    print(
+        f"Model    {request.model_name} ({request.family.name}), {num_blocks} blocks\n"
+        f"Subjects {', '.join(subject.name for subject in request.subjects)}\n"
+        f"Images   at most {number:,} of {request.pipeline_kwargs['height']} px in {steps} steps, "
+        f"{request.images_at_once} at a time; finished ones are kept in {args.output_dir}",
+        flush=True,
+    )
+    command = shlex.join([Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)])
+    try:
+        images = open_search(request)
+        print(f"Estimate {estimate(images, request, number)}", flush=True)
+        contents = measure_table(images, request, command)
+        write_outputs(args, images, request, contents)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def make_request(args: argparse.Namespace) -> SearchRequest:
+    """Resolve and check everything that needs no weights.
+
+    Raises:
+        ValueError: one line that names the flag and the fix.
+    """
+    for name in ("num_inference_steps", "search_stride", "images_at_once", "resolution", "max_sequence_length"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} is {value}; give 1 or more.")
+    embedded = args.pretrained_model_name_or_path is None
+    subjects = make_subjects(args, embedded=embedded)
+    model_path = embedded_model() if embedded else resolve_model(args)
+    family_class: type[Family] = detect_family(model_path)
+    check_weights(model_path, family_class, args.variant)
+    defaults, pipeline_kwargs = model_defaults(model_path)
+    length = args.max_sequence_length or defaults.get("max_sequence_length")
+    family = family_class(model_path, args.variant, {"max_sequence_length": length} if length else {})
+    family.check()
+    side = args.resolution or defaults.get("resolution") or min(512, family.image_size)
+    if side % family.latent_token_size:
+        raise ValueError(f"--resolution is {side}; give a multiple of {family.latent_token_size}.")
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    return SearchRequest(
+        family=family,
+        model_name="embedded micro-FLUX" if embedded else args.pretrained_model_name_or_path,
+        subjects=subjects,
+        encoder=args.encoder or ("subject" if embedded else DEFAULT_ENCODER),
+        folder=args.output_dir,
+        seeds=tuple(args.seeds),
+        pipeline_kwargs={
+            **pipeline_kwargs,
+            "height": side,
+            "width": side,
+            "num_inference_steps": args.num_inference_steps,
+        },
+        stride=args.search_stride,
+        batch_size=args.images_at_once,
+        dtype=weight_dtype(accelerator),
+        device=accelerator.device,
+    )
+
+
+def make_subjects(args: argparse.Namespace, *, embedded: bool) -> tuple[Subject, ...]:
+    """What the images show: the LoRAs' subjects, the given prompts, or classes of things.
+
+    Raises:
+        ValueError: if LoRAs and prompts do not go together.
+    """
+    prompts = args.prompts or []
+    if not args.lora_weights:
+        given = tuple(Subject(f"prompt {number}", prompt) for number, prompt in enumerate(prompts))
+        return given or class_subjects(embedded=embedded)
+    if args.stream_blocks:
+        raise ValueError("--stream_blocks leaves no weights for --lora_weights to change; leave one of them out.")
+    if len(prompts) != len(args.lora_weights):
+        raise ValueError(
+            f"--lora_weights names {len(args.lora_weights)} LoRAs and --prompts {len(prompts)} prompts; give one "
+            'prompt for each, like "a photo of sks dog".'
+        )
+    for path in args.lora_weights:
+        if not (path.is_file() or (path / WEIGHTS_NAME).is_file()):
+            raise ValueError(f"--lora_weights {path} is no file, nor a folder with {WEIGHTS_NAME}; correct it.")
+    # Folders of several runs often have one name.
+    names = [f"{number} {path.stem}" for number, path in enumerate(args.lora_weights)]
+    return tuple(Subject(*item) for item in zip(names, prompts, args.lora_weights))
+
+
+def check_blocks(args: argparse.Namespace, num_blocks: int) -> None:
+    """Check the flags that count blocks.
+
+    Raises:
+        ValueError: one line that names the flag and the fix.
+    """
+    for name, value in [
+        ("search_stride", args.search_stride),
+        *(("window_lengths", n) for n in args.window_lengths or ()),
+    ]:
+        if not 0 < value < num_blocks:
+            raise ValueError(f"--{name} is {value}; the model has {num_blocks} blocks: give 1 to {num_blocks - 1}.")
+
+
+def estimate(images: MaskedImages, request: SearchRequest, number: int) -> str:
+    """How long the search will take, by the time of one forward's images."""
+    start, done = time.monotonic(), len(images.vectors)
+    images.images(request.subjects[0], [(request.seeds[0], (0, 0))] * request.images_at_once)
+    seconds = (time.monotonic() - start) / request.images_at_once
+    left = max(number - done, 0)
+    return f"about {format_seconds(left * seconds)} for {left:,} images, {done:,} are finished"
+
+
+def write_outputs(args: argparse.Namespace, images: MaskedImages, request: SearchRequest, contents: dict) -> None:
+    """Write the table and the pictures, and say what was chosen."""
+    file = args.output_dir / "selection.json"
+    write_json(file, contents)
+    table = read_table(file)
+    draw_table(contents, table, args.output_dir / "selection.png")
+    columns = masked_variants(table.num_blocks, contents["pairs"])
+    draw_images(
+        {s.name: images.images(s, [(request.seeds[0], run) for run in columns.values()]) for s in request.subjects},
+        list(columns),
+        args.output_dir / "masked_images.png",
+    )
+    for ratio in (0.3, 0.4, 0.5):
+        skipped = min(max(round(ratio * table.num_blocks), 1), table.num_blocks - 1)
+        leading, trailing = table.pairs[skipped]
+        print(f"{ratio:.0%} skipped: first {leading}, last {trailing} of {table.num_blocks}")
+    print(f"Table:    {file}\nPictures: {args.output_dir / 'selection.png'}, {args.output_dir / 'masked_images.png'}")
+    if not args.no_cache:
+        write_json(cache_file(contents["weights"]), contents)
+        print(f"--skip_blocks auto finds it in {cache_file(contents['weights'])}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

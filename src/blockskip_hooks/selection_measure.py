@@ -1,0 +1,271 @@
+"""From a model to its selection table: what is searched, with what, and the file that comes out."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from .blocks import block_bytes, list_blocks
+from .config import BlockSkipConfig
+from .embedded import embedded_subjects
+from .encode import encode_prompts
+from .families import Family
+from .image_encoders import load_image_encoder
+from .model_config import load_config
+from .monitor import versions
+from .residual_store import folder_digest
+from .selection_search import MaskedImages, Subject, fingerprint, inner_runs, search_curves
+from .selection_tables import best_pairs
+from .simulation import empty_model
+from .transformer import DiTBlockSkipTransformer
+
+
+DEFAULT_STEPS = 6
+DEFAULT_SEEDS = (0, 1)
+LARGEST_BATCH = 32
+PIXELS_AT_ONCE = 16 * 256**2
+"""Images in one forward hold about as many pixels as 16 of 256 px: one image of 1024 px."""
+
+CLASS_PROMPTS = {
+    name: f"a photo of a {name}"
+    for name in ("dog", "cat", "backpack", "clock", "teapot", "toy robot", "vase", "sneaker")
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchRequest:
+    """Settings of a search.
+
+    Attributes:
+        family: The model's family, on the model's folder.
+        model_name: What the user calls the model.
+        subjects: What its images show.
+        encoder: Name of the image encoder, see :func:`~blockskip_hooks.image_encoders.load_image_encoder`.
+        folder: Where finished images' vectors are kept.
+        seeds: Seeds of each subject's images.
+        pipeline_kwargs: Size, steps and guidance of the images.
+        stride: Of the numbers of masked blocks, every which is measured at first.
+        window_lengths: Lengths of the runs of blocks that are masked for the heat map.
+        batch_size: Images in one forward; ``None`` for what their size suggests.
+        dtype: Dtype of the models.
+        device: Where they run.
+        spans: Leading and trailing blocks that are read from the checkpoint as they run, where no LoRA may be;
+            ``None`` for all of the base model's when they would fill more than half of what is free.
+    """
+
+    family: Family
+    model_name: str
+    subjects: tuple[Subject, ...]
+    encoder: str
+    folder: Path
+    seeds: tuple[int, ...] = DEFAULT_SEEDS
+    pipeline_kwargs: dict[str, Any] = field(default_factory=dict)
+    stride: int = 1
+    window_lengths: tuple[int, ...] = ()
+    batch_size: int | None = None
+    dtype: torch.dtype = torch.float32
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    spans: BlockSkipConfig | None = None
+
+    @property
+    def transformer_folder(self) -> Path:
+        return self.family.model_path / "transformer"
+
+    @property
+    def images_at_once(self) -> int:
+        """Images in one forward."""
+        if self.batch_size is not None:
+            return self.batch_size
+        pixels = self.pipeline_kwargs["height"] * self.pipeline_kwargs["width"]
+        return min(max(PIXELS_AT_ONCE // pixels, 1), LARGEST_BATCH)
+
+    def describe(self) -> dict[str, Any]:
+        """Everything that the images depend on."""
+        family = self.family
+        components = ("transformer", "vae", *family.text_components)
+        return {
+            "weights": {
+                name: folder_digest(family.model_path / name)
+                for name in components
+                if (family.model_path / name).is_dir()
+            },
+            "subjects": [[subject.name, subject.prompt, _lora_digest(subject)] for subject in self.subjects],
+            "flags": {flag.name: family.flags.get(flag.name) for flag in family.own_flags},
+            "max_sequence_length": family.flags["max_sequence_length"],
+            "encoder": self.encoder,
+            "pipeline_kwargs": self.pipeline_kwargs,
+            "dtype": str(self.dtype),
+        }
+
+
+def class_subjects(*, embedded: bool) -> tuple[Subject, ...]:
+    """Subjects for the base model without any fine-tuning: classes of things."""
+    if embedded:
+        return tuple(Subject(name, subject["class_prompt"]) for name, subject in embedded_subjects().items())
+    return tuple(Subject(name, prompt) for name, prompt in CLASS_PROMPTS.items())
+
+
+def default_window_lengths(num_blocks: int) -> tuple[int, ...]:
+    """Lengths for the heat map: one block, and up to a third of them."""
+    return tuple(sorted({1, *(max(num_blocks // part, 1) for part in (9, 6, 3))}))
+
+
+def open_search(request: SearchRequest) -> MaskedImages:
+    """Load what a search needs; finished images of the same settings are found again.
+
+    Raises:
+        ValueError: if the encoder or the model cannot be loaded.
+    """
+    encoder = load_image_encoder(request.encoder, request.device)
+    family = request.family
+    negative = request.pipeline_kwargs.get("negative_prompt", family.negative_prompt)
+    prompts = [subject.prompt for subject in request.subjects]
+    embeds, _ = encode_prompts(
+        family, [*prompts, *([] if negative is None else [negative])], dtype=request.dtype, device=request.device
+    )
+    return MaskedImages(
+        family=family,
+        model=_load_transformer(request),
+        vae=family.load_vae(request.dtype, request.device),
+        encoder=encoder,
+        embeds=embeds,
+        negative=None if negative is None else embeds[negative],
+        pipeline_kwargs=request.pipeline_kwargs,
+        batch_size=request.images_at_once,
+        store=request.folder / f"masked-{fingerprint(request.describe())}.safetensors",
+    )
+
+
+def count_images(request: SearchRequest, num_blocks: int) -> int:
+    """How many images a search makes at most, finished ones included."""
+    ends = len({*range(request.stride, num_blocks, request.stride), num_blocks - 1})
+    # Each halving of the stride adds at most six numbers at either end.
+    ends += 6 * (request.stride - 1).bit_length()
+    windows = inner_runs(num_blocks, request.window_lengths, request.stride)
+    return (1 + 2 * min(ends, num_blocks - 1) + len(windows)) * len(request.subjects) * len(request.seeds)
+
+
+def measure_table(images: MaskedImages, request: SearchRequest, command: str) -> dict[str, Any]:
+    """Run the search and return the contents of ``selection.json``.
+
+    Args:
+        images: From :func:`open_search`.
+        request: The same settings.
+        command: The command line that ran it.
+    """
+    num_blocks = len(list_blocks(images.model.transformer, images.family.block_stacks))
+    curves = search_curves(images, request.subjects, request.seeds, num_blocks, request.stride)
+    leading = _curve(curves.leading, curves.measured_leading)
+    trailing = _curve(curves.trailing, curves.measured_trailing)
+    windows = inner_runs(num_blocks, request.window_lengths, request.stride)
+    images.measure(request.subjects, request.seeds, windows)
+    loras = sum(subject.lora is not None for subject in request.subjects)
+    kind = f"{loras} fine-tuned subjects" if loras else f"the base model, {len(request.subjects)} class prompts"
+    config = load_config(request.transformer_folder)
+    return {
+        "schema": 1,
+        "model": request.model_name,
+        "names": [request.model_name],
+        "num_blocks": num_blocks,
+        "source": "measured",
+        "about": f"text masked in {kind} x {len(request.seeds)} seeds, encoder {images.encoder.name}",
+        "weights": folder_digest(request.transformer_folder),
+        "date": datetime.date.today().isoformat(),
+        "search": {
+            "subjects": [
+                {"name": s.name, "prompt": s.prompt, "lora": None if s.lora is None else s.lora.name}
+                for s in request.subjects
+            ],
+            "seeds": list(request.seeds),
+            "encoder": images.encoder.name,
+            "pipeline": request.pipeline_kwargs,
+            "stride": request.stride,
+            "dtype": str(request.dtype).removeprefix("torch."),
+        },
+        "curves": {"leading": leading, "trailing": trailing},
+        "windows": [
+            {"first": first, "length": stop - first, **_spread(distances)}
+            for first, stop in windows
+            for distances in [images.distances(request.subjects, request.seeds, (first, stop))]
+        ],
+        "pairs": {str(skipped): list(pair) for skipped, pair in best_pairs(leading["mean"], trailing["mean"]).items()},
+        "block_parameters": block_parameters(images.family, config),
+        "command": command,
+        "versions": versions(),
+    }
+
+
+def block_parameters(family: Family, transformer_config: dict[str, Any]) -> list[int]:
+    """Number of parameters of each block."""
+    transformer = empty_model(transformer_config, family.transformer_class(transformer_config))
+    # An int8 takes one byte.
+    return block_bytes(list_blocks(transformer, family.block_stacks), torch.int8)
+
+
+def _load_transformer(request: SearchRequest) -> DiTBlockSkipTransformer:
+    config = load_config(request.transformer_folder)
+    parameters = block_parameters(request.family, config)
+    spans = request.spans
+    if spans is None:
+        adapted = any(subject.lora is not None for subject in request.subjects)
+        large = sum(parameters) * request.dtype.itemsize > _free_memory(request.device) / 2
+        spans = stream_all(len(parameters)) if large and not adapted else BlockSkipConfig()
+    return DiTBlockSkipTransformer.from_pretrained(
+        request.family.model_path,
+        spans,
+        torch_dtype=request.dtype,
+        device=request.device,
+        variant=request.family.variant,
+        stacks=request.family.block_stacks,
+        transformer_class=request.family.transformer_class(config),
+    )
+
+
+def stream_all(num_blocks: int) -> BlockSkipConfig:
+    """Spans of which as many blocks as can be are streamed: one has to be kept."""
+    return BlockSkipConfig(leading=num_blocks - 1)
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def _lora_digest(subject: Subject) -> str | None:
+    if subject.lora is None:
+        return None
+    return folder_digest(subject.lora if subject.lora.is_dir() else subject.lora.parent)
+
+
+def _spread(distances: torch.Tensor) -> dict[str, float]:
+    """Mean of ``(subjects, seeds)`` distances, and their standard deviations over subjects and over seeds."""
+    return {
+        "mean": round(distances.mean().item(), 6),
+        "subject_spread": round(distances.mean(1).std(correction=0).item(), 6),
+        "seed_spread": round(distances.std(1, correction=0).mean().item(), 6),
+    }
+
+
+def _curve(values: torch.Tensor, measured: Sequence[int]) -> dict[str, list[Any]]:
+    """A curve ``(N, subjects, seeds)`` as lists over the number of masked blocks."""
+    spreads = [_spread(distances) for distances in values]
+    return {**{name: [spread[name] for spread in spreads] for name in spreads[0]}, "measured": list(measured)}
+
+
+__all__ = [
+    "SearchRequest",
+    "block_parameters",
+    "class_subjects",
+    "count_images",
+    "default_window_lengths",
+    "measure_table",
+    "open_search",
+    "stream_all",
+]

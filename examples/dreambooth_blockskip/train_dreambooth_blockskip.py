@@ -7,6 +7,8 @@ companions. Without a model named it runs on the small model and photos that shi
 
 from __future__ import annotations
 
+import argparse
+import copy
 import logging
 import os
 import shlex
@@ -38,6 +40,7 @@ from blockskip_hooks.plan import describe_plan, make_plan, planned_batch_size, p
 from blockskip_hooks.quantization import check_device
 from blockskip_hooks.residual_store import ResidualStore
 from blockskip_hooks.run import Run, prepare_run, segments, stretches, weight_dtype
+from blockskip_hooks.selection_auto import is_trained, probe_args, with_measured_table
 from blockskip_hooks.trainer import Trainer
 from blockskip_hooks.training_data import SampleMaker
 
@@ -49,8 +52,13 @@ def main(argv: list[str] | None = None) -> int:
         The exit code: 0, 2 for settings that cannot work, 1 for a run that cannot go on. Both say why in one line.
     """
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    args = parse_args(argv)
-    monitor = StageMonitor()
+    command = shlex.join(sys.argv if argv is None else [__file__, *argv])
+    return run_script(parse_args(argv), command)
+
+
+def run_script(args: argparse.Namespace, command: str, *, is_probe: bool = False) -> int:
+    """Prepare, choose the blocks, plan and train, with parsed flags; see :func:`main`."""
+    typed, monitor = copy.copy(args), StageMonitor()
     try:
         with monitor.stage("plan"):
             run = prepare_run(args)
@@ -58,6 +66,16 @@ def main(argv: list[str] | None = None) -> int:
             if run.quantization:
                 check_device(run.quantization, accelerator.device, weight_dtype(accelerator))
             checkpoint = find_checkpoint(run.output_dir, args.resume_from_checkpoint)
+        if run.needs_search:
+            with monitor.stage("select"):
+                probe = probe_args(typed, run) if args.select_on == "subject" else None
+                if probe is not None and not is_trained(probe):
+                    accelerator.print(f"Training a probe LoRA of {args.probe_steps} steps to measure the blocks on.")
+                    if code := run_script(probe, command, is_probe=True):
+                        return code
+                accelerator.print("Measuring which blocks to skip: the text is masked in the first and last blocks.")
+                run = with_measured_table(run, accelerator, probe, command)
+        with monitor.stage("plan"):
             run, plan = make_plan(run, weight_dtype(accelerator), accelerator.num_processes)
             steps_per_stretch = run.steps_per_stretch(plan, run.samples_per_step(accelerator), checkpoint)
     except (ValueError, OSError) as error:
@@ -68,14 +86,15 @@ def main(argv: list[str] | None = None) -> int:
         write_json(run.output_dir / "plan.json", plan)
     if args.plan_only:
         return 0
-    command = shlex.join(sys.argv if argv is None else [__file__, *argv])
     try:
         train(run, accelerator, monitor, plan, checkpoint, steps_per_stretch, command)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     finally:
-        accelerator.end_training()
+        # It would end the processes' group, which a probe shares with the run that it is for.
+        if not is_probe:
+            accelerator.end_training()
     return 0
 
 

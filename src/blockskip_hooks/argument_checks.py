@@ -53,7 +53,8 @@ def check_family_flags(args: argparse.Namespace, family: type[Family]) -> None:
 _AT_LEAST_ONE = (
     "resolution repeats max_sequence_length min_patch_size max_patch_size precompute_batch_size rank lora_alpha "
     "probe_steps train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps sample_batch_size "
-    "num_class_images validation_epochs validation_num_inference_steps checkpointing_steps checkpoints_total_limit lr_num_cycles"
+    "num_class_images validation_epochs validation_num_inference_steps checkpointing_steps checkpoints_total_limit "
+    "lr_num_cycles"
 )
 _NOT_NEGATIVE = (
     "dataloader_num_workers lr_warmup_steps num_validation_images seed guidance_scale validation_guidance_scale "

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import ModelMixin
+from diffusers.utils import logging
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
@@ -87,7 +90,8 @@ class MaskedImages:
             subject: [(seed, run) for seed in seeds for run in wanted if _key(subject, seed, run) not in self.vectors]
             for subject in subjects
         }
-        with tqdm(total=sum(map(len, missing.values())), desc="Masked images", unit="image") as bar:
+        total = sum(map(len, missing.values()))
+        with tqdm(total=total, desc="Masked images", unit="image", disable=not total) as bar:
             for subject, variants in missing.items():
                 for start in range(0, len(variants), self.batch_size):
                     batch = variants[start : start + self.batch_size]
@@ -137,7 +141,8 @@ class MaskedImages:
             return
         if subject.name not in loaded:
             pipeline: Any = self.family.image_pipeline(transformer, self.vae)
-            pipeline.load_lora_weights(subject.lora, adapter_name=subject.name)
+            with _quiet():
+                pipeline.load_lora_weights(subject.lora, adapter_name=subject.name)
         transformer.enable_lora()
         transformer.set_adapter(subject.name)
 
@@ -150,6 +155,19 @@ class MaskedImages:
 
 def _key(subject: Subject, seed: int, run: BlockRun) -> str:
     return f"{subject.name}/{seed}/{run[0]}-{run[1]}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Within this context nobody is warned of adapters that share a model, or of text encoders that are not there."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def fingerprint(description: dict[str, Any]) -> str:

@@ -16,6 +16,12 @@ from tests.tiny import TINY_FAMILIES, TinyFamily  # noqa: E402
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def no_tables_of_this_machine(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which blocks are skipped must not depend on what was measured here before."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hf-home")))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let reports say which cell of the family table a test is, for ``benchmarks/family_table.py``."""
     for item in items:

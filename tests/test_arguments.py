@@ -49,6 +49,12 @@ NOT_REQUIRED_HERE = {"--pretrained_model_name_or_path", "--instance_prompt"}
 OUR_FLAGS = {
     "--skip_blocks": (None, "none", None),
     "--skip_ratio": (float, 0.3, None),
+    "--skip_budget": (None, None, None),
+    "--selection_table": (None, None, None),
+    "--select_on": (None, "table", ("table", "base", "subject")),
+    "--selection_encoder": (None, None, None),
+    "--probe_steps": (int, 100, None),
+    "--strict_table": ("store_true", False, None),
     "--residuals": (None, "precomputed", ("precomputed", "online", "none")),
     "--residual_dtype": (None, "auto", ("auto", "float8")),
     "--residual_dir": (None, None, None),

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from blockskip_hooks.budget import fit_budget
+from blockskip_hooks.selection import Selection
 from tests import script
 from tests.tiny import TINY_FAMILIES
 
@@ -16,8 +17,12 @@ from tests.tiny import TINY_FAMILIES
 GIB = 2**30
 
 
-def plan_for(num_skipped: int, options: tuple[str, ...]) -> dict[str, Any]:
+SELECTIONS = [Selection(20, number, 0, "rule") for number in range(20)]
+
+
+def plan_for(selection: Selection, options: tuple[str, ...]) -> dict[str, Any]:
     """A model of 20 blocks of 1 GiB beside 4 GiB; each option takes 2 GiB off."""
+    num_skipped = selection.num_skipped
     train = (24 - num_skipped - 2 * len(options)) * GIB
     stages = [{"name": "encode", "peak_device_bytes": 3 * GIB}, {"name": "train", "peak_device_bytes": train}]
     return {"stages": stages, "skip": {"leading": num_skipped, "trailing": 0}}
@@ -39,9 +44,22 @@ def plan_for(num_skipped: int, options: tuple[str, ...]) -> dict[str, Any]:
     ],
 )
 def test_the_fewest_blocks_with_the_fewest_options(gib: float, options: tuple, num_skipped: int, used: tuple):
-    choice = fit_budget(plan_for, 20, int(gib * GIB), options)
-    assert (choice.num_skipped, choice.options) == (num_skipped, used)
+    choice = fit_budget(plan_for, SELECTIONS, int(gib * GIB), options)
+    assert (choice.selection.num_skipped, choice.options) == (num_skipped, used)
     assert f"{num_skipped} of 20" in choice.reason and all(option in choice.reason for option in used)
+
+
+def test_curves_choose_by_harm_and_the_reason_says_so():
+    """A pair of more blocks that harms less comes first."""
+    selections = [
+        Selection(20, 0, 0, "flag"),
+        Selection(20, 0, 6, "table", "t", 0.1),
+        Selection(20, 7, 0, "table", "t", 0.4),
+    ]
+    choice = fit_budget(plan_for, selections, 20 * GIB)
+    assert choice.selection == selections[1] and choice.reason.startswith(
+        "the least harmful selection that fits, 6 of 20"
+    )
 
 
 def test_it_asks_for_few_plans():
@@ -51,7 +69,7 @@ def test_it_asks_for_few_plans():
         asked.append(args)
         return plan_for(*args)
 
-    fit_budget(counted, 20, 17 * GIB)
+    fit_budget(counted, SELECTIONS, 17 * GIB)
     assert len(asked) <= 6
 
 
@@ -60,7 +78,7 @@ def test_the_least_is_said_when_nothing_fits(options: tuple):
     with pytest.raises(
         ValueError, match="^--memory_budget 2.50 GiB is less than any setting needs: the least is"
     ) as e:
-        fit_budget(plan_for, 20, int(2.5 * GIB), options)
+        fit_budget(plan_for, SELECTIONS, int(2.5 * GIB), options)
     assert "\n" not in str(e.value) and ("3.00 GiB" if options else "5.00 GiB") in str(e.value)
 
 

@@ -210,7 +210,8 @@ def test_plan_has_the_schema(skipping_plan: dict[str, Any]) -> None:
     plan = skipping_plan
     assert json.loads(json.dumps(plan)) == plan
     assert plan["schema"] == 1
-    assert plan["skip"] == {"blocks": 5, "leading": 2, "trailing": 1, "ratio": 0.6, "source": "flag", "table": None}
+    spans = {"blocks": 5, "leading": 2, "trailing": 1, "ratio": 0.6}
+    assert plan["skip"] == {**spans, "source": "flag", "table": None, "harm": None}
     assert plan["patch"] == {"mode": "none", "min": 32, "max": 32, "training_resolution": 32}
     assert [s["name"] for s in plan["stages"]] == ["precompute", "train", "validate"]
     # Three validation images at a time would need more than training.

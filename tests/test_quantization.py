@@ -525,7 +525,9 @@ def test_the_planner_needs_neither_library(monkeypatch: pytest.MonkeyPatch):
 def test_plan_memory_compares_with_plain_lora(method: str):
     module = script.load_script("plan_memory")
     args = module.build_parser().parse_args(["--preset", "sana-0.6b", "--quantization", method])
-    request, comparison = module.make_requests(args, module.load_preset("sana-0.6b"))
+    preset = module.load_preset("sana-0.6b")
+    selection, _ = module.list_selections(args, preset)
+    request, comparison = module.make_requests(args, preset, selection)
     assert request.quantization == CONFIGS.get(method) and comparison.quantization is None
 
 

@@ -4,10 +4,26 @@ import math
 
 import pytest
 
-from blockskip_hooks.selection import RULE, load_tables, select_blocks
+from blockskip_hooks import selection as selections
+from blockskip_hooks.selection import RULE, Selection, select_by_bytes, selections_by_bytes
+from blockskip_hooks.selection_tables import SelectionTable, find_table
 
 
 FLUX_DEV = ("black-forest-labs/FLUX.1-dev", None)
+CURVED = SelectionTable(
+    model="curved",
+    num_blocks=5,
+    source="measured",
+    about="by hand",
+    weights="0" * 64,
+    leading=(0.0, 0.1, 0.2, 0.9, 1.0),
+    trailing=(0.0, 0.05, 0.5, 0.6, 0.7),
+)
+
+
+def select_blocks(skip_blocks, skip_ratio, num_blocks, names=()):
+    """As a run does it: with the table that is known by name."""
+    return selections.select_blocks(skip_blocks, skip_ratio, num_blocks, find_table(num_blocks, names, None))
 
 
 def spans(selection):
@@ -23,6 +39,7 @@ def test_none_skips_nothing():
         "trailing": 0,
         "source": "flag",
         "table": None,
+        "harm": None,
         "ratio": 0.0,
     }
 
@@ -103,8 +120,40 @@ def test_other_forms_are_refused_with_the_ones_that_work(text):
         select_blocks(text, 0.3, 12)
 
 
-@pytest.mark.parametrize("table", load_tables(), ids=lambda table: table["model"])
-def test_shipped_tables_hold_pairs_that_add_up(table):
-    assert table["schema"] == 1 and table["names"] and table["source"] and table["about"]
-    for skipped, (leading, trailing) in table["pairs"].items():
-        assert leading >= 0 and trailing >= 0 and leading + trailing == int(skipped) < table["num_blocks"]
+@pytest.mark.parametrize(
+    ("skipped", "pair", "harm"), [(1, (0, 1), 0.05), (2, (1, 1), 0.15), (3, (2, 1), 0.25), (4, (2, 2), 0.7)]
+)
+def test_curves_give_the_least_harmful_pair_of_every_size(skipped, pair, harm):
+    selection = selections.select_blocks(str(skipped), 0.3, 5, CURVED)
+    assert spans(selection) == pair and selection.harm == pytest.approx(harm) and selection.source == "table"
+
+
+def test_a_table_that_the_run_measured_is_a_search():
+    searched = SelectionTable(**{**vars(CURVED), "searched": True})
+    assert selections.select_blocks("auto", 0.4, 5, searched).source == "search"
+
+
+def test_a_byte_budget_takes_the_least_harm_that_frees_enough():
+    """Double blocks weigh more: of two pairs the one of fewer blocks may free more."""
+    sizes = [300, 300, 100, 100, 100]
+    freed = [(spans(selection), number) for selection, number in selections_by_bytes(sizes, CURVED)]
+    assert freed == [
+        ((0, 0), 0),
+        ((0, 1), 100),
+        ((1, 0), 300),
+        ((1, 1), 400),
+        ((2, 0), 600),
+        ((2, 1), 700),
+        ((2, 2), 800),
+    ]
+    assert spans(select_by_bytes(1, sizes, CURVED)) == (0, 1)
+    assert spans(select_by_bytes(101, sizes, CURVED)) == (1, 0)
+    assert spans(select_by_bytes(600, sizes, CURVED)) == (2, 0)
+    with pytest.raises(ValueError, match="--skip_budget 900 B is more than .*2 leading and 2 trailing .* frees 800 B"):
+        select_by_bytes(900, sizes, CURVED)
+
+
+def test_without_curves_a_byte_budget_skips_as_few_blocks_as_it_can():
+    sizes = [300, 300, 100, 100, 100]
+    assert select_by_bytes(301, sizes) == Selection(5, 2, 0, "rule", RULE)
+    assert [number for _, number in selections_by_bytes(sizes)] == [0, 300, 600, 700, 800]

@@ -20,7 +20,17 @@ from .image_encoders import load_image_encoder
 from .model_config import load_config
 from .monitor import versions
 from .residual_store import folder_digest
-from .selection_search import MaskedImages, Subject, fingerprint, inner_runs, search_curves
+from .selection_search import (
+    NOTHING,
+    RATIOS,
+    MaskedImages,
+    Subject,
+    fingerprint,
+    inner_runs,
+    leading_run,
+    search_curves,
+    trailing_run,
+)
 from .selection_tables import best_pairs
 from .simulation import empty_model
 from .transformer import DiTBlockSkipTransformer
@@ -144,11 +154,12 @@ def open_search(request: SearchRequest) -> MaskedImages:
 
 def count_images(request: SearchRequest, num_blocks: int) -> int:
     """How many images a search makes at most, finished ones included."""
-    ends = len({*range(request.stride, num_blocks, request.stride), num_blocks - 1})
-    # Each halving of the stride adds at most six numbers at either end.
-    ends += 6 * (request.stride - 1).bit_length()
-    windows = inner_runs(num_blocks, request.window_lengths, request.stride)
-    return (1 + 2 * min(ends, num_blocks - 1) + len(windows)) * len(request.subjects) * len(request.seeds)
+    ends = {*range(request.stride, num_blocks, request.stride), num_blocks - 1}
+    runs = {leading_run(n) for n in ends} | {trailing_run(n, num_blocks) for n in ends}
+    runs |= {NOTHING, *inner_runs(num_blocks, request.window_lengths, request.stride)}
+    # Each halving of the stride looks at three numbers for each ratio, at either end.
+    closer = 2 * min(3 * len(RATIOS) * (request.stride - 1).bit_length(), num_blocks - 1 - len(ends))
+    return (len(runs) + closer) * len(request.subjects) * len(request.seeds)
 
 
 def measure_table(images: MaskedImages, request: SearchRequest, command: str) -> dict[str, Any]:

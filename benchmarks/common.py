@@ -45,6 +45,7 @@ from blockskip_hooks.encode import encode_prompts
 from blockskip_hooks.monitor import StageMonitor, versions
 from blockskip_hooks.residual_store import ResidualStore
 from blockskip_hooks.run import prepare_run, weight_dtype
+from blockskip_hooks.stretches import Stretches
 from blockskip_hooks.trainer import Trainer
 from blockskip_hooks.training_data import SampleMaker
 
@@ -187,7 +188,7 @@ def open_trainer(argv: Sequence[str]) -> Trainer:
         embeds, _ = encode_prompts(family, prompts, dtype=dtype, device=device)
     sample_plan = run.sample_plan(0, {kind: len(source.photos) for kind, source in sources.items()})
     maker = SampleMaker(sample_plan, sources, family, embeds, device, dtype, bool(run.recorded_layers))
-    _, max_train_steps = run.schedule(sample_plan, accelerator.num_processes)
+    _, steps = run.schedule(sample_plan, accelerator.num_processes)
     store = None
     if run.uses_store:
         store = ResidualStore(run.residual_dir, run.describe_records(sample_plan, sources, dtype))
@@ -199,7 +200,9 @@ def open_trainer(argv: Sequence[str]) -> Trainer:
         stacks=family.block_stacks,
         recorded_layers=run.recorded_layers,
     )
-    return Trainer(run, accelerator, StageMonitor(), maker, model, None, store, max_train_steps)
+    return Trainer(
+        run, accelerator, StageMonitor(), maker, model, None, store, Stretches(num_steps=steps, length=steps)
+    )
 
 
 def machine() -> dict[str, Any]:

@@ -39,8 +39,9 @@ from blockskip_hooks.outputs import push_to_hub, run_report, write_outputs
 from blockskip_hooks.plan import describe_plan, make_plan, planned_batch_size, planned_vae, streams_text
 from blockskip_hooks.quantization import check_device
 from blockskip_hooks.residual_store import ResidualStore
-from blockskip_hooks.run import Run, prepare_run, segments, stretches, weight_dtype
+from blockskip_hooks.run import Run, prepare_run, weight_dtype
 from blockskip_hooks.selection_auto import is_trained, probe_args, with_measured_table
+from blockskip_hooks.stretches import Stretches, segments
 from blockskip_hooks.trainer import Trainer
 from blockskip_hooks.training_data import SampleMaker
 
@@ -77,7 +78,7 @@ def run_script(args: argparse.Namespace, command: str, *, is_probe: bool = False
                 run = with_measured_table(run, accelerator, probe, command)
         with monitor.stage("plan"):
             run, plan = make_plan(run, weight_dtype(accelerator), accelerator.num_processes)
-            steps_per_stretch = run.steps_per_stretch(plan, run.samples_per_step(accelerator), checkpoint)
+            stretches = run.stretches(plan, accelerator.num_processes, checkpoint)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -87,7 +88,7 @@ def run_script(args: argparse.Namespace, command: str, *, is_probe: bool = False
     if args.plan_only:
         return 0
     try:
-        train(run, accelerator, monitor, plan, checkpoint, steps_per_stretch, command)
+        train(run, accelerator, monitor, plan, checkpoint, stretches, command)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -119,7 +120,7 @@ def train(
     monitor: StageMonitor,
     plan: dict,
     checkpoint: Path | None,
-    steps_per_stretch: int | None,
+    stretches: Stretches,
     command: str,
 ) -> None:
     """Encode, load, train stretch by stretch, save."""
@@ -143,7 +144,8 @@ def train(
     # The sample plan: from here on nothing is random. Records of it may be there already.
     sources = run.photo_sources()
     sample_plan = run.sample_plan(seed, {kind: len(source.photos) for kind, source in sources.items()})
-    steps_per_epoch, max_train_steps = run.schedule(sample_plan, accelerator.num_processes)
+    steps_per_epoch, _ = run.schedule(sample_plan, accelerator.num_processes)
+    max_train_steps = stretches.num_steps
     store = None
     if run.uses_store:
         with accelerator.main_process_first():
@@ -189,8 +191,7 @@ def train(
             model,
             text,
             store,
-            max_train_steps,
-            steps_per_stretch,
+            stretches,
             images_at_once=planned_batch_size(plan, "validate"),
             vae_placement={stage: planned_vae(plan, stage) for stage in ("precompute", "validate")},
         )
@@ -204,9 +205,7 @@ def train(
     # The loop: records of a stretch, then its steps.
     negative = run.negative_prompt
     validation_steps = args.validation_epochs * steps_per_epoch if args.validation_prompt else max_train_steps
-    num_stretches = 0
-    for stretch, first in stretches(trainer.step, max_train_steps, steps_per_stretch or max_train_steps):
-        num_stretches += 1
+    for stretch, first in stretches.following(trainer.step):
         trainer.precompute(stretch, args.precompute_batch_size or planned_batch_size(plan, "precompute"))
         for part in segments(range(first, stretch.stop), validation_steps):
             trainer.train(part)
@@ -224,7 +223,7 @@ def train(
             before = trainer.images(run.final_prompts, negative, with_adapters=False)
             after = trainer.images(run.final_prompts, negative)
             trainer.log_images(run.final_prompts, after)
-        report = run_report(run, trainer, monitor.as_list(), num_stretches)
+        report = run_report(run, trainer, monitor.as_list())
         write_outputs(run, trainer, report, plan, f"accelerate launch {command}", before, after)
         if args.push_to_hub:
             print(f"Uploaded to {push_to_hub(run)}.")

@@ -54,11 +54,11 @@ _AT_LEAST_ONE = (
     "resolution repeats max_sequence_length min_patch_size max_patch_size precompute_batch_size rank lora_alpha "
     "probe_steps train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps sample_batch_size "
     "num_class_images validation_epochs validation_num_inference_steps checkpointing_steps checkpoints_total_limit "
-    "lr_num_cycles"
+    "lr_num_cycles stretch_steps record_repeats"
 )
 _NOT_NEGATIVE = (
     "dataloader_num_workers lr_warmup_steps num_validation_images seed guidance_scale validation_guidance_scale "
-    "prior_loss_weight adam_weight_decay adam_weight_decay_text_encoder"
+    "exact_steps prior_loss_weight adam_weight_decay adam_weight_decay_text_encoder"
 )
 _ABOVE_ZERO = "learning_rate text_encoder_lr adam_epsilon max_grad_norm logit_std lr_power"
 _FROM_ZERO_BELOW_ONE = "lora_dropout caption_dropout adam_beta1 adam_beta2 prodigy_beta3"
@@ -141,6 +141,8 @@ def _check_skipping(args: argparse.Namespace) -> None:
             raise ValueError(f"{low} is above {high}; lower the first or raise the second.")
     if args.aspect_ratio_buckets is not None:
         parse_buckets(args.aspect_ratio_buckets)
+    if args.exact_steps and args.residuals == "none":
+        raise ValueError("--exact_steps needs the leading span's residuals; leave --residuals none out, or it.")
     if args.skip_budget is not None and parse_skip_blocks(args.skip_blocks) != "auto":
         raise ValueError(
             f"--skip_budget {args.skip_budget} and --skip_blocks {args.skip_blocks} both say what to skip; give "
@@ -240,13 +242,14 @@ def _without_effect(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
         ),
         (args.select_on != "table", ("selection_encoder",), "--select_on base or subject"),
         (args.select_on == "subject", ("probe_steps",), "--select_on subject"),
-        (skipping or args.memory_budget, ("residuals",), "skipped blocks"),
+        (skipping or args.memory_budget, ("residuals", "exact_steps"), "skipped blocks"),
         (args.memory_budget, ("memory_options",), "--memory_budget"),
         (
             skipping and args.residuals == "precomputed",
             (
                 *("residual_dir", "residual_dtype", "residual_budget"),
                 *("precompute_batch_size", "overwrite_residuals", "keep_modulation"),
+                *("stretch_steps", "record_repeats", "refresh_residuals"),
             ),
             "precomputed residuals of skipped blocks",
         ),

@@ -196,6 +196,19 @@ def build_parser() -> argparse.ArgumentParser:
     )
     flag("--residual_dir", help="Folder of the residual records; by default inside --output_dir.")
     flag("--residual_budget", help="Disk the records may fill at a time, like 8GB; fewer are then made per stretch.")
+    flag("--stretch_steps", type=int, help="Steps whose records are made at a time; default: as many as fit.")
+    flag("--record_repeats", type=int, default=1, help="Times each record is trained on; 2 halves the precompute.")
+    flag(
+        "--refresh_residuals",
+        action="store_true",
+        help="Make each stretch's records with the LoRA learnt so far; without --stretch_steps, in ten stretches.",
+    )
+    flag(
+        "--exact_steps",
+        type=int,
+        default=0,
+        help="Last steps that run the trailing span's blocks, read one at a time, for exact values and gradients.",
+    )
     flag("--precompute_batch_size", type=int, help="Samples per forward when making records; default: what fits.")
     flag("--overwrite_residuals", action="store_true", help="Replace records that another run left.")
     flag("--memory_budget", help="Memory that every stage must fit in, like 12GiB; chooses how many blocks to skip.")

@@ -11,6 +11,7 @@ import logging
 import math
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 SCHEMA = 1
 OPTIMIZER_NAME = "optimizer.safetensors"
 STATE_NAME = "training_state.json"
+STRETCH_NAME = "stretch.safetensors"
+"""The LoRA as it was when the stretch began, for runs whose residuals follow it."""
 _PATTERN = re.compile(r"checkpoint-(\d+)")
 
 
@@ -163,6 +166,26 @@ def load_training_state(folder: Path, optimizer: Any, scheduler: Any) -> dict[st
     optimizer.load_state_dict({"state": entries, "param_groups": groups})
     scheduler.load_state_dict(state["scheduler"])
     return state
+
+
+def load_stretch(folder: Path, parameters: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Read the LoRA of the checkpoint's stretch, by the number of the parameter.
+
+    Raises:
+        ValueError: if it is not there, or of other parameters.
+    """
+    try:
+        tensors = load_file(str(folder / STRETCH_NAME))
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"--resume_from_checkpoint {folder} holds no {STRETCH_NAME} that can be read ({error}); was it made "
+            "without --refresh_residuals?"
+        ) from error
+    if {name: t.shape for name, t in tensors.items()} != {str(i): p.shape for i, p in enumerate(parameters)}:
+        raise ValueError(
+            f"--resume_from_checkpoint {folder}: {STRETCH_NAME} is of other LoRA layers; name another one."
+        )
+    return tensors
 
 
 def _plain(value: Any) -> Any:

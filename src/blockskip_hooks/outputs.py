@@ -24,11 +24,11 @@ CROPS_SHOWN = 12
 SHEET_PIXELS = 128
 
 
-def run_report(run: Run, trainer: Trainer, stages: list[dict[str, Any]], num_stretches: int) -> dict[str, Any]:
+def run_report(run: Run, trainer: Trainer, stages: list[dict[str, Any]]) -> dict[str, Any]:
     """The contents of ``run_report.json``; the schema is in the README."""
     store = trainer.store
     uses_residuals = run.skips
-    packed = uses_residuals and run.config.residuals == "precomputed" and run.args.residual_dtype == "float8"
+    packed = run.stores_residuals and run.args.residual_dtype == "float8"
     return {
         "schema": 1,
         "model": run.model_name,
@@ -54,7 +54,7 @@ def run_report(run: Run, trainer: Trainer, stages: list[dict[str, Any]], num_str
             "mode": run.config.residuals if uses_residuals else None,
             "records": trainer.records_made,
             "bytes": store.bytes_written if store else 0,
-            "stretches": num_stretches if store else 0,
+            "stretches": len(trainer.stretches) if store else 0,
             "dtype": "float8_e4m3fn" if packed else str(trainer.maker.dtype).removeprefix("torch."),
         },
         "versions": versions(),

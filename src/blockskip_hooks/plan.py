@@ -33,8 +33,7 @@ def plan_for(run: Run, dtype: torch.dtype, num_processes: int) -> dict[str, Any]
         num_processes: Processes that share the work.
     """
     args, family = run.args, run.family
-    num_images = {kind: args.num_class_images if kind == "class" else len(run.photos) for kind in run.kinds}
-    _, steps = run.schedule(run.sample_plan(args.seed or 0, num_images), num_processes)
+    steps = run.num_steps(num_processes)
     samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * num_processes * len(run.kinds)
     encoders = family.text_encoder_configs()
     streamable = family.streamable_text_encoders(trains_text=args.train_text_encoder)
@@ -56,6 +55,9 @@ def plan_for(run: Run, dtype: torch.dtype, num_processes: int) -> dict[str, Any]
         cache_latents=args.cache_latents,
         precompute_batch_size=args.precompute_batch_size,
         num_samples=steps * samples_per_step,
+        samples_per_step=samples_per_step,
+        stretch_steps=run.longest_stretch(steps),
+        record_repeats=run.record_repeats,
         residual_budget_bytes=run.residual_budget() if run.uses_store else None,
         residual_dtype=args.residual_dtype,
         text_encoders=list(encoders.values()),

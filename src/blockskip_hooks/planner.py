@@ -21,6 +21,7 @@ from .quantization import QuantizationConfig
 from .residual_dtype import PACKED, ResidualDtype, packed_bytes
 from .selection import Selection
 from .simulation import FakeTransformer, Usage, simulate_text_encoder, simulate_vae
+from .stretches import Stretches
 from .text_encoders import large_encoders
 
 
@@ -57,7 +58,10 @@ class PlanRequest:
         cache_latents: Whether latents are computed before training even if nothing is skipped.
         precompute_batch_size: Samples per precompute forward; by default the largest power of two that needs no
             more memory than a training step.
-        num_samples: Samples of the whole run, class samples included.
+        num_samples: Samples that the whole run trains on, class samples included.
+        samples_per_step: How many of them an optimiser step takes, over all processes.
+        stretch_steps: Steps of a stretch, at most; ``None`` for all.
+        record_repeats: How many times a record is trained on.
         residual_budget_bytes: Disk that the records may take at a time; ``None`` for no limit.
         residual_dtype: How records hold residuals.
         text_encoders: Configs of the text encoders.
@@ -91,6 +95,9 @@ class PlanRequest:
     cache_latents: bool = False
     precompute_batch_size: int | None = None
     num_samples: int = 0
+    samples_per_step: int = 1
+    stretch_steps: int | None = None
+    record_repeats: int = 1
     residual_budget_bytes: int | None = None
     residual_dtype: ResidualDtype = "auto"
     text_encoders: Sequence[Mapping[str, Any]] = ()
@@ -351,16 +358,18 @@ def _records(request: PlanRequest, residuals: SpanResiduals) -> dict[str, int]:
     record += sum(sizes.values())
     # Samples of the same prompt and timestep share their modulation; at most, each has its own.
     per_record = record + modulation + RECORD_OVERHEAD
-    stretches = 1
+    num_steps = max(-(-request.num_samples // request.samples_per_step), 1)
+    length = request.stretch_steps or num_steps
     if request.residual_budget_bytes is not None:
         # A stretch holds whole steps.
-        per_step = request.batch_size * request.gradient_accumulation_steps
-        steps = max(1, request.residual_budget_bytes // (per_record * per_step))
-        stretches = -(-request.num_samples // (steps * per_step))
+        fitting = max(1, request.residual_budget_bytes // (per_record * request.samples_per_step))
+        length = min(length, fitting * request.record_repeats)
+    stretches = Stretches(num_steps=num_steps, length=length, repeats=request.record_repeats)
+    records = min(stretches.num_recorded_steps * request.samples_per_step, request.num_samples)
     return {
-        "records": request.num_samples,
-        "bytes": request.num_samples * per_record,
-        "stretches": stretches,
+        "records": records,
+        "bytes": records * per_record,
+        "stretches": len(stretches),
         "record_bytes": record,
         "modulation_bytes": modulation,
     }

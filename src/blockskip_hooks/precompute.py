@@ -53,9 +53,14 @@ def only_new_garbage() -> Iterator[None]:
 
 
 def capture(model: DiTBlockSkipTransformer, maker: SampleMaker, batch: Batch) -> SpanResiduals:
-    """Residuals of one batch by a no-grad forward of the whole model."""
+    """Residuals of one batch by a no-grad forward of the whole model, without the LoRA's dropout."""
     inputs = maker.family.transformer_inputs(model.config, batch.noisy_latents, batch.timesteps, batch.embeds)
-    return model.capture_residuals(**inputs, return_dict=False)
+    trains = model.training
+    model.eval()
+    try:
+        return model.capture_residuals(**inputs, return_dict=False)
+    finally:
+        model.train(trains)
 
 
 def encode_latents(
@@ -102,14 +107,14 @@ def precompute_records(
     store: ResidualStore,
     batch_size: int | None = None,
     with_residuals: bool = True,
+    with_adapters: bool = False,
     progress: tqdm | None = None,
 ) -> int:
     """Write the records that ``store`` lacks: clean latents and, with skipped blocks, the spans' residuals.
 
     Weights of skipped blocks are read once per batch of samples. Samples share a batch only if their tensors have the
     same shapes, so that no record depends on its neighbours. Which samples share a batch does not depend on what the
-    store holds already, so that records of a run that was killed come out as they would have. Adapters are left out:
-    residuals are the base model's.
+    store holds already, so that records of a run that was killed come out as they would have.
 
     Args:
         samples: Samples to have records of.
@@ -119,6 +124,7 @@ def precompute_records(
         store: Takes the records.
         batch_size: Samples per forward; by default the largest that fits the device.
         with_residuals: Whether to run the transformer at all.
+        with_adapters: Whether adapters take part; otherwise residuals are the base model's.
         progress: Advanced by one per sample, present ones included.
 
     Returns:
@@ -139,7 +145,7 @@ def precompute_records(
             if progress is not None:
                 progress.update(len(fresh))
 
-    with base_model(model.transformer):
+    with contextlib.nullcontext() if with_adapters else base_model(model.transformer):
         run()
     return missing
 

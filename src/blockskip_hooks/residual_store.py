@@ -35,6 +35,14 @@ def fingerprint(description: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """A digest of tensors on the CPU and their names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def file_digest(path: Path, num_blocks: int = 16, block_bytes: int = 1 << 16) -> str:
     """A cheap content digest of a weight file: its size, its head and evenly spaced blocks of it."""
     size = path.stat().st_size
@@ -66,7 +74,7 @@ class ResidualStore:
 
     def __init__(self, directory: Path, description: Mapping[str, Any], overwrite: bool = False) -> None:
         self.directory = directory
-        self.fingerprint = fingerprint(description)
+        self.fingerprint = self._run_fingerprint = fingerprint(description)
         self._records: dict[str, tuple[Path, list[str]]] = {}
         self._open_files: dict[Path, Any] = {}
         self.records_written = 0
@@ -94,6 +102,19 @@ class ResidualStore:
             manifest,
             {"schema": SCHEMA, "fingerprint": self.fingerprint, "description": _plain(dict(description))},
         )
+        self._scan()
+
+    def begin_stretch(self, lora: str) -> None:
+        """Go on with records that depend on the LoRA as well; those made with another one are dropped.
+
+        Args:
+            lora: Digest of the LoRA that the stretch's residuals are computed with.
+        """
+        self.fingerprint = fingerprint({"run": self._run_fingerprint, "lora": lora})
+        self._records, self._open_files = {}, {}
+        for path in self._own_files(".safetensors"):
+            if _shard_fingerprint(path) != self.fingerprint:
+                path.unlink(missing_ok=True)
         self._scan()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -192,6 +213,15 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
     if not isinstance(manifest, dict) or not isinstance(manifest.get("description"), dict):
         return None
     return manifest if "fingerprint" in manifest else None
+
+
+def _shard_fingerprint(path: Path) -> str | None:
+    """What a shard's records depend on; ``None`` if it cannot be read."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return (file.metadata() or {}).get("fingerprint")
+    except (SafetensorError, FileNotFoundError):
+        return None
 
 
 def _plain(value: Any) -> Any:

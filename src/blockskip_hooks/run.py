@@ -10,7 +10,6 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from .residual_store import folder_digest
 from .sample_plan import SampleKind, SamplePlan
 from .selection import Selection, select_blocks, select_by_bytes
 from .selection_tables import SelectionTable, find_table, read_table
+from .stretches import Stretches
 from .training_data import PhotoSource
 from .transformer import DiTBlockSkipTransformer
 from .version import __version__
@@ -45,6 +45,8 @@ from .version import __version__
 logger = logging.getLogger(__name__)
 
 DEFAULT_RESIDUAL_BUDGET = 16 * 10**9
+REFRESHES = 10
+"""Stretches of a run whose residuals follow the LoRA, unless ``--stretch_steps`` says otherwise."""
 EMBEDDED_PROMPTS = 4
 
 
@@ -105,15 +107,30 @@ class Run:
         """Names of the modulation layers whose outputs are recorded, so that training does without their weights."""
         args = self.args
         # A trained text encoder would change their input.
-        if not self.skips or self.config.residuals != "precomputed" or args.keep_modulation or args.train_text_encoder:
+        if not self.stores_residuals or args.keep_modulation or args.train_text_encoder:
             return ()
         names = modulation_layers(self.skeleton.spans, self.family.modulation_layers)
         return tuple(name for name in names if name not in set(self.targets))
 
     @property
+    def stores_residuals(self) -> bool:
+        """Whether training reads residuals from records."""
+        return self.skips and self.config.residuals == "precomputed"
+
+    @property
     def uses_store(self) -> bool:
         """Whether training reads records: precomputed residuals, or latents cached ahead of training."""
-        return (self.skips and self.config.residuals == "precomputed") or self.args.cache_latents
+        return self.stores_residuals or self.args.cache_latents
+
+    @property
+    def refreshes(self) -> bool:
+        """Whether each stretch's residuals are computed with the LoRA learnt so far."""
+        return self.stores_residuals and self.args.refresh_residuals
+
+    @property
+    def record_repeats(self) -> int:
+        """How many times a record is trained on."""
+        return self.args.record_repeats if self.stores_residuals else 1
 
     @property
     def kinds(self) -> tuple[SampleKind, ...]:
@@ -223,6 +240,7 @@ class Run:
             "weights": {name: folder_digest(path / name) for name in components if (path / name).is_dir()},
             "modulation": bool(self.recorded_layers),
             "spans": [self.config.leading, self.config.trailing] if self.config.residuals == "precomputed" else None,
+            **({"refreshed": True} if self.refreshes else {}),
             "residual_dtype": args.residual_dtype,
             # Kept blocks lie between the spans, so the trailing residual depends on how they are held.
             **({"quantization": self.quantization.describe()} if self.quantization and self.skips else {}),
@@ -240,8 +258,14 @@ class Run:
             "dtype": str(dtype),
         }
 
-    def steps_per_stretch(self, plan: dict[str, Any], samples_per_step: int, checkpoint: Path | None) -> int | None:
-        """Optimiser steps whose records fit the residual budget; ``None`` when there are no records.
+    def num_steps(self, num_processes: int) -> int:
+        """Optimiser steps of the run."""
+        args = self.args
+        num_images = {kind: args.num_class_images if kind == "class" else len(self.photos) for kind in self.kinds}
+        return self.schedule(self.sample_plan(args.seed or 0, num_images), num_processes)[1]
+
+    def stretches(self, plan: dict[str, Any], num_processes: int, checkpoint: Path | None) -> Stretches:
+        """The run's stretches: the longest whose records fit the residual budget, unless flags ask for shorter ones.
 
         A resumed run keeps the stretches it began with, whatever the disk has room for now: records then come out
         of the same batches.
@@ -249,11 +273,17 @@ class Run:
         Raises:
             ValueError: if not even one step's records fit.
         """
+        args, num_steps = self.args, self.num_steps(num_processes)
         if not self.uses_store:
-            return None
+            return Stretches(num_steps=num_steps, length=num_steps)
         if checkpoint is not None:
-            return read_state(checkpoint)["steps_per_stretch"]
-        planned = plan["residuals"]
+            return Stretches(
+                num_steps=num_steps, repeats=self.record_repeats, length=read_state(checkpoint)["stretch_steps"]
+            )
+        planned, samples_per_step = (
+            plan["residuals"],
+            args.train_batch_size * args.gradient_accumulation_steps * num_processes,
+        )
         record_bytes = -(-planned["bytes"] // planned["records"])
         step_bytes = record_bytes * samples_per_step * len(self.kinds)
         budget = self.residual_budget()
@@ -262,11 +292,16 @@ class Run:
                 f"--residual_budget is {budget} bytes, less than the records of one step need ({step_bytes}: "
                 f"{samples_per_step * len(self.kinds)} of {record_bytes}); raise it or lower --train_batch_size."
             )
-        return budget // step_bytes
+        return Stretches(
+            num_steps=num_steps,
+            length=min(self.longest_stretch(num_steps), budget // step_bytes * self.record_repeats),
+            repeats=self.record_repeats,
+        )
 
-    def samples_per_step(self, accelerator: Accelerator) -> int:
-        """Samples of each kind that one optimiser step takes, over all processes."""
-        return self.args.train_batch_size * self.args.gradient_accumulation_steps * accelerator.num_processes
+    def longest_stretch(self, num_steps: int) -> int:
+        """Steps of a stretch as far as flags decide, whatever there is room for."""
+        refreshed = -(-num_steps // REFRESHES) if self.refreshes else num_steps
+        return min(self.args.stretch_steps or refreshed, num_steps)
 
     @property
     def may_overwrite(self) -> bool:
@@ -528,26 +563,6 @@ def _check_writable(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise ValueError(f"--output_dir {folder} cannot be written; choose another folder.")
-
-
-def stretches(first_step: int, last_step: int, steps_per_stretch: int) -> Iterator[tuple[range, int]]:
-    """Split a run into stretches on a grid that starts at step 0, so that a resumed run has the same ones.
-
-    Yields:
-        The steps of a whole stretch and the first of them that is still to be trained.
-    """
-    start = first_step // steps_per_stretch * steps_per_stretch
-    for begin in range(start, last_step, steps_per_stretch):
-        yield range(begin, min(begin + steps_per_stretch, last_step)), max(begin, first_step)
-
-
-def segments(steps: range, every: int) -> Iterator[range]:
-    """Split ``steps`` at the multiples of ``every``."""
-    start = steps.start
-    while start < steps.stop:
-        stop = min((start // every + 1) * every, steps.stop)
-        yield range(start, stop)
-        start = stop
 
 
 def weight_dtype(accelerator: Accelerator) -> torch.dtype:

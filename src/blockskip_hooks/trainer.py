@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,18 @@ from diffusers import ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import free_memory
 from PIL import Image
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .checkpoints import begin_checkpoint, commit_checkpoint, load_training_state, save_training_state
+from .checkpoints import (
+    STRETCH_NAME,
+    begin_checkpoint,
+    commit_checkpoint,
+    load_stretch,
+    load_training_state,
+    save_training_state,
+)
 from .encode import TrainedText
 from .hooks import SpanResiduals
 from .images import VaePlacement, generate_images
@@ -27,9 +35,10 @@ from .losses import combine_losses, flow_matching_loss
 from .monitor import StageMonitor
 from .optimizers import make_optimizer
 from .precompute import base_model, capture, encode_latents, only_new_garbage, precompute_records
-from .residual_store import Record, ResidualStore
+from .residual_store import Record, ResidualStore, tensors_digest
 from .run import Run
 from .sample_plan import Sample, derived_seed
+from .stretches import Stretches
 from .training_data import Batch, RecordDataset, SampleMaker, collate_by_kind
 from .transformer import DiTBlockSkipTransformer
 
@@ -45,8 +54,7 @@ class Trainer:
         model: The transformer with only its kept blocks loaded.
         text: The text encoders that train along, if any.
         store: Records, or ``None`` when crops are encoded in every step.
-        max_train_steps: Optimiser steps of the whole run.
-        steps_per_stretch: Steps of a stretch, for checkpoints.
+        stretches: Which steps share a precompute, and what each trains on.
         images_at_once: Validation images per call of the pipeline; by default all of a prompt.
         vae_placement: How the VAE works in the stages "precompute" and "validate".
 
@@ -66,20 +74,21 @@ class Trainer:
         model: DiTBlockSkipTransformer,
         text: TrainedText | None,
         store: ResidualStore | None,
-        max_train_steps: int,
-        steps_per_stretch: int | None = None,
+        stretches: Stretches,
         images_at_once: int | None = None,
         vae_placement: Mapping[str, VaePlacement] | None = None,
     ) -> None:
         args, seed = run.args, maker.plan.seed
         self.run, self.accelerator, self.monitor, self.maker = run, accelerator, monitor, maker
         self.model, self.store = model, store
-        self.max_train_steps, self.steps_per_stretch = max_train_steps, steps_per_stretch
+        self.stretches, self.max_train_steps = stretches, stretches.num_steps
         self.images_at_once, self.vae_placement = images_at_once, vae_placement or {}
         self.step = 0
         self.records_made = 0
         self.losses: list[float] = []
         self.step_seconds: list[float] = []
+        # The LoRA that the stretch's records were made with, by the number of the parameter.
+        self._stretch_adapters: dict[str, torch.Tensor] = {}
         self.samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
 
         adapter = {"rank": args.rank, "alpha": args.lora_alpha, "dropout": args.lora_dropout, "seed": seed}
@@ -101,7 +110,7 @@ class Trainer:
             args.lr_scheduler,
             optimizer=optimizer,
             num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
-            num_training_steps=max_train_steps * accelerator.num_processes,
+            num_training_steps=self.max_train_steps * accelerator.num_processes,
             num_cycles=args.lr_num_cycles,
             power=args.lr_power,
         )
@@ -142,11 +151,18 @@ class Trainer:
         """
         if self.store is None:
             return
-        if self.steps_per_stretch and self.steps_per_stretch < self.max_train_steps:
+        recorded = self.stretches.recorded(steps)
+        if len(self.stretches) > 1:
             # A run that was killed behind its last checkpoint left records of a later stretch.
-            self.store.drop_others(sample.id for sample in self.maker.samples(self._sample_range(steps)))
-        with self.monitor.stage("precompute"), self.accelerator.autocast(), only_new_garbage():
-            samples = self.maker.samples(self._my_indices(steps))
+            self.store.drop_others(sample.id for sample in self.maker.samples(self._indices(recorded)))
+        refresh = self.run.refreshes
+        with (
+            self.monitor.stage("precompute"),
+            self.accelerator.autocast(),
+            only_new_garbage(),
+            self._adapters_of(steps) if refresh else contextlib.nullcontext(),
+        ):
+            samples = self.maker.samples(self._my_indices(recorded))
             missing = sum(not self.maker.is_recorded(sample, self.store) for sample in samples)
             alone = self.vae_placement.get("precompute", VaePlacement()).alone
             place = self.model.on_host() if alone else contextlib.nullcontext()
@@ -162,16 +178,17 @@ class Trainer:
                     maker=self.maker,
                     store=self.store,
                     batch_size=batch_size,
-                    with_residuals=self.run.skips and self.run.config.residuals == "precomputed",
+                    with_residuals=self.run.stores_residuals,
+                    with_adapters=refresh,
                     progress=bar,
                 )
 
     def train(self, steps: range) -> None:
-        """Train the given optimiser steps; their records must be in the store."""
+        """Train the given optimiser steps; the records that they use must be in the store."""
         args, accelerator = self.run.args, self.accelerator
         loader = accelerator.prepare(
             DataLoader(
-                RecordDataset(self.maker, self.store, self._sample_range(steps)),
+                RecordDataset(self.maker, self.store, self._indices(map(self.stretches.source, steps))),
                 batch_size=args.train_batch_size,
                 collate_fn=collate_by_kind,
                 num_workers=args.dataloader_num_workers,
@@ -221,7 +238,8 @@ class Trainer:
     def _loss(self, batch: Batch) -> torch.Tensor:
         args, family = self.run.args, self.run.family
         inputs = family.transformer_inputs(self.model.config, batch.noisy_latents, batch.timesteps, batch.embeds)
-        prediction = self.wrapped(**inputs, residuals=batch.residuals, return_dict=False)[0]
+        exact = self.run.skips and self.step >= self.max_train_steps - args.exact_steps
+        prediction = self.wrapped(**inputs, residuals=batch.residuals, run_trailing=exact, return_dict=False)[0]
         prediction, target = family.loss_terms(
             family.prediction_to_latents(prediction, batch.latents),
             latents=batch.latents,
@@ -259,9 +277,11 @@ class Trainer:
             self.scheduler,
             step=self.step,
             seed=self.maker.plan.seed,
-            steps_per_stretch=self.steps_per_stretch,
+            stretch_steps=self.stretches.length,
             loss=self.losses,
         )
+        if self._stretch_adapters:
+            save_file(self._stretch_adapters, folder / STRETCH_NAME)
         commit_checkpoint(folder, self.run.args.checkpoints_total_limit)
 
     def resume(self, checkpoint: Path) -> None:
@@ -273,6 +293,8 @@ class Trainer:
         load_lora(checkpoint, type(self.run.family), self.model.transformer, self.text_encoders)
         state = load_training_state(checkpoint, self.optimizer, self.scheduler)
         self.step, self.losses = state["step"], list(state["loss"])
+        if self.run.refreshes:
+            self._stretch_adapters = load_stretch(checkpoint, self.parameters)
 
     def export(self) -> None:
         """Write the final LoRA in the dtype of the base weights, or float32 with ``--upcast_before_saving``.
@@ -329,12 +351,39 @@ class Trainer:
             fresh = self.run.family.refresh_embeds(self.text.encoders, tokens, batched)
             embeds[prompt] = {name: tensor[0].cpu() for name, tensor in fresh.items()}
 
-    def _sample_range(self, steps: range) -> range:
-        return range(steps.start * self.samples_per_step, steps.stop * self.samples_per_step)
+    @contextlib.contextmanager
+    def _adapters_of(self, stretch: range) -> Iterator[None]:
+        """Within this context the LoRA is as it was when the stretch began, and so are the records of the store.
+
+        A run that is resumed in the middle of a stretch may have lost some of its records.
+        """
+        assert self.store is not None
+        now = {str(number): p.detach().cpu().clone() for number, p in enumerate(self.parameters)}
+        if self.step == stretch.start:
+            self._stretch_adapters = now
+        self._set_adapters(self._stretch_adapters)
+        with self.accelerator.main_process_first():
+            self.store.begin_stretch(tensors_digest(self._stretch_adapters))
+        try:
+            if self.text:
+                self._refresh(self.maker.embeds, list(self.maker.embeds))
+            yield
+        finally:
+            self._set_adapters(now)
+
+    @torch.no_grad()
+    def _set_adapters(self, values: Mapping[str, torch.Tensor]) -> None:
+        for number, parameter in enumerate(self.parameters):
+            parameter.copy_(values[str(number)])
+
+    def _indices(self, steps: Iterable[int]) -> list[int]:
+        """Numbers in the sample plan of the samples of these steps, over all processes."""
+        size = self.samples_per_step
+        return [index for step in steps for index in range(step * size, (step + 1) * size)]
 
     def _my_indices(self, steps: range) -> list[int]:
         """This process's share of the samples, dealt out as the training loader deals them."""
-        indices: Any = self._sample_range(steps)
+        indices: Any = self._indices(steps)
         loader: DataLoader = DataLoader(indices, batch_size=self.run.args.train_batch_size)
         return [index for batch in self.accelerator.prepare(loader) for index in batch.tolist()]
 

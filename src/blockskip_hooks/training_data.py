@@ -223,7 +223,7 @@ class RecordDataset(torch.utils.data.Dataset):
     there is no store.
     """
 
-    def __init__(self, maker: SampleMaker, store: ResidualStore | None, indices: range) -> None:
+    def __init__(self, maker: SampleMaker, store: ResidualStore | None, indices: Sequence[int]) -> None:
         self.maker = maker
         self.store = store
         self.indices = indices

@@ -29,7 +29,6 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import numpy as np
 import torch
 from common import command, machine
 from diffusers import FluxPipeline
@@ -42,6 +41,7 @@ from blockskip_hooks.monitor import write_json
 from blockskip_hooks.residual_store import folder_digest
 from blockskip_hooks.selection import select_blocks
 from blockskip_hooks.selection_tables import find_table, read_table
+from blockskip_hooks.statistics import bootstrap
 
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "dreambooth_blockskip" / "train_dreambooth_blockskip.py"
@@ -128,23 +128,6 @@ def run_cell(cell: tuple[Path, str, int, str]) -> None:
 
 def cell_file(folder: Path, subject: str, seed: int, skip: str) -> Path:
     return folder / f"{subject}-{seed}-{skip.replace(',', '_')}.json"
-
-
-def bootstrap(values: dict[tuple[str, int], float], rounds: int = 2000) -> list[float]:
-    """Mean and the bounds of its bootstrap 95 % interval, subjects drawn first and then seeds of each.
-
-    Args:
-        values: By subject and seed.
-        rounds: Samples drawn.
-    """
-    subjects = sorted({subject for subject, _ in values})
-    # Equally many seeds of every subject: a table (subjects, seeds).
-    sample = np.array([[value for key, value in sorted(values.items()) if key[0] == name] for name in subjects])
-    generator = np.random.default_rng(0)
-    drawn = generator.integers(0, len(subjects), (rounds, len(subjects), 1))
-    seeds = generator.integers(0, sample.shape[1], (rounds, len(subjects), sample.shape[1]))
-    means = sample[drawn, seeds].mean((1, 2))
-    return [round(float(v), 4) for v in (sample.mean(), *np.quantile(means, (0.025, 0.975)))]
 
 
 def summarise(cells: list[dict[str, Any]], skipped: int, chosen: dict[str, str]) -> dict[str, Any]:

@@ -28,8 +28,8 @@ def test_equal_values_have_no_interval_and_the_order_does_not_matter():
 
 
 def test_alike_members_do_not_narrow_the_interval_of_their_groups():
-    few = bootstrap({(group, 0): float(group) for group in range(4)})
-    many = bootstrap({(group, member): float(group) for group in range(4) for member in range(50)})
+    few = bootstrap({(str(group), 0): float(group) for group in range(4)})
+    many = bootstrap({(str(group), member): float(group) for group in range(4) for member in range(50)})
     assert many[0] == few[0] == 1.5
     assert many[2] - many[1] == pytest.approx(few[2] - few[1], abs=0.3)
 

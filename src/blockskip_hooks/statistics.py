@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 
 
-def bootstrap(values: Mapping[tuple[Any, Hashable], float], rounds: int = 2000) -> list[float]:
+def bootstrap(values: Mapping[tuple[str, int], float], rounds: int = 2000) -> list[float]:
     """Mean and the bounds of its bootstrap 95 % interval, groups drawn first and then members of each.
 
     Values of one group (images of one prompt, seeds of one subject) are more alike than others, so drawing all of them
@@ -21,7 +20,7 @@ def bootstrap(values: Mapping[tuple[Any, Hashable], float], rounds: int = 2000) 
     Raises:
         ValueError: if there are no values, or not equally many of every group.
     """
-    groups: dict[Any, list[float]] = {}
+    groups: dict[str, list[float]] = {}
     for (group, _), value in sorted(values.items()):
         groups.setdefault(group, []).append(value)
     if len({len(members) for members in groups.values()}) != 1:

@@ -32,10 +32,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from common import command, machine
 from diffusers import FluxPipeline
-from PIL import Image
 from tqdm.auto import tqdm
 
 from blockskip_hooks.embedded import embedded_model, embedded_photos, embedded_subjects
+from blockskip_hooks.evaluation import embedded_gallery, nearest_subjects, subject_fidelity
 from blockskip_hooks.image_encoders import load_image_encoder
 from blockskip_hooks.monitor import write_json
 from blockskip_hooks.residual_store import folder_digest
@@ -81,10 +81,7 @@ def train(output: Path, subject: str, seed: int, skip: str) -> None:
 def fidelity(lora: Path | None, subject: str) -> dict[str, Any]:
     """How far images with a LoRA (or without any) show the subject: similarity to its photos, share retrieved."""
     encoder = load_image_encoder("subject")
-    gallery = {
-        name: encoder.embed([Image.open(path) for path in sorted(embedded_photos(name).glob("*.png"))])
-        for name in embedded_subjects()
-    }
+    gallery = embedded_gallery(encoder)
     pipeline = FluxPipeline.from_pretrained(embedded_model(), torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     if lora is not None:
@@ -102,8 +99,7 @@ def fidelity(lora: Path | None, subject: str) -> dict[str, Any]:
         generator=[torch.Generator().manual_seed(IMAGE_SEED + i) for i in range(len(prompts) * IMAGES_PER_PROMPT)],
     ).images
     vectors = encoder.embed(images)
-    own = (vectors @ gallery[subject].T).mean(1)
-    nearest = [max(gallery, key=lambda name: float((vector @ gallery[name].T).mean())) for vector in vectors]
+    own, nearest = subject_fidelity(vectors, gallery[subject]), nearest_subjects(vectors, gallery)
     return {
         "similarity": own.mean().item(),
         "retrieved": mean(name == subject for name in nearest),

@@ -209,6 +209,8 @@ def find_prompts(args: argparse.Namespace) -> tuple[EvaluationPrompt, ...]:
         raise ValueError('--instance_prompt is missing; give the one of training, like "a photo of sks dog".')
     if args.prompts is not None and args.class_kind is not None:
         raise ValueError("--class_kind chooses among the shipped prompts, --prompts names others; leave one out.")
+    if args.prompts is None and args.pretrained_model_name_or_path is None:
+        raise ValueError("--prompts is missing; the shipped ones hold words that the embedded model does not know.")
     if args.prompts is None and args.class_kind is None:
         raise ValueError("--class_kind is missing; give object or live, or prompts of your own by --prompts.")
     phrase = subject_phrase(instance_prompt)

@@ -94,16 +94,19 @@ def make_images(request: EvaluationRequest) -> None:
     if not missing:
         return
     settings, family = request.settings, request.settings.family
-    place = {"dtype": settings.dtype, "device": settings.device}
+    dtype, device = settings.dtype, settings.device
     texts = [prompt.text for prompt in request.prompts]
-    plain = encode_for_images(family, texts, settings.pipeline_kwargs, **place)
-    encoded = {name: plain for name in missing}
+    plain = encode_for_images(family, texts, settings.pipeline_kwargs, dtype=dtype, device=device)
+    encoded = dict.fromkeys(missing, plain)
     for name in missing:
         lora = request.loras[name]
         if lora is not None and changes_text(family, lora):
-            encoded[name] = encode_for_images(family, texts, settings.pipeline_kwargs, **place, lora=lora)
-    model = load_image_transformer(family, **place, takes_lora=any(request.loras[name] for name in missing))
-    vae = family.load_vae(**place)
+            encoded[name] = encode_for_images(
+                family, texts, settings.pipeline_kwargs, dtype=dtype, device=device, lora=lora
+            )
+    takes_lora = any(request.loras[name] for name in missing)
+    model = load_image_transformer(family, dtype=dtype, device=device, takes_lora=takes_lora)
+    vae = family.load_vae(dtype, device)
     with tqdm(total=sum(map(len, missing.values())), desc="Images", unit="image") as bar:
         for name, files in missing.items():
             embeds, negative = encoded[name]

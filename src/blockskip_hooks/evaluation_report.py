@@ -30,6 +30,7 @@ ABOUT = {
 
 # Of the contact sheet, in pixels.
 CELL, GAP, LABEL_WIDTH, HEADER_HEIGHT = 192, 8, 250, 26
+SMALLEST_PHOTO = 96
 ROWS_PER_PANEL = 13
 _FONT_SIZE, _LABEL_LETTERS = 15, 31
 _GREY = "#59646b"
@@ -132,7 +133,7 @@ def draw_contact_sheet(
     images: Sequence[Sequence[Image.Image]],
     prompts: Sequence[EvaluationPrompt],
     seeds: Sequence[int],
-    notes: Sequence[str],
+    notes: Sequence[Sequence[str]],
     title: str,
     file: Path,
 ) -> None:
@@ -143,7 +144,7 @@ def draw_contact_sheet(
         images: For each prompt an image of each seed.
         prompts: The prompts.
         seeds: The seeds.
-        notes: What was measured of each prompt's images; a line is put under the prompt.
+        notes: What was measured of each prompt's images; they are put under the prompt.
         title: What the images are of.
         file: Where to.
     """
@@ -151,18 +152,19 @@ def draw_contact_sheet(
     height_in_rows = math.ceil(len(prompts) / panels)
     step = CELL + GAP
     panel_width = LABEL_WIDTH + len(seeds) * step + GAP
-    # Few seeds leave no room for the photos; the rest of them are left out.
-    shown = photos[: max((panels * panel_width - LABEL_WIDTH) // step, 1)]
+    room = panels * panel_width - LABEL_WIDTH
+    side = min(CELL, max(room // len(photos) - GAP, SMALLEST_PHOTO))
+    shown = photos[: max(room // (side + GAP), 1)]
     top = 2 * GAP + HEADER_HEIGHT
-    below = top + step + GAP
+    below = top + side + 2 * GAP
     height = below + HEADER_HEIGHT + height_in_rows * step + GAP
     sheet = Image.new("RGB", (panels * panel_width, height), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=_FONT_SIZE)
     draw.text((GAP, GAP), title, fill="black", font=ImageFont.load_default(size=_FONT_SIZE + 4))
     counted = f"{len(photos)}" if len(shown) == len(photos) else f"{len(shown)} of {len(photos)}"
-    draw.multiline_text((GAP, top), f"photos of the subject\n({counted})", fill=_GREY, font=font)
+    draw.text((GAP, top), f"photos of the subject ({counted})", fill=_GREY, font=font)
     for column, photo in enumerate(shown):
-        sheet.paste(_cell(photo), (LABEL_WIDTH + column * step, top))
+        sheet.paste(_cell(photo, side), (LABEL_WIDTH + column * (side + GAP), top))
     draw.line((GAP, below - GAP // 2, sheet.width - GAP, below - GAP // 2), fill="#dce2e5", width=2)
     for panel in range(panels):
         left = panel * panel_width
@@ -173,25 +175,29 @@ def draw_contact_sheet(
             lines = textwrap.wrap(f"{row + 1}. {prompts[row].text}", _LABEL_LETTERS)
             draw.multiline_text((left + GAP, y), "\n".join(lines), fill="black", font=font)
             beneath = y + len(lines) * (_FONT_SIZE + 4) + GAP
-            draw.multiline_text((left + GAP, beneath), notes[row], fill=_GREY, font=font)
+            # Wrapped between measures only.
+            note = "\n".join(
+                textwrap.wrap(", ".join(notes[row]).replace(" ", "\u00a0").replace(",\u00a0", ", "), _LABEL_LETTERS)
+            )
+            draw.multiline_text((left + GAP, beneath), note.replace("\u00a0", " "), fill=_GREY, font=font)
             for column, image in enumerate(images[row]):
-                sheet.paste(_cell(image), (left + LABEL_WIDTH + column * step, y))
+                sheet.paste(_cell(image, CELL), (left + LABEL_WIDTH + column * step, y))
     temporary = file.with_name(f".{file.name}.tmp")
     file.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(temporary, format="PNG", optimize=True)
     temporary.replace(file)
 
 
-def _cell(image: Image.Image) -> Image.Image:
+def _cell(image: Image.Image, side: int) -> Image.Image:
     """A square of the sheet: small images are enlarged with hard pixel edges, others reduced."""
     image = image.convert("RGB")
-    if 2 * max(image.size) <= CELL:
-        factor = CELL // max(image.size)
+    if 2 * max(image.size) <= side:
+        factor = side // max(image.size)
         image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-    return ImageOps.pad(image, (CELL, CELL), Image.Resampling.LANCZOS, color="white", centering=(0, 0))
+    return ImageOps.pad(image, (side, side), Image.Resampling.LANCZOS, color="white", centering=(0, 0))
 
 
-def prompt_notes(evaluation: Evaluation, prompts: Sequence[EvaluationPrompt]) -> list[str]:
+def prompt_notes(evaluation: Evaluation, prompts: Sequence[EvaluationPrompt]) -> list[list[str]]:
     """What was measured of each prompt's images: means, and the diversity."""
     notes = []
     for prompt in prompts:
@@ -204,5 +210,5 @@ def prompt_notes(evaluation: Evaluation, prompts: Sequence[EvaluationPrompt]) ->
         }
         if prompt.text in evaluation.diversity:
             means[DIVERSITY] = evaluation.diversity[prompt.text]
-        notes.append("\n".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in means.items()))
+        notes.append([f"{name.replace('_', ' ')} {value:.2f}" for name, value in means.items()])
     return notes

@@ -79,6 +79,8 @@ def load_adapter(family: Family, transformer: ModelMixin, vae: ModelMixin, lora:
         ValueError: if it is the LoRA of another model.
     """
     pipeline: Any = family.image_pipeline(transformer, vae)
+    # It holds no text encoder that could take its part; prompts are encoded elsewhere.
+    pipeline.load_lora_into_text_encoder = lambda *_, **__: None
     # A path to a file is read from its folder: not every reader of diffusers takes a file.
     source = {"weight_name": lora.name} if lora.is_file() else {}
     try:

@@ -381,6 +381,7 @@ def test_contact_sheet_of_many_prompts_is_no_strip(tmp_path: Path):
         (["--lora_weights", "none", "none"], "--lora_weights names none twice"),
         (["--images_per_prompt", "0"], "--images_per_prompt is 0"),
         (["--images_per_prompt", "3", "--seeds", "1"], "--images_per_prompt is 3 and --seeds 1"),
+        (["--output_dir", "FILE"], "is a file; name a folder"),
         (["--seeds", "1", "1"], "--seeds names a seed twice"),
         (["--resolution", "63"], "--resolution is 63"),
         (["--encoders", "offline"], "--encoders offline"),
@@ -408,8 +409,8 @@ def test_contact_sheet_of_many_prompts_is_no_strip(tmp_path: Path):
 def test_settings_that_cannot_work_are_refused_in_one_line(
     flags: list[str], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    places = {"TINY": FLUX.folder, "DOG": embedded_photos("dog")}
-    assert evaluate(*(places.get(flag, flag) for flag in flags), "--output_dir", tmp_path / "out") == 2
+    places = {"TINY": FLUX.folder, "DOG": embedded_photos("dog"), "FILE": Path(__file__)}
+    assert evaluate("--output_dir", tmp_path / "out", *(places.get(flag, flag) for flag in flags)) == 2
     said = capsys.readouterr()
     assert said.err.startswith("error: ") and said.err.count("\n") == 1 and reason in said.err
     assert not (tmp_path / "out").exists()

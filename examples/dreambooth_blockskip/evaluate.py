@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     args = build_parser().parse_args(argv)
     try:
-        check_numbers(args)
+        check_flags(args)
         photos = find_photos(args)
         prompts = find_prompts(args)
         loras = name_loras(args.lora_weights)
@@ -140,8 +140,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def check_numbers(args: argparse.Namespace) -> None:
-    """Check the flags that count something.
+def check_flags(args: argparse.Namespace) -> None:
+    """Check the flags that need nothing else to be known.
 
     Raises:
         ValueError: one line that names the flag and the fix.
@@ -156,6 +156,8 @@ def check_numbers(args: argparse.Namespace) -> None:
         )
     if args.seeds is not None and len(set(args.seeds)) < len(args.seeds):
         raise ValueError("--seeds names a seed twice, which would make the same images; remove it.")
+    if args.output_dir.exists() and not args.output_dir.is_dir():
+        raise ValueError(f"--output_dir {args.output_dir} is a file; name a folder.")
 
 
 def embedded_subject(args: argparse.Namespace) -> str | None:

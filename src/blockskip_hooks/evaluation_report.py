@@ -21,7 +21,8 @@ from .residual_store import file_digest
 
 
 ABOUT = {
-    "retrieved": "share of images nearest to the photos of their own subject among all embedded subjects",
+    "retrieved": "share of images nearest to the photos of their own subject among all embedded subjects; few share a "
+    "class, so another drawing of the class often counts",
     "background_right": "share of images whose background is the prompt's, by the embedded classifier",
     "class_right": "share of images of the prompt's class, by the embedded classifier",
     DIVERSITY: "mean distance of images of one prompt: 2 - 2 cos of the first encoder's features at each place, "

@@ -327,6 +327,18 @@ def test_script_measures_models_with_and_without_a_lora(
     assert made == [0, 1] * 4
 
 
+@pytest.mark.parametrize("name", ["sd3", "sana", "pixart-sigma", "qwen-image"])
+def test_other_families_with_and_without_a_lora(name: str, tiny_flags: list[Any], tmp_path: Path):
+    (family,) = (tiny for tiny in TINY_FAMILIES if tiny.name == name)
+    lora = random_lora(family, tmp_path / "lora")
+    flags = ["--pretrained_model_name_or_path", family.folder, "--max_sequence_length", family.text_tokens]
+    flags += ["--resolution", 64, "--lora_weights", "none", lora, "--output_dir", tmp_path / "out"]
+    assert evaluate(*tiny_flags, *flags) == 0
+    base, adapted = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    for first, second in zip(base["images"], adapted["images"], strict=True):
+        assert first["measures"] != second["measures"]
+
+
 def test_a_killed_evaluation_makes_only_what_is_missing(tiny_flags: list[Any], made: list[int], tmp_path: Path):
     assert evaluate(*tiny_flags, "--output_dir", tmp_path) == 0
     first = json.loads((tmp_path / "results.json").read_text())["results"]

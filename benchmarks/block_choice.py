@@ -29,19 +29,19 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import numpy as np
 import torch
 from common import command, machine
 from diffusers import FluxPipeline
-from PIL import Image
 from tqdm.auto import tqdm
 
 from blockskip_hooks.embedded import embedded_model, embedded_photos, embedded_subjects
+from blockskip_hooks.evaluation import embedded_gallery, nearest_subjects, subject_fidelity
 from blockskip_hooks.image_encoders import load_image_encoder
 from blockskip_hooks.monitor import write_json
 from blockskip_hooks.residual_store import folder_digest
 from blockskip_hooks.selection import select_blocks
 from blockskip_hooks.selection_tables import find_table, read_table
+from blockskip_hooks.statistics import bootstrap
 
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "dreambooth_blockskip" / "train_dreambooth_blockskip.py"
@@ -81,10 +81,7 @@ def train(output: Path, subject: str, seed: int, skip: str) -> None:
 def fidelity(lora: Path | None, subject: str) -> dict[str, Any]:
     """How far images with a LoRA (or without any) show the subject: similarity to its photos, share retrieved."""
     encoder = load_image_encoder("subject")
-    gallery = {
-        name: encoder.embed([Image.open(path) for path in sorted(embedded_photos(name).glob("*.png"))])
-        for name in embedded_subjects()
-    }
+    gallery = embedded_gallery(encoder)
     pipeline = FluxPipeline.from_pretrained(embedded_model(), torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     if lora is not None:
@@ -102,8 +99,7 @@ def fidelity(lora: Path | None, subject: str) -> dict[str, Any]:
         generator=[torch.Generator().manual_seed(IMAGE_SEED + i) for i in range(len(prompts) * IMAGES_PER_PROMPT)],
     ).images
     vectors = encoder.embed(images)
-    own = (vectors @ gallery[subject].T).mean(1)
-    nearest = [max(gallery, key=lambda name: float((vector @ gallery[name].T).mean())) for vector in vectors]
+    own, nearest = subject_fidelity(vectors, gallery[subject]), nearest_subjects(vectors, gallery)
     return {
         "similarity": own.mean().item(),
         "retrieved": mean(name == subject for name in nearest),
@@ -128,23 +124,6 @@ def run_cell(cell: tuple[Path, str, int, str]) -> None:
 
 def cell_file(folder: Path, subject: str, seed: int, skip: str) -> Path:
     return folder / f"{subject}-{seed}-{skip.replace(',', '_')}.json"
-
-
-def bootstrap(values: dict[tuple[str, int], float], rounds: int = 2000) -> list[float]:
-    """Mean and the bounds of its bootstrap 95 % interval, subjects drawn first and then seeds of each.
-
-    Args:
-        values: By subject and seed.
-        rounds: Samples drawn.
-    """
-    subjects = sorted({subject for subject, _ in values})
-    # Equally many seeds of every subject: a table (subjects, seeds).
-    sample = np.array([[value for key, value in sorted(values.items()) if key[0] == name] for name in subjects])
-    generator = np.random.default_rng(0)
-    drawn = generator.integers(0, len(subjects), (rounds, len(subjects), 1))
-    seeds = generator.integers(0, sample.shape[1], (rounds, len(subjects), sample.shape[1]))
-    means = sample[drawn, seeds].mean((1, 2))
-    return [round(float(v), 4) for v in (sample.mean(), *np.quantile(means, (0.025, 0.975)))]
 
 
 def summarise(cells: list[dict[str, Any]], skipped: int, chosen: dict[str, str]) -> dict[str, Any]:

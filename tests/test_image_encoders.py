@@ -8,6 +8,8 @@ import pytest
 import torch
 from PIL import Image
 from transformers import (
+    AutoImageProcessor,
+    AutoModel,
     BitImageProcessor,
     CLIPConfig,
     CLIPImageProcessor,
@@ -82,6 +84,33 @@ def test_an_image_is_nearest_to_itself(encoder: ImageEncoder):
     images = [photo for subject in embedded_subjects() for photo in photos(subject)]
     similarity = encoder.embed(images) @ encoder.embed(images).T
     assert similarity.argmax(1).tolist() == list(range(len(images)))
+
+
+def test_spatial_features_say_where_a_change_is(encoder: ImageEncoder):
+    """A black corner changes the maps' own corner more than the opposite one, at the first depth."""
+    picture = photos("dog")[0].convert("RGB")
+    changed = picture.copy()
+    changed.paste("black", (0, 0, 32, 32))
+    layers = encoder.spatial_features([picture, changed])
+    assert all(layer.ndim == 4 and len(layer) == 2 and layer.dtype == torch.float32 for layer in layers)
+    difference = (layers[0][0] - layers[0][1]).norm(dim=0)
+    assert difference[0, 0] > 2 * difference[-1, -1]
+
+
+@pytest.mark.parametrize(("name", "prefix"), [("vit", 1), ("dinov2", 1), ("clip", 1)])
+def test_spatial_features_are_the_hidden_states_of_the_patches(name: str, prefix: int, tmp_path: Path):
+    encoder = make(name, tmp_path)
+    model = AutoModel.from_pretrained(tmp_path).eval()
+    model = model.vision_model if name == "clip" else model
+    picture = photos("dog")[0].convert("RGB")
+    pixels = AutoImageProcessor.from_pretrained(tmp_path)(images=[picture], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        states = model(pixel_values=pixels, output_hidden_states=True).hidden_states
+    layers = encoder.spatial_features([picture])
+    assert len(layers) == len(states) - 1 == 2
+    for layer, state in zip(layers, states[1:]):
+        assert layer.shape == (1, 16, 4, 4)
+        torch.testing.assert_close(layer[0, :, 1, 2], state[0, prefix + 4 + 2])
 
 
 def test_class_token_is_that_of_the_model(tmp_path: Path):

@@ -30,31 +30,27 @@ warnings.filterwarnings("ignore", category=FutureWarning)
 for _name in ("torchao", "bitsandbytes", "diffusers.quantizers", "torch.utils._pytree"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
-from accelerate import Accelerator
-
-from blockskip_hooks.embedded import embedded_model, model_defaults
-from blockskip_hooks.families import Family, detect_family
+from blockskip_hooks.image_adapters import lora_file
 from blockskip_hooks.image_encoders import DEFAULT_ENCODER
-from blockskip_hooks.lora import WEIGHTS_NAME
+from blockskip_hooks.image_model import add_model_flags, block_parameters, image_settings, stream_all
 from blockskip_hooks.model_config import load_config
-from blockskip_hooks.model_files import check_weights, resolve_model
 from blockskip_hooks.monitor import format_seconds, write_json
-from blockskip_hooks.run import weight_dtype
 from blockskip_hooks.selection_measure import (
     DEFAULT_SEEDS,
     DEFAULT_STEPS,
     SearchRequest,
-    block_parameters,
     class_subjects,
     count_images,
     default_window_lengths,
     measure_table,
     open_search,
-    stream_all,
 )
 from blockskip_hooks.selection_picture import draw_images, draw_table, masked_variants
 from blockskip_hooks.selection_search import MaskedImages, Subject
 from blockskip_hooks.selection_tables import cache_file, read_table
+
+
+LARGEST_SIDE = 512
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -62,13 +58,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    add_model_flags(parser)
     flag = parser.add_argument
-    flag("--pretrained_model_name_or_path", help="Hub id or folder of a pipeline; without it, the embedded model.")
-    flag("--revision", help="Branch, tag or commit of the model on the hub.")
-    flag("--variant", help="Weight file variant, fp16 say.")
-    flag("--cache_dir", help="Where downloaded models are kept.")
-    flag("--hub_token", help="Token for the download; logging in beforehand is safer.")
-    flag("--max_sequence_length", type=int, help="Tokens of a prompt; default: that of the model.")
     flag(
         "--lora_weights",
         nargs="+",
@@ -87,7 +78,6 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--window_lengths", nargs="*", type=int, help="Lengths of inner runs to mask for the heat map.")
     flag("--images_at_once", type=int, help="Images in one forward; default: by their size.")
     flag("--stream_blocks", action="store_true", help="Read blocks from the files as they run, whatever is free.")
-    flag("--mixed_precision", choices=("no", "fp16", "bf16"), help="Number format; default: accelerate's setting.")
     flag("--no_cache", action="store_true", help="Do not keep the table where --skip_blocks auto looks for it.")
     flag("--output_dir", type=Path, default=Path("block-selection"), help="Folder for the table and the pictures.")
     return parser
@@ -140,36 +130,20 @@ def make_request(args: argparse.Namespace) -> SearchRequest:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} is {value}; give 1 or more.")
-    embedded = args.pretrained_model_name_or_path is None
-    subjects = make_subjects(args, embedded=embedded)
-    model_path = embedded_model() if embedded else resolve_model(args)
-    family_class: type[Family] = detect_family(model_path)
-    check_weights(model_path, family_class, args.variant)
-    defaults, pipeline_kwargs = model_defaults(model_path)
-    length = args.max_sequence_length or defaults.get("max_sequence_length")
-    family = family_class(model_path, args.variant, {"max_sequence_length": length} if length else {})
-    family.check()
-    side = args.resolution or defaults.get("resolution") or min(512, family.image_size)
-    if side % family.latent_token_size:
-        raise ValueError(f"--resolution is {side}; give a multiple of {family.latent_token_size}.")
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    subjects = make_subjects(args, embedded=args.pretrained_model_name_or_path is None)
+    settings = image_settings(args, largest_side=LARGEST_SIDE)
     return SearchRequest(
-        family=family,
-        model_name="embedded micro-FLUX" if embedded else args.pretrained_model_name_or_path,
+        family=settings.family,
+        model_name=settings.model_name,
         subjects=subjects,
-        encoder=args.encoder or ("subject" if embedded else DEFAULT_ENCODER),
+        encoder=args.encoder or ("subject" if settings.embedded else DEFAULT_ENCODER),
         folder=args.output_dir,
         seeds=tuple(args.seeds),
-        pipeline_kwargs={
-            **pipeline_kwargs,
-            "height": side,
-            "width": side,
-            "num_inference_steps": args.num_inference_steps,
-        },
+        pipeline_kwargs=settings.pipeline_kwargs,
         stride=args.search_stride,
         batch_size=args.images_at_once,
-        dtype=weight_dtype(accelerator),
-        device=accelerator.device,
+        dtype=settings.dtype,
+        device=settings.device,
     )
 
 
@@ -191,8 +165,7 @@ def make_subjects(args: argparse.Namespace, *, embedded: bool) -> tuple[Subject,
             'prompt for each, like "a photo of sks dog".'
         )
     for path in args.lora_weights:
-        if not (path.is_file() or (path / WEIGHTS_NAME).is_file()):
-            raise ValueError(f"--lora_weights {path} is no file, nor a folder with {WEIGHTS_NAME}; correct it.")
+        lora_file(path)
     # Folders of several runs often have one name.
     names = [f"{number} {path.stem}" for number, path in enumerate(args.lora_weights)]
     return tuple(Subject(*item) for item in zip(names, prompts, args.lora_weights))

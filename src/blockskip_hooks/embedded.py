@@ -10,6 +10,20 @@ from typing import Any
 
 DEFAULT_SUBJECT = "dog"
 
+BACKGROUND_PHRASES = {
+    "red": "on a red background",
+    "blue": "on a blue background",
+    "green": "on a green background",
+    "yellow": "on a yellow background",
+    "purple": "on a purple background",
+    "beach": "on the beach",
+    "snow": "in the snow",
+    "night": "at night",
+    "mountains": "in the mountains",
+    "bricks": "by a brick wall",
+}
+"""The backgrounds that the embedded model knows, and how a prompt says them."""
+
 
 def _asset(*parts: str) -> Path:
     # A real folder, because diffusers and transformers read paths: the package is never imported from a zip file.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.training_utils import free_memory
 from tqdm.auto import tqdm
 
@@ -39,6 +40,7 @@ def encode_prompts(
     keep_trainable: bool = False,
     streamed: bool = False,
     show_progress: bool = True,
+    adapt: Callable[[DiffusionPipeline], None] | None = None,
 ) -> tuple[dict[str, PromptEmbeds], TrainedText | None]:
     """Embed prompts and free the text encoders.
 
@@ -51,6 +53,7 @@ def encode_prompts(
         streamed: Read the layers of large encoders from the checkpoint while they run, again for every prompt; the
             embeddings are the same.
         show_progress: Show a bar when there are many prompts.
+        adapt: Changes the text pipeline before it is used: loads a LoRA, say.
 
     Returns:
         Embeddings by prompt, on the CPU, and the kept encoders.
@@ -61,6 +64,8 @@ def encode_prompts(
         streamable = family.streamable_text_encoders(trains_text=keep_trainable)
         layered = [name for name in large_encoders(family.text_encoder_configs()) if name in streamable]
     pipeline = family.load_text_pipeline(dtype, device, layered)
+    if adapt is not None:
+        adapt(pipeline)
     embeds: dict[str, PromptEmbeds] = {}
     # One at a time: in a batch the last bits of a prompt's embeddings would depend on the others.
     silent = not show_progress or len(prompts) < PROGRESS_FROM

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,12 @@ from .subject_encoder import SubjectEncoder
 DEFAULT_ENCODER = "facebook/dino-vits16"
 """DINO ViT-S/16, which the paper measures with."""
 
+ENCODER_NAMES = {"dino": DEFAULT_ENCODER, "clip": "openai/clip-vit-base-patch32", "dinov2": "facebook/dinov2-base"}
+"""Short names of hub ids."""
+
+FEATURE_LAYERS = 5
+"""Depths of a pretrained encoder at which its spatial features are taken."""
+
 OFFLINE_SIDE, OFFLINE_CELLS, OFFLINE_BINS = 64, 8, 8
 
 
@@ -29,10 +36,12 @@ class ImageEncoder(ABC):
     Attributes:
         name: What it is called in results.
         reads_text: Whether it embeds prompts in the same space as images.
+        quality: How good it is itself and where that is written; ``None`` for those that others have measured.
     """
 
     name: str
     reads_text: bool = False
+    quality: str | None = None
 
     @torch.no_grad()
     def embed(self, images: Sequence[Image.Image], batch_size: int = 32) -> torch.Tensor:
@@ -48,6 +57,15 @@ class ImageEncoder(ABC):
         ]
         return F.normalize(torch.cat(parts).float().cpu(), dim=1)
 
+    @torch.no_grad()
+    def spatial_features(self, images: Sequence[Image.Image]) -> list[torch.Tensor]:
+        """Maps ``(N, C, H, W)`` at several depths, float32 on the CPU: what is seen where.
+
+        Args:
+            images: N images of any mode and size, at least one.
+        """
+        return [layer.float().cpu() for layer in self._layers([image.convert("RGB") for image in images])]
+
     def embed_text(self, prompts: Sequence[str]) -> torch.Tensor:
         """Embeddings ``(N, D)`` of prompts, like those of :meth:`embed`.
 
@@ -60,17 +78,46 @@ class ImageEncoder(ABC):
     def _features(self, images: list[Image.Image]) -> torch.Tensor:
         """Vectors ``(N, D)`` of RGB images."""
 
+    @abstractmethod
+    def _layers(self, images: list[Image.Image]) -> list[torch.Tensor]:
+        """Maps ``(N, C, H, W)`` of RGB images at several depths."""
+
 
 class SubjectImageEncoder(ImageEncoder):
-    """The encoder trained for the embedded model; it means nothing for other pictures."""
+    """The encoder trained for the embedded model; it means nothing for other pictures.
+
+    Attributes:
+        classes: What it can tell apart.
+    """
 
     name = "subject"
 
     def __init__(self) -> None:
-        self._encoder = SubjectEncoder.from_pretrained(embedded_model().parent / "subject_encoder")
+        folder = embedded_model().parent / "subject_encoder"
+        self._encoder = SubjectEncoder.from_pretrained(folder)
+        self.classes = tuple(self._encoder.classes)
+        measured = json.loads((folder / "config.json").read_text(encoding="utf-8"))["measured"]
+        self.quality = (
+            f"finds the right one among {measured['unseen_designs_of_the_classes']} designs that it never saw for "
+            f"{measured['retrieval_among_designs_of_the_classes']:.1%} of their pictures and among "
+            f"{measured['unseen_identities']:,} unseen icons for {measured['retrieval_among_all_unseen']:.1%}; class "
+            f"right for {measured['class_accuracy']:.1%} and background for {measured['background_accuracy']:.1%} "
+            "(blockskip_hooks/assets/MODEL_CARD.md, Measured quality)"
+        )
+
+    def classify(self, images: Sequence[Image.Image]) -> dict[str, list[str]]:
+        """Names of the ``class`` and of the ``background`` of each image."""
+        return self._encoder.classify(2 * _pixels([image.convert("RGB") for image in images], 64) - 1)
 
     def _features(self, images: list[Image.Image]) -> torch.Tensor:
         return self._encoder.embed(2 * _pixels(images, 64) - 1)
+
+    def _layers(self, images: list[Image.Image]) -> list[torch.Tensor]:
+        x, layers = 2 * _pixels(images, 64) - 1, []
+        for stage in self._encoder.embedder.stages:
+            x = stage(x)
+            layers.append(x)
+        return layers
 
 
 class OfflineImageEncoder(ImageEncoder):
@@ -83,18 +130,20 @@ class OfflineImageEncoder(ImageEncoder):
     name = "offline"
 
     def _features(self, images: list[Image.Image]) -> torch.Tensor:
+        colours, edges = (layer.flatten(1) for layer in self._layers(images))
+        return torch.cat([F.normalize(colours, dim=1), F.normalize(edges, dim=1)], dim=1)
+
+    def _layers(self, images: list[Image.Image]) -> list[torch.Tensor]:
         pixels = _pixels(images, OFFLINE_SIDE)
         cell = OFFLINE_SIDE // OFFLINE_CELLS
-        colours = F.avg_pool2d(pixels, cell).flatten(1)
         grey = pixels.mean(1, keepdim=True)
         dx = F.pad(grey[..., :, 2:] - grey[..., :, :-2], (1, 1))
         dy = F.pad(grey[..., 2:, :] - grey[..., :-2, :], (0, 0, 1, 1))
         # An edge's direction without its sign; every bin is a map of edge strengths.
         bins = (torch.atan2(dy, dx).remainder(torch.pi) / torch.pi * OFFLINE_BINS).long() % OFFLINE_BINS
         strengths = F.one_hot(bins[:, 0], OFFLINE_BINS).movedim(-1, 1) * torch.hypot(dx, dy)
-        edges = F.avg_pool2d(strengths, cell).flatten(1)
         # Cosines compare directions, so the mean of all natural colours must not be one.
-        return torch.cat([F.normalize(colours - 0.5, dim=1), F.normalize(edges, dim=1)], dim=1)
+        return [F.avg_pool2d(pixels, cell) - 0.5, F.avg_pool2d(strengths, cell)]
 
 
 class PretrainedImageEncoder(ImageEncoder):
@@ -144,12 +193,21 @@ class PretrainedImageEncoder(ImageEncoder):
             return _pooled(self._model.get_image_features(pixel_values=pixels))
         return self._model(pixel_values=pixels).last_hidden_state[:, 0]
 
+    def _layers(self, images: list[Image.Image]) -> list[torch.Tensor]:
+        pixels = self._processor(images=images, return_tensors="pt")["pixel_values"].to(self._device)
+        model = self._model.vision_model if self.reads_text else self._model
+        # The first is what goes into the first layer.
+        states = model(pixel_values=pixels, output_hidden_states=True).hidden_states[1:]
+        depths = sorted({round((i + 1) * len(states) / FEATURE_LAYERS) - 1 for i in range(FEATURE_LAYERS)} - {-1})
+        return [_as_map(states[depth], pixels.shape[-2:], model.config.patch_size) for depth in depths]
+
 
 def load_image_encoder(name_or_path: str | Path, device: torch.device | str = "cpu") -> ImageEncoder:
     """An encoder by name.
 
     Args:
-        name_or_path: ``"subject"``, ``"offline"``, or a hub id or folder of a vision model of transformers.
+        name_or_path: ``"subject"``, ``"offline"``, a name of ``ENCODER_NAMES``, or a hub id or folder of a vision
+            model of transformers.
         device: Where a pretrained one runs.
 
     Raises:
@@ -159,12 +217,19 @@ def load_image_encoder(name_or_path: str | Path, device: torch.device | str = "c
         return SubjectImageEncoder()
     if name_or_path == "offline":
         return OfflineImageEncoder()
-    return PretrainedImageEncoder(name_or_path, device)
+    return PretrainedImageEncoder(ENCODER_NAMES.get(str(name_or_path), name_or_path), device)
 
 
 def _pooled(features: Any) -> torch.Tensor:
     """The embedding, which some versions of transformers wrap in an output object."""
     return features if isinstance(features, torch.Tensor) else features.pooler_output
+
+
+def _as_map(tokens: torch.Tensor, size: torch.Size, patch_size: int) -> torch.Tensor:
+    """Tokens ``(N, S, C)`` as a map ``(N, C, H, W)``, without those that are no patch: class and register tokens."""
+    height, width = (side // patch_size for side in size)
+    # They come first in every vision transformer that has them.
+    return tokens[:, -height * width :].movedim(1, 2).unflatten(2, (height, width))
 
 
 def _pixels(images: Sequence[Image.Image], side: int) -> torch.Tensor:

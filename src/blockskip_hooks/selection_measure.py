@@ -8,15 +8,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
-from .blocks import block_bytes, list_blocks
+from .blocks import list_blocks
 from .config import BlockSkipConfig
 from .embedded import embedded_subjects
-from .encode import encode_prompts
 from .families import Family
 from .image_encoders import load_image_encoder
+from .image_model import (
+    PIXELS_AT_ONCE,
+    block_parameters,
+    describe_images,
+    encode_for_images,
+    load_image_transformer,
+)
 from .model_config import load_config
 from .monitor import versions
 from .residual_store import folder_digest
@@ -32,15 +37,11 @@ from .selection_search import (
     trailing_run,
 )
 from .selection_tables import best_pairs
-from .simulation import empty_model
-from .transformer import DiTBlockSkipTransformer
 
 
 DEFAULT_STEPS = 6
 DEFAULT_SEEDS = (0, 1)
 LARGEST_BATCH = 32
-PIXELS_AT_ONCE = 16 * 256**2
-"""Images in one forward hold about as many pixels as 16 of 256 px: one image of 1024 px."""
 
 CLASS_PROMPTS = {
     name: f"a photo of a {name}"
@@ -97,20 +98,10 @@ class SearchRequest:
 
     def describe(self) -> dict[str, Any]:
         """Everything that the images depend on."""
-        family = self.family
-        components = ("transformer", "vae", *family.text_components)
         return {
-            "weights": {
-                name: folder_digest(family.model_path / name)
-                for name in components
-                if (family.model_path / name).is_dir()
-            },
+            **describe_images(self.family, self.pipeline_kwargs, self.dtype),
             "subjects": [[subject.name, subject.prompt, _lora_digest(subject)] for subject in self.subjects],
-            "flags": {flag.name: family.flags.get(flag.name) for flag in family.own_flags},
-            "max_sequence_length": family.flags["max_sequence_length"],
             "encoder": self.encoder,
-            "pipeline_kwargs": self.pipeline_kwargs,
-            "dtype": str(self.dtype),
         }
 
 
@@ -134,18 +125,23 @@ def open_search(request: SearchRequest) -> MaskedImages:
     """
     encoder = load_image_encoder(request.encoder, request.device)
     family = request.family
-    negative = request.pipeline_kwargs.get("negative_prompt", family.negative_prompt)
     prompts = [subject.prompt for subject in request.subjects]
-    embeds, _ = encode_prompts(
-        family, [*prompts, *([] if negative is None else [negative])], dtype=request.dtype, device=request.device
+    embeds, negative = encode_for_images(
+        family, prompts, request.pipeline_kwargs, dtype=request.dtype, device=request.device
     )
     return MaskedImages(
         family=family,
-        model=_load_transformer(request),
+        model=load_image_transformer(
+            family,
+            dtype=request.dtype,
+            device=request.device,
+            spans=request.spans,
+            takes_lora=any(subject.lora is not None for subject in request.subjects),
+        ),
         vae=family.load_vae(request.dtype, request.device),
         encoder=encoder,
         embeds=embeds,
-        negative=None if negative is None else embeds[negative],
+        negative=negative,
         pipeline_kwargs=request.pipeline_kwargs,
         batch_size=request.images_at_once,
         store=request.folder / f"masked-{fingerprint(request.describe())}.safetensors",
@@ -212,43 +208,6 @@ def measure_table(images: MaskedImages, request: SearchRequest, command: str) ->
     }
 
 
-def block_parameters(family: Family, transformer_config: dict[str, Any]) -> list[int]:
-    """Number of parameters of each block."""
-    transformer = empty_model(transformer_config, family.transformer_class(transformer_config))
-    # An int8 takes one byte.
-    return block_bytes(list_blocks(transformer, family.block_stacks), torch.int8)
-
-
-def _load_transformer(request: SearchRequest) -> DiTBlockSkipTransformer:
-    config = load_config(request.transformer_folder)
-    parameters = block_parameters(request.family, config)
-    spans = request.spans
-    if spans is None:
-        adapted = any(subject.lora is not None for subject in request.subjects)
-        large = sum(parameters) * request.dtype.itemsize > _free_memory(request.device) / 2
-        spans = stream_all(len(parameters)) if large and not adapted else BlockSkipConfig()
-    return DiTBlockSkipTransformer.from_pretrained(
-        request.family.model_path,
-        spans,
-        torch_dtype=request.dtype,
-        device=request.device,
-        variant=request.family.variant,
-        stacks=request.family.block_stacks,
-        transformer_class=request.family.transformer_class(config),
-    )
-
-
-def stream_all(num_blocks: int) -> BlockSkipConfig:
-    """Spans of which as many blocks as can be are streamed: one has to be kept."""
-    return BlockSkipConfig(leading=num_blocks - 1)
-
-
-def _free_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
-
-
 def _lora_digest(subject: Subject) -> str | None:
     if subject.lora is None:
         return None
@@ -272,11 +231,9 @@ def _curve(values: torch.Tensor, measured: Sequence[int]) -> dict[str, list[Any]
 
 __all__ = [
     "SearchRequest",
-    "block_parameters",
     "class_subjects",
     "count_images",
     "default_window_lengths",
     "measure_table",
     "open_search",
-    "stream_all",
 ]

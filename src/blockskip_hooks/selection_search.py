@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import ModelMixin
-from diffusers.utils import logging
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from .families import Family, PromptEmbeds
+from .image_adapters import load_adapter
 from .image_encoders import ImageEncoder
 from .images import generate_images
 from .masking import text_masked_by_row
@@ -140,9 +138,7 @@ class MaskedImages:
                 transformer.disable_lora()
             return
         if subject.name not in loaded:
-            pipeline: Any = self.family.image_pipeline(transformer, self.vae)
-            with _quiet():
-                pipeline.load_lora_weights(subject.lora, adapter_name=subject.name)
+            load_adapter(self.family, transformer, self.vae, subject.lora, subject.name)
         transformer.enable_lora()
         transformer.set_adapter(subject.name)
 
@@ -155,19 +151,6 @@ class MaskedImages:
 
 def _key(subject: Subject, seed: int, run: BlockRun) -> str:
     return f"{subject.name}/{seed}/{run[0]}-{run[1]}"
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Within this context nobody is warned of adapters that share a model, or of text encoders that are not there."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def fingerprint(description: dict[str, Any]) -> str:

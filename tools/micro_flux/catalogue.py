@@ -4,6 +4,8 @@
 import random
 from dataclasses import dataclass
 
+from blockskip_hooks.embedded import BACKGROUND_PHRASES
+
 
 TRAINING_VENDORS = ("noto", "fxemoji", "twemoji", "emojione")
 HELD_OUT_VENDORS = ("fluent-emoji-flat", "fluent-emoji")
@@ -55,18 +57,7 @@ PHOTO_SUBJECTS = {
 }
 
 # Name -> how a caption says it.
-BACKGROUNDS = {
-    "red": "on a red background",
-    "blue": "on a blue background",
-    "green": "on a green background",
-    "yellow": "on a yellow background",
-    "purple": "on a purple background",
-    "beach": "on the beach",
-    "snow": "in the snow",
-    "night": "at night",
-    "mountains": "in the mountains",
-    "bricks": "by a brick wall",
-}
+BACKGROUNDS = BACKGROUND_PHRASES
 
 RARE_TOKEN = "sks"
 CLASS_NAMES = tuple(CLASSES)

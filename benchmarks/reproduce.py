@@ -1,0 +1,286 @@
+#!/usr/bin/env python
+"""The paper's ablations on the embedded model: every row trained by the ordinary script with the same number of steps.
+
+Subject fidelity is the similarity to the subject's photos by the embedded model's encoder, on prompts that training has
+not seen; what the unpersonalised model reaches is 0 %, what plain LoRA reaches 100 % of the gain. Memory is that of the
+same setting on FLUX.1-dev, simulated. A cell that is finished is never run again: kill it and start it anew as you like.
+
+Example:
+    python benchmarks/reproduce.py --json benchmarks/results/reproduce.json --figure docs/images/reproduce.png
+    python benchmarks/reproduce.py --quick
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+from cells import SUBJECTS, evaluate, read_cells, run_cells, train
+from common import command, machine
+
+from blockskip_hooks.config import BlockSkipConfig, PatchSamplingConfig
+from blockskip_hooks.embedded import embedded_subjects
+from blockskip_hooks.monitor import write_json
+from blockskip_hooks.planner import PlanRequest, plan_run
+from blockskip_hooks.presets import load_preset
+from blockskip_hooks.statistics import bootstrap
+
+
+NUM_BLOCKS = 18
+BASE, PLAIN = "base", "plain"
+MEASURES = ("subject", "retrieved", "background_right", "class_right", "diversity")
+AT_R: dict[str, Any] = {"--patch_sampling": "none"}
+FLUX_RESOLUTION = 512
+FLUX_LAYERS = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        title: What it is.
+        flags: Its flags; ``None`` for no training at all.
+        flux: Leading and trailing blocks of the same setting on FLUX.1-dev.
+        patches: Its patch sampling there.
+        only_middle: Whether LoRA goes into the kept blocks of ``flux`` but nothing is skipped.
+    """
+
+    title: str
+    flags: dict[str, Any] | None
+    flux: tuple[int, int] = (0, 0)
+    patches: str = "none"
+    only_middle: bool = False
+
+
+def _skip(ratio: float, **more: Any) -> dict[str, Any]:
+    return {"--skip_blocks": "auto", "--skip_ratio": ratio, **{f"--{name}": value for name, value in more.items()}}
+
+
+FLUX_PAIRS = {0.3: (7, 10), 0.4: (14, 9), 0.5: (19, 9)}
+ROWS: dict[str, Row] = {
+    BASE: Row("not personalised", None),
+    PLAIN: Row("plain LoRA at R", {"--skip_blocks": "none"}),
+    "skip50_dynamic": Row("50 % skipped, dynamic patches", _skip(0.5), FLUX_PAIRS[0.5], "dynamic"),
+    "dynamic": Row("LoRA, dynamic patches", {"--patch_sampling": "dynamic"}, patches="dynamic"),
+    "skip50": Row("50 % skipped at R", _skip(0.5) | AT_R, FLUX_PAIRS[0.5]),
+    "skip30_dynamic": Row("30 % skipped, dynamic patches", _skip(0.3), FLUX_PAIRS[0.3], "dynamic"),
+    "skip30": Row("30 % skipped at R", _skip(0.3) | AT_R, FLUX_PAIRS[0.3]),
+    "skip50_none": Row("50 % skipped at R, no residuals", _skip(0.5, residuals="none") | AT_R, FLUX_PAIRS[0.5]),
+    "skip50_refresh": Row("50 % skipped at R, refreshed", _skip(0.5, refresh_residuals=True) | AT_R, FLUX_PAIRS[0.5]),
+    "skip50_exact": Row("50 % skipped at R, last 20 steps exact", _skip(0.5, exact_steps=20) | AT_R, FLUX_PAIRS[0.5]),
+    "skip50_dynamic_refresh": Row(
+        "50 % skipped, dynamic patches, refreshed", _skip(0.5, refresh_residuals=True), FLUX_PAIRS[0.5], "dynamic"
+    ),
+    "skip50_dynamic_exact": Row(
+        "50 % skipped, dynamic patches, last 20 steps exact", _skip(0.5, exact_steps=20), FLUX_PAIRS[0.5], "dynamic"
+    ),
+    "skip30_dynamic_refresh": Row(
+        "30 % skipped, dynamic patches, refreshed", _skip(0.3, refresh_residuals=True), FLUX_PAIRS[0.3], "dynamic"
+    ),
+    "middle50": Row(
+        "LoRA in the same blocks, nothing skipped", {"--lora_blocks": "0,1,2,3,4,5,6,7,8"}, (19, 9), "none", True
+    ),
+    "leading50": Row("first 50 % skipped at R", {"--skip_blocks": "9,0"} | AT_R, (28, 0)),
+    "mixed50": Row("5 first and 4 last blocks skipped at R", {"--skip_blocks": "5,4"} | AT_R, (19, 9)),
+    "resize": Row("LoRA, plain resize", {"--patch_sampling": "resize"}, patches="resize"),
+    "random": Row("LoRA, random patch size", {"--patch_sampling": "random"}, patches="random"),
+    "high_to_low": Row("LoRA, high-to-low patches", {"--patch_sampling": "high_to_low"}, patches="high_to_low"),
+    "skip40": Row("40 % skipped at R", _skip(0.4) | AT_R, FLUX_PAIRS[0.4]),
+    "skip40_dynamic": Row("40 % skipped, dynamic patches", _skip(0.4), FLUX_PAIRS[0.4], "dynamic"),
+    "skip40_dynamic_refresh": Row(
+        "40 % skipped, dynamic patches, refreshed", _skip(0.4, refresh_residuals=True), FLUX_PAIRS[0.4], "dynamic"
+    ),
+    "skip30_none": Row("30 % skipped at R, no residuals", _skip(0.3, residuals="none") | AT_R, FLUX_PAIRS[0.3]),
+    "skip40_none": Row("40 % skipped at R, no residuals", _skip(0.4, residuals="none") | AT_R, FLUX_PAIRS[0.4]),
+    "skip50_repeats": Row(
+        "50 % skipped at R, records trained on twice", _skip(0.5, record_repeats=2) | AT_R, FLUX_PAIRS[0.5]
+    ),
+}
+
+
+def run_row(cell: tuple[str, str, int, Path]) -> dict[str, Any]:
+    """Train one row on one subject with one seed, and measure its images."""
+    name, subject, seed, output = cell
+    flags = ROWS[name].flags
+    report = None if flags is None else train(output, subject, seed, flags)
+    measured = evaluate(None if report is None else output, subject).aggregate()
+    result: dict[str, Any] = {"row": name, "subject": subject, "seed": seed}
+    result |= {measure: measured[measure]["mean"] for measure in MEASURES}
+    if report is not None:
+        stages = {stage["name"]: stage["seconds"] for stage in report["stages"]}
+        result |= {
+            "leading": report["skip"]["leading"],
+            "trailing": report["skip"]["trailing"],
+            "step_seconds": report["train"]["step_seconds_median"],
+            "wall_seconds": stages["train"] + stages.get("precompute", 0.0),
+            "loss": mean(report["train"]["loss"][-50:]),
+        }
+    return result
+
+
+@cache
+def flux_memory(flux: tuple[int, int], patches: str, only_middle: bool) -> float:
+    """Peak of a training step of the setting on FLUX.1-dev in GiB, simulated: bf16, batch 1, rank 16."""
+    preset = load_preset("flux.1-dev")
+    spans = BlockSkipConfig(leading=flux[0], trailing=flux[1])
+    targets = preset.lora_targets(spans, list(FLUX_LAYERS))
+    config = BlockSkipConfig() if only_middle else spans
+    size = FLUX_RESOLUTION if patches == "none" else FLUX_RESOLUTION // 2
+    request = PlanRequest(
+        family=preset.family,
+        transformer_config=preset.transformer_config,
+        config=config,
+        patch=PatchSamplingConfig(
+            mode="none" if patches == "none" else "dynamic",
+            min_size=size,
+            max_size=FLUX_RESOLUTION,
+            multiple=preset.family.latent_token_size,
+        ),
+        rank=16,
+        lora_targets=targets,
+        recorded_layers=preset.recorded_layers(config, targets),
+        cache_latents=True,
+        num_samples=1,
+    )
+    train_stage = next(stage for stage in plan_run(request)["stages"] if stage["name"] == "train")
+    return round(train_stage["peak_device_bytes"] / 2**30, 2)
+
+
+def summarise(cells: Sequence[Mapping[str, Any]], rows: Sequence[str]) -> dict[str, Any]:
+    """The table of the rows that are there for every subject and seed which all of them have.
+
+    Args:
+        cells: Finished cells.
+        rows: Names of the rows to show.
+    """
+    table: dict[str, dict[tuple[str, int], Mapping[str, Any]]] = {}
+    for cell in cells:
+        table.setdefault(cell["row"], {})[cell["subject"], cell["seed"]] = cell
+    shown = [name for name in rows if name in table]
+    shared = set.intersection(*(set(table[name]) for name in shown))
+    # The bootstrap wants equally many seeds of every subject.
+    seeds = [
+        seed
+        for seed in sorted({s for _, s in shared})
+        if {k for k, s in shared if s == seed} == {k for k, _ in shared}
+    ]
+    keys = [key for key in sorted(shared) if key[1] in seeds]
+    base, plain = table[BASE], table[PLAIN]
+    gain = mean(plain[key]["subject"] - base[key]["subject"] for key in keys)
+    lines = {}
+    for name in shown:
+        of_row = {key: table[name][key] for key in keys}
+        line: dict[str, Any] = {"title": ROWS[name].title}
+        for measure in MEASURES:
+            line[measure] = bootstrap({key: cell[measure] for key, cell in of_row.items()})
+            line[f"{measure}_to_plain"] = bootstrap(
+                {key: cell[measure] - plain[key][measure] for key, cell in of_row.items()}
+            )
+        line["gain"] = round(mean(of_row[key]["subject"] - base[key]["subject"] for key in keys) / gain, 4)
+        if ROWS[name].flags is not None:
+            for figure in ("step_seconds", "wall_seconds"):
+                ratio = median(of_row[key][figure] / plain[key][figure] for key in keys)
+                line[f"{figure}_to_plain"] = round(ratio, 3)
+            spans = {(cell["leading"], cell["trailing"]) for cell in of_row.values()}
+            line["spans"] = [list(pair) for pair in sorted(spans)]
+            line["loss"] = round(mean(cell["loss"] for cell in of_row.values()), 4)
+            row = ROWS[name]
+            line["flux_train_gib_simulated"] = flux_memory(row.flux, row.patches, row.only_middle)
+            line["flux_spans"] = list(row.flux)
+        lines[name] = line
+    return {"subjects": sorted({key[0] for key in keys}), "seeds": seeds, "rows": lines}
+
+
+def markdown(summary: Mapping[str, Any]) -> str:
+    """The table for people."""
+    lines = [
+        "| row | first, last skipped | subject fidelity | gain of plain LoRA's | background, class right | diversity "
+        "| step, wall / plain | FLUX.1-dev train, simulated |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for line in summary["rows"].values():
+        low, high = line["subject"][1:]
+        spans = "; ".join(f"{n}, {m}" for n, m in line.get("spans", [])) or "-"
+        times = "-"
+        if "step_seconds_to_plain" in line:
+            times = f"{line['step_seconds_to_plain']:.2f}, {line['wall_seconds_to_plain']:.2f}"
+        memory = f"{line['flux_train_gib_simulated']:.1f} GiB" if "flux_train_gib_simulated" in line else "-"
+        lines.append(
+            f"| {line['title']} | {spans} | {line['subject'][0]:.3f} ({low:.3f} to {high:.3f}) | {line['gain']:.0%} "
+            f"| {line['background_right'][0]:.2f}, {line['class_right'][0]:.2f} | {line['diversity'][0]:.3f} "
+            f"| {times} | {memory} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(summary: Mapping[str, Any], path: Path) -> None:
+    """Subject fidelity of every row with its interval, as a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = list(summary["rows"].values())[::-1]
+    means = [line["subject"][0] for line in rows]
+    below = [line["subject"][0] - line["subject"][1] for line in rows]
+    above = [line["subject"][2] - line["subject"][0] for line in rows]
+    figure, axes = pyplot.subplots(figsize=(9, 0.32 * len(rows) + 1.2), layout="constrained")
+    axes.barh(range(len(rows)), means, xerr=[below, above], color="#7a9cc6", ecolor="#444444", capsize=2)
+    axes.set_yticks(range(len(rows)), [line["title"] for line in rows])
+    axes.set_xlabel(
+        f"subject fidelity on the embedded model, {len(summary['subjects'])} subjects x {len(summary['seeds'])} seeds, "
+        "95 % interval"
+    )
+    axes.axvline(summary["rows"][PLAIN]["subject"][0], color="#444444", linewidth=0.8, linestyle="--")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run what is missing, print and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), help="Rows of the table.")
+    parser.add_argument("--subjects", nargs="+", default=SUBJECTS, choices=sorted(embedded_subjects()))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="Seeds of training.")
+    parser.add_argument("--quick", action="store_true", help="One subject and one seed.")
+    parser.add_argument("--cells", default="reproduce_cells", help="Folder of the finished cells.")
+    parser.add_argument("--jobs", type=int, default=2, help="Cells at a time.")
+    parser.add_argument("--only_read", action="store_true", help="Train nothing; show what is finished.")
+    parser.add_argument("--json", help="Write the summary to this file as well.")
+    parser.add_argument("--figure", type=Path, help="Draw subject fidelity to this file as well.")
+    args = parser.parse_args(argv)
+
+    rows = list(dict.fromkeys([BASE, PLAIN, *args.rows]))
+    subjects, seeds = (args.subjects[:1], args.seeds[:1]) if args.quick else (args.subjects, args.seeds)
+    folder = Path(args.cells).resolve()
+    keys = list(itertools.product(seeds, subjects, rows))
+    files = {
+        folder / f"{row}-{subject}-{seed}.json": (row, subject, seed, folder / f"{row}-{subject}-{seed}")
+        for seed, subject, row in keys
+    }
+    if not args.only_read:
+        run_cells(run_row, files, args.jobs)
+    cells = read_cells(list(files))
+    summary = summarise(cells, rows)
+    print(markdown(summary))
+    document = {"schema": 1, "benchmark": "reproduce", "command": command(), "machine": machine(), **summary}
+    if args.json:
+        write_json(args.json, {**document, "cells": cells})
+    if args.figure:
+        draw(summary, args.figure)
+    print(json.dumps({key: document[key] for key in ("subjects", "seeds")}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

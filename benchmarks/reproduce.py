@@ -236,10 +236,8 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(9, 0.32 * len(rows) + 1.2), layout="constrained")
     axes.barh(range(len(rows)), means, xerr=[below, above], color="#7a9cc6", ecolor="#444444", capsize=2)
     axes.set_yticks(range(len(rows)), [line["title"] for line in rows])
-    axes.set_xlabel(
-        f"subject fidelity on the embedded model, {len(summary['subjects'])} subjects x {len(summary['seeds'])} seeds, "
-        "95 % interval"
-    )
+    runs = f"{len(summary['subjects'])} subjects x {len(summary['seeds'])} seeds"
+    axes.set_xlabel(f"subject fidelity on the embedded model, {runs}, 95 % interval")
     axes.axvline(summary["rows"][PLAIN]["subject"][0], color="#444444", linewidth=0.8, linestyle="--")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

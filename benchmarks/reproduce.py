@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""The paper's ablations on the embedded model: every row trained by the ordinary script with the same number of steps.
+"""The paper's ablations on the embedded model: every row trained by the ordinary script in as many steps.
 
-Subject fidelity is the similarity to the subject's photos by the embedded model's encoder, on prompts that training has
-not seen; what the unpersonalised model reaches is 0 %, what plain LoRA reaches 100 % of the gain. Memory is that of the
-same setting on FLUX.1-dev, simulated. A cell that is finished is never run again: kill it and start it anew as you like.
+Subject fidelity is the similarity to the subject's photos by the embedded model's encoder, on prompts that training
+has not seen; what the unpersonalised model reaches is 0 % of the gain, what plain LoRA reaches 100 %. Memory is that of
+the same setting on FLUX.1-dev, simulated. A finished cell is never run again: kill it and start it anew as you like.
 
 Example:
     python benchmarks/reproduce.py --json benchmarks/results/reproduce.json --figure docs/images/reproduce.png

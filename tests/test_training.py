@@ -116,8 +116,20 @@ def test_without_trailing_span_training_is_lora_on_the_remaining_blocks(train, r
         ("--skip_blocks", "2,1", "--residual_budget", "40KB", "--lora_dropout", "0.3"),
         ("--skip_blocks", "1,1", "--optimizer", "prodigy", "--learning_rate", "1", "--lr_scheduler", "cosine"),
         ("--skip_blocks", "1,1", "--gradient_accumulation_steps", "2", "--train_text_encoder"),
+        ("--skip_blocks", "1,2", "--refresh_residuals", "--stretch_steps", "3", "--lora_dropout", "0.3"),
+        ("--skip_blocks", "1,1", "--refresh_residuals", "--stretch_steps", "3", "--train_text_encoder"),
+        ("--skip_blocks", "1,2", "--record_repeats", "2", "--stretch_steps", "3", "--exact_steps", "1"),
     ],
-    ids=["skip", "plain", "stretches and dropout", "prodigy and cosine", "accumulation and text encoder"],
+    ids=[
+        "skip",
+        "plain",
+        "stretches and dropout",
+        "prodigy and cosine",
+        "accumulation and text encoder",
+        "refreshed, with dropout",
+        "refreshed, with a text encoder",
+        "repeated records, an exact step",
+    ],
 )
 def test_resumed_run_equals_the_uninterrupted_one(train, flags: tuple[str, ...]):
     """E5: bit for bit; the interrupted run stops after step 2 of 4, with its records gone."""
@@ -148,6 +160,44 @@ def test_stretches_bound_the_disk_and_change_nothing(train, tmp_path: Path):
     assert residuals["stretches"] > 1
     assert_same_weights(one, several)
     assert not (several / "residuals").exists()
+
+
+def test_refreshed_residuals_are_those_of_the_lora_so_far(train):
+    """A stretch of one step is what a forward in every step gives; of all steps, what the base model gives."""
+    flags = ("--skip_blocks", "1,2", "--learning_rate", "0.03")
+    online = train(*flags, "--residuals", "online", name="online")
+    each = train(*flags, "--refresh_residuals", "--stretch_steps", "1", name="each")
+    assert losses(each) == pytest.approx(losses(online), rel=1e-5)
+    base = train(*flags, name="base")
+    assert losses(train(*flags, "--refresh_residuals", "--stretch_steps", "4", name="once")) == losses(base)
+    assert losses(each)[:1] == losses(base)[:1] and losses(each)[1:] != pytest.approx(losses(base)[1:], rel=1e-6)
+    report = json.loads((each / "run_report.json").read_text())
+    assert report["residuals"]["stretches"] == 4 and report["residuals"]["records"] == 8
+
+
+def test_records_of_another_lora_are_not_used(train, tmp_path: Path):
+    """A refreshed run that starts again finds the records of its last stretch alone, and trains as before."""
+    flags = ("--skip_blocks", "1,2", "--refresh_residuals", "--stretch_steps", "2", "--residual_dir")
+    first = train(*flags, str(tmp_path / "records"), name="first")
+    second = train(*flags, str(tmp_path / "records"), name="second")
+    assert_same_weights(first, second)
+    assert losses(first) == losses(second)
+
+
+def test_repeated_records_are_made_once(train):
+    output = train("--skip_blocks", "1,2", "--record_repeats", "2")
+    report = json.loads((output / "run_report.json").read_text())
+    assert report["residuals"]["records"] == 4 and report["train"]["samples"] == 8
+    plan = json.loads((output / "plan.json").read_text())
+    assert plan["residuals"]["records"] == 4
+
+
+def test_exact_steps_train_as_the_full_model_does(train):
+    """With all steps exact only the skipped leading span is left, which is exact itself."""
+    flags = ("--patch_sampling", "none", "--lora_layers")
+    exact = train("--skip_blocks", "1,2", "--exact_steps", "4", *flags, "attn.to_q", name="exact")
+    kept = ",".join(("transformer_blocks.1.attn.to_q", "single_transformer_blocks.0.attn.to_q"))
+    assert losses(exact) == pytest.approx(losses(train("--skip_blocks", "none", *flags, kept, name="plain")), rel=1e-4)
 
 
 def test_residuals_matter(train):

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from .blocks import Block, BlockSpans, list_blocks, split_blocks
 from .config import BlockSkipConfig
@@ -136,8 +136,10 @@ class PlaceholderHook(ModelHook):
         if mode is SkipMode.CAPTURE:
             return self._capture(*args, **kwargs)
         if mode is SkipMode.JOINT:
-            # Autograd would keep the weights of every streamed block; so they are read again in backward instead.
-            return checkpoint(self.fn_ref.original_forward, *args, use_reentrant=False, **kwargs)
+            # Autograd would keep the weights of every streamed block; so they are read again in backward instead, and
+            # let go again only if the block then runs to its end.
+            with set_checkpoint_early_stop(False):
+                return checkpoint(self.fn_ref.original_forward, *args, use_reentrant=False, **kwargs)
         return self.fn_ref.original_forward(*args, **kwargs)
 
     def _inputs(self, args: tuple, kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -14,29 +14,17 @@ Example:
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib.util
-import io
 import itertools
 import json
-import multiprocessing
-import os
 import sys
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-import torch
+from cells import SUBJECTS, evaluate, read_cells, run_cells, train
 from common import command, machine
-from diffusers import FluxPipeline
-from tqdm.auto import tqdm
 
-from blockskip_hooks.embedded import embedded_model, embedded_photos, embedded_subjects
-from blockskip_hooks.evaluation import embedded_gallery, nearest_subjects, subject_fidelity
-from blockskip_hooks.image_encoders import load_image_encoder
+from blockskip_hooks.embedded import embedded_model, embedded_subjects
 from blockskip_hooks.monitor import write_json
 from blockskip_hooks.residual_store import folder_digest
 from blockskip_hooks.selection import select_blocks
@@ -44,86 +32,25 @@ from blockskip_hooks.selection_tables import find_table, read_table
 from blockskip_hooks.statistics import bootstrap
 
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "dreambooth_blockskip" / "train_dreambooth_blockskip.py"
-SUBJECTS = ("dog", "robot", "clock", "teapot", "backpack", "teddy_bear")
 NUM_BLOCKS = 18
-IMAGES_PER_PROMPT, IMAGE_STEPS, IMAGE_SEED = 2, 12, 100
 
 
-def train(output: Path, subject: str, seed: int, skip: str) -> None:
-    """Train one LoRA by the script, in this process.
-
-    Raises:
-        RuntimeError: if the script fails.
-    """
-    specification = importlib.util.spec_from_file_location("train_dreambooth_blockskip", SCRIPT)
-    assert specification is not None and specification.loader is not None
-    script = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(script)
-    settings = {
-        "--instance_data_dir": embedded_photos(subject),
-        "--instance_prompt": embedded_subjects()[subject]["instance_prompt"],
-        "--seed": seed,
-        "--skip_blocks": skip,
-        "--output_dir": output,
-        "--report_to": "none",
-        "--num_validation_images": 0,
-        "--checkpointing_steps": 10**6,
-    }
-    argv = [str(item) for pair in settings.items() for item in pair]
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        code = script.main(argv)
-    if code != 0:
-        raise RuntimeError(f"{' '.join(argv)} ended with {code}: {said.getvalue()[-500:]}")
-
-
-def fidelity(lora: Path | None, subject: str) -> dict[str, Any]:
-    """How far images with a LoRA (or without any) show the subject: similarity to its photos, share retrieved."""
-    encoder = load_image_encoder("subject")
-    gallery = embedded_gallery(encoder)
-    pipeline = FluxPipeline.from_pretrained(embedded_model(), torch_dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    if lora is not None:
-        pipeline.load_lora_weights(lora)
-    prompts = embedded_subjects()[subject]["validation_prompts"]
-    images = pipeline(
-        prompts,
-        negative_prompt=[""] * len(prompts),
-        true_cfg_scale=2.5,
-        height=64,
-        width=64,
-        max_sequence_length=16,
-        num_inference_steps=IMAGE_STEPS,
-        num_images_per_prompt=IMAGES_PER_PROMPT,
-        generator=[torch.Generator().manual_seed(IMAGE_SEED + i) for i in range(len(prompts) * IMAGES_PER_PROMPT)],
-    ).images
-    vectors = encoder.embed(images)
-    own, nearest = subject_fidelity(vectors, gallery[subject]), nearest_subjects(vectors, gallery)
-    return {
-        "similarity": own.mean().item(),
-        "retrieved": mean(name == subject for name in nearest),
-        "similarities": own.tolist(),
-    }
-
-
-def run_cell(cell: tuple[Path, str, int, str]) -> None:
-    """Train and measure one cell, unless its file is there."""
-    folder, subject, seed, skip = cell
-    torch.set_num_threads(1)
-    path = cell_file(folder, subject, seed, skip)
-    if path.is_file():
-        return
-    output = path.with_suffix("")
+def run_cell(cell: tuple[Path, str, int, str]) -> dict[str, Any]:
+    """Train and measure one cell."""
+    path, subject, seed, skip = cell
+    lora = path.with_suffix("")
     if skip != "base":
-        train(output, subject, seed, skip)
-    write_json(
-        path, {"subject": subject, "seed": seed, "skip": skip, **fidelity(output if skip != "base" else None, subject)}
-    )
-
-
-def cell_file(folder: Path, subject: str, seed: int, skip: str) -> Path:
-    return folder / f"{subject}-{seed}-{skip.replace(',', '_')}.json"
+        train(lora, subject, seed, {"--skip_blocks": skip})
+    measured = evaluate(None if skip == "base" else lora, subject)
+    similarities = [image["subject"] for image in measured.images]
+    return {
+        "subject": subject,
+        "seed": seed,
+        "skip": skip,
+        "similarity": mean(similarities),
+        "retrieved": mean(image["retrieved"] for image in measured.images),
+        "similarities": similarities,
+    }
 
 
 def summarise(cells: list[dict[str, Any]], skipped: int, chosen: dict[str, str]) -> dict[str, Any]:
@@ -173,17 +100,17 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     folder = Path(args.cells).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
     pairs = args.pairs or ["base", "none", *(f"{n},{args.skipped - n}" for n in range(args.skipped + 1))]
     keys = list(itertools.product(args.seeds, args.subjects, pairs))
-    cells = [(folder, subject, seed, pair) for seed, subject, pair in keys]
-    missing = [cell for cell in cells if not cell_file(*cell).is_file()]
-    with multiprocessing.get_context("fork").Pool(args.jobs, maxtasksperchild=4) as pool:
-        for _ in tqdm(pool.imap_unordered(run_cell, missing), total=len(missing), desc="Cells"):
-            pass
+    files = {
+        path: (path, subject, seed, pair)
+        for seed, subject, pair in keys
+        for path in [folder / f"{subject}-{seed}-{pair.replace(',', '_')}.json"]
+    }
+    run_cells(run_cell, files, args.jobs)
     if args.pairs:
         return 0
-    results = [json.loads(cell_file(*cell).read_text()) for cell in cells]
+    results = read_cells(list(files))
     weights = folder_digest(embedded_model() / "transformer")
     tables = {"auto": find_table(NUM_BLOCKS, (), weights), "rule": None}
     tables |= {name: read_table(Path(file)) for name, _, file in (item.partition("=") for item in args.tables)}

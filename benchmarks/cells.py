@@ -34,8 +34,8 @@ SUBJECTS = ("dog", "robot", "clock", "teapot", "backpack", "teddy_bear")
 IMAGES_PER_PROMPT, IMAGE_STEPS, IMAGE_SEED = 2, 12, 100
 
 
-def train(output: Path, subject: str, seed: int, flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Train one LoRA by the script, in this process, and return its ``run_report.json``.
+def run_script(output: Path, subject: str, seed: int, flags: Mapping[str, Any]) -> None:
+    """Run the training script on one subject, in this process.
 
     Args:
         output: The run's folder.
@@ -66,6 +66,11 @@ def train(output: Path, subject: str, seed: int, flags: Mapping[str, Any]) -> di
         code = script.main(argv)
     if code != 0:
         raise RuntimeError(f"{' '.join(argv)} ended with {code}: {said.getvalue()[-500:]}")
+
+
+def train(output: Path, subject: str, seed: int, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Train one LoRA by the script and return its ``run_report.json``; see :func:`run_script`."""
+    run_script(output, subject, seed, flags)
     return json.loads((output / "run_report.json").read_text())
 
 

@@ -2,8 +2,8 @@
 """The paper's ablations on the embedded model: every row trained by the ordinary script in as many steps.
 
 Subject fidelity is the similarity to the subject's photos by the embedded model's encoder, on prompts that training
-has not seen; what the unpersonalised model reaches is 0 % of the gain, what plain LoRA reaches 100 %. Memory is that of
-the same setting on FLUX.1-dev, simulated. A finished cell is never run again: kill it and start it anew as you like.
+has not seen. What the unpersonalised model reaches is 0 % of the gain, what plain LoRA reaches 100 %. Memory is that
+of the same setting on FLUX.1-dev, simulated. A finished cell is never run again: kill it and start it anew.
 
 Example:
     python benchmarks/reproduce.py --json benchmarks/results/reproduce.json --figure docs/images/reproduce.png

@@ -30,6 +30,7 @@ from .embedded import DEFAULT_SUBJECT, embedded_model, embedded_photos, embedded
 from .families import Family, detect_family
 from .lora import WEIGHTS_NAME, lora_targets
 from .model_config import load_config
+from .model_checks import check_model
 from .model_files import check_weights, resolve_model
 from .monitor import format_seconds
 from .quantization import QuantizationConfig, read_quantization
@@ -349,6 +350,7 @@ def prepare_run(args: argparse.Namespace) -> Run:
         prompts = [args.validation_prompt]
 
     check_weights(model_path, family_class, args.variant)
+    check_model(model_path, family_class, args.variant)
     try:
         family = family_class(model_path, args.variant, vars(args))
         blocks = choose_blocks(args, family, model_name)

@@ -65,7 +65,9 @@ def read_weight_map(index_file: Path) -> dict[str, str]:
     for file in weight_map.values():
         # Whoever made the index must not choose which of this machine's files are read.
         if not isinstance(file, str) or re.search(r"[/\\]", file) or not file.endswith(".safetensors"):
-            raise ValueError(f"{index_file} names {file!r}, which is no safetensors file beside it; download it again.")
+            raise ValueError(
+                f"{index_file} names {file!r}, which is no safetensors file beside it; download it again."
+            )
     return weight_map
 
 

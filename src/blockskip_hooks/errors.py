@@ -33,8 +33,8 @@ def explain(error: BaseException, stage: str | None = None, secret: str | None =
     text = str(error)
     if _ran_out_of_memory(error):
         line = (
-            f"Memory ran out in stage {stage or 'plan'} ({_reason(text, error)}); give --memory_budget with what there "
-            "is, so that blocks are skipped until it fits, or lower --resolution or the batch size."
+            f"Memory ran out in stage {stage or 'plan'} ({_reason(text, error)}); give --memory_budget with what "
+            "there is, so that blocks are skipped until it fits, or lower --resolution or the batch size."
         )
     elif isinstance(error, RuntimeError) and _WORKER_KILLED.search(text):
         line = f"A process of --dataloader_num_workers was killed ({_reason(text, error)}); give fewer, or 0."

@@ -15,7 +15,7 @@ import transformers
 from .checkpoint_index import read_weight_map, tensor_shapes
 from .errors import first_line
 from .families import Family
-from .model_config import load_config
+from .model_config import load_config, model_class
 from .simulation import empty_model
 from .text_encoders import empty_text_encoder
 
@@ -42,11 +42,13 @@ def check_model(model_path: Path, family: type[Family], variant: str | None) -> 
     where = f"--pretrained_model_name_or_path {model_path}"
     index = json.loads((model_path / "model_index.json").read_text(encoding="utf-8"))
     present = {name for name in family.text_components if (model_path / name).is_dir()}
-    used = ("scheduler", "vae", *sorted(present), *family.image_components)
+    used = ("scheduler", "transformer", "vae", *sorted(present), *family.image_components)
     for name in (name for name in used if (model_path / name).is_dir()):
         entry = index.get(name)
         if not (isinstance(entry, list) and len(entry) == 2 and entry[0] in _LIBRARIES):
-            raise ValueError(f"{where}: model_index.json says that its {name} is {entry}, no class of a known library.")
+            raise ValueError(
+                f"{where}: model_index.json says that its {name} is {entry}, no class of a known library."
+            )
     _check_scheduler(model_path / "scheduler", where)
     for name in ("transformer", "vae", *family.image_components):
         if (model_path / name).is_dir():
@@ -65,7 +67,8 @@ def _check_scheduler(folder: Path, where: str) -> None:
         scheduler = chosen.from_config(config)
     except Exception as error:  # whatever the class makes of values that it was not made for
         raise ValueError(
-            f"{where}: scheduler/scheduler_config.json does not describe a scheduler ({_what(error)}); download it again."
+            f"{where}: scheduler/scheduler_config.json does not describe a scheduler ({_what(error)}); "
+            "download it again."
         ) from error
     if len(scheduler.timesteps) == 0:
         raise ValueError(f"{where}: scheduler/scheduler_config.json describes a schedule of no steps.")
@@ -76,13 +79,12 @@ def _check_diffusers_part(folder: Path, variant: str | None, where: str) -> None
         config = load_config(folder)
     except OSError as error:
         raise ValueError(f"{where}: {first_line(error)}; download it again.") from error
-    if getattr(diffusers, str(config.get("_class_name")), None) is None:
-        return  # The family says which class there should be.
+    chosen = model_class(config)
     try:
         expected = _shapes(empty_model(config))
     except Exception as error:  # whatever the class makes of values that it was not made for
         raise ValueError(
-            f"{where}: {folder.name}/config.json does not describe a {config['_class_name']} ({_what(error)}); "
+            f"{where}: {folder.name}/config.json does not describe a {chosen.__name__} ({_what(error)}); "
             "download it again."
         ) from error
     found = _found_shapes(folder, "diffusion_pytorch_model", variant, where)
@@ -193,5 +195,3 @@ def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
 
 def _what(error: Exception) -> str:
     return f"it lacks {error}" if isinstance(error, KeyError) else first_line(error)
-
-

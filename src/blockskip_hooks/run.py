@@ -29,8 +29,8 @@ from .data import Photo, PhotoSet, load_dataset_photos, nearest_bucket, scan_pho
 from .embedded import DEFAULT_SUBJECT, embedded_model, embedded_photos, embedded_subjects, model_defaults
 from .families import Family, detect_family
 from .lora import WEIGHTS_NAME, lora_targets
-from .model_config import load_config
 from .model_checks import check_model
+from .model_config import load_config
 from .model_files import check_weights, resolve_model
 from .monitor import format_seconds
 from .quantization import QuantizationConfig, read_quantization

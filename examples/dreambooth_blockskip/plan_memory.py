@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from blockskip_hooks.arguments import MEMORY_OPTIONS, parse_bytes
+from blockskip_hooks.arguments import MEMORY_OPTIONS, OneLineParser, parse_bytes
 from blockskip_hooks.blocks import block_bytes, list_blocks
 from blockskip_hooks.budget import fit_budget
 from blockskip_hooks.config import BlockSkipConfig, PatchSamplingConfig
+from blockskip_hooks.errors import explain
 from blockskip_hooks.monitor import format_bytes
 from blockskip_hooks.planner import PlanRequest, format_plan, plan_run
 from blockskip_hooks.presets import Preset, load_preset, preset_names
@@ -35,7 +36,9 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags; those of the training script mean the same here."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     flag = parser.add_argument
     flag("--preset", required=True, help=f"Model: {', '.join(preset_names())}.")
     flag("--skip_blocks", default="auto", help="Blocks to skip: none, auto, N in all, or n,m (leading,trailing).")
@@ -205,8 +208,10 @@ def main(argv: list[str] | None = None) -> int:
         selection, selections = list_selections(args, preset)
         request, comparison = make_requests(args, preset, selection)
         plan, plain = make_plan(args, preset, request, selections), _train(plan_run(comparison))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        if (line := explain(error)) is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
         return 2
     train = _train(plan)
     if args.json:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import shlex
 import sys
 import time
 import warnings
@@ -30,16 +29,17 @@ warnings.filterwarnings("ignore", category=FutureWarning)
 for _name in ("torchao", "bitsandbytes", "diffusers.quantizers", "torch.utils._pytree"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
-from accelerate import Accelerator
-
+from blockskip_hooks.arguments import OneLineParser, printable_command
 from blockskip_hooks.embedded import embedded_model, model_defaults
+from blockskip_hooks.errors import explain
 from blockskip_hooks.families import Family, detect_family
 from blockskip_hooks.image_encoders import DEFAULT_ENCODER
 from blockskip_hooks.lora import WEIGHTS_NAME
+from blockskip_hooks.model_checks import check_model
 from blockskip_hooks.model_config import load_config
 from blockskip_hooks.model_files import check_weights, resolve_model
 from blockskip_hooks.monitor import format_seconds, write_json
-from blockskip_hooks.run import weight_dtype
+from blockskip_hooks.run import start_accelerator, weight_dtype
 from blockskip_hooks.selection_measure import (
     DEFAULT_SEEDS,
     DEFAULT_STEPS,
@@ -59,7 +59,7 @@ from blockskip_hooks.selection_tables import cache_file, read_table
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags; those that the training script has mean the same here."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     flag = parser.add_argument
@@ -107,8 +107,10 @@ def main(argv: list[str] | None = None) -> int:
         lengths = default_window_lengths(num_blocks) if args.window_lengths is None else tuple(args.window_lengths)
         spans = stream_all(num_blocks) if args.stream_blocks else None
         request = replace(request, window_lengths=lengths, spans=spans)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        if (line := explain(error, "select", args.hub_token)) is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
         return 2
     steps, number = request.pipeline_kwargs["num_inference_steps"], count_images(request, num_blocks)
     print(
@@ -118,14 +120,16 @@ def main(argv: list[str] | None = None) -> int:
         f"{request.images_at_once} at a time; finished ones are kept in {args.output_dir}",
         flush=True,
     )
-    command = shlex.join([Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)])
+    command = printable_command([Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)])
     try:
         images = open_search(request)
         print(f"Estimate {estimate(images, request, number)}", flush=True)
         contents = measure_table(images, request, command)
         write_outputs(args, images, request, contents)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        if (line := explain(error, "select", args.hub_token)) is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
         return 1
     return 0
 
@@ -145,6 +149,7 @@ def make_request(args: argparse.Namespace) -> SearchRequest:
     model_path = embedded_model() if embedded else resolve_model(args)
     family_class: type[Family] = detect_family(model_path)
     check_weights(model_path, family_class, args.variant)
+    check_model(model_path, family_class, args.variant)
     defaults, pipeline_kwargs = model_defaults(model_path)
     length = args.max_sequence_length or defaults.get("max_sequence_length")
     family = family_class(model_path, args.variant, {"max_sequence_length": length} if length else {})
@@ -152,7 +157,7 @@ def make_request(args: argparse.Namespace) -> SearchRequest:
     side = args.resolution or defaults.get("resolution") or min(512, family.image_size)
     if side % family.latent_token_size:
         raise ValueError(f"--resolution is {side}; give a multiple of {family.latent_token_size}.")
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    accelerator = start_accelerator(args)
     return SearchRequest(
         family=family,
         model_name="embedded micro-FLUX" if embedded else args.pretrained_model_name_or_path,

@@ -29,13 +29,14 @@ warnings.filterwarnings("ignore", category=FutureWarning)
 for _name in ("torchao", "bitsandbytes", "diffusers.quantizers", "torch.utils._pytree"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
+from blockskip_hooks.argument_checks import check_at_most, check_output_dir, check_texts
 from blockskip_hooks.arguments import OneLineParser, printable_command
 from blockskip_hooks.embedded import embedded_model, model_defaults
 from blockskip_hooks.errors import explain
 from blockskip_hooks.families import Family, detect_family
 from blockskip_hooks.image_encoders import DEFAULT_ENCODER
 from blockskip_hooks.lora import WEIGHTS_NAME
-from blockskip_hooks.model_checks import check_model
+from blockskip_hooks.model_checks import check_lora_file, check_model
 from blockskip_hooks.model_config import load_config
 from blockskip_hooks.model_files import check_weights, resolve_model
 from blockskip_hooks.monitor import format_seconds, write_json
@@ -55,6 +56,7 @@ from blockskip_hooks.selection_measure import (
 from blockskip_hooks.selection_picture import draw_images, draw_table, masked_variants
 from blockskip_hooks.selection_search import MaskedImages, Subject
 from blockskip_hooks.selection_tables import cache_file, read_table
+from blockskip_hooks.simulation import empty_model
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -144,6 +146,16 @@ def make_request(args: argparse.Namespace) -> SearchRequest:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} is {value}; give 1 or more.")
+    check_at_most(args)
+    check_texts(args)
+    for seed in args.seeds:
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"--seeds has {seed}; give numbers from 0 to below 2**32.")
+    if len(set(args.seeds)) < len(args.seeds):
+        raise ValueError(f"--seeds {' '.join(map(str, args.seeds))} has a number twice; give each once.")
+    if any(not prompt.strip() for prompt in args.prompts or ()):
+        raise ValueError('--prompts has an empty prompt; give texts like "a photo of a dog".')
+    check_output_dir(args.output_dir)
     embedded = args.pretrained_model_name_or_path is None
     subjects = make_subjects(args, embedded=embedded)
     model_path = embedded_model() if embedded else resolve_model(args)
@@ -154,10 +166,15 @@ def make_request(args: argparse.Namespace) -> SearchRequest:
     length = args.max_sequence_length or defaults.get("max_sequence_length")
     family = family_class(model_path, args.variant, {"max_sequence_length": length} if length else {})
     family.check()
+    config = load_config(model_path / "transformer")
+    transformer = empty_model(config, family.transformer_class(config))
+    for path in args.lora_weights:
+        check_lora_file(path if path.is_file() else path / WEIGHTS_NAME, transformer, f"--lora_weights {path}")
     side = args.resolution or defaults.get("resolution") or min(512, family.image_size)
     if side % family.latent_token_size:
         raise ValueError(f"--resolution is {side}; give a multiple of {family.latent_token_size}.")
     accelerator = start_accelerator(args)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     return SearchRequest(
         family=family,
         model_name="embedded micro-FLUX" if embedded else args.pretrained_model_name_or_path,

@@ -66,11 +66,14 @@ _FROM_ZERO_BELOW_ONE = "lora_dropout caption_dropout adam_beta1 adam_beta2 prodi
 # Above these numbers a flag is a slip of the keyboard: nothing could run, or nothing would come of it.
 _AT_MOST = (
     (2**10, "dataloader_num_workers"),
-    (2**14, "resolution min_patch_size max_patch_size max_sequence_length rank"),
+    (
+        2**14,
+        "resolution training_resolution validation_resolution min_patch_size max_patch_size max_sequence_length rank",
+    ),
     (
         2**16,
         "train_batch_size gradient_accumulation_steps precompute_batch_size sample_batch_size num_validation_images "
-        "repeats lora_alpha",
+        "repeats lora_alpha num_inference_steps images_at_once",
     ),
     (10**6, "num_class_images learning_rate text_encoder_lr guidance_scale validation_guidance_scale max_grad_norm"),
     (10**6, "adam_epsilon adam_weight_decay adam_weight_decay_text_encoder prior_loss_weight logit_mean logit_std"),
@@ -96,7 +99,7 @@ def validate_args(args: argparse.Namespace, *, warn: bool = True) -> None:
     Raises:
         ValueError: one line that names the flag, its value and what to give instead.
     """
-    _check_texts(args)
+    check_texts(args)
     _check_numbers(args)
     _check_photos(args)
     _check_skipping(args)
@@ -123,15 +126,29 @@ def _check_numbers(args: argparse.Namespace) -> None:
             if value is not None and not (math.isfinite(value) and fits(value)):
                 raise ValueError(f"--{name} is {value}; give {wanted}.")
 
+    check_at_most(args)
+
+
+def check_at_most(args: argparse.Namespace) -> None:
+    """Refuse numbers that are a slip of the keyboard, among those of the flags that ``args`` has.
+
+    Raises:
+        ValueError: naming the flag and the most that it takes.
+    """
     for largest, names in _AT_MOST:
         for name in names.split():
-            value = getattr(args, name)
+            value = getattr(args, name, None)
             if value is not None and abs(value) > largest:
                 raise ValueError(f"--{name} is {value:g}; give at most {largest:,}.")
 
 
-def _check_texts(args: argparse.Namespace) -> None:
-    for name in sorted(args.given - _MAY_BE_EMPTY):
+def check_texts(args: argparse.Namespace) -> None:
+    """Refuse texts that are blank where that means nothing.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    for name in sorted(set(getattr(args, "given", vars(args))) - _MAY_BE_EMPTY):
         value = getattr(args, name)
         if isinstance(value, str) and not value.strip():
             raise ValueError(f"--{name} is empty; give a value, or leave the flag out.")
@@ -243,12 +260,7 @@ def _check_output(args: argparse.Namespace) -> None:
             raise ValueError(f"{flag} is no name of a repository: {one_line(str(error))}") from error
 
     folder = Path(args.output_dir)
-    # The folder may be several levels short of existing; the first that does exist decides.
-    existing = next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path("/"))
-    if not existing.is_dir():
-        raise ValueError(f"--output_dir {folder}: {existing} is a file; name a folder.")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"--output_dir {folder} cannot be written; name a folder that you may write to.")
+    check_output_dir(folder)
 
     checkpoint = args.resume_from_checkpoint
     if checkpoint not in (None, "latest") and not (Path(checkpoint).is_dir() or (folder / checkpoint).is_dir()):
@@ -256,6 +268,20 @@ def _check_output(args: argparse.Namespace) -> None:
             f"--resume_from_checkpoint {checkpoint} is not a folder, nor one in --output_dir {folder}; "
             "give an existing checkpoint or latest."
         )
+
+
+def check_output_dir(folder: Path) -> None:
+    """Check that ``--output_dir`` is a folder that can be written, or can become one.
+
+    Raises:
+        ValueError: if not.
+    """
+    # The folder may be several levels short of existing; the first that does exist decides.
+    existing = next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path("/"))
+    if not existing.is_dir():
+        raise ValueError(f"--output_dir {folder}: {existing} is a file; name a folder.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"--output_dir {folder} cannot be written; name a folder that you may write to.")
 
 
 def _skips(args: argparse.Namespace) -> bool:

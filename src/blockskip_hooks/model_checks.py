@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 _LIBRARIES = ("diffusers", "transformers")
 # transformers renames and joins some weights while it loads them, so not all of a config's are in the files by name.
 _KNOWN_PART = 0.75
+_LORA_A = re.compile(r"transformer\.(.+)\.lora_A\.weight")
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
@@ -58,6 +60,36 @@ def check_model(model_path: Path, family: type[Family], variant: str | None) -> 
             _check_tokenizer(model_path / name, index[name][1], where)
         else:
             _check_text_encoder(model_path / name, index[name][1], variant, where)
+
+
+def check_lora_file(file: Path, transformer: torch.nn.Module, flag: str) -> None:
+    """Check that a LoRA's file is whole and, if it has the layers' names of diffusers, that it is of this model.
+
+    Args:
+        file: The file.
+        transformer: The model; it needs no weights.
+        flag: Flag and value that named the LoRA, for the messages.
+
+    Raises:
+        ValueError: if not.
+    """
+    if file.suffix != ".safetensors":
+        raise ValueError(f"{flag}: {file.name} is no safetensors file; pickled weights are not read.")
+    try:
+        found = tensor_shapes(file)
+    except ValueError as error:
+        raise ValueError(f"{flag}: {error}") from error
+    layers = {match[1]: shape for name, shape in found.items() if (match := _LORA_A.fullmatch(name))}
+    modules = dict(transformer.named_modules())
+    for name, shape in layers.items():
+        wanted = getattr(modules.get(name), "in_features", None)
+        if wanted != shape[1]:
+            there = "does not have that layer" if wanted is None else f"has {wanted} there"
+            raise ValueError(
+                f"{flag} is of another model: its LoRA of {name} takes {shape[1]} features, and this model {there}."
+            )
+    if not layers and not any("lora" in name for name in found):
+        raise ValueError(f"{flag} holds no LoRA.")
 
 
 def _check_scheduler(folder: Path, where: str) -> None:

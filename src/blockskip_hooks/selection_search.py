@@ -19,9 +19,11 @@ import torch
 from diffusers import ModelMixin
 from diffusers.utils import logging
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
+from .errors import first_line
 from .families import Family, PromptEmbeds
 from .image_encoders import ImageEncoder
 from .images import generate_images
@@ -81,7 +83,10 @@ class MaskedImages:
     vectors: dict[str, torch.Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.vectors = load_file(self.store) if self.store.is_file() else {}
+        try:
+            self.vectors = load_file(self.store) if self.store.is_file() else {}
+        except SafetensorError as error:
+            raise ValueError(f"{self.store} is damaged ({error}); remove it to make its images anew.") from error
 
     def measure(self, subjects: Sequence[Subject], seeds: Sequence[int], runs: Iterable[BlockRun]) -> None:
         """Make what is missing of the images of every subject, seed and masked run, and of the unmasked ones."""
@@ -141,8 +146,13 @@ class MaskedImages:
             return
         if subject.name not in loaded:
             pipeline: Any = self.family.image_pipeline(transformer, self.vae)
-            with _quiet():
-                pipeline.load_lora_weights(subject.lora, adapter_name=subject.name)
+            try:
+                with _quiet():
+                    pipeline.load_lora_weights(subject.lora, adapter_name=subject.name, use_safetensors=True)
+            except Exception as error:  # whatever the loader makes of another model's layers
+                raise ValueError(f"The LoRA {subject.lora} does not fit this model ({first_line(error)}).") from error
+            if subject.name not in getattr(transformer, "peft_config", {}):
+                raise ValueError(f"The LoRA {subject.lora} has no layer of this model's transformer.")
         transformer.enable_lora()
         transformer.set_adapter(subject.name)
 

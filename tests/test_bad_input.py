@@ -1,31 +1,25 @@
 """Settings that cannot work end in one line that names the flag, before anything is loaded or written."""
 
 import contextlib
-import importlib.util
 import json
 import logging
 import os
 import shutil
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 from blockskip_hooks.lora import WEIGHTS_NAME
+from tests.bad_input_cases import PLAN_CASES, SELECT_CASES, TRAIN_CASES
+from tests.script import load_script
 from tests.tiny import save_tiny_flux
-
-
-SCRIPT = Path(__file__).parents[1] / "examples" / "dreambooth_blockskip" / "train_dreambooth_blockskip.py"
 
 
 @pytest.fixture(scope="module")
 def script():
-    specification = importlib.util.spec_from_file_location("train_dreambooth_blockskip", SCRIPT)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    return load_script()
 
 
 @pytest.fixture(scope="module")
@@ -135,13 +129,13 @@ def command(output_dir, changes):
 
 @pytest.fixture
 def run(script, capfd):
-    """Run the script's main and return its exit code, standard output and standard error."""
+    """Run a script's main and return its exit code, standard output and standard error."""
 
-    def call(argv):
+    def call(argv, module=script):
         capfd.readouterr()
         with logging_as_in_a_terminal():
             try:
-                code = script.main(argv)
+                code = module.main(argv)
             except SystemExit as stop:  # from the argument parser
                 code = stop.code
         out, err = capfd.readouterr()
@@ -325,6 +319,82 @@ def test_settings_that_cannot_work_end_in_one_line(run, tmp_path, case):
     assert not output_dir.exists() or not any(output_dir.iterdir())
 
 
+# Every script against the tables of bad input
+
+SCRIPTS = {
+    "train_dreambooth_blockskip": (TRAIN_CASES, GOOD, "train"),
+    "select_blocks": (
+        SELECT_CASES,
+        {**{name: GOOD[name] for name in ("--pretrained_model_name_or_path", "--max_sequence_length")}}
+        | {"--encoder": "offline", "--no_cache": True},
+        "open_search",
+    ),
+    "plan_memory": (PLAN_CASES, {"--preset": "flux.1-dev"}, "plan_run"),
+}
+
+
+def stamps(*folders):
+    """When every file below some folders was last written, its size, and where links lead."""
+    return {
+        path: (status.st_mtime_ns, status.st_size, status.st_ino)
+        for folder in folders
+        for path in sorted(folder.rglob("*"))
+        for status in [path.lstat()]
+        if not path.is_dir()
+    } | {path: None for folder in folders for path in folder.rglob("*") if path.is_dir()}
+
+
+@pytest.fixture(scope="module")
+def earlier(tmp_path_factory):
+    """What an earlier run left in the output folder."""
+    folder = tmp_path_factory.mktemp("earlier")
+    for name in ("plan.json", "run_report.json", "report.html", "selection.json", WEIGHTS_NAME):
+        (folder / name).write_text("from an earlier run")
+    (folder / "checkpoint-7").mkdir()
+    (folder / "checkpoint-7" / "training_state.json").write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "case"), [(name, case) for name, (cases, _, _) in SCRIPTS.items() for case in cases], ids=str
+)
+def test_bad_input_ends_in_one_line_before_models_load(
+    run, ground, finished, earlier, tmp_path, monkeypatch, name, case
+):
+    cases, good, loads = SCRIPTS[name]
+    changes, words = cases[case]
+    module = load_script(name)
+
+    def too_late(*args, **kwargs):
+        raise AssertionError("models were about to load")
+
+    if name != "plan_memory":
+        monkeypatch.setattr(module, loads, too_late)
+    output = shutil.copytree(earlier, tmp_path / "out")
+    flags = {**good, **({} if name == "plan_memory" else {"--output_dir": str(output)})}
+    for flag, value in changes.items():
+        if callable(value):
+            folder = tmp_path / "made" / flag.strip("-")
+            folder.mkdir(parents=True)
+            value = str(value(folder))
+        flags[flag] = value
+    argv = [
+        word
+        for flag, value in flags.items()
+        if value is not None
+        for word in ([flag] if value is True else [flag, value])
+    ]
+    kept = [ground, output, *(path for path in tmp_path.glob("made/*") if path.name != "cache_dir")]
+    before = stamps(*kept)
+    result = run(argv, module)
+    assert_one_line(result, 2, words)
+    assert result.out == "" and stamps(*kept) == before
+
+
+def test_the_tables_hold_many_cases():
+    assert sum(len(cases) for cases, _, _ in SCRIPTS.values()) + len(REFUSED) >= 400
+
+
 def test_the_command_the_cases_start_from_is_good(run, tmp_path):
     result = run(command(tmp_path / "out", {"--plan_only": True}))
     assert (result.code, result.err) == (0, "")
@@ -361,9 +431,9 @@ def test_a_caption_for_some_photos_only_still_needs_the_prompt(run, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def finished(script, ground, tmp_path_factory):
+def finished(script, ground):
     """A short run with records and a checkpoint that stay."""
-    folder = tmp_path_factory.mktemp("finished")
+    folder = ground / "finished"
     changes = {"--residual_dir": str(folder / "records"), "--checkpointing_steps": "1", "--skip_final_inference": True}
     changes |= {name: str(ground / GOOD[name]) for name in ("--pretrained_model_name_or_path", "--instance_data_dir")}
     assert script.main(command(folder / "out", changes)) == 0

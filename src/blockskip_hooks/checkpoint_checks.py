@@ -25,9 +25,10 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
 
 
 def made_with(run: Run) -> dict[str, Any]:
-    """What a checkpoint cannot be continued without, beside its LoRA layers: the base weights and what is skipped."""
+    """What a run must share with a checkpoint beside its LoRA layers: base weights, skipped blocks, optimizer."""
     return {
         "skip": [run.config.leading, run.config.trailing],
+        "optimizer": run.args.optimizer.lower() + (" of 8 bits" if run.args.use_8bit_adam else ""),
         "weights": folder_digest(run.family.model_path / "transformer"),
     }
 
@@ -49,6 +50,10 @@ def check_checkpoint(checkpoint: Path, run: Run) -> None:
     damaged = [name for name, kind in _FIELDS.items() if not isinstance(state.get(name, ...), kind)]
     if damaged:
         raise ValueError(f"{where} is damaged: its state lacks {', '.join(damaged)}; name another one.")
+    if run.args.seed not in (None, state["seed"]):
+        raise ValueError(
+            f"--seed {run.args.seed} is not the seed of {checkpoint}, {state['seed']}; leave the flag out."
+        )
     try:
         lora = tensor_shapes(checkpoint / WEIGHTS_NAME)
         tensor_shapes(checkpoint / OPTIMIZER_NAME)
@@ -61,6 +66,11 @@ def check_checkpoint(checkpoint: Path, run: Run) -> None:
         raise ValueError(
             f"{where} was made with --skip_blocks {then_skipped}, and this run skips {now_skipped}; use the settings "
             "it was made with, or start anew in another --output_dir."
+        )
+    if then.get("optimizer", now["optimizer"]) != now["optimizer"]:
+        raise ValueError(
+            f"{where} was made with the optimizer {then['optimizer']}, and this run's is {now['optimizer']}; use the "
+            "settings it was made with, or start anew in another --output_dir."
         )
     if then.get("weights", now["weights"]) != now["weights"]:
         raise ValueError(

@@ -320,7 +320,7 @@ def nearest_bucket(size: tuple[int, int], shapes: Sequence[tuple[int, int]]) -> 
 
 
 def _reason(photo: Photo, error: Exception) -> str:
-    if photo.path is not None and photo.path.exists() and photo.path.stat().st_size == 0:
+    if photo.path is not None and photo.path.is_file() and photo.path.stat().st_size == 0:
         return "empty file"
     if isinstance(error, UnidentifiedImageError):
         return "not an image"  # Pillow's text repeats the whole path

@@ -176,7 +176,11 @@ def _check_tokenizer(folder: Path, class_name: str, where: str) -> None:
 
 def _found_shapes(folder: Path, stem: str, variant: str | None, where: str) -> dict[str, tuple[int, ...]]:
     """Shapes of all tensors in a component's weight files, every file checked against its header."""
-    files = _weight_files(folder, stem, variant)
+    try:
+        files = _weight_files(folder, stem, variant)
+        shapes = {path.name: tensor_shapes(path) for path in files if path.is_file()}
+    except ValueError as error:
+        raise ValueError(f"--pretrained_model_name_or_path: {error}") from error
     if not files:
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.ckpt"))
         what = " but pickles, which are not read" if pickled else ""
@@ -184,10 +188,6 @@ def _found_shapes(folder: Path, stem: str, variant: str | None, where: str) -> d
     absent = sorted(path.name for path in files if not path.is_file())
     if absent:
         raise ValueError(f"{where}: {folder.name} lacks the weight files {', '.join(absent)} that its index names.")
-    try:
-        shapes = {path.name: tensor_shapes(path) for path in files}
-    except ValueError as error:
-        raise ValueError(f"--pretrained_model_name_or_path: {error}") from error
     for path, names in files.items():
         lost = sorted(names - set(shapes[path.name]))
         if lost:

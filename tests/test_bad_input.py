@@ -17,10 +17,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from blockskip_hooks import trainer
+from blockskip_hooks.checkpoint_index import index_safetensors
 from blockskip_hooks.data import scan_photos
+from blockskip_hooks.embedded import model_defaults
+from blockskip_hooks.families.flux import Flux
 from blockskip_hooks.lora import WEIGHTS_NAME
 from blockskip_hooks.losses import flow_matching_loss
-from tests.bad_input_cases import PLAN_CASES, SELECT_CASES, TRAIN_CASES
+from blockskip_hooks.model_checks import check_model
+from tests.bad_input_cases import PLAN_CASES, SELECT_CASES, TRAIN_CASES, shards
 from tests.script import load_script
 from tests.tiny import save_tiny_flux
 
@@ -399,6 +403,20 @@ def test_bad_input_ends_in_one_line_before_models_load(
     result.err = "\n".join(line for line in result.err.split("\n") if not line.endswith("examples/s]"))
     assert_one_line(result, 2, words)
     assert result.out == "" and stamps(*kept) == before
+
+
+def test_sound_models_of_every_family_pass(tiny):
+    check_model(tiny.folder, tiny.family, None)
+    assert model_defaults(tiny.folder)[1]
+
+
+def test_a_sound_model_in_shards_and_of_a_variant_passes(tmp_path):
+    model = Path(shards(lambda *_: None)(tmp_path))
+    index = model / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    check_model(model, Flux, None)
+    index.rename(index.with_name("diffusion_pytorch_model.safetensors.index.fp16.json"))
+    check_model(model, Flux, "fp16")
+    assert len(index_safetensors(model / "transformer", "fp16")) == len(index_safetensors(Path("model/transformer")))
 
 
 def test_the_tables_hold_many_cases():

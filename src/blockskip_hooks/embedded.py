@@ -64,8 +64,13 @@ def model_defaults(model_path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         if type(value) not in _MODEL_FLAGS[name]:
             raise ValueError(f"{file} sets {name} to {value!r}, which has the wrong type; correct it there.")
     for name, value in pipeline_kwargs.items():
-        if not isinstance(value, (bool, int, float, str)) or name.startswith("callback"):
+        plain = all(isinstance(item, (bool, int, float, str, type(None))) for item in _items(value))
+        if not plain or name.startswith("callback"):
             raise ValueError(
                 f"{file} gives the pipeline {name} = {value!r}, which is no plain value; correct it there."
             )
     return defaults, pipeline_kwargs
+
+
+def _items(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]

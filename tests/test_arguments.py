@@ -590,7 +590,7 @@ def test_lora_blocks_are_numbers_of_blocks_in_order_of_execution(prepare, skippe
         (["--lora_blocks", "-1"], "^--lora_blocks '-1': '-1' is no block"),
         (["--lora_blocks", "1-3"], "^--lora_blocks '1-3': '1-3' is no block"),
         (["--lora_blocks", "1,"], "^--lora_blocks '1,': '' is no block"),
-        (["--lora_blocks", ""], "^--lora_blocks '': '' is no block"),
+        (["--lora_blocks", ""], "^--lora_blocks is empty"),
         (["--lora_blocks", "1,\u00b2"], "^--lora_blocks .* is no block"),
         (["--lora_blocks", "9" * 5000], "^--lora_blocks .* is no block"),
         (["--lora_blocks", "3", "--lora_layers", "attn.add_q_proj"], "^--lora_blocks: none of single_.*name others"),

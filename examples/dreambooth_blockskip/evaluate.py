@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import shlex
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -33,8 +32,10 @@ for _name in ("torchao", "bitsandbytes", "diffusers.quantizers", "torch.utils._p
 from PIL import Image
 from tqdm.auto import tqdm
 
+from blockskip_hooks.arguments import OneLineParser, printable_command
 from blockskip_hooks.data import Photo, scan_photos
 from blockskip_hooks.embedded import DEFAULT_SUBJECT, embedded_photos, embedded_subjects
+from blockskip_hooks.errors import explain
 from blockskip_hooks.evaluation import encoder_label, evaluate_images
 from blockskip_hooks.evaluation_images import BASE_NAME, EvaluationRequest, count_missing, make_images
 from blockskip_hooks.evaluation_prompts import (
@@ -54,7 +55,7 @@ from blockskip_hooks.evaluation_report import (
 )
 from blockskip_hooks.image_adapters import lora_file
 from blockskip_hooks.image_encoders import ENCODER_NAMES, ImageEncoder, load_image_encoder
-from blockskip_hooks.image_model import add_model_flags, image_settings
+from blockskip_hooks.image_model import add_model_flags, check_loras, image_settings
 from blockskip_hooks.monitor import write_json, write_text
 
 
@@ -63,7 +64,7 @@ NO_LORA = "none"
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags; those that the training script has mean the same here."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add_model_flags(parser)
@@ -108,6 +109,7 @@ def main(argv: list[str] | None = None) -> int:
         prompts = find_prompts(args)
         loras = name_loras(args.lora_weights)
         settings = image_settings(args)
+        check_loras(settings.family, [lora for lora in loras.values() if lora is not None])
         sources = encoder_sources(args, embedded=settings.embedded)
         request = EvaluationRequest(
             settings=settings,
@@ -118,8 +120,10 @@ def main(argv: list[str] | None = None) -> int:
             batch_size=args.images_at_once,
         )
         total, missing = len(loras) * len(prompts) * len(request.seeds), count_missing(request)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        if (line := explain(error, "evaluate", args.hub_token)) is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
         return 2
     size = settings.pipeline_kwargs["height"]
     print(
@@ -128,14 +132,16 @@ def main(argv: list[str] | None = None) -> int:
         f"Images   {total:,} of {size} px, {total - missing:,} are finished in {args.output_dir}",
         flush=True,
     )
-    command = shlex.join([Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)])
+    command = printable_command([Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)])
     try:
         # Before any image is made: a missing encoder must not show after an hour.
         encoders = {label: load_image_encoder(source, settings.device) for label, source in sources.items()}
         make_images(request)
         measure(args, request, encoders, photos, command)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        if (line := explain(error, "evaluate", args.hub_token)) is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
         return 1
     return 0
 

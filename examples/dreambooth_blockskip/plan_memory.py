@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from blockskip_hooks.arguments import MEMORY_OPTIONS, parse_bytes
+from blockskip_hooks.argument_checks import check_at_most, check_texts
+from blockskip_hooks.arguments import MEMORY_OPTIONS, OneLineParser, parse_bytes
 from blockskip_hooks.blocks import block_bytes, list_blocks
 from blockskip_hooks.budget import fit_budget
 from blockskip_hooks.config import BlockSkipConfig, PatchSamplingConfig
+from blockskip_hooks.errors import explain
 from blockskip_hooks.monitor import format_bytes
 from blockskip_hooks.planner import PlanRequest, format_plan, plan_run
 from blockskip_hooks.presets import Preset, load_preset, preset_names
@@ -35,7 +37,9 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags; those of the training script mean the same here."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     flag = parser.add_argument
     flag("--preset", required=True, help=f"Model: {', '.join(preset_names())}.")
     flag("--skip_blocks", default="auto", help="Blocks to skip: none, auto, N in all, or n,m (leading,trailing).")
@@ -68,6 +72,25 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--use_8bit_adam", action="store_true", help="AdamW with 8-bit state.")
     flag("--json", action="store_true", help="Print the plan as JSON.")
     return parser
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Check what needs no model.
+
+    Raises:
+        ValueError: one line that names the flag and the fix.
+    """
+    for name in (
+        *("rank", "train_batch_size", "max_sequence_length", "max_train_steps"),
+        *("precompute_batch_size", "validation_resolution"),
+    ):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} is {value}; give 1 or more.")
+    check_at_most(args)
+    check_texts(args)
+    if not 0 < args.skip_ratio < 1:
+        raise ValueError(f"--skip_ratio is {args.skip_ratio}; give a number between 0 and 1, or --skip_blocks none.")
 
 
 def list_selections(args: argparse.Namespace, preset: Preset) -> tuple[Selection, list[Selection]]:
@@ -103,14 +126,13 @@ def make_requests(args: argparse.Namespace, preset: Preset, selection: Selection
     """
     if args.max_sequence_length is None:
         args.max_sequence_length = preset.family.flags["max_sequence_length"]
-    for name in ("rank", "train_batch_size", "max_sequence_length", "max_train_steps"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} is {getattr(args, name)}; give 1 or more.")
     config = BlockSkipConfig(leading=selection.leading, trailing=selection.trailing)
     training_resolution = args.training_resolution
     if training_resolution is None:
         training_resolution = args.resolution // 2 if config.num_skipped else args.resolution
-    _check_resolutions(args.resolution, training_resolution, preset.family.latent_token_size)
+    _check_resolutions(
+        args.resolution, training_resolution, args.validation_resolution, preset.family.latent_token_size
+    )
     shared: dict[str, Any] = {"max_size": args.resolution, "multiple": preset.family.latent_token_size}
     patch = PatchSamplingConfig(
         mode="none" if training_resolution == args.resolution else "dynamic", min_size=training_resolution, **shared
@@ -180,8 +202,9 @@ def make_plan(
     return choice.plan
 
 
-def _check_resolutions(resolution: int, training_resolution: int, multiple: int) -> None:
-    for flag, size in (("--resolution", resolution), ("--training_resolution", training_resolution)):
+def _check_resolutions(resolution: int, training_resolution: int, validation: int | None, multiple: int) -> None:
+    sizes = {"--resolution": resolution, "--training_resolution": training_resolution}
+    for flag, size in {**sizes, **({} if validation is None else {"--validation_resolution": validation})}.items():
         if size <= 0 or size % multiple:
             nearest = max(multiple, round(size / multiple) * multiple)
             raise ValueError(f"{flag} is {size}, which is not a positive multiple of {multiple} px; use {nearest}.")
@@ -201,12 +224,15 @@ def main(argv: list[str] | None = None) -> int:
     """Run the script; the exit code is 0, or 2 with one line on stderr for settings that cannot work."""
     args = build_parser().parse_args(argv)
     try:
+        check_args(args)
         preset = load_preset(args.preset)
         selection, selections = list_selections(args, preset)
         request, comparison = make_requests(args, preset, selection)
         plan, plain = make_plan(args, preset, request, selections), _train(plan_run(comparison))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        if (line := explain(error)) is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
         return 2
     train = _train(plan)
     if args.json:

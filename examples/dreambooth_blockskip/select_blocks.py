@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import shlex
 import sys
 import time
 import warnings
@@ -30,9 +29,12 @@ warnings.filterwarnings("ignore", category=FutureWarning)
 for _name in ("torchao", "bitsandbytes", "diffusers.quantizers", "torch.utils._pytree"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
+from blockskip_hooks.argument_checks import check_at_most, check_output_dir, check_texts
+from blockskip_hooks.arguments import OneLineParser, printable_command
+from blockskip_hooks.errors import explain
 from blockskip_hooks.image_adapters import lora_file
 from blockskip_hooks.image_encoders import DEFAULT_ENCODER
-from blockskip_hooks.image_model import add_model_flags, block_parameters, image_settings, stream_all
+from blockskip_hooks.image_model import add_model_flags, block_parameters, check_loras, image_settings, stream_all
 from blockskip_hooks.model_config import load_config
 from blockskip_hooks.monitor import format_seconds, write_json
 from blockskip_hooks.selection_measure import (
@@ -55,7 +57,7 @@ LARGEST_SIDE = 512
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags; those that the training script has mean the same here."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add_model_flags(parser)
@@ -97,8 +99,10 @@ def main(argv: list[str] | None = None) -> int:
         lengths = default_window_lengths(num_blocks) if args.window_lengths is None else tuple(args.window_lengths)
         spans = stream_all(num_blocks) if args.stream_blocks else None
         request = replace(request, window_lengths=lengths, spans=spans)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        if (line := explain(error, "select", args.hub_token)) is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
         return 2
     steps, number = request.pipeline_kwargs["num_inference_steps"], count_images(request, num_blocks)
     print(
@@ -108,14 +112,16 @@ def main(argv: list[str] | None = None) -> int:
         f"{request.images_at_once} at a time; finished ones are kept in {args.output_dir}",
         flush=True,
     )
-    command = shlex.join([Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)])
+    command = printable_command([Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)])
     try:
         images = open_search(request)
         print(f"Estimate {estimate(images, request, number)}", flush=True)
         contents = measure_table(images, request, command)
         write_outputs(args, images, request, contents)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        if (line := explain(error, "select", args.hub_token)) is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
         return 1
     return 0
 
@@ -130,8 +136,20 @@ def make_request(args: argparse.Namespace) -> SearchRequest:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} is {value}; give 1 or more.")
+    check_at_most(args)
+    check_texts(args)
+    for seed in args.seeds:
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"--seeds has {seed}; give numbers from 0 to below 2**32.")
+    if len(set(args.seeds)) < len(args.seeds):
+        raise ValueError(f"--seeds {' '.join(map(str, args.seeds))} has a number twice; give each once.")
+    if any(not prompt.strip() for prompt in args.prompts or ()):
+        raise ValueError('--prompts has an empty prompt; give texts like "a photo of a dog".')
+    check_output_dir(args.output_dir)
     subjects = make_subjects(args, embedded=args.pretrained_model_name_or_path is None)
     settings = image_settings(args, largest_side=LARGEST_SIDE)
+    check_loras(settings.family, map(lora_file, args.lora_weights))
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     return SearchRequest(
         family=settings.family,
         model_name=settings.model_name,

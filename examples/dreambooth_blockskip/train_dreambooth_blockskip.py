@@ -11,7 +11,6 @@ import argparse
 import copy
 import logging
 import os
-import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -29,17 +28,19 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
 from blockskip_hooks import DiTBlockSkipTransformer
-from blockskip_hooks.arguments import parse_args
+from blockskip_hooks.arguments import parse_args, printable_command
+from blockskip_hooks.checkpoint_checks import check_checkpoint
 from blockskip_hooks.checkpoints import find_checkpoint
 from blockskip_hooks.class_images import make_class_images
-from blockskip_hooks.encode import encode_prompts
+from blockskip_hooks.encode import check_embeds, encode_prompts
+from blockskip_hooks.errors import explain
 from blockskip_hooks.lora import describe_trainable
 from blockskip_hooks.monitor import StageMonitor, write_json
 from blockskip_hooks.outputs import push_to_hub, run_report, write_outputs
 from blockskip_hooks.plan import describe_plan, make_plan, planned_batch_size, planned_vae, streams_text
 from blockskip_hooks.quantization import check_device
 from blockskip_hooks.residual_store import ResidualStore
-from blockskip_hooks.run import Run, prepare_run, weight_dtype
+from blockskip_hooks.run import Run, prepare_run, start_accelerator, weight_dtype
 from blockskip_hooks.selection_auto import is_trained, probe_args, with_measured_table
 from blockskip_hooks.stretches import Stretches, segments
 from blockskip_hooks.trainer import Trainer
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         The exit code: 0, 2 for settings that cannot work, 1 for a run that cannot go on. Both say why in one line.
     """
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    command = shlex.join(sys.argv if argv is None else [__file__, *argv])
+    command = printable_command(sys.argv if argv is None else [__file__, *argv])
     return run_script(parse_args(argv), command)
 
 
@@ -78,19 +79,25 @@ def run_script(args: argparse.Namespace, command: str, *, is_probe: bool = False
                 run = with_measured_table(run, accelerator, probe, command)
         with monitor.stage("plan"):
             run, plan = make_plan(run, weight_dtype(accelerator), accelerator.num_processes)
+            if checkpoint is not None:
+                check_checkpoint(checkpoint, run)
             stretches = run.stretches(plan, accelerator.num_processes, checkpoint)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        if (line := explain(error, monitor.latest, args.hub_token)) is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
         return 2
-    if accelerator.is_main_process:
-        print(describe_plan(run, plan), flush=True)
-        write_json(run.output_dir / "plan.json", plan)
-    if args.plan_only:
-        return 0
     try:
+        if accelerator.is_main_process:
+            print(describe_plan(run, plan), flush=True)
+            write_json(run.output_dir / "plan.json", plan)
+        if args.plan_only:
+            return 0
         train(run, accelerator, monitor, plan, checkpoint, stretches, command)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        if (line := explain(error, monitor.latest, args.hub_token)) is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
         return 1
     finally:
         # It would end the processes' group, which a probe shares with the run that it is for.
@@ -104,9 +111,9 @@ def make_accelerator(run: Run) -> Accelerator:
     args = run.args
     if args.allow_tf32 and torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = True
-    return Accelerator(
+    return start_accelerator(
+        args,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
-        mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(
             project_dir=args.output_dir, logging_dir=str(run.output_dir / args.logging_dir)
@@ -164,6 +171,7 @@ def train(
             streamed=streams_text(plan),
             show_progress=accelerator.is_main_process,
         )
+    check_embeds(family, run.transformer_config, embeds, dtype)
     maker = SampleMaker(
         sample_plan, sources, family, embeds, device, dtype, bool(run.recorded_layers), args.residual_dtype
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from .arguments import MEMORY_OPTIONS, family_flags, looks_up_blocks, parse_bytes, parse_skip_blocks
 from .buckets import parse_buckets
+from .errors import one_line
 from .families import FAMILIES, Family
 from .quantization import read_quantization
 
@@ -62,27 +63,50 @@ _NOT_NEGATIVE = (
 )
 _ABOVE_ZERO = "learning_rate text_encoder_lr adam_epsilon max_grad_norm logit_std lr_power"
 _FROM_ZERO_BELOW_ONE = "lora_dropout caption_dropout adam_beta1 adam_beta2 prodigy_beta3"
+# Above these numbers a flag is a slip of the keyboard: nothing could run, or nothing would come of it.
+_AT_MOST = (
+    (2**10, "dataloader_num_workers"),
+    (
+        2**14,
+        "resolution training_resolution validation_resolution min_patch_size max_patch_size max_sequence_length rank",
+    ),
+    (
+        2**16,
+        "train_batch_size gradient_accumulation_steps precompute_batch_size sample_batch_size num_validation_images "
+        "repeats lora_alpha num_inference_steps images_at_once",
+    ),
+    (10**6, "num_class_images learning_rate text_encoder_lr guidance_scale validation_guidance_scale max_grad_norm"),
+    (10**6, "adam_epsilon adam_weight_decay adam_weight_decay_text_encoder prior_loss_weight logit_mean logit_std"),
+    (10**6, "mode_scale lr_power num_train_epochs lr_num_cycles probe_steps validation_num_inference_steps"),
+    (10**9, "max_train_steps lr_warmup_steps validation_epochs checkpointing_steps checkpoints_total_limit"),
+)
+# Texts that mean something when they are empty; any other is a shell variable that was not set.
+_MAY_BE_EMPTY = frozenset(
+    ["instance_prompt", "class_prompt", "class_data_dir", "validation_prompt", "final_validation_prompt"]
+)
 _PRODIGY_FLAGS = "prodigy_beta3 prodigy_decouple prodigy_use_bias_correction prodigy_safeguard_warmup"
 
 
-def validate_args(args: argparse.Namespace) -> None:
+def validate_args(args: argparse.Namespace, *, warn: bool = True) -> None:
     """Check the rules between flags that need no model, photo or network, and warn of flags without effect.
 
     The optimizer may be written in any case; ``--report_to none`` means no tracker.
 
     Args:
         args: From `parse_args`, after `apply_defaults` where there are defaults.
+        warn: Whether to warn.
 
     Raises:
         ValueError: one line that names the flag, its value and what to give instead.
     """
+    check_texts(args)
     _check_numbers(args)
     _check_photos(args)
     _check_skipping(args)
     read_quantization(args)
     _check_optimizer(args)
     _check_output(args)
-    for name, needs in _without_effect(args):
+    for name, needs in _without_effect(args) if warn else ():
         if name in args.given:
             logger.warning("--%s has no effect without %s.", name, needs)
 
@@ -101,6 +125,33 @@ def _check_numbers(args: argparse.Namespace) -> None:
             value = getattr(args, name)
             if value is not None and not (math.isfinite(value) and fits(value)):
                 raise ValueError(f"--{name} is {value}; give {wanted}.")
+
+    check_at_most(args)
+
+
+def check_at_most(args: argparse.Namespace) -> None:
+    """Refuse numbers that are a slip of the keyboard, among those of the flags that ``args`` has.
+
+    Raises:
+        ValueError: naming the flag and the most that it takes.
+    """
+    for largest, names in _AT_MOST:
+        for name in names.split():
+            value = getattr(args, name, None)
+            if value is not None and abs(value) > largest:
+                raise ValueError(f"--{name} is {value:g}; give at most {largest:,}.")
+
+
+def check_texts(args: argparse.Namespace) -> None:
+    """Refuse texts that are blank where that means nothing.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    for name in sorted(set(getattr(args, "given", vars(args))) - _MAY_BE_EMPTY):
+        value = getattr(args, name)
+        if isinstance(value, str) and not value.strip():
+            raise ValueError(f"--{name} is empty; give a value, or leave the flag out.")
 
 
 def _check_photos(args: argparse.Namespace) -> None:
@@ -188,23 +239,30 @@ def _check_optimizer(args: argparse.Namespace) -> None:
 def _check_output(args: argparse.Namespace) -> None:
     from accelerate.tracking import get_available_trackers
     from accelerate.utils import LoggerType
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     trackers = [kind.value for kind in LoggerType]
     if args.report_to not in (*trackers, "none"):
         raise ValueError(f"--report_to is '{args.report_to}'; choose one of {', '.join(trackers)}, none.")
-    if args.report_to == "wandb" and args.hub_token is not None:
-        raise ValueError("--hub_token would be shown by --report_to wandb; drop it and run `hf auth login` instead.")
+    # Trackers of services keep the command line.
+    if args.report_to not in ("tensorboard", "none") and args.hub_token is not None:
+        raise ValueError(
+            f"--hub_token would be shown by --report_to {args.report_to}; drop it and run `hf auth login` instead."
+        )
     # accelerate leaves out a tracker whose package is missing without a word.
     if args.report_to not in (*(kind.value for kind in get_available_trackers()), "all", "none"):
         raise ValueError(f"--report_to {args.report_to} is not installed; install it or give --report_to none.")
 
+    if args.push_to_hub:
+        repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
+        try:
+            validate_repo_id(repo_id)
+        except HFValidationError as error:
+            flag = "--hub_model_id" if args.hub_model_id else "--output_dir, without --hub_model_id,"
+            raise ValueError(f"{flag} is no name of a repository: {one_line(str(error))}") from error
+
     folder = Path(args.output_dir)
-    # The folder may be several levels short of existing; the first that does exist decides.
-    existing = next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path("/"))
-    if not existing.is_dir():
-        raise ValueError(f"--output_dir {folder}: {existing} is a file; name a folder.")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"--output_dir {folder} cannot be written; name a folder that you may write to.")
+    check_output_dir(folder)
 
     checkpoint = args.resume_from_checkpoint
     if checkpoint not in (None, "latest") and not (Path(checkpoint).is_dir() or (folder / checkpoint).is_dir()):
@@ -212,6 +270,20 @@ def _check_output(args: argparse.Namespace) -> None:
             f"--resume_from_checkpoint {checkpoint} is not a folder, nor one in --output_dir {folder}; "
             "give an existing checkpoint or latest."
         )
+
+
+def check_output_dir(folder: Path) -> None:
+    """Check that ``--output_dir`` is a folder that can be written, or can become one.
+
+    Raises:
+        ValueError: if not.
+    """
+    # The folder may be several levels short of existing; the first that does exist decides.
+    existing = next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path("/"))
+    if not existing.is_dir():
+        raise ValueError(f"--output_dir {folder}: {existing} is a file; name a folder.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"--output_dir {folder} cannot be written; name a folder that you may write to.")
 
 
 def _skips(args: argparse.Namespace) -> bool:

@@ -7,6 +7,7 @@ import difflib
 import logging
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NoReturn, get_args
 
@@ -35,11 +36,21 @@ _TRUE_WORDS = ("true", "yes", "on", "1")
 _FALSE_WORDS = ("false", "no", "off", "0")
 
 
-class _Parser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
     """Argument parser whose errors are one line; with some ninety flags the usage text would hide the reason."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} (--help lists every flag)\n")
+
+
+def printable_command(words: Sequence[str]) -> str:
+    """A command line as it may be shown and kept: quoted for a shell, without the token."""
+    shown, hides_next = [], False
+    for word in words:
+        name, given, _ = word.partition("=")
+        shown.append("***" if hides_next else f"{name}=***" if name == "--hub_token" and given else word)
+        hides_next = word == "--hub_token"
+    return shlex.join(shown)
 
 
 def parse_bool(text: str) -> bool:
@@ -124,7 +135,7 @@ def family_flags() -> dict[str, Flag]:
 def build_parser() -> argparse.ArgumentParser:
     """Parser with the flags of the upstream DreamBooth-LoRA scripts of all families, and those of block skipping."""
     # Without abbreviations a command keeps its meaning when flags are added.
-    parser = _Parser(
+    parser = OneLineParser(
         description="DreamBooth-LoRA on a diffusion transformer, with part of its blocks skipped.", allow_abbrev=False
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,12 @@ def _with_variant(filename: str, variant: str | None) -> str:
     return filename if variant is None else f"{stem}.{variant}{separator}{rest}"
 
 
+def _index_names(variant: str | None) -> tuple[str, ...]:
+    """Names of an index of shards; diffusers puts a variant before the ending, others where a file's is."""
+    stem, ending = SAFE_WEIGHTS_INDEX_NAME.rsplit(".", 1)
+    return (_with_variant(SAFE_WEIGHTS_INDEX_NAME, variant), *([f"{stem}.{variant}.{ending}"] if variant else []))
+
+
 def index_safetensors(folder: Path, variant: str | None = None) -> dict[str, Path]:
     """Map each tensor name of a model folder to the safetensors file that holds it.
 
@@ -29,24 +36,53 @@ def index_safetensors(folder: Path, variant: str | None = None) -> dict[str, Pat
             a file is truncated.
     """
     for candidate in dict.fromkeys((variant, None)):
-        index_file = folder / _with_variant(SAFE_WEIGHTS_INDEX_NAME, candidate)
-        if index_file.is_file():
-            weight_map = json.loads(index_file.read_text())["weight_map"]
+        for index_file in (folder / name for name in _index_names(candidate) if (folder / name).is_file()):
+            weight_map = read_weight_map(index_file)
             missing = sorted({name for name in weight_map.values() if not (folder / name).is_file()})
             if missing:
                 raise ValueError(f"{folder} lacks the weight files {', '.join(missing)} that its index names.")
             return {name: folder / file for name, file in weight_map.items()}
         weights = folder / _with_variant(SAFETENSORS_WEIGHTS_NAME, candidate)
         if weights.is_file():
-            try:
-                with safe_open(str(weights), framework="pt") as file:
-                    return dict.fromkeys(file.keys(), weights)  # noqa: SIM118
-            except SafetensorError as error:
-                raise ValueError(f"{weights} is not a whole safetensors file: {error}.") from error
+            return dict.fromkeys(tensor_shapes(weights), weights)
     raise ValueError(
         f"{folder} holds no safetensors weights ({SAFETENSORS_WEIGHTS_NAME} or an index of shards); pickled weights "
         "are not read."
     )
+
+
+def read_weight_map(index_file: Path) -> dict[str, str]:
+    """The file of each tensor by an index of shards.
+
+    Raises:
+        ValueError: if it is no index, or names a file that is not beside it.
+    """
+    try:
+        index = json.loads(index_file.read_text(encoding="utf-8"))
+        weight_map = dict(index["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{index_file} is no index of weight files; download it again.") from error
+    for file in weight_map.values():
+        # Whoever made the index must not choose which of this machine's files are read.
+        if not isinstance(file, str) or re.search(r"[/\\]", file) or not file.endswith(".safetensors"):
+            raise ValueError(
+                f"{index_file} names {file!r}, which is no safetensors file beside it; download it again."
+            )
+    return weight_map
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor of a safetensors file, from its header, which is checked against the file's size.
+
+    Raises:
+        ValueError: if the file is cut short or no safetensors file.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        reason = "it is empty" if path.is_file() and path.stat().st_size == 0 else str(error)
+        raise ValueError(f"{path} is not a whole safetensors file ({reason}); download it again.") from error
 
 
 class CheckpointWeights(Mapping[str, torch.Tensor]):

@@ -13,8 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
+
+from .errors import first_line, one_line
 
 
 logger = logging.getLogger(__name__)
@@ -25,6 +28,8 @@ _UNSUPPORTED_SUFFIXES = (".avif", ".dng", ".heic", ".heif", ".jxl")
 # The shorter side is scaled to the training size, so a sliver of a picture would need gigabytes.
 _MAX_ASPECT_RATIO = 16
 _PROGRESS_FROM = 51
+# Tokenizers see a few hundred words; more is another kind of file.
+_MAX_CAPTION_BYTES = 1 << 16
 
 INTERPOLATION = {
     "bicubic": Image.Resampling.BICUBIC,
@@ -61,9 +66,11 @@ class Photo:
         """Decode the whole picture: first frame, upright, 8-bit RGB, transparency on white.
 
         Raises:
-            ValueError: if the picture is a sliver that cannot be scaled to a square.
+            ValueError: if the picture is no file of its folder, or a sliver that cannot be scaled to a square.
             Exception: whatever Pillow raises for damaged files: OSError, SyntaxError, ValueError, ...
         """
+        if self.path is not None:
+            check_inside(self.path)
         with warnings.catch_warnings():
             # Pillow warns from 90 megapixels on and refuses from 180: the first is a large photo, not an attack.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -94,6 +101,33 @@ def _grey_from_wide(values: np.ndarray) -> Image.Image:
     else:
         white = max(65535.0, peak)
     return Image.fromarray(np.rint(np.clip(pixels / white, 0, 1) * 255).astype(np.uint8))
+
+
+def check_inside(path: Path, folder: Path | None = None) -> None:
+    """Check that a file is an ordinary one whose content lies in its folder.
+
+    A folder of photos is often someone else's, and what is in it ends up in reports and uploads: a link in it must not
+    bring in other files of this machine. Links of the hub's cache lead to the blobs beside its snapshots.
+
+    Args:
+        path: The file.
+        folder: The folder; by default the one that the path names.
+
+    Raises:
+        ValueError: if it is a link that leads elsewhere, or no file.
+    """
+    folder = (path.parent if folder is None else folder).resolve()
+    # resolve() also ends at what is not there.
+    real = path.resolve()
+    snapshots = next((parent for parent in (folder, *folder.parents) if parent.name == "snapshots"), None)
+    allowed = [folder] if snapshots is None else [folder, snapshots.parent / "blobs"]
+    if not any(real.is_relative_to(place) for place in allowed):
+        raise ValueError("a link that leads out of the folder; copy the file there")
+    if not path.exists():
+        raise ValueError("a link to a file that is not there")
+    # Opening a pipe would wait for ever.
+    if not path.is_file():
+        raise ValueError("not a file")
 
 
 def image_paths(folder: Path) -> list[Path]:
@@ -128,24 +162,48 @@ def scan_photos(folder: Path, *, flag: str = "--instance_data_dir", show_progres
     paths = image_paths(folder)
     if not paths:
         supported = " ".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
-        raise ValueError(f"{flag} {folder}: no images found in this folder (supported: {supported}).")
+        unreadable = sorted({path.suffix.lower() for path in folder.iterdir()} & set(_UNSUPPORTED_SUFFIXES))
+        hint = (
+            f"; convert the {' '.join(suffix[1:] for suffix in unreadable)} files to jpg or png" if unreadable else ""
+        )
+        raise ValueError(f"{flag} {folder}: no images found in this folder (supported: {supported}){hint}.")
     left_out = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in _UNSUPPORTED_SUFFIXES)
     if left_out:
         logger.warning("%s %s: left out %s; convert to jpg or png to use them.", flag, folder, ", ".join(left_out))
 
-    photos = [Photo(path.name, _read_caption(path, flag), partial(Image.open, path), path) for path in paths]
-    return _verify(photos, f"{flag} {folder}", show_progress)
+    photos = [Photo(path.name, None, partial(Image.open, path), path) for path in paths]
+    photos = _verify(photos, f"{flag} {folder}", show_progress)
+    return _with_captions(photos, f"{flag} {folder}")
 
 
-def _read_caption(image_path: Path, flag: str) -> str | None:
-    path = image_path.with_suffix(".txt")
-    if not path.is_file():
+def _with_captions(photos: Sequence[Photo], where: str) -> list[Photo]:
+    """Add the texts beside the photos, or raise one ValueError that names all that cannot be read."""
+    broken, captioned = [], []
+    for photo in photos:
+        assert photo.path is not None
+        try:
+            captioned.append(replace(photo, caption=_read_caption(photo.path.with_suffix(".txt"))))
+        except (OSError, ValueError) as error:
+            reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else _one_line(error)
+            broken.append(f"{one_line(photo.path.with_suffix('.txt').name)} is {reason}")
+    if broken:
+        count = "1 caption" if len(broken) == 1 else f"{len(broken)} captions"
+        raise ValueError(f"{where}: {count} cannot be read: {', '.join(broken)}; save as UTF-8 or remove.")
+    return captioned
+
+
+def _read_caption(path: Path) -> str | None:
+    if not path.is_file() and not path.is_symlink():
         return None
-    try:
-        # "-sig": editors on Windows put a byte order mark first, which would become part of the prompt.
-        return path.read_text(encoding="utf-8-sig").strip() or None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{flag} {path.parent}: caption {path.name} is not UTF-8 text; save it as UTF-8.") from error
+    check_inside(path)
+    if path.stat().st_size > _MAX_CAPTION_BYTES:
+        raise ValueError(f"{path.stat().st_size:,} bytes long")
+    # "-sig": editors on Windows put a byte order mark first, which would become part of the prompt.
+    text = path.read_text(encoding="utf-8-sig").strip()
+    if "\0" in text:
+        # Letters of UTF-16 without its mark pass for UTF-8.
+        raise ValueError("not UTF-8 text")
+    return text or None
 
 
 def load_dataset_photos(
@@ -178,7 +236,8 @@ def load_dataset_photos(
         splits = datasets.load_dataset(dataset_name, config_name, cache_dir=cache_dir)
     except Exception as error:  # builders, file systems and the hub client all raise their own kinds
         raise ValueError(
-            f"{where} cannot be loaded ({_one_line(error)}); check the id or folder, --dataset_config_name and access."
+            f"{where} cannot be loaded ({_root_reason(error)}); check the id or folder, "
+            "--dataset_config_name and access."
         ) from error
     if "train" not in splits:
         raise ValueError(f"{where} has no 'train' split, only {', '.join(splits)}; name a dataset that has one.")
@@ -195,20 +254,45 @@ def load_dataset_photos(
     captions = [None] * len(table) if caption_column is None else list(table[caption_column])
     if any(caption is not None and not isinstance(caption, str) for caption in captions):
         raise ValueError(f"--caption_column '{caption_column}' of {where} does not hold text; it has {columns}.")
-    # Reading a row decodes all of its image columns; the other columns are dropped first.
-    images = table.select_columns([image_column])
+    # A row may name a file in place of holding its bytes: only of the dataset's folder, or of what was downloaded.
+    roots = [dataset_name] if Path(dataset_name).is_dir() else [HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE]
+    rows = _Rows(
+        table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False)),
+        table.features[image_column].decode_example,
+        tuple(Path(root) for root in (*roots, *filter(None, [cache_dir]))),
+    )
     photos = [
-        Photo(f"{row:06d}", (caption or "").strip() or None, partial(_row_image, images, row, image_column))
+        Photo(f"{row:06d}", (caption or "").strip() or None, partial(rows.image, row))
         for row, caption in enumerate(captions)
     ]
     return _verify(photos, where, show_progress)
 
 
-def _row_image(table: Sequence, row: int, column: str) -> Image.Image:
-    image = table[row][column]
-    if image is None:
-        raise ValueError("no image in this row")
-    return image
+@dataclass(frozen=True)
+class _Rows:
+    """A dataset's images: a table of what is stored of them, how that is decoded, and where files of them may be."""
+
+    table: Sequence
+    decode: Callable[[dict], Image.Image]
+    roots: tuple[Path, ...]
+
+    def image(self, row: int) -> Image.Image:
+        (stored,) = self.table[row].values()
+        if stored is None:
+            raise ValueError("no image in this row")
+        path = stored["path"]
+        if stored["bytes"] is None and "://" not in path:
+            real = Path(path).resolve()
+            if not any(real.is_relative_to(root.resolve()) for root in self.roots):
+                raise ValueError("a path that leads out of the dataset; copy the file there")
+        return self.decode(stored)
+
+
+def _root_reason(error: BaseException) -> str:
+    """What the first of a chain of errors says; the libraries' own says no more than that there was one."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return _one_line(error)
 
 
 def _verify(photos: Sequence[Photo], where: str, show_progress: bool) -> list[Photo]:
@@ -217,9 +301,12 @@ def _verify(photos: Sequence[Photo], where: str, show_progress: bool) -> list[Ph
     for photo in _progress(photos, "Checking photos", show_progress):
         try:
             width, height = photo.decode().size
+            # Web pages are full of them, and a download of photos brings them along.
+            if width * height == 1:
+                raise ValueError("a single pixel")
             checked.append(replace(photo, size=(height, width)))
         except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ...: all mean the same here
-            broken.append(f"{photo.name} ({_reason(photo, error)})")
+            broken.append(f"{one_line(photo.name)} ({_reason(photo, error)})")
     if broken:
         count = "1 image" if len(broken) == 1 else f"{len(broken)} images"
         raise ValueError(f"{where}: {count} cannot be read: {', '.join(broken)}; replace or remove.")
@@ -233,7 +320,7 @@ def nearest_bucket(size: tuple[int, int], shapes: Sequence[tuple[int, int]]) -> 
 
 
 def _reason(photo: Photo, error: Exception) -> str:
-    if photo.path is not None and photo.path.exists() and photo.path.stat().st_size == 0:
+    if photo.path is not None and photo.path.is_file() and photo.path.stat().st_size == 0:
         return "empty file"
     if isinstance(error, UnidentifiedImageError):
         return "not an image"  # Pillow's text repeats the whole path
@@ -242,9 +329,8 @@ def _reason(photo: Photo, error: Exception) -> str:
     return _one_line(error)
 
 
-def _one_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
+def _one_line(error: BaseException) -> str:
+    return one_line(first_line(error))
 
 
 def _progress(photos: Sequence[Photo], title: str, show: bool) -> Sequence[Photo]:

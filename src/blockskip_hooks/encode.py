@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -29,6 +30,27 @@ class TrainedText:
         return {
             name: torch.stack([self.tokens[prompt][name] for prompt in prompts]).to(device) for name in self.encoders
         }
+
+
+def check_embeds(
+    family: Family, transformer_config: Mapping[str, Any], embeds: Mapping[str, PromptEmbeds], dtype: torch.dtype
+) -> None:
+    """Check that prompts' embeddings are what the transformer takes, before it is loaded.
+
+    Raises:
+        ValueError: if text encoders and transformer are of different models.
+    """
+    shorter, longer = (family.empty_embeds(transformer_config, tokens, dtype) for tokens in (1, 2))
+    for embedded in embeds.values():
+        for name in shorter.keys() & embedded.keys():
+            # Axes of tokens are as long as the prompt.
+            sizes = zip(shorter[name].shape, longer[name].shape, embedded[name].shape)
+            if any(first == second != size for first, second, size in sizes):
+                raise ValueError(
+                    f"--pretrained_model_name_or_path {family.model_path}: its text encoders make {name} of shape "
+                    f"{tuple(embedded[name].shape)}, and its transformer takes {tuple(longer[name].shape)} for 2 "
+                    "tokens; they are of different models."
+                )
 
 
 def encode_prompts(
@@ -73,6 +95,11 @@ def encode_prompts(
         (encoded,) = family.encode_prompts(pipeline, [prompt])
         # Copies, because a view would keep all of what it is a part of.
         embeds[prompt] = {name: tensor.clone() for name, tensor in encoded.items()}
+        if not all(bool(tensor.isfinite().all()) for tensor in encoded.values()):
+            raise ValueError(
+                f"The text encoders make embeddings that are not finite of the prompt '{prompt[:80]}'; give another "
+                "--mixed_precision, or check the encoders' files."
+            )
     trained = None
     if keep_trainable:
         tokens = family.prompt_tokens(pipeline, prompts)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import logging
-from safetensors import SafetensorError, safe_open
 
 from .families import Family
 from .lora import WEIGHTS_NAME
@@ -22,18 +21,11 @@ def lora_file(path: Path) -> Path:
     """The weight file that ``--lora_weights`` names by itself or by its folder.
 
     Raises:
-        ValueError: if there is none, or it cannot be read.
+        ValueError: if there is none.
     """
     file = path if path.is_file() else path / WEIGHTS_NAME
     if not file.is_file():
         raise ValueError(f"--lora_weights {path} is no file, nor a folder with {WEIGHTS_NAME}; correct it.")
-    try:
-        with safe_open(file, framework="pt") as weights:
-            empty = not weights.keys()
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"--lora_weights {path} cannot be read as safetensors; name another file.") from error
-    if empty:
-        raise ValueError(f"--lora_weights {path} holds no weights; name another file.")
     return file
 
 
@@ -48,7 +40,7 @@ def _lora_state(family: Family, lora: Path) -> tuple[dict[str, torch.Tensor], di
     pipeline_class: Any = family.pipeline_class
     with quiet_adapters():
         state, metadata = pipeline_class.lora_state_dict(
-            str(lora.parent), weight_name=lora.name, return_lora_metadata=True
+            str(lora.parent), weight_name=lora.name, return_lora_metadata=True, use_safetensors=True
         )
     return state, metadata
 
@@ -85,7 +77,9 @@ def load_adapter(family: Family, transformer: ModelMixin, vae: ModelMixin, lora:
     source = {"weight_name": lora.name} if lora.is_file() else {}
     try:
         with quiet_adapters():
-            pipeline.load_lora_weights(lora.parent if lora.is_file() else lora, adapter_name=name, **source)
+            pipeline.load_lora_weights(
+                lora.parent if lora.is_file() else lora, adapter_name=name, use_safetensors=True, **source
+            )
     except (ValueError, RuntimeError, KeyError) as error:
         raise _other_model(lora) from error
     if name not in getattr(transformer, "peft_config", {}):

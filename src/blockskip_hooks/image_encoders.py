@@ -162,10 +162,13 @@ class PretrainedImageEncoder(ImageEncoder):
     def __init__(self, source: str | Path, device: torch.device | str = "cpu") -> None:
         self.name, self._device = str(source), device
         try:
-            self._processor = AutoImageProcessor.from_pretrained(source)
-            self._model: Any = AutoModel.from_pretrained(source, use_safetensors=True).eval().to(device)
+            self._processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
+            self._model: Any = AutoModel.from_pretrained(source, use_safetensors=True, trust_remote_code=False)
+            self._model = self._model.eval().to(device)
             self.reads_text = hasattr(self._model, "get_text_features")
-            self._tokenizer = AutoTokenizer.from_pretrained(source) if self.reads_text else None
+            self._tokenizer = (
+                AutoTokenizer.from_pretrained(source, trust_remote_code=False) if self.reads_text else None
+            )
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(

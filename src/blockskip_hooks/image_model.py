@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
 from .blocks import block_bytes, list_blocks
@@ -20,10 +19,11 @@ from .embedded import embedded_model, model_defaults
 from .encode import encode_prompts
 from .families import Family, PromptEmbeds, detect_family
 from .image_adapters import load_text_adapters
+from .model_checks import check_lora_file, check_model
 from .model_config import load_config
 from .model_files import check_weights, resolve_model
 from .residual_store import folder_digest
-from .run import weight_dtype
+from .run import start_accelerator, weight_dtype
 from .simulation import empty_model
 from .transformer import DiTBlockSkipTransformer
 
@@ -81,6 +81,7 @@ def image_settings(args: argparse.Namespace, *, largest_side: int | None = None)
     model_path = embedded_model() if embedded else resolve_model(args)
     family_class: type[Family] = detect_family(model_path)
     check_weights(model_path, family_class, args.variant)
+    check_model(model_path, family_class, args.variant)
     defaults, pipeline_kwargs = model_defaults(model_path)
     length = args.max_sequence_length or defaults.get("max_sequence_length")
     family = family_class(model_path, args.variant, {"max_sequence_length": length} if length else {})
@@ -102,7 +103,7 @@ def image_settings(args: argparse.Namespace, *, largest_side: int | None = None)
     if "true_cfg_scale" in pipeline_kwargs and family.negative_prompt is None:
         # Without a negative prompt there is nothing to guide away from.
         pipeline_kwargs.setdefault("negative_prompt", "")
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    accelerator = start_accelerator(args)
     return ImageSettings(
         family=family,
         model_name="embedded micro-FLUX" if embedded else args.pretrained_model_name_or_path,
@@ -111,6 +112,18 @@ def image_settings(args: argparse.Namespace, *, largest_side: int | None = None)
         dtype=weight_dtype(accelerator),
         device=accelerator.device,
     )
+
+
+def check_loras(family: Family, loras: Iterable[Path]) -> None:
+    """Check that LoRAs' files are whole and of this model; no weights are read.
+
+    Raises:
+        ValueError: one line that names the file and what is wrong with it.
+    """
+    config = load_config(family.model_path / "transformer")
+    transformer = empty_model(config, family.transformer_class(config))
+    for lora in loras:
+        check_lora_file(lora, transformer, f"--lora_weights {lora}")
 
 
 def describe_images(family: Family, pipeline_kwargs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:

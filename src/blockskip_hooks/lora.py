@@ -185,9 +185,21 @@ def check_learned(model: torch.nn.Module) -> None:
     for name, parameter in _lora_b(model).items():
         if not bool(parameter.any()):
             raise ValueError(f"The LoRA of {_layer(name)} is still zero after training; nothing was learnt there.")
+    check_finite(model)
+
+
+def check_finite(model: torch.nn.Module) -> None:
+    """Before anything is saved: no LoRA may hold a value that is not finite.
+
+    Raises:
+        ValueError: naming the first layer.
+    """
     for name, parameter in model.named_parameters():
         if "lora_" in name and parameter.requires_grad and not bool(parameter.isfinite().all()):
-            raise ValueError(f"The LoRA of {_layer(name)} is not finite; lower --learning_rate.")
+            raise ValueError(
+                f"The LoRA of {_layer(name)} is not finite; lower --learning_rate. Checkpoints written so far are "
+                "intact."
+            )
 
 
 def _lora_b(model: torch.nn.Module) -> Mapping[str, torch.nn.Parameter]:

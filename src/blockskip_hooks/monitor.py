@@ -86,6 +86,8 @@ class StageMonitor:
         self._interval = interval
         self._stages: dict[str, StageCost] = {}
         self._running: str | None = None
+        self.latest: str | None = None
+        """The stage that was entered last."""
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -96,7 +98,7 @@ class StageMonitor:
         """
         if self._running is not None:
             raise RuntimeError(f"Stage '{name}' starts while stage '{self._running}' is still running.")
-        self._running = name
+        self._running = self.latest = name
         cost = self._stages.setdefault(name, StageCost(name))
         _reset_device_peak()
         sampler = _RssSampler(self._interval)

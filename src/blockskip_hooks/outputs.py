@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import create_repo, upload_folder
 from PIL import Image
 
+from .errors import first_line
 from .lora import WEIGHTS_NAME
 from .model_card import usage_snippet, write_model_card
 from .monitor import versions, write_json
@@ -168,18 +169,27 @@ def _license(run: Run) -> str | None:
 
 
 def push_to_hub(run: Run) -> str:
-    """Upload the run's results, without checkpoints and records, and return the repository's id."""
+    """Upload the run's results, without checkpoints and records, and return the repository's id.
+
+    Raises:
+        ValueError: if that fails; the results are on disk.
+    """
     args = run.args
-    repo_id = create_repo(
-        repo_id=args.hub_model_id or run.output_dir.name, exist_ok=True, token=args.hub_token
-    ).repo_id
-    upload_folder(
-        repo_id=repo_id,
-        folder_path=str(run.output_dir),
-        commit_message="End of training",
-        allow_patterns=[WEIGHTS_NAME, "README.md", "*.png", "plan.json", "run_report.json", "report.html"],
-        token=args.hub_token,
-    )
+    wanted = args.hub_model_id or run.output_dir.resolve().name
+    try:
+        repo_id = create_repo(repo_id=wanted, exist_ok=True, token=args.hub_token).repo_id
+        upload_folder(
+            repo_id=repo_id,
+            folder_path=str(run.output_dir),
+            commit_message="End of training",
+            allow_patterns=[WEIGHTS_NAME, "README.md", "*.png", "plan.json", "run_report.json", "report.html"],
+            token=args.hub_token,
+        )
+    except Exception as error:  # the hub client and the network below it raise their own kinds
+        raise ValueError(
+            f"The upload to {wanted} failed ({first_line(error)}). Everything is in {run.output_dir}; log in by "
+            f"`hf auth login` and run: hf upload {wanted} {run.output_dir}"
+        ) from error
     return repo_id
 
 

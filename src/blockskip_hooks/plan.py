@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from .arguments import MEMORY_OPTIONS, parse_bytes
 from .blocks import block_bytes, list_blocks
 from .budget import fit_budget, largest_stage
 from .embedded import DEFAULT_SUBJECT
+from .errors import first_line
 from .families import Family
 from .images import VaePlacement
 from .model_config import load_config
@@ -22,6 +24,9 @@ from .quantization import read_quantization
 from .run import Run, choose_blocks
 from .selection import Selection, selections_by_bytes
 from .simulation import empty_model
+
+
+logger = logging.getLogger(__name__)
 
 
 def plan_for(run: Run, dtype: torch.dtype, num_processes: int) -> dict[str, Any]:
@@ -69,7 +74,15 @@ def plan_for(run: Run, dtype: torch.dtype, num_processes: int) -> dict[str, Any]
         validation_extra_bytes=_weights_bytes(family, dtype),
         selection=run.selection,
     )
-    plan = plan_run(request)
+    try:
+        plan = plan_run(request)
+    except RuntimeError as error:
+        # Config by config the parts are sound, see `check_model`; what is left is that they do not go together.
+        logger.debug("Simulating the run failed.", exc_info=True)
+        raise ValueError(
+            f"--pretrained_model_name_or_path {run.model_name}: a simulated step fails ({first_line(error)}); its "
+            "parts are of different models, or, if not, this is a bug."
+        ) from error
     if run.table is not None and run.table.leading:
         sizes = block_bytes(list_blocks(run.skeleton.transformer, family.block_stacks), dtype)
         plan["skip"]["trade_off"] = [asdict(point) for point in run.table.trade_off(sizes)]

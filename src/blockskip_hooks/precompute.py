@@ -90,12 +90,29 @@ def encode_latents(
     def run(size: int) -> None:
         for part in _unfinished_batches(samples, maker, store, size):
             if part[0].id not in latents:
-                latents.update(zip((sample.id for sample in part), maker.encode(vae, part).cpu(), strict=True))
+                encoded = maker.encode(vae, part).cpu()
+                _check_latents(part, encoded, maker)
+                latents.update(zip((sample.id for sample in part), encoded, strict=True))
                 if progress is not None:
                     progress.update(len(part))
 
     run()
     return latents
+
+
+def _check_latents(samples: Sequence[Sample], latents: torch.Tensor, maker: SampleMaker) -> None:
+    """Check latents ``(B, ...)``, so that no record holds what would only show as a loss that is not a number.
+
+    Raises:
+        ValueError: naming the samples whose latents are not finite.
+    """
+    finite = latents.flatten(1).isfinite().all(1).tolist()
+    broken = [maker.describe(sample) for sample, fine in zip(samples, finite, strict=True) if not fine]
+    if broken:
+        raise ValueError(
+            f"The VAE makes latents that are not finite of {broken[0]}, one of {len(broken)} in a batch; give another "
+            "--mixed_precision, or check the photo and the VAE's files."
+        )
 
 
 def precompute_records(

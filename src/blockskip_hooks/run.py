@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
+import inspect
 import logging
 import math
 import os
@@ -24,10 +25,11 @@ from .blocks import block_bytes, list_blocks, modulation_layers
 from .buckets import parse_buckets, standard_buckets
 from .checkpoints import read_state
 from .config import BlockSkipConfig, PatchSamplingConfig
-from .data import Photo, PhotoSet, load_dataset_photos, nearest_bucket, scan_photos
+from .data import Photo, PhotoSet, image_paths, load_dataset_photos, nearest_bucket, scan_photos
 from .embedded import DEFAULT_SUBJECT, embedded_model, embedded_photos, embedded_subjects, model_defaults
 from .families import Family, detect_family
 from .lora import WEIGHTS_NAME, lora_targets
+from .model_checks import check_model
 from .model_config import load_config
 from .model_files import check_weights, resolve_model
 from .monitor import format_seconds
@@ -364,7 +366,7 @@ def prepare_run(args: argparse.Namespace) -> Run:
     model_name = args.pretrained_model_name_or_path or "embedded micro-FLUX"
     if not embedded:
         # What the user typed is checked before a download starts.
-        validate_args(args)
+        validate_args(args, warn=False)
     model_path = embedded_model() if embedded else resolve_model(args)
     family_class = detect_family(model_path)
     check_family_flags(args, family_class)
@@ -384,6 +386,7 @@ def prepare_run(args: argparse.Namespace) -> Run:
         prompts = [args.validation_prompt]
 
     check_weights(model_path, family_class, args.variant)
+    check_model(model_path, family_class, args.variant)
     try:
         family = family_class(model_path, args.variant, vars(args))
         blocks = choose_blocks(args, family, model_name)
@@ -394,7 +397,13 @@ def prepare_run(args: argparse.Namespace) -> Run:
         raise ValueError(
             f"No kept block has a layer that can be held in {quantization.name}; leave --quantization out."
         )
+    accepted = inspect.signature(family.pipeline_class.__call__).parameters
+    unknown = sorted(pipeline_kwargs.keys() - accepted.keys())
+    if unknown:
+        raise ValueError(f"{model_path}/blockskip_defaults.json: the model's pipeline takes no {', '.join(unknown)}.")
     photos = _find_photos(args)
+    if args.with_prior_preservation and Path(args.class_data_dir).is_dir() and image_paths(Path(args.class_data_dir)):
+        scan_photos(Path(args.class_data_dir), flag="--class_data_dir")
     if not args.instance_prompt and any(photo.caption is None for photo in photos):
         logger.warning("--instance_prompt is empty: photos without a caption train on an empty prompt.")
     if args.train_text_encoder and not family.text_lora_layers:
@@ -563,6 +572,18 @@ def _check_writable(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise ValueError(f"--output_dir {folder} cannot be written; choose another folder.")
+
+
+def start_accelerator(args: argparse.Namespace, **settings: Any) -> Accelerator:
+    """accelerate with the flags' precision.
+
+    Raises:
+        ValueError: if this machine cannot compute in it.
+    """
+    try:
+        return Accelerator(mixed_precision=args.mixed_precision, **settings)
+    except ValueError as error:
+        raise ValueError(f"--mixed_precision {args.mixed_precision} cannot be used here: {error}") from error
 
 
 def weight_dtype(accelerator: Accelerator) -> torch.dtype:

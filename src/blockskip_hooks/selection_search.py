@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
@@ -79,7 +80,10 @@ class MaskedImages:
     vectors: dict[str, torch.Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.vectors = load_file(self.store) if self.store.is_file() else {}
+        try:
+            self.vectors = load_file(self.store) if self.store.is_file() else {}
+        except SafetensorError as error:
+            raise ValueError(f"{self.store} is damaged ({error}); remove it to make its images anew.") from error
 
     def measure(self, subjects: Sequence[Subject], seeds: Sequence[int], runs: Iterable[BlockRun]) -> None:
         """Make what is missing of the images of every subject, seed and masked run, and of the unmasked ones."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from .checkpoint_checks import made_with
 from .checkpoints import (
     STRETCH_NAME,
     begin_checkpoint,
@@ -30,7 +32,7 @@ from .checkpoints import (
 from .encode import TrainedText
 from .hooks import SpanResiduals
 from .images import VaePlacement, generate_images
-from .lora import add_lora, check_gradients, check_learned, load_lora, save_lora
+from .lora import add_lora, check_finite, check_gradients, check_learned, load_lora, save_lora
 from .losses import combine_losses, flow_matching_loss
 from .monitor import StageMonitor
 from .optimizers import make_optimizer
@@ -41,6 +43,9 @@ from .sample_plan import Sample, derived_seed
 from .stretches import Stretches
 from .training_data import Batch, RecordDataset, SampleMaker, collate_by_kind
 from .transformer import DiTBlockSkipTransformer
+
+
+SUSPECTS_NAMED = 4
 
 
 class Trainer:
@@ -89,6 +94,8 @@ class Trainer:
         self.step_seconds: list[float] = []
         # The LoRA that the stretch's records were made with, by the number of the parameter.
         self._stretch_adapters: dict[str, torch.Tensor] = {}
+        # Loss of each sample of the current step, to name those that are not finite.
+        self._sample_losses: list[tuple[list[Sample], torch.Tensor]] = []
         self.samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
 
         adapter = {"rank": args.rank, "alpha": args.lora_alpha, "dropout": args.lora_dropout, "seed": seed}
@@ -214,7 +221,7 @@ class Trainer:
                     self.optimizer.zero_grad()
                 micro_losses.append(accelerator.gather(loss.detach()[None]).mean())
                 if accelerator.sync_gradients:
-                    self._finish_step(torch.stack(micro_losses).mean().item(), samples, bar)
+                    self._finish_step(torch.stack(micro_losses).mean().item(), bar)
                     self.step_seconds.append(time.perf_counter() - started)
                     started, micro_losses = time.perf_counter(), []
 
@@ -248,12 +255,21 @@ class Trainer:
             sigmas=batch.sigmas,
         )
         losses = flow_matching_loss(prediction, target, batch.sigmas, args.weighting_scheme)
+        self._sample_losses.append((batch.samples, losses.detach()))
         return combine_losses(losses, args.with_prior_preservation, args.prior_loss_weight)
 
-    def _finish_step(self, loss: float, samples: list[Sample], bar: tqdm) -> None:
-        if not torch.isfinite(torch.tensor(loss)):
+    def _finish_step(self, loss: float, bar: tqdm) -> None:
+        sample_losses, self._sample_losses = self._sample_losses, []
+        if not math.isfinite(loss):
+            suspects = [
+                self.maker.describe(sample)
+                for samples, losses in sample_losses
+                for sample, value in zip(samples, losses.tolist(), strict=True)
+                if not math.isfinite(value)
+            ]
+            whose = ", ".join(suspects[:SUSPECTS_NAMED]) + (", ..." if len(suspects) > SUSPECTS_NAMED else "")
             raise ValueError(
-                f"The loss of step {self.step + 1} is {loss} (samples {samples[0].id} to {samples[-1].id}); lower "
+                f"The loss of step {self.step + 1} is {loss}, by {whose or 'samples of another process'}; lower "
                 "--learning_rate or check these photos. Checkpoints written so far are intact."
             )
         self.step += 1
@@ -269,6 +285,8 @@ class Trainer:
         """Write ``checkpoint-N``; complete or absent."""
         if not self.accelerator.is_main_process:
             return
+        for module in (self.model.transformer, *self.text_encoders.values()):
+            check_finite(module)
         folder = begin_checkpoint(self.run.output_dir, self.step)
         save_lora(folder, type(self.run.family), self.model.transformer, self.text_encoders)
         save_training_state(
@@ -279,6 +297,7 @@ class Trainer:
             seed=self.maker.plan.seed,
             stretch_steps=self.stretches.length,
             loss=self.losses,
+            made_with=made_with(self.run),
         )
         if self._stretch_adapters:
             save_file(self._stretch_adapters, folder / STRETCH_NAME)

@@ -107,6 +107,10 @@ class SampleMaker:
         indices = list(indices)
         return [self.plan.sample(index, kind) for kind in self.sources for index in indices]
 
+    def describe(self, sample: Sample) -> str:
+        """A sample in words: its number and its photo."""
+        return f"{sample.kind} sample {sample.index} ({self.sources[sample.kind].photos.name(sample.image)})"
+
     def crop(self, sample: Sample) -> torch.Tensor:
         """The sample's image as the VAE sees it, ``(3, h, w)`` in [-1, 1] at its bucket's training shape."""
         patch = self.plan.patch

@@ -105,7 +105,7 @@ class HiDream(Family):
             source, settings = self.text_encoder_source("text_encoder_4")
             # What cannot be read is said when the encoder itself is to be loaded.
             with contextlib.suppress(OSError, ValueError):
-                config = AutoConfig.from_pretrained(source, **settings).to_dict()
+                config = AutoConfig.from_pretrained(source, trust_remote_code=False, **settings).to_dict()
                 configs["text_encoder_4"] = {**config, "architectures": [LlamaForCausalLM.__name__]}
         return configs
 
@@ -123,7 +123,7 @@ class HiDream(Family):
         hub = self._hub_settings()
         loaders = {
             "text_encoder_4": functools.partial(LlamaForCausalLM.from_pretrained, dtype=dtype, **hub),
-            "tokenizer_4": functools.partial(AutoTokenizer.from_pretrained, **hub),
+            "tokenizer_4": functools.partial(AutoTokenizer.from_pretrained, trust_remote_code=False, **hub),
         }
         components = {}
         for component, load in loaders.items():

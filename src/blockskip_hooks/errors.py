@@ -1,0 +1,92 @@
+"""What is said when a run cannot go on: one line for bad input and for the environment; bugs keep their traceback."""
+
+from __future__ import annotations
+
+import errno
+import re
+import traceback
+
+import torch
+from safetensors import SafetensorError
+
+
+_OUR_CODE = ("blockskip_hooks", "__main__", "train_dreambooth_blockskip", "select_blocks", "plan_memory", "evaluate")
+_OUT_OF_MEMORY = re.compile(
+    "out of memory|can't allocate memory|not enough memory|No executable batch size found", re.IGNORECASE
+)
+_WORKER_KILLED = re.compile(r"DataLoader worker .* (is killed|exited unexpectedly)")
+_FROM_WORKER = re.compile(r"Caught \w+ in DataLoader worker process .*/blockskip_hooks/", re.DOTALL)
+_REASON_CHARACTERS = 300
+
+
+def explain(error: BaseException, stage: str | None = None, secret: str | None = None) -> str | None:
+    """One line that tells a person what went wrong, or ``None`` for what only a traceback can tell.
+
+    Lines are told of our own ``ValueError``, of files and the disk, and of memory that ran out. Anything else, a
+    ``ValueError`` of a library among it, is taken for a bug.
+
+    Args:
+        error: What was raised.
+        stage: The stage it was raised in, if any.
+        secret: Text that must not be shown, a token say.
+    """
+    text = str(error)
+    if _ran_out_of_memory(error):
+        line = (
+            f"Memory ran out in stage {stage or 'plan'} ({_reason(text, error)}); give --memory_budget with what "
+            "there is, so that blocks are skipped until it fits, or lower --resolution or the batch size."
+        )
+    elif isinstance(error, RuntimeError) and _WORKER_KILLED.search(text):
+        line = f"A process of --dataloader_num_workers was killed ({_reason(text, error)}); give fewer, or 0."
+    elif isinstance(error, OSError) or isinstance(error, SafetensorError) and "IoError" in text:
+        line = _of_files(error)
+    elif isinstance(error, SafetensorError):
+        line = f"A safetensors file cannot be read ({_reason(text, error)}); make or download it again."
+    elif isinstance(error, ValueError) and (_is_ours(error) or _FROM_WORKER.match(text)):
+        # Of a worker's error the text ends with what it said, behind the name of its type.
+        line = re.sub(r"^\w+: ", "", text.strip().splitlines()[-1]) if _FROM_WORKER.match(text) else text
+    else:
+        return None
+    return one_line(line.replace(secret, "***") if secret else line)
+
+
+def one_line(text: str) -> str:
+    """``text`` on one line: what would break or colour it, as in the name of a file, is shown as an escape."""
+    words = " ".join(text.split())
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in words)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, without its full stop; the name of its type where it says nothing."""
+    return _reason(str(error), error)
+
+
+def _ran_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
+
+
+def _of_files(error: BaseException) -> str:
+    text = str(error)
+    if getattr(error, "errno", None) == errno.ENOSPC or "StorageFull" in text or "No space left" in text:
+        return f"The disk is full ({_reason(text, error)}); free some of it, or bound records by --residual_budget."
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}."
+    return text.strip() or type(error).__name__
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether the error was raised by our own code, and not by what it calls."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    module = frames[-1].f_globals.get("__name__", "") if frames else ""
+    return module.split(".")[0] in _OUR_CODE
+
+
+def _reason(text: str, error: BaseException) -> str:
+    lines = text.strip().splitlines()
+    reason = lines[0].strip().rstrip(".") if lines else type(error).__name__
+    return reason if len(reason) <= _REASON_CHARACTERS else f"{reason[:_REASON_CHARACTERS]}..."
+
+
+__all__ = ["explain", "first_line", "one_line"]

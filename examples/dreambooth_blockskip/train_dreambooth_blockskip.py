@@ -26,13 +26,14 @@ for _name in ("torchao", "bitsandbytes", "diffusers.quantizers", "torch.utils._p
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 
 from blockskip_hooks import DiTBlockSkipTransformer
 from blockskip_hooks.arguments import parse_args
 from blockskip_hooks.checkpoints import find_checkpoint
 from blockskip_hooks.class_images import make_class_images
 from blockskip_hooks.encode import encode_prompts
+from blockskip_hooks.files import write_error
 from blockskip_hooks.lora import describe_trainable
 from blockskip_hooks.monitor import StageMonitor, write_json
 from blockskip_hooks.outputs import push_to_hub, run_report, write_outputs
@@ -41,6 +42,7 @@ from blockskip_hooks.quantization import check_device
 from blockskip_hooks.residual_store import ResidualStore
 from blockskip_hooks.run import Run, prepare_run, segments, stretches, weight_dtype
 from blockskip_hooks.selection_auto import is_trained, probe_args, with_measured_table
+from blockskip_hooks.stop_signals import Interrupted, StopSignals
 from blockskip_hooks.trainer import Trainer
 from blockskip_hooks.training_data import SampleMaker
 
@@ -49,14 +51,22 @@ def main(argv: list[str] | None = None) -> int:
     """Run the script.
 
     Returns:
-        The exit code: 0, 2 for settings that cannot work, 1 for a run that cannot go on. Both say why in one line.
+        The exit code: 0, 2 for settings that cannot work, 1 for a run that cannot go on, 128 + n after signal n. All
+        but the first say why in one line.
     """
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     command = shlex.join(sys.argv if argv is None else [__file__, *argv])
-    return run_script(parse_args(argv), command)
+    args = parse_args(argv)
+    with StopSignals() as stop:
+        try:
+            return run_script(args, command, stop)
+        except Interrupted as error:
+            if os.environ.get("RANK", "0") == "0":
+                print(error, file=sys.stderr)
+            return 128 + error.number
 
 
-def run_script(args: argparse.Namespace, command: str, *, is_probe: bool = False) -> int:
+def run_script(args: argparse.Namespace, command: str, stop: StopSignals, *, is_probe: bool = False) -> int:
     """Prepare, choose the blocks, plan and train, with parsed flags; see :func:`main`."""
     typed, monitor = copy.copy(args), StageMonitor()
     try:
@@ -71,7 +81,7 @@ def run_script(args: argparse.Namespace, command: str, *, is_probe: bool = False
                 probe = probe_args(typed, run) if args.select_on == "subject" else None
                 if probe is not None and not is_trained(probe):
                     accelerator.print(f"Training a probe LoRA of {args.probe_steps} steps to measure the blocks on.")
-                    if code := run_script(probe, command, is_probe=True):
+                    if code := run_script(probe, command, stop, is_probe=True):
                         return code
                 accelerator.print("Measuring which blocks to skip: the text is masked in the first and last blocks.")
                 run = with_measured_table(run, accelerator, probe, command)
@@ -87,9 +97,10 @@ def run_script(args: argparse.Namespace, command: str, *, is_probe: bool = False
     if args.plan_only:
         return 0
     try:
-        train(run, accelerator, monitor, plan, checkpoint, steps_per_stretch, command)
+        train(run, accelerator, monitor, plan, checkpoint, steps_per_stretch, command, stop)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        file = getattr(error, "filename", None) or run.output_dir
+        print(f"error: {write_error(error, Path(file))}", file=sys.stderr)
         return 1
     finally:
         # It would end the processes' group, which a probe shares with the run that it is for.
@@ -104,7 +115,10 @@ def make_accelerator(run: Run) -> Accelerator:
     if args.allow_tf32 and torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = True
     return Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        # Steps are counted, whatever the loader is at: it reads ahead.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(
@@ -121,6 +135,7 @@ def train(
     checkpoint: Path | None,
     steps_per_stretch: int | None,
     command: str,
+    stop: StopSignals,
 ) -> None:
     """Encode, load, train stretch by stretch, save."""
     args, family = run.args, run.family
@@ -193,6 +208,7 @@ def train(
             steps_per_stretch,
             images_at_once=planned_batch_size(plan, "validate"),
             vae_placement={stage: planned_vae(plan, stage) for stage in ("precompute", "validate")},
+            stop=stop,
         )
     accelerator.print(f"Training {describe_trainable(model, run.targets)}.")
     if checkpoint is not None:
@@ -200,6 +216,14 @@ def train(
         accelerator.print(f"Resuming from {checkpoint.name}, {trainer.step} of {max_train_steps} steps done.")
     if accelerator.is_main_process and args.report_to != "none":
         accelerator.init_trackers(f"dreambooth-{family.name}-lora", run.trackable_settings())
+    with trainer.saving_when_stopped():
+        train_and_save(trainer, plan, steps_per_epoch, command)
+
+
+def train_and_save(trainer: Trainer, plan: dict, steps_per_epoch: int, command: str) -> None:
+    """The loop, and what comes after it."""
+    run, accelerator, monitor, store = trainer.run, trainer.accelerator, trainer.monitor, trainer.store
+    args, steps_per_stretch, max_train_steps = run.args, trainer.steps_per_stretch, trainer.max_train_steps
 
     # The loop: records of a stretch, then its steps.
     negative = run.negative_prompt

@@ -31,9 +31,9 @@ from .families import Family, detect_family
 from .lora import WEIGHTS_NAME, lora_targets
 from .model_config import load_config
 from .model_files import check_weights, resolve_model
-from .monitor import format_seconds
+from .monitor import format_seconds, versions
 from .quantization import QuantizationConfig, read_quantization
-from .residual_store import folder_digest
+from .residual_store import folder_digest, recorded_seed
 from .sample_plan import SampleKind, SamplePlan
 from .selection import Selection, select_blocks, select_by_bytes
 from .selection_tables import SelectionTable, find_table, read_table
@@ -221,7 +221,9 @@ class Run:
         return {
             "version": __version__,
             "weights": {name: folder_digest(path / name) for name in components if (path / name).is_dir()},
-            "modulation": bool(self.recorded_layers),
+            "variant": args.variant,
+            "libraries": {name: versions()[name] for name in ("torch", "diffusers", "transformers")},
+            "modulation": list(self.recorded_layers),
             "spans": [self.config.leading, self.config.trailing] if self.config.residuals == "precomputed" else None,
             "residual_dtype": args.residual_dtype,
             # Kept blocks lie between the spans, so the trailing residual depends on how they are held.
@@ -304,6 +306,9 @@ class Run:
             if seed not in (None, resumed):
                 raise ValueError(f"--seed {seed} is not the seed of {checkpoint}, {resumed}; leave the flag out.")
             seed = resumed
+        elif seed is None and self.args.resume_from_checkpoint:
+            # The run ended before its first checkpoint; what it left are records, which are of one seed.
+            seed = recorded_seed(self.residual_dir)
         if seed is None:
             # Every process must draw the same samples.
             (seed,) = broadcast_object_list([int.from_bytes(os.urandom(4), "big")])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,15 @@ from .losses import combine_losses, flow_matching_loss
 from .monitor import StageMonitor
 from .optimizers import make_optimizer
 from .precompute import base_model, capture, encode_latents, only_new_garbage, precompute_records
-from .residual_store import Record, ResidualStore
+from .residual_store import DamagedRecord, Record, ResidualStore
 from .run import Run
 from .sample_plan import Sample, derived_seed
-from .training_data import Batch, RecordDataset, SampleMaker, collate_by_kind
+from .stop_signals import Interrupted, StopSignals
+from .training_data import Batch, RecordDataset, SampleMaker, collate_by_kind, read_ahead
 from .transformer import DiTBlockSkipTransformer
+
+
+logger = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -49,6 +55,7 @@ class Trainer:
         steps_per_stretch: Steps of a stretch, for checkpoints.
         images_at_once: Validation images per call of the pipeline; by default all of a prompt.
         vae_placement: How the VAE works in the stages "precompute" and "validate".
+        stop: Signals that ask the run to end; by default none do.
 
     Attributes:
         step: Optimiser steps done.
@@ -70,16 +77,19 @@ class Trainer:
         steps_per_stretch: int | None = None,
         images_at_once: int | None = None,
         vae_placement: Mapping[str, VaePlacement] | None = None,
+        stop: StopSignals | None = None,
     ) -> None:
         args, seed = run.args, maker.plan.seed
         self.run, self.accelerator, self.monitor, self.maker = run, accelerator, monitor, maker
         self.model, self.store = model, store
         self.max_train_steps, self.steps_per_stretch = max_train_steps, steps_per_stretch
         self.images_at_once, self.vae_placement = images_at_once, vae_placement or {}
-        self.step = 0
+        self.stop = stop or StopSignals()
+        self.step = self._saved_step = 0
         self.records_made = 0
         self.losses: list[float] = []
         self.step_seconds: list[float] = []
+        self._records_of_stretch: Callable[[], None] = lambda: None
         self.samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
 
         adapter = {"rank": args.rank, "alpha": args.lora_alpha, "dropout": args.lora_dropout, "seed": seed}
@@ -145,14 +155,30 @@ class Trainer:
         if self.steps_per_stretch and self.steps_per_stretch < self.max_train_steps:
             # A run that was killed behind its last checkpoint left records of a later stretch.
             self.store.drop_others(sample.id for sample in self.maker.samples(self._sample_range(steps)))
-        with self.monitor.stage("precompute"), self.accelerator.autocast(), only_new_garbage():
-            samples = self.maker.samples(self._my_indices(steps))
+        samples = self.maker.samples(self._my_indices(steps))
+        self._records_of_stretch = functools.partial(self._make_records, samples, batch_size)
+        with self.stop.held(), self.monitor.stage("precompute"):
+            ids = [key for s in samples for key in (s.id, self.maker.modulation_id(s))]
+            for problem in self.store.verify(dict.fromkeys(ids)):
+                logger.warning("%s; its records are computed again.", problem)
+            self._make_records(samples, batch_size)
+
+    def _make_records(self, samples: list[Sample], batch_size: int | None) -> None:
+        """Make those of the stretch's records that are missing, in the stretch's batches."""
+        assert self.store is not None
+        with self.accelerator.autocast(), only_new_garbage():
             missing = sum(not self.maker.is_recorded(sample, self.store) for sample in samples)
             alone = self.vae_placement.get("precompute", VaePlacement()).alone
             place = self.model.on_host() if alone else contextlib.nullcontext()
             with place, self.vae() as vae, self._progress(missing, "Encoding photos") as bar:
                 latents = encode_latents(
-                    samples, maker=self.maker, vae=vae, store=self.store, batch_size=batch_size, progress=bar
+                    samples,
+                    maker=self.maker,
+                    vae=vae,
+                    store=self.store,
+                    batch_size=batch_size,
+                    progress=bar,
+                    between_batches=self.stop.check,
                 )
             with self._progress(len(samples), "Precomputing records") as bar:
                 self.records_made += precompute_records(
@@ -164,6 +190,7 @@ class Trainer:
                     batch_size=batch_size,
                     with_residuals=self.run.skips and self.run.config.residuals == "precomputed",
                     progress=bar,
+                    between_batches=self.stop.check,
                 )
 
     def train(self, steps: range) -> None:
@@ -179,9 +206,10 @@ class Trainer:
         )
         for module in self.trained:
             module.train()
-        with self.monitor.stage("train"), self._progress(self.max_train_steps, "Training", self.step) as bar:
+        progress = self._progress(self.max_train_steps, "Training", self.step)
+        with self.stop.held(), self.monitor.stage("train"), progress as bar:
             started, micro_losses = time.perf_counter(), []
-            for samples, payloads in loader:
+            for samples, payloads in loader if args.dataloader_num_workers else read_ahead(loader):
                 if args.lora_dropout:
                     torch.manual_seed(derived_seed(self.maker.plan.seed, "dropout", samples[0].id))
                 with accelerator.accumulate(*self.trained):
@@ -195,18 +223,23 @@ class Trainer:
                     self.optimizer.step()
                     self.scheduler.step()
                     self.optimizer.zero_grad()
-                micro_losses.append(accelerator.gather(loss.detach()[None]).mean())
+                # Processes that get a signal between different steps must end after the same one.
+                asked = torch.full_like(loss, self.stop.received)
+                gathered = accelerator.gather(torch.stack([loss.detach(), asked])[None])
+                micro_losses.append(gathered[:, 0].mean())
                 if accelerator.sync_gradients:
                     self._finish_step(torch.stack(micro_losses).mean().item(), samples, bar)
+                    self.stop.check(int(gathered[:, 1].max().item()))
                     self.step_seconds.append(time.perf_counter() - started)
                     started, micro_losses = time.perf_counter(), []
 
-    def _batch(self, samples: list[Sample], payloads: list[Record]) -> Batch:
+    def _batch(self, samples: list[Sample], payloads: list[Record | None]) -> Batch:
         if self.store is not None:
-            batch = self.maker.batch_from_records(samples, payloads)
+            records = [payload or self._recompute(sample) for sample, payload in zip(samples, payloads)]
+            batch = self.maker.batch_from_records(samples, records)
         else:
             assert self._resident_vae is not None
-            crops = torch.stack([payload["pixels"] for payload in payloads])
+            crops = torch.stack([payload["pixels"] for payload in payloads if payload])
             batch = self.maker.batch(samples, self.maker.encode(self._resident_vae, samples, crops))
         if self.text:
             tokens = self.text.batch_tokens(batch.prompts, self.accelerator.device)
@@ -217,6 +250,22 @@ class Trainer:
             with self.accelerator.autocast():
                 batch.residuals = capture(self.model, self.maker, batch)
         return batch
+
+    def _recompute(self, sample: Sample) -> Record:
+        """The record of a sample that could not be read: made again by the forward that made it, to the same bits."""
+        assert self.store is not None
+        ids = [sample.id, *([self.maker.modulation_id(sample)] if self.maker.records_modulation else [])]
+        for sample_id in ids:
+            try:
+                self.store.read(sample_id)
+            except KeyError:
+                pass
+            except DamagedRecord as error:
+                logger.warning("%s; its records are computed again.", error)
+                self.store.forget(sample_id)
+        if not self.maker.is_recorded(sample, self.store):
+            self._records_of_stretch()
+        return self.maker.read_record(sample, self.store)
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         args, family = self.run.args, self.run.family
@@ -247,8 +296,26 @@ class Trainer:
         if self.step % self.run.args.checkpointing_steps == 0:
             self.save_checkpoint()
 
+    @contextlib.contextmanager
+    def saving_when_stopped(self) -> Iterator[None]:
+        """Within this context a signal that ends the run loses no step.
+
+        Raises:
+            Interrupted: again, with how to go on.
+        """
+        try:
+            yield
+        except Interrupted as error:
+            if self.step > self._saved_step:
+                self.save_checkpoint()
+            start = "the records made so far" if self.store is not None else "its start"
+            start = f"checkpoint-{self.step}" if self.step else start
+            kept = f"The same command with --resume_from_checkpoint latest goes on from {start}."
+            raise Interrupted(error.number, kept) from None
+
     def save_checkpoint(self) -> None:
         """Write ``checkpoint-N``; complete or absent."""
+        self._saved_step = self.step
         if not self.accelerator.is_main_process:
             return
         folder = begin_checkpoint(self.run.output_dir, self.step)
@@ -273,6 +340,7 @@ class Trainer:
         load_lora(checkpoint, type(self.run.family), self.model.transformer, self.text_encoders)
         state = load_training_state(checkpoint, self.optimizer, self.scheduler)
         self.step, self.losses = state["step"], list(state["loss"])
+        self._saved_step = self.step
 
     def export(self) -> None:
         """Write the final LoRA in the dtype of the base weights, or float32 with ``--upcast_before_saving``.

@@ -61,13 +61,17 @@ def find_checkpoint(output_dir: Path, resume_from: str | None) -> Path | None:
 
 def begin_checkpoint(output_dir: Path, step: int) -> Path:
     """An empty folder to write a checkpoint into; :func:`commit_checkpoint` gives it its name."""
+    clear_unfinished(output_dir)
     folder = output_dir / f"checkpoint-{step}.tmp"
-    for left in output_dir.glob("checkpoint-*.tmp"):
-        # What a killed run left.
-        if _PATTERN.fullmatch(left.name.removesuffix(".tmp").removesuffix(".old")):
-            shutil.rmtree(left)
     folder.mkdir(parents=True)
     return folder
+
+
+def clear_unfinished(output_dir: Path) -> None:
+    """Delete what killed runs left of checkpoints that they were writing or deleting."""
+    for left in output_dir.glob("checkpoint-*.tmp"):
+        if _PATTERN.fullmatch(left.name.removesuffix(".tmp").removesuffix(".old")):
+            shutil.rmtree(left)
 
 
 def commit_checkpoint(folder: Path, total_limit: int | None) -> Path:

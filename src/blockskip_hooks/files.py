@@ -77,8 +77,8 @@ def write_error(error: Exception, path: Path, needed: int | None = None) -> Exce
     if code not in _FULL:
         return OSError(f"{path} cannot be written: {error}") if isinstance(error, SafetensorError) else error
     folder = next(folder for folder in path.absolute().parents if folder.is_dir())
-    wanted = "" if needed is None else f"{needed} bytes are needed and "
+    wanted = "" if needed is None else f"{needed / 1e6:.3f} MB are needed and "
     return OSError(
-        f"No room for {path}: {wanted}{shutil.disk_usage(folder).free} bytes are free ({os.strerror(code)}). What was "
-        "written before is whole: make room and run the same command with --resume_from_checkpoint latest."
+        f"No room for {path}: {wanted}{shutil.disk_usage(folder).free / 1e6:.3f} MB are free ({os.strerror(code)}). "
+        "What was written before is whole: make room and run the same command with --resume_from_checkpoint latest."
     )

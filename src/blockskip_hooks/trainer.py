@@ -20,7 +20,13 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .checkpoints import begin_checkpoint, commit_checkpoint, load_training_state, save_training_state
+from .checkpoints import (
+    begin_checkpoint,
+    clear_unfinished,
+    commit_checkpoint,
+    load_training_state,
+    save_training_state,
+)
 from .encode import TrainedText
 from .hooks import SpanResiduals
 from .images import VaePlacement, generate_images
@@ -353,6 +359,7 @@ class Trainer:
             for module in (self.model.transformer, *self.text_encoders.values()):
                 check_learned(module)
         if self.accelerator.is_main_process:
+            clear_unfinished(self.run.output_dir)
             dtype = torch.float32 if self.run.args.upcast_before_saving else self.maker.dtype
             save_lora(
                 self.run.output_dir, type(self.run.family), self.model.transformer, self.text_encoders, dtype=dtype

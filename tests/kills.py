@@ -126,6 +126,8 @@ def run_script(argv: Sequence[str], folder: Path, log: Path, die_at: int, plan: 
         plan: A ``plan.json`` of the same settings, to save the time of planning; the plan is a function of them.
     """
     torch.set_num_threads(1)
+    # Loader processes start as in a run of its own.
+    multiprocessing.set_start_method("fork", force=True)
     # Collecting garbage need not walk over everything that was imported.
     gc.freeze()
     with log.open("a") as file:

@@ -1,4 +1,4 @@
-"""Runs of the training script that are killed at a chosen moment, each in a process forked from a warm one."""
+"""Runs of the training script that something happens to at a chosen moment, in processes forked from a warm one."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -66,24 +68,37 @@ SETTINGS: dict[str, tuple[str, tuple[str, ...]]] = {
 """By name: the tiny pipeline and the flags."""
 
 
+FILE_LIMIT = 12_000
+"""Bytes that a file may have once the disk is full: more than what is printed, less than any file of weights."""
+FAULTS = {"kill": -signal.SIGKILL, "term": 128 + signal.SIGTERM, "int": 128 + signal.SIGINT, "full": 1}
+"""What may happen to a run, and the exit code that it then has."""
+WORDS = {"term": "Stopped by SIGTERM.", "int": "Stopped by SIGINT.", "full": "error: No room for "}
+"""What it then says."""
+
+
 class Reaper:
-    """Counts what a run does to its files and its weights, and kills the process at one of these events.
+    """Counts what a run does to its files and its weights, and lets a fault happen at one of these events.
 
     Args:
         folder: Where the run writes; other files do not count.
-        die_at: Number of the event before which to die; 0: never.
+        at: Number of the event before which it happens; 0: never.
+        fault: What happens, one of ``FAULTS``.
     """
 
-    def __init__(self, folder: Path, die_at: int) -> None:
-        self.folder, self.die_at, self.count = str(folder), die_at, 0
+    def __init__(self, folder: Path, at: int, fault: str) -> None:
+        self.folder, self.at, self.fault, self.count = str(folder), at, fault, 0
 
     def event(self, half_written: Path | None = None) -> None:
         self.count += 1
-        if self.count != self.die_at:
+        if self.count != self.at:
             return
-        if half_written is not None and half_written.is_file():
+        if self.fault == "full":
+            # A file that cannot grow is what a process sees of a full disk, without root.
+            resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_LIMIT, resource.RLIM_INFINITY))
+            return
+        if self.fault == "kill" and half_written is not None and half_written.is_file():
             os.truncate(half_written, half_written.stat().st_size // 2)
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}[self.fault])
 
     def install(self) -> None:
         """Watch files through Python's audit events, syncs and the trainer's steps through wrappers."""
@@ -115,14 +130,15 @@ class Reaper:
         trainer.Trainer._finish_step = watched(trainer.Trainer._finish_step)  # type: ignore[method-assign]
 
 
-def run_script(argv: Sequence[str], folder: Path, log: Path, die_at: int, plan: Path | None) -> None:
-    """Body of a forked process: run the script, and leave the number of events beside its output.
+def run_script(argv: Sequence[str], folder: Path, log: Path, at: int, fault: str, plan: Path | None) -> None:
+    """Body of a forked process: run the script, and leave its seconds and events beside what it prints.
 
     Args:
         argv: The script's flags.
         folder: Where the run writes.
         log: Takes what the script prints.
-        die_at: See :class:`Reaper`.
+        at: See :class:`Reaper`.
+        fault: Likewise.
         plan: A ``plan.json`` of the same settings, to save the time of planning; the plan is a function of them.
     """
     torch.set_num_threads(1)
@@ -138,17 +154,17 @@ def run_script(argv: Sequence[str], folder: Path, log: Path, die_at: int, plan: 
         known = json.loads(plan.read_text())
         module.make_plan = lambda run, *_: (run, known)  # type: ignore[attr-defined]
         module.describe_plan = lambda *_: ""  # type: ignore[attr-defined]
-    reaper = Reaper(folder, die_at)
+    reaper, started = Reaper(folder, at, fault), time.monotonic()
     reaper.install()
     code = module.main(list(argv))
-    log.with_suffix(".events").write_text(str(reaper.count))
+    log.with_suffix(".json").write_text(json.dumps([time.monotonic() - started, reaper.count]))
     sys.stdout.flush()
     os._exit(code)
 
 
 @dataclass
 class KillTest:
-    """Kills runs of one setting again and again, and compares what the survivors end with.
+    """Lets faults happen to runs of one setting, and compares what they end with once they were resumed.
 
     Args:
         model: The pipeline's folder.
@@ -157,11 +173,13 @@ class KillTest:
         flags: The setting's flags.
         sizes: Resolution and text tokens of the pipeline.
         seed: Of everything that is drawn here.
+        fault: What happens to runs, one of ``FAULTS``.
         by_time: Kill after a random delay rather than at an event.
 
     Attributes:
-        kills: Runs killed so far.
-        lost: What differed from the run that was never killed, one line each.
+        kills: Runs that ended by the fault so far.
+        finished: Runs that were resumed until they finished.
+        lost: What differed from the run that nothing happened to, one line each.
     """
 
     model: Path
@@ -170,6 +188,7 @@ class KillTest:
     flags: Sequence[str]
     sizes: Mapping[str, int]
     seed: int = 0
+    fault: str = "kill"
     by_time: bool = False
     kills: int = 0
     finished: int = 0
@@ -179,25 +198,20 @@ class KillTest:
         self.random = random.Random(self.seed)
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["tests.kills"])
-        started = time.monotonic()
-        code = self._run("whole", 0, plan=False)
-        assert code == 0, (self.scratch / "whole.log").read_text()[-2000:]
-        self.seconds = time.monotonic() - started
-        self.events = int((self.scratch / "whole.events").read_text())
+        code = self.run("whole", 0, plan=False)
+        assert code == 0, self.log("whole")
+        self.seconds, self.events = json.loads((self.scratch / "whole.json").read_text())
 
     def go(self, kills: int) -> None:
-        """Kill until so many runs have died and the last one that was resumed has finished."""
+        """Until so many runs have died and the last one that was resumed has finished."""
         while self.kills < kills:
-            name, most = f"run-{self.finished}", self.events
-            while True:
-                code = self._run(name, self.random.randint(1, most) if self.kills < kills else 0)
-                if code == -signal.SIGKILL:
-                    # A resumed run has fewer events.
-                    self.kills, most = self.kills + 1, self.events // 2
-                elif code == 0:
-                    break
-                else:
-                    self.lost.append(f"{name} ended with {code}: {self._log(name)}")
+            name, most, faults = f"run-{self.finished}", self.events, 0
+            while (code := self.run(name, self.random.randint(1, most) if self.kills < kills else 0)) != 0:
+                # A resumed run has fewer events.
+                self.kills, most, faults = self.kills + 1, self.events // 2, faults + 1
+                said = self.log(name).count(WORDS.get(self.fault, "Error"))
+                if code != FAULTS[self.fault] or said != (faults if self.fault in WORDS else 0):
+                    self.lost.append(f"{name} ended with {code}: {self.log(name)[-600:]}")
                     break
             self.finished += 1
             self._compare(name)
@@ -206,46 +220,45 @@ class KillTest:
         output = self.scratch / name / "out"
         try:
             script.assert_same_weights(output, self.scratch / "whole" / "out")
+            assert script.losses(output) == script.losses(self.scratch / "whole" / "out"), "losses"
         except (AssertionError, OSError) as error:
-            self.lost.append(f"{name} has other weights: {error}")
-        if script_losses(output) != script_losses(self.scratch / "whole" / "out"):
-            self.lost.append(f"{name} has other losses")
+            self.lost.append(f"{name} came to something else: {error}")
         left = [str(path.relative_to(output)) for path in output.rglob("*.tmp")]
         if left or (output / "residuals").exists():
             self.lost.append(f"{name} left {left or 'its records'}")
         shutil.rmtree(self.scratch / name)
 
-    def _log(self, name: str) -> str:
-        return " ".join((self.scratch / f"{name}.log").read_text()[-600:].split())
+    def log(self, name: str) -> str:
+        """What the runs of this name printed."""
+        return (self.scratch / f"{name}.log").read_text()
 
-    def _run(self, name: str, die_at: int, plan: bool = True) -> int | None:
+    def start(self, name: str, at: int = 0, plan: bool = True, more: Sequence[str] = ()) -> BaseProcess:
+        """Begin a run, or go on with one.
+
+        Args:
+            name: Of its folder.
+            at: Number of the event at which the fault happens; 0: never.
+            plan: Take the plan of the run that nothing happens to.
+            more: Further flags.
+        """
         folder = self.scratch / name
-        settings = script.settings(self.model, self.photos, folder / "out", *self.flags, *BASE, **self.sizes)
+        settings = script.settings(self.model, self.photos, folder / "out", *self.flags, *BASE, *more, **self.sizes)
         argv = [*settings, "--class_data_dir", str(folder / "class")] if "--class_prompt" in settings else settings
         known = self.scratch / "whole" / "out" / "plan.json" if plan else None
-        by_time = self.by_time and die_at > 0
+        argv = [*argv, "--resume_from_checkpoint", "latest"]
         process = self.context.Process(
-            target=run_script,
-            args=(
-                [*argv, "--resume_from_checkpoint", "latest"],
-                folder,
-                self.scratch / f"{name}.log",
-                0 if by_time else die_at,
-                known,
-            ),
+            target=run_script, args=(argv, folder, self.scratch / f"{name}.log", at, self.fault, known)
         )
         process.start()
+        return process
+
+    def run(self, name: str, at: int = 0, plan: bool = True) -> int | None:
+        """Begin a run, or go on with one, and return its exit code when it has ended; see :meth:`start`."""
+        by_time = self.by_time and at > 0
+        process = self.start(name, 0 if by_time else at, plan)
         if by_time:
-            process.join(self.random.uniform(0, 1.2 * self.seconds))
+            process.join(self.random.uniform(0, self.seconds))
             if process.is_alive():
                 process.kill()
         process.join()
         return process.exitcode
-
-
-def script_losses(output: Path) -> list[float] | None:
-    """Losses of a run, if it finished."""
-    try:
-        return script.losses(output)
-    except OSError:
-        return None

@@ -25,8 +25,11 @@ class Interrupted(Exception):
         kept: What the run can go on from.
     """
 
-    def __init__(self, number: int, kept: str = "") -> None:
-        super().__init__(f"Stopped by {signal.Signals(number).name}.{' ' if kept else ''}{kept}")
+    def __init__(self, number: int, kept: str = "what was saved") -> None:
+        super().__init__(
+            f"Stopped by {signal.Signals(number).name}. The same command with --resume_from_checkpoint latest goes on "
+            f"from {kept}."
+        )
         self.number = number
 
 

@@ -212,8 +212,11 @@ class Trainer:
         )
         for module in self.trained:
             module.train()
-        progress = self._progress(self.max_train_steps, "Training", self.step)
-        with self.stop.held(), self.monitor.stage("train"), progress as bar:
+        with (
+            self.stop.held(),
+            self.monitor.stage("train"),
+            self._progress(self.max_train_steps, "Training", self.step) as bar,
+        ):
             started, micro_losses = time.perf_counter(), []
             for samples, payloads in loader if args.dataloader_num_workers else read_ahead(loader):
                 if args.lora_dropout:
@@ -315,9 +318,7 @@ class Trainer:
             if self.step > self._saved_step:
                 self.save_checkpoint()
             start = "the records made so far" if self.store is not None else "its start"
-            start = f"checkpoint-{self.step}" if self.step else start
-            kept = f"The same command with --resume_from_checkpoint latest goes on from {start}."
-            raise Interrupted(error.number, kept) from None
+            raise Interrupted(error.number, f"checkpoint-{self.step}" if self.step else start) from None
 
     def save_checkpoint(self) -> None:
         """Write ``checkpoint-N``; complete or absent."""

@@ -11,6 +11,7 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -130,7 +131,15 @@ class Reaper:
         trainer.Trainer._finish_step = watched(trainer.Trainer._finish_step)  # type: ignore[method-assign]
 
 
-def run_script(argv: Sequence[str], folder: Path, log: Path, at: int, fault: str, plan: Path | None) -> None:
+def run_script(
+    argv: Sequence[str],
+    folder: Path,
+    log: Path,
+    at: int,
+    fault: str,
+    plan: Path | None,
+    environment: Mapping[str, str],
+) -> None:
     """Body of a forked process: run the script, and leave its seconds and events beside what it prints.
 
     Args:
@@ -140,7 +149,9 @@ def run_script(argv: Sequence[str], folder: Path, log: Path, at: int, fault: str
         at: See :class:`Reaper`.
         fault: Likewise.
         plan: A ``plan.json`` of the same settings, to save the time of planning; the plan is a function of them.
+        environment: Variables to set, as a launcher would.
     """
+    os.environ.update(environment)
     torch.set_num_threads(1)
     # Loader processes start as in a run of its own.
     multiprocessing.set_start_method("fork", force=True)
@@ -157,7 +168,8 @@ def run_script(argv: Sequence[str], folder: Path, log: Path, at: int, fault: str
     reaper, started = Reaper(folder, at, fault), time.monotonic()
     reaper.install()
     code = module.main(list(argv))
-    log.with_suffix(".json").write_text(json.dumps([time.monotonic() - started, reaper.count]))
+    cost = log.with_name(f"{log.stem}{environment.get('RANK', '')}.json")
+    cost.write_text(json.dumps([time.monotonic() - started, reaper.count]))
     sys.stdout.flush()
     os._exit(code)
 
@@ -232,7 +244,14 @@ class KillTest:
         """What the runs of this name printed."""
         return (self.scratch / f"{name}.log").read_text()
 
-    def start(self, name: str, at: int = 0, plan: bool = True, more: Sequence[str] = ()) -> BaseProcess:
+    def start(
+        self,
+        name: str,
+        at: int = 0,
+        plan: bool = True,
+        more: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> BaseProcess:
         """Begin a run, or go on with one.
 
         Args:
@@ -240,17 +259,42 @@ class KillTest:
             at: Number of the event at which the fault happens; 0: never.
             plan: Take the plan of the run that nothing happens to.
             more: Further flags.
+            environment: Variables of the process.
         """
         folder = self.scratch / name
         settings = script.settings(self.model, self.photos, folder / "out", *self.flags, *BASE, *more, **self.sizes)
         argv = [*settings, "--class_data_dir", str(folder / "class")] if "--class_prompt" in settings else settings
         known = self.scratch / "whole" / "out" / "plan.json" if plan else None
         argv = [*argv, "--resume_from_checkpoint", "latest"]
+        log = self.scratch / f"{name}.log"
         process = self.context.Process(
-            target=run_script, args=(argv, folder, self.scratch / f"{name}.log", at, self.fault, known)
+            target=run_script, args=(argv, folder, log, at, self.fault, known, environment or {})
         )
         process.start()
         return process
+
+    def run_ranks(self, name: str, at: Sequence[int] = (0, 0), more: Sequence[str] = ()) -> list[int | None]:
+        """A run of several processes on this machine, as a launcher starts them.
+
+        Args:
+            name: Of its folder.
+            at: For each process the event at which the fault happens; 0: never.
+            more: Further flags.
+
+        Returns:
+            Their exit codes.
+        """
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+        world = {**address, "WORLD_SIZE": str(len(at)), "LOCAL_WORLD_SIZE": str(len(at))}
+        ranks = [
+            self.start(name, event, False, more, {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank, event in enumerate(at)
+        ]
+        for process in ranks:
+            process.join()
+        return [process.exitcode for process in ranks]
 
     def run(self, name: str, at: int = 0, plan: bool = True) -> int | None:
         """Begin a run, or go on with one, and return its exit code when it has ended; see :meth:`start`."""

@@ -42,7 +42,7 @@ from blockskip_hooks.quantization import check_device
 from blockskip_hooks.residual_store import ResidualStore
 from blockskip_hooks.run import Run, prepare_run, segments, stretches, weight_dtype
 from blockskip_hooks.selection_auto import is_trained, probe_args, with_measured_table
-from blockskip_hooks.stop_signals import Interrupted, StopSignals
+from blockskip_hooks.stop_signals import Interrupted, StopSignals, is_lost_process
 from blockskip_hooks.trainer import Trainer
 from blockskip_hooks.training_data import SampleMaker
 
@@ -102,6 +102,15 @@ def run_script(args: argparse.Namespace, command: str, stop: StopSignals, *, is_
         file = getattr(error, "filename", None) or run.output_dir
         print(f"error: {write_error(error, Path(file))}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        if not is_lost_process(error):
+            raise
+        print(
+            f"error: Another process of this run ended or cannot be reached, so process {accelerator.process_index} "
+            "ends too; the same command with --resume_from_checkpoint latest goes on from the last checkpoint.",
+            file=sys.stderr,
+        )
+        return 1
     finally:
         # It would end the processes' group, which a probe shares with the run that it is for.
         if not is_probe:
@@ -119,6 +128,8 @@ def make_accelerator(run: Run) -> Accelerator:
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
         ),
+        # Without being told, accelerate would let each process of a machine without accelerators train on its own.
+        cpu=int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available(),
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(
@@ -240,7 +251,7 @@ def train_and_save(trainer: Trainer, plan: dict, steps_per_epoch: int, command: 
             store.drop()
 
     # Save.
-    accelerator.wait_for_everyone()
+    trainer.add_up_records()
     trainer.export()
     if accelerator.is_main_process:
         before, after = [], []
@@ -254,7 +265,7 @@ def train_and_save(trainer: Trainer, plan: dict, steps_per_epoch: int, command: 
             print(f"Uploaded to {push_to_hub(run)}.")
         print(run.closing_words(report))
     accelerator.wait_for_everyone()
-    if store is not None and not args.residual_dir:
+    if store is not None and not args.residual_dir and accelerator.is_main_process:
         store.remove()
 
 

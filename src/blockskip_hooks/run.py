@@ -246,15 +246,16 @@ class Run:
         """Optimiser steps whose records fit the residual budget; ``None`` when there are no records.
 
         A resumed run keeps the stretches it began with, whatever the disk has room for now: records then come out
-        of the same batches.
+        of the same batches. With other samples per step they would be other batches anyway.
 
         Raises:
             ValueError: if not even one step's records fit.
         """
         if not self.uses_store:
             return None
-        if checkpoint is not None:
-            return read_state(checkpoint)["steps_per_stretch"]
+        state = {} if checkpoint is None else read_state(checkpoint)
+        if state and state.get("samples_per_step", samples_per_step) == samples_per_step:
+            return state["steps_per_stretch"]
         planned = plan["residuals"]
         record_bytes = -(-planned["bytes"] // planned["records"])
         step_bytes = record_bytes * samples_per_step * len(self.kinds)

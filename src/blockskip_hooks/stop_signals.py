@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM end a run where nothing is lost; a second one ends it at once."""
+"""How a run ends early: SIGINT and SIGTERM where nothing is lost, a second one at once, or with a process it needs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+
+import torch
 
 
 REPEAT_SECONDS = 2.0
@@ -93,3 +95,8 @@ class StopSignals:
         elif "LOCAL_RANK" not in os.environ or time.monotonic() - self._since > REPEAT_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+
+
+def is_lost_process(error: RuntimeError) -> bool:
+    """Whether processes that train together lost one of them; gloo has no error class of its own."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)

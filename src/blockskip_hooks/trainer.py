@@ -334,12 +334,14 @@ class Trainer:
             step=self.step,
             seed=self.maker.plan.seed,
             steps_per_stretch=self.steps_per_stretch,
+            num_processes=self.accelerator.num_processes,
+            samples_per_step=self.samples_per_step,
             loss=self.losses,
         )
         commit_checkpoint(folder, self.run.args.checkpoints_total_limit)
 
     def resume(self, checkpoint: Path) -> None:
-        """Continue from a checkpoint.
+        """Continue from a checkpoint, with the same number of processes or another.
 
         Raises:
             ValueError: if it belongs to other settings.
@@ -348,6 +350,25 @@ class Trainer:
         state = load_training_state(checkpoint, self.optimizer, self.scheduler)
         self.step, self.losses = state["step"], list(state["loss"])
         self._saved_step = self.step
+        # accelerate counts the schedule in steps of all processes.
+        self.scheduler.scheduler.last_epoch = self.step * self.accelerator.num_processes
+        samples = state.get("samples_per_step", self.samples_per_step)
+        if samples != self.samples_per_step and self.accelerator.is_main_process:
+            logger.warning(
+                "--resume_from_checkpoint %s: its steps had %d samples, this run's have %d; choose --train_batch_size "
+                "or --gradient_accumulation_steps so that they are equal to go on as the run began.",
+                checkpoint,
+                samples,
+                self.samples_per_step,
+            )
+
+    def add_up_records(self) -> None:
+        """Count what all processes have made, for the report."""
+        made = [self.records_made, self.store.bytes_written if self.store else 0]
+        total = self.accelerator.reduce(torch.tensor(made, device=self.accelerator.device), "sum").tolist()
+        self.records_made = total[0]
+        if self.store:
+            self.store.bytes_written = total[1]
 
     def export(self) -> None:
         """Write the final LoRA in the dtype of the base weights, or float32 with ``--upcast_before_saving``.

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file, save_file
 
 from blockskip_hooks.residual_store import DamagedRecord, ResidualStore, recorded_seed
 from blockskip_hooks.trainer import Trainer
@@ -213,3 +214,76 @@ def test_an_error_while_reading_ahead_arrives():
     assert next(reading) == 0
     with pytest.raises(OSError, match="gone"):
         next(reading)
+
+
+def recolour(photos: Path) -> None:
+    """Change one photo's pixels; its name and size stay."""
+    script.save_photos(photos / "other", [(80, 64), (80, 64)])
+    shutil.copy(photos / "other" / "1.png", photos / "0.png")
+    shutil.rmtree(photos / "other")
+
+
+def reweigh(component: str):
+    """Change one tensor of a component."""
+
+    def change(model: Path) -> None:
+        (path,) = (model / component).glob("*.safetensors")
+        tensors = load_file(path)
+        name = min(tensors)
+        save_file({**tensors, name: tensors[name] + 1}, path, {"format": "pt"})
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "key"),
+    [
+        (None, ("--seed", "5"), "samples"),
+        (None, ("--instance_prompt", "a photo of sks cat"), "photos"),
+        (None, ("--skip_blocks", "2,1"), "modulation, spans"),
+        (None, ("--resolution", "32"), "photos, samples"),
+        (None, ("--max_sequence_length", "10"), "max_sequence_length"),
+        (None, ("--guidance_scale", "2"), "guidance_scale"),
+        (None, ("--residual_dtype", "float8"), "residual_dtype"),
+        (None, ("--mixed_precision", "bf16"), "dtype"),
+        (None, ("--lora_layers", "norm.linear,attn.to_q"), "modulation"),
+        (None, ("--image_interpolation_mode", "bicubic"), "interpolation"),
+        ("photos", (), "photos"),
+        ("text_encoder_2", (), "weights"),
+        ("transformer", (), "weights"),
+        ("vae", (), "weights"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_records_are_of_everything_that_they_depend_on(
+    model: Path,
+    photos: Path,
+    whole: Path,
+    tmp_path: Path,
+    change: str | None,
+    flags: tuple[str, ...],
+    key: str,
+    capsys,
+):
+    records = whole.parent / "records"
+    if change == "photos":
+        photos = shutil.copytree(photos, tmp_path / "photos")
+        recolour(photos)
+    elif change:
+        model = shutil.copytree(model, tmp_path / "model")
+        reweigh(change)(model)
+    before = {path: path.read_bytes() for path in records.iterdir()}
+    argv = script.settings(
+        model, photos, tmp_path / "out", *FLAGS, "--residual_dir", str(records), *flags, "--max_train_steps", "1"
+    )
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert script.load_script().main(argv) == 1
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error"))
+    assert f"(it differs in {key})" in line and str(records) in line
+    assert {path: path.read_bytes() for path in records.iterdir()} == before
+
+
+def test_records_do_not_depend_on_what_is_learnt(train, whole: Path, tmp_path: Path):
+    shutil.copytree(whole.parent / "records", tmp_path / "records")
+    flags = ("--rank", "4", "--lora_layers", "attn.to_q", "--learning_rate", "1e-3", "--optimizer", "prodigy")
+    assert records_made(train(*flags, "--checkpointing_steps", "1")) == 0

@@ -222,7 +222,8 @@ class KillTest:
                 # A resumed run has fewer events.
                 self.kills, most, faults = self.kills + 1, self.events // 2, faults + 1
                 said = self.log(name).count(WORDS.get(self.fault, "Error"))
-                if code != FAULTS[self.fault] or said != (faults if self.fault in WORDS else 0):
+                unfinished = self.fault != "kill" and list((self.scratch / name / "out").rglob("*.tmp"))
+                if code != FAULTS[self.fault] or unfinished or said != (faults if self.fault in WORDS else 0):
                     self.lost.append(f"{name} ended with {code}: {self.log(name)[-600:]}")
                     break
             self.finished += 1
@@ -242,7 +243,8 @@ class KillTest:
 
     def log(self, name: str) -> str:
         """What the runs of this name printed."""
-        return (self.scratch / f"{name}.log").read_text()
+        log = self.scratch / f"{name}.log"
+        return log.read_text() if log.exists() else ""
 
     def start(
         self,

@@ -11,6 +11,8 @@ import logging
 import math
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,17 @@ def begin_checkpoint(output_dir: Path, step: int) -> Path:
     folder = output_dir / f"checkpoint-{step}.tmp"
     folder.mkdir(parents=True)
     return folder
+
+
+@contextmanager
+def new_checkpoint(output_dir: Path, step: int, total_limit: int | None) -> Iterator[Path]:
+    """A folder to write a checkpoint into: committed after the body, gone if the body fails."""
+    folder = begin_checkpoint(output_dir, step)
+    try:
+        yield folder
+        commit_checkpoint(folder, total_limit)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def clear_unfinished(output_dir: Path) -> None:

@@ -20,13 +20,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .checkpoints import (
-    begin_checkpoint,
-    clear_unfinished,
-    commit_checkpoint,
-    load_training_state,
-    save_training_state,
-)
+from .checkpoints import clear_unfinished, load_training_state, new_checkpoint, save_training_state
 from .encode import TrainedText
 from .hooks import SpanResiduals
 from .images import VaePlacement, generate_images
@@ -325,20 +319,19 @@ class Trainer:
         self._saved_step = self.step
         if not self.accelerator.is_main_process:
             return
-        folder = begin_checkpoint(self.run.output_dir, self.step)
-        save_lora(folder, type(self.run.family), self.model.transformer, self.text_encoders)
-        save_training_state(
-            folder,
-            self.optimizer,
-            self.scheduler,
-            step=self.step,
-            seed=self.maker.plan.seed,
-            steps_per_stretch=self.steps_per_stretch,
-            num_processes=self.accelerator.num_processes,
-            samples_per_step=self.samples_per_step,
-            loss=self.losses,
-        )
-        commit_checkpoint(folder, self.run.args.checkpoints_total_limit)
+        with new_checkpoint(self.run.output_dir, self.step, self.run.args.checkpoints_total_limit) as folder:
+            save_lora(folder, type(self.run.family), self.model.transformer, self.text_encoders)
+            save_training_state(
+                folder,
+                self.optimizer,
+                self.scheduler,
+                step=self.step,
+                seed=self.maker.plan.seed,
+                steps_per_stretch=self.steps_per_stretch,
+                num_processes=self.accelerator.num_processes,
+                samples_per_step=self.samples_per_step,
+                loss=self.losses,
+            )
 
     def resume(self, checkpoint: Path) -> None:
         """Continue from a checkpoint, with the same number of processes or another.

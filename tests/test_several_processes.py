@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
 
 from blockskip_hooks.checkpoints import list_checkpoints
 from tests import script
@@ -80,3 +82,20 @@ def test_a_signal_to_one_process_ends_both_after_the_same_step(runs: KillTest, s
     ]
     assert runs.run_ranks("stopped", more=TWO) == [0, 0], runs.log("stopped")
     assert_like_one_process(runs, "stopped")
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+def test_sharded_weights_are_refused_in_one_line(name: str, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    (tiny,) = (tiny for tiny in TINY_FAMILIES if tiny.name == "flux-dev")
+    photos = script.save_photos(tmp_path / "photos", [(64, 64)])
+    assert script.load_script().main(script.settings(tiny.folder, photos, tmp_path / "out")) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error"))
+    assert f"asks for {name}" in line and "configs/multi_gpu.yaml" in line
+
+
+def test_the_config_for_several_gpus_is_one_that_accelerate_reads():
+    config = load_config_from_file(
+        str(script.ROOT / "examples" / "dreambooth_blockskip" / "configs" / "multi_gpu.yaml")
+    )
+    assert (config.distributed_type, config.num_processes, config.mixed_precision) == ("MULTI_GPU", 2, "bf16")

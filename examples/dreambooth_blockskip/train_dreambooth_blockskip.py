@@ -119,8 +119,19 @@ def run_script(args: argparse.Namespace, command: str, stop: StopSignals, *, is_
 
 
 def make_accelerator(run: Run) -> Accelerator:
-    """Devices, processes, precision and trackers as the flags and the accelerate config ask for."""
+    """Devices, processes, precision and trackers as the flags and the accelerate config ask for.
+
+    Raises:
+        ValueError: if the accelerate config shards the model.
+    """
     args = run.args
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise ValueError(
+                f"accelerate's config asks for {name}, but processes make records apart from each other, which "
+                "sharded weights do not allow; use configs/multi_gpu.yaml, and save memory by --skip_ratio or "
+                "--quantization."
+            )
     if args.allow_tf32 and torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = True
     return Accelerator(

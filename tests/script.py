@@ -30,9 +30,11 @@ def load_script(name: str = "train_dreambooth_blockskip") -> ModuleType:
     return module
 
 
-def train(model: Path, photos: Path, output: Path, *flags: str, resolution: int = 64, text_tokens: int = 12) -> Path:
-    """Run the script with small settings, which ``flags`` overrule, and return its output folder."""
-    settings = {
+def settings(
+    model: Path, photos: Path, output: Path, *flags: str, resolution: int = 64, text_tokens: int = 12
+) -> list[str]:
+    """A command line with small settings, which ``flags`` overrule."""
+    defaults = {
         "--pretrained_model_name_or_path": model,
         "--instance_data_dir": photos,
         "--instance_prompt": PROMPT,
@@ -49,11 +51,16 @@ def train(model: Path, photos: Path, output: Path, *flags: str, resolution: int 
         "--seed": 3,
         "--report_to": "none",
     }
+    given = {flag for flag in flags if flag.startswith("--")}
+    argv = [str(part) for flag, value in defaults.items() if flag not in given for part in (flag, value)]
+    return [*argv, *map(str, flags)]
+
+
+def train(model: Path, photos: Path, output: Path, *flags: str, resolution: int = 64, text_tokens: int = 12) -> Path:
+    """Run the script with small settings, which ``flags`` overrule, and return its output folder."""
     # Accelerate's state lives as long as the process; a run of its own would start without.
     AcceleratorState._reset_state(reset_partial_state=True)
-    given = {flag for flag in flags if flag.startswith("--")}
-    argv = [str(part) for flag, value in settings.items() if flag not in given for part in (flag, value)]
-    code = load_script().main([*argv, *map(str, flags)])
+    code = load_script().main(settings(model, photos, output, *flags, resolution=resolution, text_tokens=text_tokens))
     assert code == 0, f"the script ended with {code}"
     return output
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from blockskip_hooks import files
 from blockskip_hooks import monitor as monitor_module
 from blockskip_hooks.monitor import StageMonitor, format_bytes, format_seconds, versions, write_json
 from blockskip_hooks.version import __version__
@@ -107,7 +108,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
         def full(*_: object) -> None:
             raise OSError("disk full")
 
-        monkeypatch.setattr(monitor_module.os, "replace", full)
+        monkeypatch.setattr(files.os, "replace", full)
         with pytest.raises(OSError, match="disk full"):
             write_json(path, {"kept": 8})
     assert path.read_bytes() == before

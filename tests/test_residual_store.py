@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 
-from blockskip_hooks import residual_store
+from blockskip_hooks import files
 from blockskip_hooks.residual_store import ResidualStore, file_digest, fingerprint, folder_digest
 
 
@@ -212,10 +213,10 @@ def test_a_write_that_fails_leaves_nothing(store, folder, monkeypatch):
 
     def full_disk(tensors, path, metadata):
         Path(path).write_bytes(b"half of it")
-        raise OSError("No space left on device")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(residual_store, "save_file", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(files, "save_file", full_disk)
+    with pytest.raises(OSError, match="No room for .*records-.* 0.001 MB are needed and [0-9.]+ MB are free"):
         store.write({"instance-7": make_record()})
     assert names(folder) == before and "instance-7" not in store and store.records_written == 4
 

@@ -25,7 +25,7 @@ for _name in ("torchao", "bitsandbytes", "diffusers.quantizers", "torch.utils._p
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 
 from blockskip_hooks import DiTBlockSkipTransformer
 from blockskip_hooks.arguments import parse_args, printable_command
@@ -34,6 +34,7 @@ from blockskip_hooks.checkpoints import find_checkpoint
 from blockskip_hooks.class_images import make_class_images
 from blockskip_hooks.encode import check_embeds, encode_prompts
 from blockskip_hooks.errors import explain
+from blockskip_hooks.files import write_error
 from blockskip_hooks.lora import describe_trainable
 from blockskip_hooks.monitor import StageMonitor, write_json
 from blockskip_hooks.outputs import push_to_hub, run_report, write_outputs
@@ -42,6 +43,7 @@ from blockskip_hooks.quantization import check_device
 from blockskip_hooks.residual_store import ResidualStore
 from blockskip_hooks.run import Run, prepare_run, start_accelerator, weight_dtype
 from blockskip_hooks.selection_auto import is_trained, probe_args, with_measured_table
+from blockskip_hooks.stop_signals import Interrupted, StopSignals, is_lost_process
 from blockskip_hooks.stretches import Stretches, segments
 from blockskip_hooks.trainer import Trainer
 from blockskip_hooks.training_data import SampleMaker
@@ -51,14 +53,22 @@ def main(argv: list[str] | None = None) -> int:
     """Run the script.
 
     Returns:
-        The exit code: 0, 2 for settings that cannot work, 1 for a run that cannot go on. Both say why in one line.
+        The exit code: 0, 2 for settings that cannot work, 1 for a run that cannot go on, 128 + n after signal n. All
+        but the first say why in one line.
     """
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     command = printable_command(sys.argv if argv is None else [__file__, *argv])
-    return run_script(parse_args(argv), command)
+    args = parse_args(argv)
+    with StopSignals() as stop:
+        try:
+            return run_script(args, command, stop)
+        except Interrupted as error:
+            if os.environ.get("RANK", "0") == "0":
+                print(error, file=sys.stderr)
+            return 128 + error.number
 
 
-def run_script(args: argparse.Namespace, command: str, *, is_probe: bool = False) -> int:
+def run_script(args: argparse.Namespace, command: str, stop: StopSignals, *, is_probe: bool = False) -> int:
     """Prepare, choose the blocks, plan and train, with parsed flags; see :func:`main`."""
     typed, monitor = copy.copy(args), StageMonitor()
     try:
@@ -73,7 +83,7 @@ def run_script(args: argparse.Namespace, command: str, *, is_probe: bool = False
                 probe = probe_args(typed, run) if args.select_on == "subject" else None
                 if probe is not None and not is_trained(probe):
                     accelerator.print(f"Training a probe LoRA of {args.probe_steps} steps to measure the blocks on.")
-                    if code := run_script(probe, command, is_probe=True):
+                    if code := run_script(probe, command, stop, is_probe=True):
                         return code
                 accelerator.print("Measuring which blocks to skip: the text is masked in the first and last blocks.")
                 run = with_measured_table(run, accelerator, probe, command)
@@ -93,9 +103,17 @@ def run_script(args: argparse.Namespace, command: str, *, is_probe: bool = False
             write_json(run.output_dir / "plan.json", plan)
         if args.plan_only:
             return 0
-        train(run, accelerator, monitor, plan, checkpoint, stretches, command)
+        train(run, accelerator, monitor, plan, checkpoint, stretches, command, stop)
     except Exception as error:
-        if (line := explain(error, monitor.latest, args.hub_token)) is None:
+        if isinstance(error, RuntimeError) and is_lost_process(error):
+            line: str | None = (
+                f"Another process of this run ended or cannot be reached, so process {accelerator.process_index} ends "
+                "too; the same command with --resume_from_checkpoint latest goes on from the last checkpoint."
+            )
+        else:
+            file = getattr(error, "filename", None) or run.output_dir
+            line = explain(write_error(error, Path(file)), monitor.latest, args.hub_token)
+        if line is None:
             raise
         print(f"error: {line}", file=sys.stderr)
         return 1
@@ -107,13 +125,29 @@ def run_script(args: argparse.Namespace, command: str, *, is_probe: bool = False
 
 
 def make_accelerator(run: Run) -> Accelerator:
-    """Devices, processes, precision and trackers as the flags and the accelerate config ask for."""
+    """Devices, processes, precision and trackers as the flags and the accelerate config ask for.
+
+    Raises:
+        ValueError: if the accelerate config shards the model.
+    """
     args = run.args
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise ValueError(
+                f"accelerate's config asks for {name}, but processes make records apart from each other, which "
+                "sharded weights do not allow; use configs/multi_gpu.yaml, and save memory by --skip_ratio or "
+                "--quantization."
+            )
     if args.allow_tf32 and torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = True
     return start_accelerator(
         args,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        # Steps are counted, whatever the loader is at: it reads ahead.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        # Without being told, accelerate would let each process of a machine without accelerators train on its own.
+        cpu=int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available(),
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(
             project_dir=args.output_dir, logging_dir=str(run.output_dir / args.logging_dir)
@@ -129,6 +163,7 @@ def train(
     checkpoint: Path | None,
     stretches: Stretches,
     command: str,
+    stop: StopSignals,
 ) -> None:
     """Encode, load, train stretch by stretch, save."""
     args, family = run.args, run.family
@@ -202,6 +237,7 @@ def train(
             stretches,
             images_at_once=planned_batch_size(plan, "validate"),
             vae_placement={stage: planned_vae(plan, stage) for stage in ("precompute", "validate")},
+            stop=stop,
         )
     accelerator.print(f"Training {describe_trainable(model, run.targets)}.")
     if checkpoint is not None:
@@ -209,6 +245,14 @@ def train(
         accelerator.print(f"Resuming from {checkpoint.name}, {trainer.step} of {max_train_steps} steps done.")
     if accelerator.is_main_process and args.report_to != "none":
         accelerator.init_trackers(f"dreambooth-{family.name}-lora", run.trackable_settings())
+    with trainer.saving_when_stopped():
+        train_and_save(trainer, plan, steps_per_epoch, command)
+
+
+def train_and_save(trainer: Trainer, plan: dict, steps_per_epoch: int, command: str) -> None:
+    """The loop, and what comes after it."""
+    run, accelerator, monitor, store = trainer.run, trainer.accelerator, trainer.monitor, trainer.store
+    args, stretches, max_train_steps = run.args, trainer.stretches, trainer.max_train_steps
 
     # The loop: records of a stretch, then its steps.
     negative = run.negative_prompt
@@ -223,7 +267,7 @@ def train(
             store.drop()
 
     # Save.
-    accelerator.wait_for_everyone()
+    trainer.add_up_records()
     trainer.export()
     if accelerator.is_main_process:
         before, after = [], []
@@ -237,7 +281,7 @@ def train(
             print(f"Uploaded to {push_to_hub(run)}.")
         print(run.closing_words(report))
     accelerator.wait_for_everyone()
-    if store is not None and not args.residual_dir:
+    if store is not None and not args.residual_dir and accelerator.is_main_process:
         store.remove()
 
 

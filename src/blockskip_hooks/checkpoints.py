@@ -11,14 +11,16 @@ import logging
 import math
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from .files import save_tensors, sync
 from .monitor import write_json
 
 
@@ -63,22 +65,51 @@ def find_checkpoint(output_dir: Path, resume_from: str | None) -> Path | None:
 
 def begin_checkpoint(output_dir: Path, step: int) -> Path:
     """An empty folder to write a checkpoint into; :func:`commit_checkpoint` gives it its name."""
+    clear_unfinished(output_dir)
     folder = output_dir / f"checkpoint-{step}.tmp"
-    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
+
+
+@contextmanager
+def new_checkpoint(output_dir: Path, step: int, total_limit: int | None) -> Iterator[Path]:
+    """A folder to write a checkpoint into: committed after the body, gone if the body fails."""
+    folder = begin_checkpoint(output_dir, step)
+    try:
+        yield folder
+        commit_checkpoint(folder, total_limit)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def clear_unfinished(output_dir: Path) -> None:
+    """Delete what killed runs left of checkpoints that they were writing or deleting."""
+    for left in output_dir.glob("checkpoint-*.tmp"):
+        if _PATTERN.fullmatch(left.name.removesuffix(".tmp").removesuffix(".old")):
+            shutil.rmtree(left)
 
 
 def commit_checkpoint(folder: Path, total_limit: int | None) -> Path:
     """Give a written checkpoint its name, then drop the oldest ones above the limit."""
     final = folder.with_suffix("")
-    shutil.rmtree(final, ignore_errors=True)
+    sync(folder)
+    if final.exists():
+        _remove(final)
     folder.rename(final)
+    sync(final.parent)
     if total_limit is not None:
         others = [path for path in list_checkpoints(final.parent) if path != final]
         for old in others[: max(len(others) + 1 - total_limit, 0)]:
-            shutil.rmtree(old)
+            _remove(old)
     return final
+
+
+def _remove(checkpoint: Path) -> None:
+    """Delete a checkpoint; it loses its name first, so that a half deleted one is none."""
+    doomed = checkpoint.with_name(f"{checkpoint.name}.old.tmp")
+    shutil.rmtree(doomed, ignore_errors=True)
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def save_training_state(folder: Path, optimizer: Any, scheduler: Any, **numbers: Any) -> None:
@@ -103,7 +134,7 @@ def save_training_state(folder: Path, optimizer: Any, scheduler: Any, **numbers:
                     tensors[f"{index}/{name}/{part}"] = tensor.detach().cpu().clone().contiguous()
             else:
                 scalars.setdefault(str(index), {})[name] = value
-    save_file(tensors, str(folder / OPTIMIZER_NAME))
+    save_tensors(tensors, folder / OPTIMIZER_NAME)
     groups = [{name: _plain(value) for name, value in group.items()} for group in state["param_groups"]]
     write_json(
         folder / STATE_NAME,

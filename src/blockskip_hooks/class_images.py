@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 
 import torch
@@ -12,11 +13,14 @@ from tqdm.auto import tqdm
 
 from .data import image_paths
 from .encode import encode_prompts
+from .files import replacing
 from .images import VaePlacement, generate_images
 from .run import Run
 from .sample_plan import derived_seed
 from .transformer import DiTBlockSkipTransformer
 
+
+_OWN_NAME = re.compile("([0-9]+)-[0-9a-f]{40}[.]jpg")
 
 PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -51,9 +55,13 @@ def make_class_images(
     args, family, device = run.args, run.family, accelerator.device
     folder = Path(args.class_data_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    present = len(image_paths(folder))
+    names = [path.name for path in image_paths(folder)]
+    made = {int(match[1]) for name in names if (match := _OWN_NAME.fullmatch(name))}
     accelerator.wait_for_everyone()
-    numbers = list(range(present, args.num_class_images))[accelerator.process_index :: accelerator.num_processes]
+    # Processes that were killed leave gaps.
+    missing = [number for number in range(len(names) - len(made), args.num_class_images) if number not in made]
+    missing = missing[: max(args.num_class_images - len(names), 0)]
+    numbers = missing[accelerator.process_index :: accelerator.num_processes]
     if numbers:
         dtype = PRECISIONS.get(args.prior_generation_precision, dtype)
         prompts = [args.class_prompt, *([] if run.negative_prompt is None else [run.negative_prompt])]
@@ -85,7 +93,8 @@ def make_class_images(
             )
             for number, image in zip(part, images, strict=True):
                 digest = hashlib.sha1(image.tobytes(), usedforsecurity=False).hexdigest()
-                image.save(folder / f"{number}-{digest}.jpg")
+                with replacing(folder / f"{number}-{digest}.jpg") as file:
+                    image.save(file, format="JPEG")
                 progress.update()
         progress.close()
         del model, vae

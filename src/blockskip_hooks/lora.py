@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from .families import Family
+from .files import replacing
 from .sample_plan import derived_seed
 from .transformer import DiTBlockSkipTransformer
 
@@ -128,11 +129,11 @@ def save_lora(
             key: value.detach().to("cpu", dtype or value.dtype).contiguous() for key, value in state.items()
         }
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = f"{WEIGHTS_NAME}.tmp"
-    family.pipeline_class.save_lora_weights(
-        str(folder), **layers, weight_name=temporary, **_collate_lora_metadata(modules)
-    )
-    (folder / temporary).replace(folder / WEIGHTS_NAME)
+    needed = sum(tensor.nbytes for part in layers.values() for tensor in part.values())
+    with replacing(folder / WEIGHTS_NAME, needed) as temporary:
+        family.pipeline_class.save_lora_weights(
+            str(folder), **layers, weight_name=temporary.name, **_collate_lora_metadata(modules)
+        )
 
 
 def load_lora(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import threading
 import time
@@ -18,6 +17,7 @@ from typing import Any
 import psutil
 import torch
 
+from blockskip_hooks.files import replacing
 from blockskip_hooks.version import __version__
 
 
@@ -147,7 +147,7 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
+def write_json(path: str | Path, data: Mapping[str, Any], temporary: Path | None = None) -> None:
     """Write ``data`` as JSON with ``"schema"`` as its first key; after a failure the old file is still whole.
 
     Numbers that JSON does not have (NaN, infinities) become null, so that one diverged loss does not make the whole
@@ -157,24 +157,16 @@ def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
         TypeError: if ``data`` holds something that JSON cannot express. Nothing is written then.
     """
     document = {"schema": data.get("schema", SCHEMA), **{key: data[key] for key in data if key != "schema"}}
-    write_text(path, json.dumps(_finite(document), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(_finite(document), indent=2, allow_nan=False, ensure_ascii=False) + "\n", temporary)
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Replace a text file in one step, so that a reader or a crash never meets half of it."""
+def write_text(path: str | Path, text: str, temporary: Path | None = None) -> None:
+    """Replace a text file in one step, so that a reader or a crash never meets half of it; see ``replacing``."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, because os.replace is atomic only inside one file system. Not from tempfile: its files are
-    # readable by their owner only, and the replaced file would inherit that.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    data = text.encode()
+    with replacing(path, len(data), temporary) as file:
+        file.write_bytes(data)
 
 
 def _finite(value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -71,6 +71,7 @@ def encode_latents(
     store: ResidualStore,
     batch_size: int | None = None,
     progress: tqdm | None = None,
+    between_batches: Callable[[], None] = lambda: None,
 ) -> dict[str, torch.Tensor]:
     """Clean latents of the samples that :func:`precompute_records` will work on, by sample id, on the CPU.
 
@@ -83,12 +84,14 @@ def encode_latents(
         store: Holds records already.
         batch_size: Crops at a time, as many as samples per forward later.
         progress: Advanced by one per sample.
+        between_batches: Called before each batch; may raise to stop.
     """
     latents: dict[str, torch.Tensor] = {}
 
     @find_executable_batch_size(starting_batch_size=_start_size(samples, maker, batch_size))
     def run(size: int) -> None:
         for part in _unfinished_batches(samples, maker, store, size):
+            between_batches()
             if part[0].id not in latents:
                 encoded = maker.encode(vae, part).cpu()
                 _check_latents(part, encoded, maker)
@@ -126,6 +129,7 @@ def precompute_records(
     with_residuals: bool = True,
     with_adapters: bool = False,
     progress: tqdm | None = None,
+    between_batches: Callable[[], None] = lambda: None,
 ) -> int:
     """Write the records that ``store`` lacks: clean latents and, with skipped blocks, the spans' residuals.
 
@@ -143,6 +147,7 @@ def precompute_records(
         with_residuals: Whether to run the transformer at all.
         with_adapters: Whether adapters take part; otherwise residuals are the base model's.
         progress: Advanced by one per sample, present ones included.
+        between_batches: Called before each forward, when all that was computed is on disk; may raise to stop.
 
     Returns:
         Number of samples whose records were written.
@@ -155,6 +160,7 @@ def precompute_records(
     def run(size: int) -> None:
         # Called again with half the size when memory runs out; what is written stays.
         for part in _unfinished_batches(samples, maker, store, size):
+            between_batches()
             batch = maker.batch(part, torch.stack([latents[sample.id] for sample in part]))
             residuals = capture(model, maker, batch) if with_residuals else SpanResiduals()
             fresh = [sample for sample in part if not maker.is_recorded(sample, store)]
@@ -173,13 +179,13 @@ def _start_size(samples: Sequence[Sample], maker: SampleMaker, batch_size: int |
 
 def _unfinished_batches(
     samples: Sequence[Sample], maker: SampleMaker, store: ResidualStore, size: int
-) -> list[list[Sample]]:
-    """Batches of samples of the same shapes, those left out of which every record is there."""
+) -> Iterator[list[Sample]]:
+    """Batches of samples of the same shapes, those left out of which every record is there by then."""
     groups: dict[tuple, list[Sample]] = {}
     for sample in samples:
         groups.setdefault(maker.shape_key(sample), []).append(sample)
     batches = [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
-    return [batch for batch in batches if not all(maker.is_recorded(sample, store) for sample in batch)]
+    return (batch for batch in batches if not all(maker.is_recorded(sample, store) for sample in batch))
 
 
 def _records(batch: Batch, residuals: SpanResiduals, maker: SampleMaker, store: ResidualStore) -> dict[str, Record]:
@@ -191,7 +197,7 @@ def _records(batch: Batch, residuals: SpanResiduals, maker: SampleMaker, store: 
     for row, sample in enumerate(batch.samples):
         if sample.id not in store:
             record = {name: tensor[row].clone() for name, tensor in on_cpu.items()}
-        records[sample.id] = pack_record(record) if maker.residual_dtype == "float8" else record
+            records[sample.id] = pack_record(record) if maker.residual_dtype == "float8" else record
         shared = maker.modulation_id(sample)
         if modulation is not None and shared not in records and shared not in store:
             records[shared] = {"modulation": modulation[row].clone()}

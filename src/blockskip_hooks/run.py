@@ -32,9 +32,9 @@ from .lora import WEIGHTS_NAME, lora_targets
 from .model_checks import check_model
 from .model_config import load_config
 from .model_files import check_weights, resolve_model
-from .monitor import format_seconds
+from .monitor import format_seconds, versions
 from .quantization import QuantizationConfig, read_quantization
-from .residual_store import folder_digest
+from .residual_store import folder_digest, recorded_seed
 from .sample_plan import SampleKind, SamplePlan
 from .selection import Selection, select_blocks, select_by_bytes
 from .selection_tables import SelectionTable, find_table, read_table
@@ -240,7 +240,9 @@ class Run:
         return {
             "version": __version__,
             "weights": {name: folder_digest(path / name) for name in components if (path / name).is_dir()},
-            "modulation": bool(self.recorded_layers),
+            "variant": args.variant,
+            "libraries": {name: versions()[name] for name in ("torch", "diffusers", "transformers")},
+            "modulation": list(self.recorded_layers),
             "spans": [self.config.leading, self.config.trailing] if self.config.residuals == "precomputed" else None,
             **({"refreshed": True} if self.refreshes else {}),
             "residual_dtype": args.residual_dtype,
@@ -270,7 +272,7 @@ class Run:
         """The run's stretches: the longest whose records fit the residual budget, unless flags ask for shorter ones.
 
         A resumed run keeps the stretches it began with, whatever the disk has room for now: records then come out
-        of the same batches.
+        of the same batches. With other samples per step they would be other batches anyway.
 
         Raises:
             ValueError: if not even one step's records fit.
@@ -278,14 +280,11 @@ class Run:
         args, num_steps = self.args, self.num_steps(num_processes)
         if not self.uses_store:
             return Stretches(num_steps=num_steps, length=num_steps)
-        if checkpoint is not None:
-            return Stretches(
-                num_steps=num_steps, repeats=self.record_repeats, length=read_state(checkpoint)["stretch_steps"]
-            )
-        planned, samples_per_step = (
-            plan["residuals"],
-            args.train_batch_size * args.gradient_accumulation_steps * num_processes,
-        )
+        samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * num_processes
+        state = {} if checkpoint is None else read_state(checkpoint)
+        if state and state.get("samples_per_step", samples_per_step) == samples_per_step:
+            return Stretches(num_steps=num_steps, length=state["stretch_steps"], repeats=self.record_repeats)
+        planned = plan["residuals"]
         record_bytes = -(-planned["bytes"] // planned["records"])
         step_bytes = record_bytes * samples_per_step * len(self.kinds)
         budget = self.residual_budget()
@@ -341,6 +340,9 @@ class Run:
             if seed not in (None, resumed):
                 raise ValueError(f"--seed {seed} is not the seed of {checkpoint}, {resumed}; leave the flag out.")
             seed = resumed
+        elif seed is None and self.args.resume_from_checkpoint:
+            # The run ended before its first checkpoint; what it left are records, which are of one seed.
+            seed = recorded_seed(self.residual_dir)
         if seed is None:
             # Every process must draw the same samples.
             (seed,) = broadcast_object_list([int.from_bytes(os.urandom(4), "big")])

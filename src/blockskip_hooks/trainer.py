@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +18,20 @@ from diffusers import ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import free_memory
 from PIL import Image
-from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .checkpoint_checks import made_with
 from .checkpoints import (
     STRETCH_NAME,
-    begin_checkpoint,
-    commit_checkpoint,
+    clear_unfinished,
     load_stretch,
     load_training_state,
+    new_checkpoint,
     save_training_state,
 )
 from .encode import TrainedText
+from .files import save_tensors
 from .hooks import SpanResiduals
 from .images import VaePlacement, generate_images
 from .lora import add_lora, check_finite, check_gradients, check_learned, load_lora, save_lora
@@ -37,13 +39,16 @@ from .losses import combine_losses, flow_matching_loss
 from .monitor import StageMonitor
 from .optimizers import make_optimizer
 from .precompute import base_model, capture, encode_latents, only_new_garbage, precompute_records
-from .residual_store import Record, ResidualStore, tensors_digest
+from .residual_store import DamagedRecord, Record, ResidualStore, tensors_digest
 from .run import Run
 from .sample_plan import Sample, derived_seed
+from .stop_signals import Interrupted, StopSignals
 from .stretches import Stretches
-from .training_data import Batch, RecordDataset, SampleMaker, collate_by_kind
+from .training_data import Batch, RecordDataset, SampleMaker, collate_by_kind, read_ahead
 from .transformer import DiTBlockSkipTransformer
 
+
+logger = logging.getLogger(__name__)
 
 SUSPECTS_NAMED = 4
 
@@ -62,6 +67,7 @@ class Trainer:
         stretches: Which steps share a precompute, and what each trains on.
         images_at_once: Validation images per call of the pipeline; by default all of a prompt.
         vae_placement: How the VAE works in the stages "precompute" and "validate".
+        stop: Signals that ask the run to end; by default none do.
 
     Attributes:
         step: Optimiser steps done.
@@ -82,13 +88,15 @@ class Trainer:
         stretches: Stretches,
         images_at_once: int | None = None,
         vae_placement: Mapping[str, VaePlacement] | None = None,
+        stop: StopSignals | None = None,
     ) -> None:
         args, seed = run.args, maker.plan.seed
         self.run, self.accelerator, self.monitor, self.maker = run, accelerator, monitor, maker
         self.model, self.store = model, store
         self.stretches, self.max_train_steps = stretches, stretches.num_steps
         self.images_at_once, self.vae_placement = images_at_once, vae_placement or {}
-        self.step = 0
+        self.stop = stop or StopSignals()
+        self.step = self._saved_step = 0
         self.records_made = 0
         self.losses: list[float] = []
         self.step_seconds: list[float] = []
@@ -96,6 +104,7 @@ class Trainer:
         self._stretch_adapters: dict[str, torch.Tensor] = {}
         # Loss of each sample of the current step, to name those that are not finite.
         self._sample_losses: list[tuple[list[Sample], torch.Tensor]] = []
+        self._records_of_stretch: Callable[[], None] = lambda: None
         self.samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
 
         adapter = {"rank": args.rank, "alpha": args.lora_alpha, "dropout": args.lora_dropout, "seed": seed}
@@ -162,20 +171,32 @@ class Trainer:
         if len(self.stretches) > 1:
             # A run that was killed behind its last checkpoint left records of a later stretch.
             self.store.drop_others(sample.id for sample in self.maker.samples(self._indices(recorded)))
-        refresh = self.run.refreshes
-        with (
-            self.monitor.stage("precompute"),
-            self.accelerator.autocast(),
-            only_new_garbage(),
-            self._adapters_of(steps) if refresh else contextlib.nullcontext(),
-        ):
-            samples = self.maker.samples(self._my_indices(recorded))
+        samples = self.maker.samples(self._my_indices(recorded))
+        if self.run.refreshes:
+            self._begin_refreshed(steps)
+        self._records_of_stretch = functools.partial(self._make_records, samples, batch_size)
+        with self.stop.held(), self.monitor.stage("precompute"):
+            ids = [key for s in samples for key in (s.id, self.maker.modulation_id(s))]
+            for problem in self.store.verify(dict.fromkeys(ids)):
+                logger.warning("%s; its records are computed again.", problem)
+            self._make_records(samples, batch_size)
+
+    def _make_records(self, samples: list[Sample], batch_size: int | None) -> None:
+        """Make those of the stretch's records that are missing, in the stretch's batches."""
+        assert self.store is not None
+        with self.accelerator.autocast(), only_new_garbage(), self._adapters_of_stretch():
             missing = sum(not self.maker.is_recorded(sample, self.store) for sample in samples)
             alone = self.vae_placement.get("precompute", VaePlacement()).alone
             place = self.model.on_host() if alone else contextlib.nullcontext()
             with place, self.vae() as vae, self._progress(missing, "Encoding photos") as bar:
                 latents = encode_latents(
-                    samples, maker=self.maker, vae=vae, store=self.store, batch_size=batch_size, progress=bar
+                    samples,
+                    maker=self.maker,
+                    vae=vae,
+                    store=self.store,
+                    batch_size=batch_size,
+                    progress=bar,
+                    between_batches=self.stop.check,
                 )
             with self._progress(len(samples), "Precomputing records") as bar:
                 self.records_made += precompute_records(
@@ -186,8 +207,9 @@ class Trainer:
                     store=self.store,
                     batch_size=batch_size,
                     with_residuals=self.run.stores_residuals,
-                    with_adapters=refresh,
+                    with_adapters=self.run.refreshes,
                     progress=bar,
+                    between_batches=self.stop.check,
                 )
 
     def train(self, steps: range) -> None:
@@ -203,9 +225,13 @@ class Trainer:
         )
         for module in self.trained:
             module.train()
-        with self.monitor.stage("train"), self._progress(self.max_train_steps, "Training", self.step) as bar:
+        with (
+            self.stop.held(),
+            self.monitor.stage("train"),
+            self._progress(self.max_train_steps, "Training", self.step) as bar,
+        ):
             started, micro_losses = time.perf_counter(), []
-            for samples, payloads in loader:
+            for samples, payloads in loader if args.dataloader_num_workers else read_ahead(loader):
                 if args.lora_dropout:
                     torch.manual_seed(derived_seed(self.maker.plan.seed, "dropout", samples[0].id))
                 with accelerator.accumulate(*self.trained):
@@ -219,18 +245,23 @@ class Trainer:
                     self.optimizer.step()
                     self.scheduler.step()
                     self.optimizer.zero_grad()
-                micro_losses.append(accelerator.gather(loss.detach()[None]).mean())
+                # Processes that get a signal between different steps must end after the same one.
+                asked = torch.full_like(loss, self.stop.received)
+                gathered = accelerator.gather(torch.stack([loss.detach(), asked])[None])
+                micro_losses.append(gathered[:, 0].mean())
                 if accelerator.sync_gradients:
                     self._finish_step(torch.stack(micro_losses).mean().item(), bar)
+                    self.stop.check(int(gathered[:, 1].max().item()))
                     self.step_seconds.append(time.perf_counter() - started)
                     started, micro_losses = time.perf_counter(), []
 
-    def _batch(self, samples: list[Sample], payloads: list[Record]) -> Batch:
+    def _batch(self, samples: list[Sample], payloads: list[Record | None]) -> Batch:
         if self.store is not None:
-            batch = self.maker.batch_from_records(samples, payloads)
+            records = [payload or self._recompute(sample) for sample, payload in zip(samples, payloads)]
+            batch = self.maker.batch_from_records(samples, records)
         else:
             assert self._resident_vae is not None
-            crops = torch.stack([payload["pixels"] for payload in payloads])
+            crops = torch.stack([payload["pixels"] for payload in payloads if payload])
             batch = self.maker.batch(samples, self.maker.encode(self._resident_vae, samples, crops))
         if self.text:
             tokens = self.text.batch_tokens(batch.prompts, self.accelerator.device)
@@ -241,6 +272,22 @@ class Trainer:
             with self.accelerator.autocast():
                 batch.residuals = capture(self.model, self.maker, batch)
         return batch
+
+    def _recompute(self, sample: Sample) -> Record:
+        """The record of a sample that could not be read: made again by the forward that made it, to the same bits."""
+        assert self.store is not None
+        ids = [sample.id, *([self.maker.modulation_id(sample)] if self.maker.records_modulation else [])]
+        for sample_id in ids:
+            try:
+                self.store.read(sample_id)
+            except KeyError:
+                pass
+            except DamagedRecord as error:
+                logger.warning("%s; its records are computed again.", error)
+                self.store.forget(sample_id)
+        if not self.maker.is_recorded(sample, self.store):
+            self._records_of_stretch()
+        return self.maker.read_record(sample, self.store)
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         args, family = self.run.args, self.run.family
@@ -281,30 +328,47 @@ class Trainer:
         if self.step % self.run.args.checkpointing_steps == 0:
             self.save_checkpoint()
 
+    @contextlib.contextmanager
+    def saving_when_stopped(self) -> Iterator[None]:
+        """Within this context a signal that ends the run loses no step.
+
+        Raises:
+            Interrupted: again, with how to go on.
+        """
+        try:
+            yield
+        except Interrupted as error:
+            if self.step > self._saved_step:
+                self.save_checkpoint()
+            start = "the records made so far" if self.store is not None else "its start"
+            raise Interrupted(error.number, f"checkpoint-{self.step}" if self.step else start) from None
+
     def save_checkpoint(self) -> None:
         """Write ``checkpoint-N``; complete or absent."""
+        self._saved_step = self.step
         if not self.accelerator.is_main_process:
             return
         for module in (self.model.transformer, *self.text_encoders.values()):
             check_finite(module)
-        folder = begin_checkpoint(self.run.output_dir, self.step)
-        save_lora(folder, type(self.run.family), self.model.transformer, self.text_encoders)
-        save_training_state(
-            folder,
-            self.optimizer,
-            self.scheduler,
-            step=self.step,
-            seed=self.maker.plan.seed,
-            stretch_steps=self.stretches.length,
-            loss=self.losses,
-            made_with=made_with(self.run),
-        )
-        if self._stretch_adapters:
-            save_file(self._stretch_adapters, folder / STRETCH_NAME)
-        commit_checkpoint(folder, self.run.args.checkpoints_total_limit)
+        with new_checkpoint(self.run.output_dir, self.step, self.run.args.checkpoints_total_limit) as folder:
+            save_lora(folder, type(self.run.family), self.model.transformer, self.text_encoders)
+            save_training_state(
+                folder,
+                self.optimizer,
+                self.scheduler,
+                step=self.step,
+                seed=self.maker.plan.seed,
+                stretch_steps=self.stretches.length,
+                num_processes=self.accelerator.num_processes,
+                samples_per_step=self.samples_per_step,
+                loss=self.losses,
+                made_with=made_with(self.run),
+            )
+            if self._stretch_adapters:
+                save_tensors(self._stretch_adapters, folder / STRETCH_NAME)
 
     def resume(self, checkpoint: Path) -> None:
-        """Continue from a checkpoint.
+        """Continue from a checkpoint, with the same number of processes or another.
 
         Raises:
             ValueError: if it belongs to other settings.
@@ -314,6 +378,26 @@ class Trainer:
         self.step, self.losses = state["step"], list(state["loss"])
         if self.run.refreshes:
             self._stretch_adapters = load_stretch(checkpoint, self.parameters)
+        self._saved_step = self.step
+        # accelerate counts the schedule in steps of all processes.
+        self.scheduler.scheduler.last_epoch = self.step * self.accelerator.num_processes
+        samples = state.get("samples_per_step", self.samples_per_step)
+        if samples != self.samples_per_step and self.accelerator.is_main_process:
+            logger.warning(
+                "--resume_from_checkpoint %s: its steps had %d samples, this run's have %d; choose --train_batch_size "
+                "or --gradient_accumulation_steps so that they are equal to go on as the run began.",
+                checkpoint,
+                samples,
+                self.samples_per_step,
+            )
+
+    def add_up_records(self) -> None:
+        """Count what all processes have made, for the report."""
+        made = [self.records_made, self.store.bytes_written if self.store else 0]
+        total = self.accelerator.reduce(torch.tensor(made, device=self.accelerator.device), "sum").tolist()
+        self.records_made = total[0]
+        if self.store:
+            self.store.bytes_written = total[1]
 
     def export(self) -> None:
         """Write the final LoRA in the dtype of the base weights, or float32 with ``--upcast_before_saving``.
@@ -326,6 +410,7 @@ class Trainer:
             for module in (self.model.transformer, *self.text_encoders.values()):
                 check_learned(module)
         if self.accelerator.is_main_process:
+            clear_unfinished(self.run.output_dir)
             dtype = torch.float32 if self.run.args.upcast_before_saving else self.maker.dtype
             save_lora(
                 self.run.output_dir, type(self.run.family), self.model.transformer, self.text_encoders, dtype=dtype
@@ -370,25 +455,34 @@ class Trainer:
             fresh = self.run.family.refresh_embeds(self.text.encoders, tokens, batched)
             embeds[prompt] = {name: tensor[0].cpu() for name, tensor in fresh.items()}
 
-    @contextlib.contextmanager
-    def _adapters_of(self, stretch: range) -> Iterator[None]:
-        """Within this context the LoRA is as it was when the stretch began, and so are the records of the store.
+    def _begin_refreshed(self, stretch: range) -> None:
+        """Let the stretch's records be made with the LoRA as it was when the stretch began.
 
-        A run that is resumed in the middle of a stretch may have lost some of its records.
+        A run that is resumed in the middle of a stretch has it from the checkpoint, and may have lost some records.
         """
         assert self.store is not None
-        now = {str(number): p.detach().cpu().clone() for number, p in enumerate(self.parameters)}
         if self.step == stretch.start:
-            self._stretch_adapters = now
-        self._set_adapters(self._stretch_adapters)
+            self._stretch_adapters = self._current_adapters()
         with self.accelerator.main_process_first():
             self.store.begin_stretch(tensors_digest(self._stretch_adapters))
+
+    @contextlib.contextmanager
+    def _adapters_of_stretch(self) -> Iterator[None]:
+        """Within this context the LoRA is the one that the stretch's records are made with."""
+        if not self.run.refreshes:
+            yield
+            return
+        now = self._current_adapters()
+        self._set_adapters(self._stretch_adapters)
         try:
             if self.text:
                 self._refresh(self.maker.embeds, list(self.maker.embeds))
             yield
         finally:
             self._set_adapters(now)
+
+    def _current_adapters(self) -> dict[str, torch.Tensor]:
+        return {str(number): p.detach().cpu().clone() for number, p in enumerate(self.parameters)}
 
     @torch.no_grad()
     def _set_adapters(self, values: Mapping[str, torch.Tensor]) -> None:

@@ -36,7 +36,12 @@ from blockskip_hooks.statistics import bootstrap
 
 NUM_BLOCKS = 18
 BASE, PLAIN = "base", "plain"
-MEASURES = ("subject", "retrieved", "background_right", "class_right", "diversity")
+FIDELITY = "subject_fidelity"
+# Names in the table, and those of the evaluation.
+MEASURES = {
+    FIDELITY: "subject",
+    **{name: name for name in ("retrieved", "background_right", "class_right", "diversity")},
+}
 AT_R: dict[str, Any] = {"--patch_sampling": "none"}
 FLUX_RESOLUTION = 512
 FLUX_LAYERS = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
@@ -61,49 +66,57 @@ class Row:
     only_middle: bool = False
 
 
-def _skip(ratio: float, **more: Any) -> dict[str, Any]:
-    return {"--skip_blocks": "auto", "--skip_ratio": ratio, **{f"--{name}": value for name, value in more.items()}}
+def _skip(leading: int, trailing: int, **more: Any) -> dict[str, Any]:
+    return {"--skip_blocks": f"{leading},{trailing}", **{f"--{name}": value for name, value in more.items()}}
 
 
-FLUX_PAIRS = {0.3: (7, 10), 0.4: (14, 9), 0.5: (19, 9)}
+FLUX_30, FLUX_40, FLUX_50 = (7, 10), (14, 9), (19, 9)
+# 30, 40 and 50 % as --skip_blocks auto divides them on this model.
+THIRTY, FORTY, FIFTY = (3, 2), (5, 2), (6, 3)
+MIDDLE = {"--lora_blocks": ",".join(map(str, range(FIFTY[0], NUM_BLOCKS - FIFTY[1])))}
 ROWS: dict[str, Row] = {
     BASE: Row("not personalised", None),
     PLAIN: Row("plain LoRA at R", {"--skip_blocks": "none"}),
-    "skip50_dynamic": Row("50 % skipped, dynamic patches", _skip(0.5), FLUX_PAIRS[0.5], "dynamic"),
-    "dynamic": Row("LoRA, dynamic patches", {"--patch_sampling": "dynamic"}, patches="dynamic"),
-    "skip50": Row("50 % skipped at R", _skip(0.5) | AT_R, FLUX_PAIRS[0.5]),
-    "skip30_dynamic": Row("30 % skipped, dynamic patches", _skip(0.3), FLUX_PAIRS[0.3], "dynamic"),
-    "skip30": Row("30 % skipped at R", _skip(0.3) | AT_R, FLUX_PAIRS[0.3]),
-    "skip50_none": Row("50 % skipped at R, no residuals", _skip(0.5, residuals="none") | AT_R, FLUX_PAIRS[0.5]),
-    "skip50_refresh": Row("50 % skipped at R, refreshed", _skip(0.5, refresh_residuals=True) | AT_R, FLUX_PAIRS[0.5]),
-    "skip50_exact": Row("50 % skipped at R, last 20 steps exact", _skip(0.5, exact_steps=20) | AT_R, FLUX_PAIRS[0.5]),
+    "skip50": Row("50 % skipped at R", _skip(*FIFTY) | AT_R, FLUX_50),
+    "skip50_refresh": Row("50 % skipped at R, refreshed", _skip(*FIFTY, refresh_residuals=True) | AT_R, FLUX_50),
+    "skip50_dynamic": Row("50 % skipped, dynamic patches", _skip(*FIFTY), FLUX_50, "dynamic"),
     "skip50_dynamic_refresh": Row(
-        "50 % skipped, dynamic patches, refreshed", _skip(0.5, refresh_residuals=True), FLUX_PAIRS[0.5], "dynamic"
+        "50 % skipped, dynamic patches, refreshed", _skip(*FIFTY, refresh_residuals=True), FLUX_50, "dynamic"
     ),
-    "skip50_dynamic_exact": Row(
-        "50 % skipped, dynamic patches, last 20 steps exact", _skip(0.5, exact_steps=20), FLUX_PAIRS[0.5], "dynamic"
+    "skip50_none": Row("50 % skipped at R, no residuals", _skip(*FIFTY, residuals="none") | AT_R, FLUX_50),
+    "dynamic": Row("LoRA, dynamic patches", {"--patch_sampling": "dynamic"}, patches="dynamic"),
+    "trailing50": Row("last 50 % skipped at R", _skip(0, 9) | AT_R, (0, 28)),
+    "trailing50_refresh": Row(
+        "last 50 % skipped at R, refreshed", _skip(0, 9, refresh_residuals=True) | AT_R, (0, 28)
     ),
+    "skip30": Row("30 % skipped at R", _skip(*THIRTY) | AT_R, FLUX_30),
+    "skip30_dynamic": Row("30 % skipped, dynamic patches", _skip(*THIRTY), FLUX_30, "dynamic"),
     "skip30_dynamic_refresh": Row(
-        "30 % skipped, dynamic patches, refreshed", _skip(0.3, refresh_residuals=True), FLUX_PAIRS[0.3], "dynamic"
+        "30 % skipped, dynamic patches, refreshed", _skip(*THIRTY, refresh_residuals=True), FLUX_30, "dynamic"
     ),
-    "middle50": Row(
-        "LoRA in the same blocks, nothing skipped", {"--lora_blocks": "0,1,2,3,4,5,6,7,8"}, (19, 9), "none", True
+    "leading50": Row("first 50 % skipped at R", _skip(9, 0) | AT_R, (28, 0)),
+    "trailing50_exact": Row(
+        "last 50 % skipped at R, last 20 steps exact", _skip(0, 9, exact_steps=20) | AT_R, (0, 28)
     ),
-    "leading50": Row("first 50 % skipped at R", {"--skip_blocks": "9,0"} | AT_R, (28, 0)),
-    "mixed50": Row("5 first and 4 last blocks skipped at R", {"--skip_blocks": "5,4"} | AT_R, (19, 9)),
+    "skip50_exact": Row("50 % skipped at R, last 20 steps exact", _skip(*FIFTY, exact_steps=20) | AT_R, FLUX_50),
+    "middle50": Row("LoRA in the kept blocks of 50 %, nothing skipped", MIDDLE, FLUX_50, "none", True),
     "resize": Row("LoRA, plain resize", {"--patch_sampling": "resize"}, patches="resize"),
+    "skip50_repeats": Row(
+        "50 % skipped at R, refreshed, records trained on twice",
+        _skip(*FIFTY, refresh_residuals=True, record_repeats=2) | AT_R,
+        FLUX_50,
+    ),
+    "trailing50_none": Row("last 50 % skipped at R, no residuals", _skip(0, 9, residuals="none") | AT_R, (0, 28)),
     "random": Row("LoRA, random patch size", {"--patch_sampling": "random"}, patches="random"),
     "high_to_low": Row("LoRA, high-to-low patches", {"--patch_sampling": "high_to_low"}, patches="high_to_low"),
-    "skip40": Row("40 % skipped at R", _skip(0.4) | AT_R, FLUX_PAIRS[0.4]),
-    "skip40_dynamic": Row("40 % skipped, dynamic patches", _skip(0.4), FLUX_PAIRS[0.4], "dynamic"),
+    "skip40": Row("40 % skipped at R", _skip(*FORTY) | AT_R, FLUX_40),
+    "skip40_dynamic": Row("40 % skipped, dynamic patches", _skip(*FORTY), FLUX_40, "dynamic"),
     "skip40_dynamic_refresh": Row(
-        "40 % skipped, dynamic patches, refreshed", _skip(0.4, refresh_residuals=True), FLUX_PAIRS[0.4], "dynamic"
+        "40 % skipped, dynamic patches, refreshed", _skip(*FORTY, refresh_residuals=True), FLUX_40, "dynamic"
     ),
-    "skip30_none": Row("30 % skipped at R, no residuals", _skip(0.3, residuals="none") | AT_R, FLUX_PAIRS[0.3]),
-    "skip40_none": Row("40 % skipped at R, no residuals", _skip(0.4, residuals="none") | AT_R, FLUX_PAIRS[0.4]),
-    "skip50_repeats": Row(
-        "50 % skipped at R, records trained on twice", _skip(0.5, record_repeats=2) | AT_R, FLUX_PAIRS[0.5]
-    ),
+    "skip30_refresh": Row("30 % skipped at R, refreshed", _skip(*THIRTY, refresh_residuals=True) | AT_R, FLUX_30),
+    "skip30_none": Row("30 % skipped at R, no residuals", _skip(*THIRTY, residuals="none") | AT_R, FLUX_30),
+    "skip40_none": Row("40 % skipped at R, no residuals", _skip(*FORTY, residuals="none") | AT_R, FLUX_40),
 }
 
 
@@ -114,7 +127,7 @@ def run_row(cell: tuple[str, str, int, Path]) -> dict[str, Any]:
     report = None if flags is None else train(output, subject, seed, flags)
     measured = evaluate(None if report is None else output, subject).aggregate()
     result: dict[str, Any] = {"row": name, "subject": subject, "seed": seed}
-    result |= {measure: measured[measure]["mean"] for measure in MEASURES}
+    result |= {name: measured[measure]["mean"] for name, measure in MEASURES.items()}
     if report is not None:
         stages = {stage["name"]: stage["seconds"] for stage in report["stages"]}
         result |= {
@@ -175,7 +188,7 @@ def summarise(cells: Sequence[Mapping[str, Any]], rows: Sequence[str]) -> dict[s
     ]
     keys = [key for key in sorted(shared) if key[1] in seeds]
     base, plain = table[BASE], table[PLAIN]
-    gain = mean(plain[key]["subject"] - base[key]["subject"] for key in keys)
+    gain = mean(plain[key][FIDELITY] - base[key][FIDELITY] for key in keys)
     lines = {}
     for name in shown:
         of_row = {key: table[name][key] for key in keys}
@@ -185,7 +198,7 @@ def summarise(cells: Sequence[Mapping[str, Any]], rows: Sequence[str]) -> dict[s
             line[f"{measure}_to_plain"] = bootstrap(
                 {key: cell[measure] - plain[key][measure] for key, cell in of_row.items()}
             )
-        line["gain"] = round(mean(of_row[key]["subject"] - base[key]["subject"] for key in keys) / gain, 4)
+        line["gain"] = round(mean(of_row[key][FIDELITY] - base[key][FIDELITY] for key in keys) / gain, 4)
         if ROWS[name].flags is not None:
             for figure in ("step_seconds", "wall_seconds"):
                 ratio = median(of_row[key][figure] / plain[key][figure] for key in keys)
@@ -208,7 +221,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for line in summary["rows"].values():
-        low, high = line["subject"][1:]
+        low, high = line[FIDELITY][1:]
         spans = "; ".join(f"{n}, {m}" for n, m in line.get("spans", [])) or "-"
         times = "-"
         if "step_seconds_to_plain" in line:
@@ -230,15 +243,15 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     rows = list(summary["rows"].values())[::-1]
-    means = [line["subject"][0] for line in rows]
-    below = [line["subject"][0] - line["subject"][1] for line in rows]
-    above = [line["subject"][2] - line["subject"][0] for line in rows]
+    means = [line[FIDELITY][0] for line in rows]
+    below = [line[FIDELITY][0] - line[FIDELITY][1] for line in rows]
+    above = [line[FIDELITY][2] - line[FIDELITY][0] for line in rows]
     figure, axes = pyplot.subplots(figsize=(9, 0.32 * len(rows) + 1.2), layout="constrained")
     axes.barh(range(len(rows)), means, xerr=[below, above], color="#7a9cc6", ecolor="#444444", capsize=2)
     axes.set_yticks(range(len(rows)), [line["title"] for line in rows])
     runs = f"{len(summary['subjects'])} subjects x {len(summary['seeds'])} seeds"
     axes.set_xlabel(f"subject fidelity on the embedded model, {runs}, 95 % interval")
-    axes.axvline(summary["rows"][PLAIN]["subject"][0], color="#444444", linewidth=0.8, linestyle="--")
+    axes.axvline(summary["rows"][PLAIN][FIDELITY][0], color="#444444", linewidth=0.8, linestyle="--")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

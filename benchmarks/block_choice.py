@@ -35,12 +35,12 @@ from blockskip_hooks.statistics import bootstrap
 NUM_BLOCKS = 18
 
 
-def run_cell(cell: tuple[Path, str, int, str]) -> dict[str, Any]:
+def run_cell(cell: tuple[Path, str, int, str, list[str]]) -> dict[str, Any]:
     """Train and measure one cell."""
-    path, subject, seed, skip = cell
+    path, subject, seed, skip, flags = cell
     lora = path.with_suffix("")
     if skip != "base":
-        train(lora, subject, seed, {"--skip_blocks": skip})
+        train(lora, subject, seed, {"--skip_blocks": skip} | dict.fromkeys(flags, True))
     measured = evaluate(None if skip == "base" else lora, subject)
     similarities = [image["subject"] for image in measured.images]
     return {
@@ -94,6 +94,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="Seeds of training.")
     parser.add_argument("--pairs", nargs="+", help="Only these pairs, like 5,4; nothing is summarised.")
     parser.add_argument("--tables", nargs="*", default=[], help="NAME=selection.json whose pair is to be compared.")
+    parser.add_argument(
+        "--training_flags", default="", help='Further flags of every run, like "--patch_sampling none".'
+    )
     parser.add_argument("--cells", default="block_choice_cells", help="Folder of the finished cells.")
     parser.add_argument("--jobs", type=int, default=2, help="Cells at a time.")
     parser.add_argument("--json", help="Write the summary to this file as well.")
@@ -103,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     pairs = args.pairs or ["base", "none", *(f"{n},{args.skipped - n}" for n in range(args.skipped + 1))]
     keys = list(itertools.product(args.seeds, args.subjects, pairs))
     files = {
-        path: (path, subject, seed, pair)
+        path: (path, subject, seed, pair, args.training_flags.split())
         for seed, subject, pair in keys
         for path in [folder / f"{subject}-{seed}-{pair.replace(',', '_')}.json"]
     }

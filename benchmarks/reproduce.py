@@ -72,51 +72,49 @@ def _skip(leading: int, trailing: int, **more: Any) -> dict[str, Any]:
 
 FLUX_30, FLUX_40, FLUX_50 = (7, 10), (14, 9), (19, 9)
 # 30, 40 and 50 % as --skip_blocks auto divides them on this model.
-THIRTY, FORTY, FIFTY = (3, 2), (5, 2), (6, 3)
+THIRTY, FORTY, FIFTY = (0, 5), (0, 7), (0, 9)
 MIDDLE = {"--lora_blocks": ",".join(map(str, range(FIFTY[0], NUM_BLOCKS - FIFTY[1])))}
+REFRESH = {"--refresh_residuals": True}
+NONE = {"--residuals": "none"}
+
+
+def _rows_of(name: str, title: str, pair: tuple[int, int], flux: tuple[int, int]) -> dict[str, Row]:
+    """One pair of spans, at R and with dynamic patches, with and without refreshed residuals."""
+    spans = {"--skip_blocks": f"{pair[0]},{pair[1]}"}
+    return {
+        name: Row(f"{title} at R", spans | AT_R, flux),
+        f"{name}_refresh": Row(f"{title} at R, refreshed", spans | AT_R | REFRESH, flux),
+        f"{name}_dynamic": Row(f"{title}, dynamic patches", spans, flux, "dynamic"),
+        f"{name}_dynamic_refresh": Row(f"{title}, dynamic patches, refreshed", spans | REFRESH, flux, "dynamic"),
+        f"{name}_none": Row(f"{title} at R, no residuals", spans | AT_R | NONE, flux),
+        f"{name}_exact": Row(f"{title} at R, last 20 steps exact", spans | AT_R | {"--exact_steps": 20}, flux),
+    }
+
+
+_FIFTY = _rows_of("skip50", "50 % skipped", FIFTY, FLUX_50)
+_FORTY = _rows_of("skip40", "40 % skipped", FORTY, FLUX_40)
+_THIRTY = _rows_of("skip30", "30 % skipped", THIRTY, FLUX_30)
+_RULE = _rows_of("rule50", "50 % skipped by the rule", (6, 3), FLUX_50)
 ROWS: dict[str, Row] = {
     BASE: Row("not personalised", None),
     PLAIN: Row("plain LoRA at R", {"--skip_blocks": "none"}),
-    "skip50": Row("50 % skipped at R", _skip(*FIFTY) | AT_R, FLUX_50),
-    "skip50_refresh": Row("50 % skipped at R, refreshed", _skip(*FIFTY, refresh_residuals=True) | AT_R, FLUX_50),
-    "skip50_dynamic": Row("50 % skipped, dynamic patches", _skip(*FIFTY), FLUX_50, "dynamic"),
-    "skip50_dynamic_refresh": Row(
-        "50 % skipped, dynamic patches, refreshed", _skip(*FIFTY, refresh_residuals=True), FLUX_50, "dynamic"
-    ),
-    "skip50_none": Row("50 % skipped at R, no residuals", _skip(*FIFTY, residuals="none") | AT_R, FLUX_50),
     "dynamic": Row("LoRA, dynamic patches", {"--patch_sampling": "dynamic"}, patches="dynamic"),
-    "trailing50": Row("last 50 % skipped at R", _skip(0, 9) | AT_R, (0, 28)),
-    "trailing50_refresh": Row(
-        "last 50 % skipped at R, refreshed", _skip(0, 9, refresh_residuals=True) | AT_R, (0, 28)
-    ),
-    "skip30": Row("30 % skipped at R", _skip(*THIRTY) | AT_R, FLUX_30),
-    "skip30_dynamic": Row("30 % skipped, dynamic patches", _skip(*THIRTY), FLUX_30, "dynamic"),
-    "skip30_dynamic_refresh": Row(
-        "30 % skipped, dynamic patches, refreshed", _skip(*THIRTY, refresh_residuals=True), FLUX_30, "dynamic"
-    ),
-    "leading50": Row("first 50 % skipped at R", _skip(9, 0) | AT_R, (28, 0)),
-    "trailing50_exact": Row(
-        "last 50 % skipped at R, last 20 steps exact", _skip(0, 9, exact_steps=20) | AT_R, (0, 28)
-    ),
-    "skip50_exact": Row("50 % skipped at R, last 20 steps exact", _skip(*FIFTY, exact_steps=20) | AT_R, FLUX_50),
+    **{name: _FIFTY[name] for name in ("skip50", "skip50_refresh", "skip50_dynamic", "skip50_dynamic_refresh")},
+    **{name: _THIRTY[name] for name in ("skip30", "skip30_refresh", "skip30_dynamic", "skip30_dynamic_refresh")},
+    **{name: _FIFTY[name] for name in ("skip50_none", "skip50_exact")},
+    **{name: _RULE[name] for name in ("rule50", "rule50_refresh", "rule50_dynamic", "rule50_none")},
+    "leading50": Row("first 50 % skipped at R", {"--skip_blocks": "9,0"} | AT_R, (28, 0)),
     "middle50": Row("LoRA in the kept blocks of 50 %, nothing skipped", MIDDLE, FLUX_50, "none", True),
     "resize": Row("LoRA, plain resize", {"--patch_sampling": "resize"}, patches="resize"),
-    "skip50_repeats": Row(
-        "50 % skipped at R, refreshed, records trained on twice",
-        _skip(*FIFTY, refresh_residuals=True, record_repeats=2) | AT_R,
-        FLUX_50,
-    ),
-    "trailing50_none": Row("last 50 % skipped at R, no residuals", _skip(0, 9, residuals="none") | AT_R, (0, 28)),
     "random": Row("LoRA, random patch size", {"--patch_sampling": "random"}, patches="random"),
     "high_to_low": Row("LoRA, high-to-low patches", {"--patch_sampling": "high_to_low"}, patches="high_to_low"),
-    "skip40": Row("40 % skipped at R", _skip(*FORTY) | AT_R, FLUX_40),
-    "skip40_dynamic": Row("40 % skipped, dynamic patches", _skip(*FORTY), FLUX_40, "dynamic"),
-    "skip40_dynamic_refresh": Row(
-        "40 % skipped, dynamic patches, refreshed", _skip(*FORTY, refresh_residuals=True), FLUX_40, "dynamic"
+    **_FORTY,
+    "skip30_none": _THIRTY["skip30_none"],
+    "skip50_repeats": Row(
+        "50 % skipped at R, refreshed, records trained on twice",
+        _FIFTY["skip50_refresh"].flags | {"--record_repeats": 2},  # type: ignore[operator]
+        FLUX_50,
     ),
-    "skip30_refresh": Row("30 % skipped at R, refreshed", _skip(*THIRTY, refresh_residuals=True) | AT_R, FLUX_30),
-    "skip30_none": Row("30 % skipped at R, no residuals", _skip(*THIRTY, residuals="none") | AT_R, FLUX_30),
-    "skip40_none": Row("40 % skipped at R, no residuals", _skip(*FORTY, residuals="none") | AT_R, FLUX_40),
 }
 
 

@@ -87,7 +87,6 @@ def _rows_of(name: str, title: str, pair: tuple[int, int], flux: tuple[int, int]
         f"{name}_dynamic": Row(f"{title}, dynamic patches", spans, flux, "dynamic"),
         f"{name}_dynamic_refresh": Row(f"{title}, dynamic patches, refreshed", spans | REFRESH, flux, "dynamic"),
         f"{name}_none": Row(f"{title} at R, no residuals", spans | AT_R | NONE, flux),
-        f"{name}_exact": Row(f"{title} at R, last 20 steps exact", spans | AT_R | {"--exact_steps": 20}, flux),
     }
 
 
@@ -101,7 +100,7 @@ ROWS: dict[str, Row] = {
     "dynamic": Row("LoRA, dynamic patches", {"--patch_sampling": "dynamic"}, patches="dynamic"),
     **{name: _FIFTY[name] for name in ("skip50", "skip50_refresh", "skip50_dynamic", "skip50_dynamic_refresh")},
     **{name: _THIRTY[name] for name in ("skip30", "skip30_refresh", "skip30_dynamic", "skip30_dynamic_refresh")},
-    **{name: _FIFTY[name] for name in ("skip50_none", "skip50_exact")},
+    **{name: _FIFTY[name] for name in ("skip50_none",)},
     **{name: _RULE[name] for name in ("rule50", "rule50_refresh", "rule50_dynamic", "rule50_none")},
     "leading50": Row("first 50 % skipped at R", {"--skip_blocks": "9,0"} | AT_R, (28, 0)),
     "middle50": Row("LoRA in the kept blocks of 50 %, nothing skipped", MIDDLE, FLUX_50, "none", True),

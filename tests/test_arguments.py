@@ -60,7 +60,6 @@ OUR_FLAGS = {
     "--stretch_steps": (int, None, None),
     "--record_repeats": (int, 1, None),
     "--refresh_residuals": ("store_true", False, None),
-    "--exact_steps": (int, 0, None),
     "--residual_dir": (None, None, None),
     "--keep_modulation": ("store_true", False, None),
     "--memory_budget": (None, None, None),

@@ -118,7 +118,7 @@ def test_without_trailing_span_training_is_lora_on_the_remaining_blocks(train, r
         ("--skip_blocks", "1,1", "--gradient_accumulation_steps", "2", "--train_text_encoder"),
         ("--skip_blocks", "1,2", "--refresh_residuals", "--stretch_steps", "3", "--lora_dropout", "0.3"),
         ("--skip_blocks", "1,1", "--refresh_residuals", "--stretch_steps", "3", "--train_text_encoder"),
-        ("--skip_blocks", "1,2", "--record_repeats", "2", "--stretch_steps", "3", "--exact_steps", "1"),
+        ("--skip_blocks", "1,2", "--record_repeats", "2", "--stretch_steps", "3"),
     ],
     ids=[
         "skip",
@@ -128,7 +128,7 @@ def test_without_trailing_span_training_is_lora_on_the_remaining_blocks(train, r
         "accumulation and text encoder",
         "refreshed, with dropout",
         "refreshed, with a text encoder",
-        "repeated records, an exact step",
+        "repeated records",
     ],
 )
 def test_resumed_run_equals_the_uninterrupted_one(train, flags: tuple[str, ...]):
@@ -190,14 +190,6 @@ def test_repeated_records_are_made_once(train):
     assert report["residuals"]["records"] == 4 and report["train"]["samples"] == 8
     plan = json.loads((output / "plan.json").read_text())
     assert plan["residuals"]["records"] == 4
-
-
-def test_exact_steps_train_as_the_full_model_does(train):
-    """With all steps exact only the skipped leading span is left, which is exact itself."""
-    flags = ("--patch_sampling", "none", "--lora_layers")
-    exact = train("--skip_blocks", "1,2", "--exact_steps", "4", *flags, "attn.to_q", name="exact")
-    kept = ",".join(("transformer_blocks.1.attn.to_q", "single_transformer_blocks.0.attn.to_q"))
-    assert losses(exact) == pytest.approx(losses(train("--skip_blocks", "none", *flags, kept, name="plain")), rel=1e-4)
 
 
 def test_residuals_matter(train):

@@ -59,7 +59,7 @@ _AT_LEAST_ONE = (
 )
 _NOT_NEGATIVE = (
     "dataloader_num_workers lr_warmup_steps num_validation_images seed guidance_scale validation_guidance_scale "
-    "exact_steps prior_loss_weight adam_weight_decay adam_weight_decay_text_encoder"
+    "prior_loss_weight adam_weight_decay adam_weight_decay_text_encoder"
 )
 _ABOVE_ZERO = "learning_rate text_encoder_lr adam_epsilon max_grad_norm logit_std lr_power"
 _FROM_ZERO_BELOW_ONE = "lora_dropout caption_dropout adam_beta1 adam_beta2 prodigy_beta3"
@@ -192,8 +192,6 @@ def _check_skipping(args: argparse.Namespace) -> None:
             raise ValueError(f"{low} is above {high}; lower the first or raise the second.")
     if args.aspect_ratio_buckets is not None:
         parse_buckets(args.aspect_ratio_buckets)
-    if args.exact_steps and args.residuals == "none":
-        raise ValueError("--exact_steps needs the leading span's residuals; leave --residuals none out, or it.")
     if args.skip_budget is not None and parse_skip_blocks(args.skip_blocks) != "auto":
         raise ValueError(
             f"--skip_budget {args.skip_budget} and --skip_blocks {args.skip_blocks} both say what to skip; give "
@@ -314,7 +312,7 @@ def _without_effect(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
         ),
         (args.select_on != "table", ("selection_encoder",), "--select_on base or subject"),
         (args.select_on == "subject", ("probe_steps",), "--select_on subject"),
-        (skipping or args.memory_budget, ("residuals", "exact_steps"), "skipped blocks"),
+        (skipping or args.memory_budget, ("residuals",), "skipped blocks"),
         (args.memory_budget, ("memory_options",), "--memory_budget"),
         (
             skipping and args.residuals == "precomputed",

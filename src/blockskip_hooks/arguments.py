@@ -214,12 +214,6 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="Make each stretch's records with the LoRA learnt so far; without --stretch_steps, in ten stretches.",
     )
-    flag(
-        "--exact_steps",
-        type=int,
-        default=0,
-        help="Last steps that run the trailing span's blocks, read one at a time, for exact values and gradients.",
-    )
     flag("--precompute_batch_size", type=int, help="Samples per forward when making records; default: what fits.")
     flag("--overwrite_residuals", action="store_true", help="Replace records that another run left.")
     flag("--memory_budget", help="Memory that every stage must fit in, like 12GiB; chooses how many blocks to skip.")

@@ -2,14 +2,12 @@
 
 A skipped block keeps its place, its class, its signature and its parameter names; only its ``forward`` is replaced.
 Everything else of the diffusers model stays as it is, so LoRA keys, configs and pipelines keep working. A placeholder
-has four modes:
+has three modes:
 
 - *inject*: one placeholder of a span supplies what the span would have computed, the others pass their input
   through. Used in training; no weight of the span is touched.
 - *capture*: the real block runs and the span's residual is recorded. Used when residuals are precomputed.
 - *run*: the real block runs. Used for validation images.
-- *joint*: a leading span is injected, the blocks of a trailing one run and let gradients through. Used for the last
-  steps of a training that ends with exact ones.
 
 A leading span's output is supplied by its last placeholder and a trailing span's residual by its first, so that spans
 may cross the border between two stacks where the model joins its text and image streams into one sequence.
@@ -27,7 +25,6 @@ from typing import Any
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from .blocks import Block, BlockSpans, list_blocks, split_blocks
 from .config import BlockSkipConfig
@@ -43,7 +40,6 @@ class SkipMode(enum.Enum):
     INJECT = "inject"
     CAPTURE = "capture"
     RUN = "run"
-    JOINT = "joint"
 
 
 @dataclass
@@ -130,16 +126,10 @@ class PlaceholderHook(ModelHook):
         self.state = state
 
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        mode = self.state.mode
-        if mode is SkipMode.INJECT or (mode is SkipMode.JOINT and self.is_leading):
+        if self.state.mode is SkipMode.INJECT:
             return self._inject(*args, **kwargs)
-        if mode is SkipMode.CAPTURE:
+        if self.state.mode is SkipMode.CAPTURE:
             return self._capture(*args, **kwargs)
-        if mode is SkipMode.JOINT:
-            # Autograd would keep the weights of every streamed block; so they are read again in backward instead, and
-            # let go again only if the block then runs to its end.
-            with set_checkpoint_early_stop(False):
-                return checkpoint(self.fn_ref.original_forward, *args, use_reentrant=False, **kwargs)
         return self.fn_ref.original_forward(*args, **kwargs)
 
     def _inputs(self, args: tuple, kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -256,7 +246,7 @@ class RecordedLayerHook(ModelHook):
         self.state = state
 
     def new_forward(self, module: torch.nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-        if self.state.mode in (SkipMode.INJECT, SkipMode.JOINT):
+        if self.state.mode is SkipMode.INJECT:
             modulation = self.state.residuals.modulation
             if modulation is None:
                 raise ValueError(f"No recorded output of {self.name}: pass `residuals=` to the forward.")

@@ -63,7 +63,6 @@ def plan_for(run: Run, dtype: torch.dtype, num_processes: int) -> dict[str, Any]
         samples_per_step=samples_per_step,
         stretch_steps=run.longest_stretch(steps),
         record_repeats=run.record_repeats,
-        exact_steps=args.exact_steps,
         residual_budget_bytes=run.residual_budget() if run.uses_store else None,
         residual_dtype=args.residual_dtype,
         text_encoders=list(encoders.values()),

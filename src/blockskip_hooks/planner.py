@@ -62,7 +62,6 @@ class PlanRequest:
         samples_per_step: How many of them an optimiser step takes, over all processes.
         stretch_steps: Steps of a stretch, at most; ``None`` for all.
         record_repeats: How many times a record is trained on.
-        exact_steps: How many of the last steps run the trailing span.
         residual_budget_bytes: Disk that the records may take at a time; ``None`` for no limit.
         residual_dtype: How records hold residuals.
         text_encoders: Configs of the text encoders.
@@ -99,7 +98,6 @@ class PlanRequest:
     samples_per_step: int = 1
     stretch_steps: int | None = None
     record_repeats: int = 1
-    exact_steps: int = 0
     residual_budget_bytes: int | None = None
     residual_dtype: ResidualDtype = "auto"
     text_encoders: Sequence[Mapping[str, Any]] = ()
@@ -193,17 +191,6 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
             train = capture.then(train)
         train = vae.beside_transformer(request.batch_size).then(train.beside(parameter_bytes=vae.parameter_bytes))
     stages.append(_stage("train", train, request.batch_size))
-    if request.exact_steps and request.config.trailing:
-        exact = fake.train(
-            request.batch_size,
-            size,
-            request.text_tokens,
-            residuals,
-            gradient_checkpointing=request.gradient_checkpointing,
-            accumulated_gradients=request.gradient_accumulation_steps > 1,
-            run_trailing=True,
-        ).beside(parameter_bytes=request.resident_bytes, lora_bytes=states)
-        stages.append(_stage("exact_steps", exact, request.batch_size))
     if request.class_batch_size is not None:
         side, wanted = request.class_resolution, request.class_batch_size
         stages.insert(0, _make_images("class_images", request, fake, vae, wanted, side, states))

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin
-from diffusers.hooks import HookRegistry
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,7 +22,7 @@ from .blocks import list_blocks, split_blocks
 from .config import BlockSkipConfig
 from .counters import Meter
 from .families import Family
-from .hooks import PLACEHOLDER_HOOK, SpanResiduals
+from .hooks import SpanResiduals
 from .lora import add_lora
 from .losses import combine_losses, flow_matching_loss
 from .model_config import model_class
@@ -177,7 +176,6 @@ class FakeTransformer:
         *,
         gradient_checkpointing: bool = False,
         accumulated_gradients: bool = False,
-        run_trailing: bool = False,
     ) -> Usage:
         """Forward, flow-matching loss and backward of one training step.
 
@@ -188,7 +186,6 @@ class FakeTransformer:
             residuals: With the shapes and dtypes of a sample's residuals; their batch size does not matter.
             gradient_checkpointing: Whether blocks are computed again in backward.
             accumulated_gradients: Whether gradients of earlier batches are there already.
-            run_trailing: Whether the trailing span's blocks run, streamed in forward and in backward.
 
         Returns:
             What it needs, without optimizer state.
@@ -197,8 +194,7 @@ class FakeTransformer:
         if gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         self.model.train()
-        trailing = [block.module for block in self.model.spans.trailing] if run_trailing else []
-        with self._measured(text_tokens) as meter, _streamed_in_backward(trailing):
+        with self._measured(text_tokens) as meter:
             if accumulated_gradients:
                 for parameter in self.lora_parameters:
                     parameter.grad = torch.zeros_like(parameter)
@@ -208,9 +204,7 @@ class FakeTransformer:
             )
             inputs = self._inputs(batch)
             with self._autocast():
-                prediction = self.model(
-                    **inputs, residuals=batch.residuals, run_trailing=run_trailing, return_dict=False
-                )[0]
+                prediction = self.model(**inputs, residuals=batch.residuals, return_dict=False)[0]
             prediction, target = self.family.loss_terms(
                 self.family.prediction_to_latents(prediction, batch.latents).float(),
                 latents=batch.latents,
@@ -222,7 +216,7 @@ class FakeTransformer:
             combine_losses(losses, with_prior_preservation=False, prior_loss_weight=0.0).backward()
         for parameter in self.lora_parameters:
             parameter.grad = None
-        return self._usage(meter, max((sum(map(_num_bytes, module.parameters())) for module in trailing), default=0))
+        return self._usage(meter, 0)
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         """Mixed precision as accelerate sets it up."""
@@ -428,32 +422,6 @@ def _materialise(module: torch.nn.Module) -> list[tuple[Any, Any, torch.Tensor]]
             replaced.append((holder, key, tensor))
             holder[key] = value
     return replaced
-
-
-@contextlib.contextmanager
-def _streamed_in_backward(blocks: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """Within this context a skipped block that runs has weights meanwhile, also when backward computes it again."""
-
-    def with_weights(block: torch.nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            loaded = [entry for part in block.modules() for entry in _materialise(part)]
-            try:
-                return forward(*args, **kwargs)
-            finally:
-                for holder, name, tensor in loaded:
-                    holder[name] = tensor
-
-        return run
-
-    hooks = [HookRegistry.check_if_exists_or_initialize(block).get_hook(PLACEHOLDER_HOOK) for block in blocks]
-    originals = [hook.fn_ref.original_forward for hook in hooks]
-    for block, hook, forward in zip(blocks, hooks, originals):
-        hook.fn_ref.original_forward = with_weights(block, forward)
-    try:
-        yield
-    finally:
-        for hook, forward in zip(hooks, originals):
-            hook.fn_ref.original_forward = forward
 
 
 @contextlib.contextmanager

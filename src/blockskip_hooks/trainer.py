@@ -292,8 +292,7 @@ class Trainer:
     def _loss(self, batch: Batch) -> torch.Tensor:
         args, family = self.run.args, self.run.family
         inputs = family.transformer_inputs(self.model.config, batch.noisy_latents, batch.timesteps, batch.embeds)
-        exact = self.run.skips and self.step >= self.max_train_steps - args.exact_steps
-        prediction = self.wrapped(**inputs, residuals=batch.residuals, run_trailing=exact, return_dict=False)[0]
+        prediction = self.wrapped(**inputs, residuals=batch.residuals, return_dict=False)[0]
         prediction, target = family.loss_terms(
             family.prediction_to_latents(prediction, batch.latents),
             latents=batch.latents,

@@ -178,26 +178,16 @@ class DiTBlockSkipTransformer(torch.nn.Module):
             remove_hook_from_module(module)
         return self.transformer
 
-    def forward(
-        self, *args: Any, residuals: SpanResiduals | None = None, run_trailing: bool = False, **kwargs: Any
-    ) -> Any:
+    def forward(self, *args: Any, residuals: SpanResiduals | None = None, **kwargs: Any) -> Any:
         """Run the transformer with the spans replaced by ``residuals``, or whole without them.
 
         Arguments and result are the wrapped model's. The residuals stay in use until the next call, because gradient
         checkpointing runs placeholders again during backward.
 
-        Args:
-            *args: As for the wrapped model.
-            residuals: What the spans contribute.
-            run_trailing: Replace the leading span only. The blocks of the trailing one are read as they run, in
-                forward and in backward, and are never all in memory; values and gradients are exact.
-            **kwargs: As for the wrapped model.
-
         Raises:
             ValueError: if a span has no residual, or one of another shape.
         """
-        mode = SkipMode.JOINT if run_trailing else SkipMode.INJECT
-        self.skip_state.mode = SkipMode.RUN if residuals is None else mode
+        self.skip_state.mode = SkipMode.RUN if residuals is None else SkipMode.INJECT
         self.skip_state.residuals = residuals or SpanResiduals()
         return self.transformer(*args, **kwargs)
 

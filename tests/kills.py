@@ -53,6 +53,13 @@ SETTINGS: dict[str, tuple[str, tuple[str, ...]]] = {
             *("--dataloader_num_workers", "1", "--checkpointing_steps", "3"),
         ),
     ),
+    "flux: refreshed residuals, repeated records": (
+        "flux-dev",
+        (
+            *("--skip_blocks", "1,2", "--refresh_residuals", "--stretch_steps", "3", "--record_repeats", "2"),
+            *("--lora_dropout", "0.2", "--checkpointing_steps", "1"),
+        ),
+    ),
     "sana: nothing skipped, crops in every step": (
         "sana",
         ("--skip_blocks", "none", "--lr_scheduler", "polynomial", "--checkpointing_steps", "1"),

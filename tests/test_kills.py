@@ -13,6 +13,7 @@ from tests.tiny import TINY_FAMILIES
 
 
 FLUX, SANA = list(SETTINGS)[:2]
+REFRESHED = "flux: refreshed residuals, repeated records"
 
 
 @pytest.fixture
@@ -29,11 +30,11 @@ def trial(tmp_path: Path):
     return open_trial
 
 
-@pytest.mark.parametrize("setting", [FLUX, SANA])
-def test_killed_runs_end_with_the_same_weights(trial, setting: str):
+@pytest.mark.parametrize(("setting", "kills"), [(FLUX, 16), (SANA, 16), (REFRESHED, 10)])
+def test_killed_runs_end_with_the_same_weights(trial, setting: str, kills: int):
     killed = trial(setting)
-    killed.go(20)
-    assert killed.kills == 20 and not killed.lost, killed.lost
+    killed.go(kills)
+    assert killed.kills == kills and not killed.lost, killed.lost
 
 
 @pytest.mark.parametrize(("setting", "fault"), [(FLUX, "term"), (SANA, "int"), (FLUX, "full"), (SANA, "full")])

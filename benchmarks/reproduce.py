@@ -225,7 +225,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
             times = f"{line['step_seconds_to_plain']:.2f}, {line['wall_seconds_to_plain']:.2f}"
         memory = f"{line['flux_train_gib_simulated']:.1f} GiB" if "flux_train_gib_simulated" in line else "-"
         lines.append(
-            f"| {line['title']} | {spans} | {line['subject'][0]:.3f} ({low:.3f} to {high:.3f}) | {line['gain']:.0%} "
+            f"| {line['title']} | {spans} | {line[FIDELITY][0]:.3f} ({low:.3f} to {high:.3f}) | {line['gain']:.0%} "
             f"| {line['background_right'][0]:.2f}, {line['class_right'][0]:.2f} | {line['diversity'][0]:.3f} "
             f"| {times} | {memory} |"
         )

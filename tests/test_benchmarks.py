@@ -12,7 +12,8 @@ from accelerate.state import AcceleratorState
 
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-SCRIPTS = sorted(path for path in BENCHMARKS.glob("*.py") if path.name not in ("common.py", "full_size.py"))
+SHARED = ("cells.py", "common.py", "full_size.py")
+SCRIPTS = sorted(path for path in BENCHMARKS.glob("*.py") if path.name not in SHARED)
 
 
 @pytest.fixture

@@ -440,8 +440,8 @@ def test_a_lora_of_another_model_and_a_missing_encoder_end_the_script(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     lora = random_lora(FLUX, tmp_path / "lora")
-    assert evaluate("--lora_weights", lora, "--seeds", 0, "--output_dir", tmp_path / "out") == 1
-    assert "does not fit this model" in capsys.readouterr().err
+    assert evaluate("--lora_weights", lora, "--seeds", 0, "--output_dir", tmp_path / "out") == 2
+    assert "is of another model" in capsys.readouterr().err
     assert evaluate("--encoders", "nobody/nothing", "--output_dir", tmp_path / "out") == 1
     error = capsys.readouterr().err
     assert "error: The image encoder nobody/nothing cannot be loaded" in error

@@ -111,8 +111,9 @@ def run_script(args: argparse.Namespace, command: str, stop: StopSignals, *, is_
                 "too; the same command with --resume_from_checkpoint latest goes on from the last checkpoint."
             )
         else:
-            file = getattr(error, "filename", None) or run.output_dir
-            line = explain(write_error(error, Path(file)), monitor.latest, args.hub_token)
+            if isinstance(error, OSError):
+                error = write_error(error, Path(error.filename or run.output_dir))
+            line = explain(error, monitor.latest, args.hub_token)
         if line is None:
             raise
         print(f"error: {line}", file=sys.stderr)

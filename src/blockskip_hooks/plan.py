@@ -74,6 +74,8 @@ def plan_for(run: Run, dtype: torch.dtype, num_processes: int) -> dict[str, Any]
         validation_extra_bytes=_weights_bytes(family, dtype),
         selection=run.selection,
     )
+    # What it logs of shapes that do not fit would stand beside the one line that says so.
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     try:
         plan = plan_run(request)
     except RuntimeError as error:

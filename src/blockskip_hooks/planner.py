@@ -59,7 +59,7 @@ class PlanRequest:
         precompute_batch_size: Samples per precompute forward; by default the largest power of two that needs no
             more memory than a training step.
         num_samples: Samples that the whole run trains on, class samples included.
-        samples_per_step: How many of them an optimiser step takes, over all processes.
+        samples_per_step: How many of them an optimiser step takes, over all processes; ``None`` for one process.
         stretch_steps: Steps of a stretch, at most; ``None`` for all.
         record_repeats: How many times a record is trained on.
         residual_budget_bytes: Disk that the records may take at a time; ``None`` for no limit.
@@ -95,7 +95,7 @@ class PlanRequest:
     cache_latents: bool = False
     precompute_batch_size: int | None = None
     num_samples: int = 0
-    samples_per_step: int = 1
+    samples_per_step: int | None = None
     stretch_steps: int | None = None
     record_repeats: int = 1
     residual_budget_bytes: int | None = None
@@ -358,14 +358,15 @@ def _records(request: PlanRequest, residuals: SpanResiduals) -> dict[str, int]:
     record += sum(sizes.values())
     # Samples of the same prompt and timestep share their modulation; at most, each has its own.
     per_record = record + modulation + RECORD_OVERHEAD
-    num_steps = max(-(-request.num_samples // request.samples_per_step), 1)
+    samples_per_step = request.samples_per_step or request.batch_size * request.gradient_accumulation_steps
+    num_steps = max(-(-request.num_samples // samples_per_step), 1)
     length = request.stretch_steps or num_steps
     if request.residual_budget_bytes is not None:
         # A stretch holds whole steps.
-        fitting = max(1, request.residual_budget_bytes // (per_record * request.samples_per_step))
+        fitting = max(1, request.residual_budget_bytes // (per_record * samples_per_step))
         length = min(length, fitting * request.record_repeats)
     stretches = Stretches(num_steps=num_steps, length=length, repeats=request.record_repeats)
-    records = min(stretches.num_recorded_steps * request.samples_per_step, request.num_samples)
+    records = min(stretches.num_recorded_steps * samples_per_step, request.num_samples)
     return {
         "records": records,
         "bytes": records * per_record,

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from .arguments import MEMORY_OPTIONS, parse_bytes
 from .blocks import block_bytes, list_blocks
 from .budget import fit_budget, largest_stage
+from .chosen_blocks import choose_blocks
 from .embedded import DEFAULT_SUBJECT
 from .errors import first_line
 from .families import Family
@@ -21,7 +22,7 @@ from .model_config import load_config
 from .monitor import format_bytes
 from .planner import PlanRequest, format_plan, plan_run
 from .quantization import read_quantization
-from .run import Run, choose_blocks
+from .run import Run
 from .selection import Selection, selections_by_bytes
 from .simulation import empty_model
 

@@ -13,11 +13,12 @@ from accelerate import Accelerator
 from diffusers.training_utils import free_memory
 
 from .blocks import list_blocks
+from .chosen_blocks import choose_blocks
 from .image_encoders import DEFAULT_ENCODER
 from .lora import WEIGHTS_NAME
 from .monitor import write_json
 from .residual_store import file_digest, folder_digest
-from .run import Run, choose_blocks, weight_dtype
+from .run import Run, weight_dtype
 from .selection_measure import DEFAULT_SEEDS, DEFAULT_STEPS, SearchRequest, class_subjects, measure_table, open_search
 from .selection_search import Subject
 from .selection_tables import cache_file, read_table

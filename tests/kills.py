@@ -91,10 +91,13 @@ class Reaper:
         folder: Where the run writes; other files do not count.
         at: Number of the event before which it happens; 0: never.
         fault: What happens, one of ``FAULTS``.
+        at_batch: Number of the batch in training before which it happens, instead; 0: never. Of several processes not
+            every event is in every run, but every batch is.
     """
 
-    def __init__(self, folder: Path, at: int, fault: str) -> None:
+    def __init__(self, folder: Path, at: int, fault: str, at_batch: int = 0) -> None:
         self.folder, self.at, self.fault, self.count = str(folder), at, fault, 0
+        self.at_batch, self.batches = at_batch, 0
 
     def event(self, half_written: Path | None = None) -> None:
         self.count += 1
@@ -124,6 +127,13 @@ class Reaper:
             self.event(half_written=path)
             original(path)
 
+        def batch(*args: Any, original: Callable[..., Any] = trainer.Trainer._loss) -> Any:
+            self.batches += 1
+            if self.batches == self.at_batch:
+                self.at = self.count + 1
+            self.event()
+            return original(*args)
+
         def watched(function: Callable[..., Any]) -> Callable[..., Any]:
             def call(*args: Any, **kwargs: Any) -> Any:
                 self.event()
@@ -134,7 +144,7 @@ class Reaper:
         sys.addaudithook(audit)
         files.sync = checkpoints.sync = sync
         precompute.capture = watched(precompute.capture)
-        trainer.Trainer._loss = watched(trainer.Trainer._loss)  # type: ignore[method-assign]
+        trainer.Trainer._loss = batch  # type: ignore[method-assign, assignment]
         trainer.Trainer._finish_step = watched(trainer.Trainer._finish_step)  # type: ignore[method-assign]
 
 
@@ -146,6 +156,7 @@ def run_script(
     fault: str,
     plan: Path | None,
     environment: Mapping[str, str],
+    at_batch: int = 0,
 ) -> None:
     """Body of a forked process: run the script, and leave its seconds and events beside what it prints.
 
@@ -157,6 +168,7 @@ def run_script(
         fault: Likewise.
         plan: A ``plan.json`` of the same settings, to save the time of planning; the plan is a function of them.
         environment: Variables to set, as a launcher would.
+        at_batch: See :class:`Reaper`.
     """
     os.environ.update(environment)
     torch.set_num_threads(1)
@@ -172,7 +184,7 @@ def run_script(
         known = json.loads(plan.read_text())
         module.make_plan = lambda run, *_: (run, known)  # type: ignore[attr-defined]
         module.describe_plan = lambda *_: ""  # type: ignore[attr-defined]
-    reaper, started = Reaper(folder, at, fault), time.monotonic()
+    reaper, started = Reaper(folder, at, fault, at_batch), time.monotonic()
     reaper.install()
     code = module.main(list(argv))
     cost = log.with_name(f"{log.stem}{environment.get('RANK', '')}.json")
@@ -263,6 +275,7 @@ class KillTest:
         plan: bool = True,
         more: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
+        at_batch: int = 0,
     ) -> BaseProcess:
         """Begin a run, or go on with one.
 
@@ -272,6 +285,7 @@ class KillTest:
             plan: Take the plan of the run that nothing happens to.
             more: Further flags.
             environment: Variables of the process.
+            at_batch: Number of the batch before which the fault happens, instead; 0: never.
         """
         folder = self.scratch / name
         settings = script.settings(self.model, self.photos, folder / "out", *self.flags, *BASE, *more, **self.sizes)
@@ -280,17 +294,17 @@ class KillTest:
         argv = [*argv, "--resume_from_checkpoint", "latest"]
         log = self.scratch / f"{name}.log"
         process = self.context.Process(
-            target=run_script, args=(argv, folder, log, at, self.fault, known, environment or {})
+            target=run_script, args=(argv, folder, log, at, self.fault, known, environment or {}, at_batch)
         )
         process.start()
         return process
 
-    def run_ranks(self, name: str, at: Sequence[int] = (0, 0), more: Sequence[str] = ()) -> list[int | None]:
+    def run_ranks(self, name: str, at_batch: Sequence[int] = (0, 0), more: Sequence[str] = ()) -> list[int | None]:
         """A run of several processes on this machine, as a launcher starts them.
 
         Args:
             name: Of its folder.
-            at: For each process the event at which the fault happens; 0: never.
+            at_batch: For each process the batch before which the fault happens; 0: never.
             more: Further flags.
 
         Returns:
@@ -299,10 +313,10 @@ class KillTest:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
-        world = {**address, "WORLD_SIZE": str(len(at)), "LOCAL_WORLD_SIZE": str(len(at))}
+        world = {**address, "WORLD_SIZE": str(len(at_batch)), "LOCAL_WORLD_SIZE": str(len(at_batch))}
         ranks = [
-            self.start(name, event, False, more, {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-            for rank, event in enumerate(at)
+            self.start(name, 0, False, more, {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)}, batch)
+            for rank, batch in enumerate(at_batch)
         ]
         for process in ranks:
             process.join()

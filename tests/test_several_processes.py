@@ -16,6 +16,8 @@ from tests.tiny import TINY_FAMILIES
 
 TOLERANCE = 1e-5
 """Of weights and losses: gradients of two processes are added in another order."""
+LAST_BATCH = 8
+"""Four steps of two batches."""
 ONE, TWO = ("--train_batch_size", "4"), ("--train_batch_size", "2")
 FLAGS = (
     *("--skip_blocks", "1,2", "--gradient_accumulation_steps", "2", "--residual_budget", "1MB"),
@@ -45,14 +47,8 @@ def assert_like_one_process(runs: KillTest, name: str) -> dict:
     return json.loads((output / "run_report.json").read_text())
 
 
-@pytest.fixture(scope="module")
-def second_events(runs: KillTest) -> int:
-    """Number of events of the second process of an undisturbed run, ``two``; the last three are its last step's."""
+def test_two_processes_equal_one(runs: KillTest):
     assert runs.run_ranks("two", more=TWO) == [0, 0], runs.log("two")
-    return json.loads((runs.scratch / "two1.json").read_text())[1]
-
-
-def test_two_processes_equal_one(runs: KillTest, second_events: int):
     whole = json.loads((runs.scratch / "whole" / "out" / "run_report.json").read_text())
     report = assert_like_one_process(runs, "two")
     assert report["residuals"]["records"] == whole["residuals"]["records"] == 32
@@ -60,9 +56,9 @@ def test_two_processes_equal_one(runs: KillTest, second_events: int):
 
 
 @pytest.mark.parametrize("resumed_by", ["two", "one"])
-def test_a_dead_process_ends_the_other_and_the_run_goes_on_later(runs: KillTest, second_events: int, resumed_by: str):
+def test_a_dead_process_ends_the_other_and_the_run_goes_on_later(runs: KillTest, resumed_by: str):
     name = f"killed, then {resumed_by}"
-    assert runs.run_ranks(name, at=(0, second_events - 1), more=TWO) == [1, -9], runs.log(name)
+    assert runs.run_ranks(name, at_batch=(0, LAST_BATCH), more=TWO) == [1, -9], runs.log(name)
     assert runs.log(name).count("error: Another process of this run ended") == 1
     assert "Traceback" not in runs.log(name)
     output = runs.scratch / name / "out"
@@ -72,9 +68,9 @@ def test_a_dead_process_ends_the_other_and_the_run_goes_on_later(runs: KillTest,
     assert_like_one_process(runs, name)
 
 
-def test_a_signal_to_one_process_ends_both_after_the_same_step(runs: KillTest, second_events: int, monkeypatch):
+def test_a_signal_to_one_process_ends_both_after_the_same_step(runs: KillTest, monkeypatch):
     monkeypatch.setattr(runs, "fault", "term")
-    assert runs.run_ranks("stopped", at=(0, second_events - 4), more=TWO) == [143, 143], runs.log("stopped")
+    assert runs.run_ranks("stopped", at_batch=(0, LAST_BATCH - 2), more=TWO) == [143, 143], runs.log("stopped")
     assert runs.log("stopped").count("Stopped by SIGTERM") == 1
     assert [path.name for path in list_checkpoints(runs.scratch / "stopped" / "out")] == [
         "checkpoint-2",

@@ -12,11 +12,13 @@ from PIL import Image
 
 from .errors import first_line
 from .lora import WEIGHTS_NAME
+from .machine import describe_machine
 from .model_card import usage_snippet, write_model_card
 from .monitor import versions, write_json
 from .report import ReportImages, contact_sheet, write_report
 from .residual_store import folder_digest
 from .run import Run
+from .simulation import empty_model
 from .trainer import Trainer
 
 
@@ -34,6 +36,7 @@ def run_report(run: Run, trainer: Trainer, stages: list[dict[str, Any]]) -> dict
         "schema": 1,
         "model": run.model_name,
         "family": run.family.name,
+        "created_at": trainer.monitor.started.isoformat(timespec="seconds"),
         "base_revision": run.args.revision,
         "weights": "sha256:" + folder_digest(run.family.model_path / "transformer"),
         "skip": run.selection.as_dict(),
@@ -49,8 +52,12 @@ def run_report(run: Run, trainer: Trainer, stages: list[dict[str, Any]]) -> dict
             "samples": trainer.step * trainer.samples_per_step,
             "step_seconds_median": statistics.median(trainer.step_seconds) if trainer.step_seconds else None,
             "loss": trainer.losses,
+            "step_seconds": trainer.step_seconds,
+            "step_memory": _step_memory(trainer),
+            "dtype": str(trainer.maker.dtype).removeprefix("torch."),
             "quantization": run.quantization.name if run.quantization else None,
         },
+        "lora": _lora(run, trainer),
         "residuals": {
             "mode": run.config.residuals if uses_residuals else None,
             "records": trainer.records_made,
@@ -58,7 +65,33 @@ def run_report(run: Run, trainer: Trainer, stages: list[dict[str, Any]]) -> dict
             "stretches": len(trainer.stretches) if store else 0,
             "dtype": "float8_e4m3fn" if packed else str(trainer.maker.dtype).removeprefix("torch."),
         },
+        "settings": {
+            name: value if isinstance(value, (bool, int, float, str, list, type(None))) else str(value)
+            for name, value in sorted(vars(run.args).items())
+            if name not in ("given", "hub_token")
+        },
+        "machine": describe_machine(trainer.accelerator.device),
         "versions": versions(),
+    }
+
+
+def _step_memory(trainer: Trainer) -> dict[str, list[int]] | None:
+    """Bytes on the device after each step; ``None`` without a device."""
+    if not trainer.step_memory:
+        return None
+    allocated, reserved = zip(*trainer.step_memory)
+    return {"allocated_bytes": list(allocated), "reserved_bytes": list(reserved)}
+
+
+def _lora(run: Run, trainer: Trainer) -> dict[str, int]:
+    """How large the transformer's LoRA is, and the whole transformer with it."""
+    trainable = sum(p.numel() for p in trainer.model.transformer.parameters() if p.requires_grad)
+    # In training skipped blocks have no parameters.
+    whole = empty_model(run.transformer_config, run.family.transformer_class(run.transformer_config))
+    return {
+        "trainable_parameters": trainable,
+        "total_parameters": sum(p.numel() for p in whole.parameters()) + trainable,
+        "file_bytes": (run.output_dir / WEIGHTS_NAME).stat().st_size,
     }
 
 

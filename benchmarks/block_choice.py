@@ -40,7 +40,8 @@ def run_cell(cell: tuple[Path, str, int, str, list[str]]) -> dict[str, Any]:
     path, subject, seed, skip, flags = cell
     lora = path.with_suffix("")
     if skip != "base":
-        train(lora, subject, seed, {"--skip_blocks": skip} | dict.fromkeys(flags, True))
+        fixed = {} if skip == "none" or "--refresh_residuals" in flags else {"--no-refresh_residuals": True}
+        train(lora, subject, seed, {"--skip_blocks": skip} | fixed | dict.fromkeys(flags, True))
     measured = evaluate(None if skip == "base" else lora, subject)
     similarities = [image["subject"] for image in measured.images]
     return {

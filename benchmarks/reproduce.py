@@ -70,7 +70,7 @@ FLUX_30, FLUX_40, FLUX_50 = (7, 10), (14, 9), (19, 9)
 # 30, 40 and 50 % as --skip_blocks auto divides them on this model.
 THIRTY, FORTY, FIFTY = (0, 5), (0, 7), (0, 9)
 MIDDLE = {"--lora_blocks": ",".join(map(str, range(FIFTY[0], NUM_BLOCKS - FIFTY[1])))}
-REFRESH = {"--refresh_residuals": True}
+REFRESH, FIXED = {"--refresh_residuals": True}, {"--no-refresh_residuals": True}
 NONE = {"--residuals": "none"}
 LARGE = {"--patch_sampling": "dynamic", "--min_patch_size": 48}
 
@@ -93,9 +93,9 @@ def _rows_of(name: str, title: str, pair: tuple[int, int], flux: tuple[int, int]
     """One pair of spans, at R and with dynamic patches, with and without refreshed residuals."""
     spans = _spans(pair)
     return {
-        name: Row(f"{title} at R", spans | AT_R, flux),
+        name: Row(f"{title} at R", spans | AT_R | FIXED, flux),
         f"{name}_refresh": Row(f"{title} at R, refreshed", spans | AT_R | REFRESH, flux),
-        f"{name}_dynamic": Row(f"{title}, dynamic patches", spans, flux, "dynamic"),
+        f"{name}_dynamic": Row(f"{title}, dynamic patches", spans | FIXED, flux, "dynamic"),
         f"{name}_dynamic_refresh": Row(f"{title}, dynamic patches, refreshed", spans | REFRESH, flux, "dynamic"),
         f"{name}_none": Row(f"{title} at R, no residuals", spans | AT_R | NONE, flux),
     }

@@ -174,8 +174,9 @@ def run_cell(cell: tuple[str, str, int, str, int, Path]) -> dict[str, Any]:
     arm, subject, seed, skip, every, output = cell
     measured: list[dict[str, float]] = []
     trainer = type("Studied", (StudiedTrainer,), {"arm": arm, "every": every, "measured": measured})
-    flags: dict[str, Any] = {"--skip_blocks": skip, "--patch_sampling": "none"}
-    report = train(output, subject, seed, flags | ({} if arm == "fixed" else {"--refresh_residuals": True}), trainer)
+    refresh = "--no-refresh_residuals" if arm == "fixed" else "--refresh_residuals"
+    flags: dict[str, Any] = {"--skip_blocks": skip, "--patch_sampling": "none", refresh: True}
+    report = train(output, subject, seed, flags, trainer)
     fidelity = evaluate(output, subject).aggregate()["subject"]["mean"]
     loss = mean(report["train"]["loss"][-50:])
     return {"arm": arm, "subject": subject, "seed": seed, "fidelity": fidelity, "loss": loss, "measured": measured}

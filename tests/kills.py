@@ -37,9 +37,10 @@ SETTINGS: dict[str, tuple[str, tuple[str, ...]]] = {
             *("--skip_blocks", "1,2", "--gradient_accumulation_steps", "2", "--residual_budget", "130KB"),
             *("--with_prior_preservation", "--class_prompt", "a photo of a dog", "--num_class_images", "2"),
             *("--lr_scheduler", "cosine", "--lr_warmup_steps", "1", "--checkpointing_steps", "2"),
+            "--no-refresh_residuals",
         ),
     ),
-    "sana: prodigy, stretches, dropout, checkpoint limit": (
+    "sana: prodigy, refreshed, dropout, checkpoint limit": (
         "sana",
         (
             *("--skip_blocks", "2,1", "--optimizer", "prodigy", "--learning_rate", "1", "--lora_dropout", "0.2"),

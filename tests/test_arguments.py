@@ -59,7 +59,7 @@ OUR_FLAGS = {
     "--residual_dtype": (None, "auto", ("auto", "float8")),
     "--stretch_steps": (int, None, None),
     "--record_repeats": (int, 1, None),
-    "--refresh_residuals": ("store_true", False, None),
+    "--refresh_residuals": ("--no-refresh_residuals", None, None),
     "--residual_dir": (None, None, None),
     "--keep_modulation": ("store_true", False, None),
     "--memory_budget": (None, None, None),
@@ -244,7 +244,7 @@ def test_flags_that_were_not_typed_are_not_refused(name):
 
 def our_words(flag):
     kind, default, choices = OUR_FLAGS[flag]
-    return [flag] if kind == "store_true" else [flag, str(default or (choices or ("1",))[0])]
+    return [flag] if isinstance(kind, str) else [flag, str(default or (choices or ("1",))[0])]
 
 
 @pytest.mark.parametrize(
@@ -280,6 +280,8 @@ def test_our_flag(name):
     assert action.default == default and action.choices == choices and action.help
     if kind == "store_true":
         assert action.nargs == 0 and action.const is True
+    elif isinstance(kind, str):
+        assert action.nargs == 0 and action.option_strings == [name, kind]
     else:
         assert action.type is kind
 

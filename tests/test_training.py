@@ -154,8 +154,9 @@ def test_records_left_by_a_killed_run_are_used_again(train, tmp_path: Path):
 
 
 def test_stretches_bound_the_disk_and_change_nothing(train, tmp_path: Path):
-    one = train("--skip_blocks", "1,2", name="one")
-    several = train("--skip_blocks", "1,2", "--residual_budget", "30KB", name="several")
+    flags = ("--skip_blocks", "1,2", "--no-refresh_residuals")
+    one = train(*flags, name="one")
+    several = train(*flags, "--residual_budget", "30KB", name="several")
     residuals = json.loads((several / "run_report.json").read_text())["residuals"]
     assert residuals["stretches"] > 1
     assert_same_weights(one, several)
@@ -168,7 +169,7 @@ def test_refreshed_residuals_are_those_of_the_lora_so_far(train):
     online = train(*flags, "--residuals", "online", name="online")
     each = train(*flags, "--refresh_residuals", "--stretch_steps", "1", name="each")
     assert losses(each) == pytest.approx(losses(online), rel=1e-5)
-    base = train(*flags, name="base")
+    base = train(*flags, "--no-refresh_residuals", name="base")
     assert losses(train(*flags, "--refresh_residuals", "--stretch_steps", "4", name="once")) == losses(base)
     assert losses(each)[:1] == losses(base)[:1] and losses(each)[1:] != pytest.approx(losses(base)[1:], rel=1e-6)
     report = json.loads((each / "run_report.json").read_text())
@@ -184,8 +185,25 @@ def test_records_of_another_lora_are_not_used(train, tmp_path: Path):
     assert losses(first) == losses(second)
 
 
+@pytest.mark.parametrize(
+    ("flags", "stretches"),
+    [
+        (("--skip_blocks", "1,2"), 4),
+        (("--skip_blocks", "3,0"), 1),
+        (("--skip_blocks", "1,2", "--no-refresh_residuals"), 1),
+        (("--skip_blocks", "1,2", "--residual_dir", "records"), 1),
+    ],
+)
+def test_trailing_residuals_are_refreshed_unless_records_are_kept(
+    train, tmp_path: Path, monkeypatch, flags, stretches
+):
+    monkeypatch.chdir(tmp_path)
+    report = json.loads((train(*flags) / "run_report.json").read_text())
+    assert report["residuals"]["stretches"] == stretches
+
+
 def test_repeated_records_are_made_once(train):
-    output = train("--skip_blocks", "1,2", "--record_repeats", "2")
+    output = train("--skip_blocks", "1,2", "--record_repeats", "2", "--no-refresh_residuals")
     report = json.loads((output / "run_report.json").read_text())
     assert report["residuals"]["records"] == 4 and report["train"]["samples"] == 8
     plan = json.loads((output / "plan.json").read_text())

@@ -211,8 +211,9 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--record_repeats", type=int, default=1, help="Times each record is trained on; 2 halves the precompute.")
     flag(
         "--refresh_residuals",
-        action="store_true",
-        help="Make each stretch's records with the LoRA learnt so far; without --stretch_steps, in ten stretches.",
+        action=argparse.BooleanOptionalAction,
+        help="Make each stretch's records with the LoRA learnt so far; without --stretch_steps, in ten stretches. "
+        "Default: where trailing blocks are skipped, unless --residual_dir keeps the records for other runs.",
     )
     flag("--precompute_batch_size", type=int, help="Samples per forward when making records; default: what fits.")
     flag("--overwrite_residuals", action="store_true", help="Replace records that another run left.")

@@ -209,8 +209,8 @@ def load_stretch(folder: Path, parameters: Sequence[torch.Tensor]) -> dict[str, 
         tensors = load_file(str(folder / STRETCH_NAME))
     except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"--resume_from_checkpoint {folder} holds no {STRETCH_NAME} that can be read ({error}); was it made "
-            "without --refresh_residuals?"
+            f"--resume_from_checkpoint {folder} holds no {STRETCH_NAME} that can be read ({error}); if it was made "
+            "without refreshed residuals, add --no-refresh_residuals."
         ) from error
     if {name: t.shape for name, t in tensors.items()} != {str(i): p.shape for i, p in enumerate(parameters)}:
         raise ValueError(

@@ -126,7 +126,11 @@ class Run:
     @property
     def refreshes(self) -> bool:
         """Whether each stretch's residuals are computed with the LoRA learnt so far."""
-        return self.stores_residuals and self.args.refresh_residuals
+        wanted = self.args.refresh_residuals
+        if wanted is None:
+            # No LoRA changes what comes out of a leading span.
+            wanted = self.config.trailing > 0 and not self.args.residual_dir
+        return self.stores_residuals and wanted
 
     @property
     def record_repeats(self) -> int:

@@ -7,7 +7,7 @@ import math
 import platform
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -54,12 +54,11 @@ class _RssSampler(threading.Thread):
         while not self._stop_requested.wait(self._interval):
             self._sample()
 
-    def stop(self) -> int:
-        """End the thread and return the peak in bytes."""
+    def stop(self) -> None:
+        """End the thread; the peak is final then."""
         self._stop_requested.set()
         self.join()
         self._sample()
-        return self.peak
 
     def _sample(self) -> None:
         self.peak = max(self.peak, self._process.memory_info().rss)
@@ -86,6 +85,7 @@ class StageMonitor:
         self._interval = interval
         self._stages: dict[str, StageCost] = {}
         self._running: str | None = None
+        self._measure: Callable[[], None] = lambda: None
         self.latest: str | None = None
         """The stage that was entered last."""
 
@@ -103,19 +103,26 @@ class StageMonitor:
         _reset_device_peak()
         sampler = _RssSampler(self._interval)
         sampler.start()
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            cost.seconds += time.monotonic() - start
-            cost.peak_rss_bytes = max(cost.peak_rss_bytes, sampler.stop())
+        start, earlier = time.monotonic(), cost.seconds
+
+        def measure() -> None:
+            cost.seconds = earlier + time.monotonic() - start
+            cost.peak_rss_bytes = max(cost.peak_rss_bytes, sampler.peak)
             device_peak = _device_peak()
             if device_peak is not None:
                 cost.peak_device_bytes = max(cost.peak_device_bytes or 0, device_peak)
-            self._running = None
+
+        self._measure = measure
+        try:
+            yield
+        finally:
+            sampler.stop()
+            measure()
+            self._running, self._measure = None, lambda: None
 
     def as_list(self) -> list[dict[str, Any]]:
-        """Stages in the order in which they were first entered, as run_report.json stores them."""
+        """Stages in the order in which they were first entered, the running one so far, as run_report.json has them."""
+        self._measure()
         return [asdict(cost) for cost in self._stages.values()]
 
 

@@ -74,6 +74,8 @@ class Trainer:
         losses: Loss of each of them.
         step_seconds: Seconds of each step of this process.
         records_made: Records of samples that this process has computed.
+        shown_images: The validation images that were logged last, with their prompts and the step.
+        after_checkpoint: Called by the main process whenever a checkpoint is complete.
     """
 
     def __init__(
@@ -100,6 +102,8 @@ class Trainer:
         self.records_made = 0
         self.losses: list[float] = []
         self.step_seconds: list[float] = []
+        self.shown_images: tuple[int, list[str], list[list[Image.Image]]] | None = None
+        self.after_checkpoint: Callable[[], None] = lambda: None
         # The LoRA that the stretch's records were made with, by the number of the parameter.
         self._stretch_adapters: dict[str, torch.Tensor] = {}
         # Loss of each sample of the current step, to name those that are not finite.
@@ -365,6 +369,7 @@ class Trainer:
             )
             if self._stretch_adapters:
                 save_tensors(self._stretch_adapters, folder / STRETCH_NAME)
+        self.after_checkpoint()
 
     def resume(self, checkpoint: Path) -> None:
         """Continue from a checkpoint, with the same number of processes or another.
@@ -436,6 +441,7 @@ class Trainer:
 
     def log_images(self, prompts: list[str], images: list[list[Image.Image]]) -> None:
         """Give validation images to the trackers that show images."""
+        self.shown_images = self.step, prompts, images
         for tracker in self.accelerator.trackers:
             if tracker.name not in ("tensorboard", "wandb"):
                 continue

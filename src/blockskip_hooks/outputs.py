@@ -1,18 +1,20 @@
-"""What a finished run leaves behind: report, page, model card, and the upload."""
+"""What a run leaves behind: report, page, model card, and the upload."""
 
 from __future__ import annotations
 
 import inspect
+import shlex
 import statistics
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from huggingface_hub import create_repo, upload_folder
+from huggingface_hub import HfApi, metadata_load
 from PIL import Image
 
 from .errors import first_line
 from .lora import WEIGHTS_NAME
-from .model_card import usage_snippet, write_model_card
+from .model_card import License, is_hub_id, read_license, usage_snippet, write_model_card
 from .monitor import versions, write_json
 from .report import ReportImages, contact_sheet, write_report
 from .residual_store import folder_digest
@@ -23,6 +25,8 @@ from .trainer import Trainer
 MAX_PHOTOS = 8
 CROPS_SHOWN = 12
 SHEET_PIXELS = 128
+UPLOADED = (WEIGHTS_NAME, "README.md", "plan.json", "run_report.json")
+"""What is uploaded beside the images of the card."""
 
 
 def run_report(run: Run, trainer: Trainer, stages: list[dict[str, Any]]) -> dict[str, Any]:
@@ -108,39 +112,69 @@ def write_outputs(
             run.output_dir / "before_after.png",
             scale=max(1, SHEET_PIXELS // after_row[0].width),
         )
-    settings = {name: value for name, value in sorted(vars(run.args).items()) if name != "given"}
-    snippet = usage_snippet(
-        run.model_name,
-        run.args.hub_model_id or run.args.output_dir,
-        next((prompt for prompt in (*run.final_prompts, *run.prompts, run.args.instance_prompt) if prompt), "a photo"),
-        snippet_kwargs(run),
-        # Always named: transformers and diffusers have different defaults, which do not mix.
-        str(trainer.maker.dtype).removeprefix("torch."),
-        embedded=run.embedded,
-    )
-    write_report(
-        run.output_dir,
-        report,
-        plan,
-        images=ReportImages(photos=photos, crops=crops, prompts=run.final_prompts, before=before, after=after),
-        command=command,
-        settings=settings,
-        snippet=snippet,
-    )
-    images = [image for images in after for image in images]
-    prompts = [prompt for prompt, images in zip(run.final_prompts, after) for _ in images]
+    images = ReportImages(photos=photos, crops=crops, prompts=run.final_prompts, before=before, after=after)
+    _write_page(run, trainer, report, plan, command, images)
+    # Where the base model lies on this machine is nobody's business once the card is on the Hub.
+    local = run.args.push_to_hub and not is_hub_id(run.model_name)
     write_model_card(
         run.output_dir,
         repo_id=run.args.hub_model_id or run.output_dir.name,
         base_model=run.model_name,
-        base_license=_license(run),
+        base_license=License("apache-2.0") if run.embedded else read_license(run.family.model_path, run.model_name),
         instance_prompt=run.args.instance_prompt,
-        validation_prompt=prompts,
-        images=images,
+        validation_prompt=[prompt for prompt, row in zip(run.final_prompts, after) for _ in row],
+        images=[image for row in after for image in row],
         run_report=report,
         train_text_encoder=run.args.train_text_encoder,
         tags=run.family.tags,
-        snippet=snippet,
+        snippet=_snippet(run, trainer, Path(run.model_name).name if local else run.model_name),
+        settings=vars(run.args),
+    )
+
+
+def write_progress(run: Run, trainer: Trainer, plan: Mapping[str, Any], command: str) -> None:
+    """Write ``report.html`` of a run that goes on: what there is so far, without making anything for it."""
+    report = run_report(run, trainer, trainer.monitor.as_list())
+    # What all processes have made is added up at the end.
+    report["residuals"] = {"mode": report["residuals"]["mode"]}
+    photos, crops = training_pictures(trainer)
+    step, prompts, after = trainer.shown_images or (None, [], [])
+    images = ReportImages(photos=photos, crops=crops, prompts=prompts, after=after, step=step)
+    _write_page(run, trainer, report, plan, command, images, total_steps=trainer.max_train_steps)
+
+
+def _write_page(
+    run: Run,
+    trainer: Trainer,
+    report: Mapping[str, Any],
+    plan: Mapping[str, Any],
+    command: str,
+    images: ReportImages,
+    total_steps: int | None = None,
+) -> None:
+    write_report(
+        run.output_dir,
+        report,
+        plan,
+        images=images,
+        command=command,
+        settings={name: value for name, value in sorted(vars(run.args).items()) if name != "given"},
+        snippet=_snippet(run, trainer, run.model_name),
+        curves={"leading": run.table.leading, "trailing": run.table.trailing} if run.table else None,
+        total_steps=total_steps,
+    )
+
+
+def _snippet(run: Run, trainer: Trainer, model: str) -> str:
+    prompts = (*run.final_prompts, *run.prompts, run.args.instance_prompt)
+    return usage_snippet(
+        model,
+        run.args.hub_model_id or run.args.output_dir,
+        next((prompt for prompt in prompts if prompt), "a photo"),
+        snippet_kwargs(run),
+        # Always named: transformers and diffusers have different defaults, which do not mix.
+        str(trainer.maker.dtype).removeprefix("torch."),
+        embedded=run.embedded,
     )
 
 
@@ -155,42 +189,62 @@ def snippet_kwargs(run: Run) -> dict[str, Any]:
     }
 
 
-def _license(run: Run) -> str | None:
-    """The licence in the model folder's card, if it has one."""
-    card = run.family.model_path / "README.md"
-    if run.embedded or not card.is_file():
-        return "apache-2.0" if run.embedded else None
-    from huggingface_hub import ModelCard
+def open_repository(run: Run) -> None:
+    """Make the repository of ``--push_to_hub``, or find it, and let ``hub_model_id`` be its full name.
 
+    Done before the work begins: a token that may not write should not be found out after hours.
+
+    Raises:
+        ValueError: if there is none that can be written.
+    """
+    args = run.args
+    wanted = _repository(run)
     try:
-        return ModelCard.load(card).data.get("license")
-    except ValueError:
-        return None
+        args.hub_model_id = HfApi(token=args.hub_token).create_repo(wanted, exist_ok=True).repo_id
+    except Exception as error:  # the hub client and the network below it raise their own kinds
+        raise ValueError(
+            f"--push_to_hub cannot open the repository {wanted} ({first_line(error)}); log in by `hf auth login`, "
+            "give --hub_model_id OWNER/NAME, or leave --push_to_hub out."
+        ) from error
 
 
 def push_to_hub(run: Run) -> str:
-    """Upload the run's results, without checkpoints and records, and return the repository's id.
+    """Upload the LoRA, its card with the card's images, and the figures; return the repository's id.
+
+    What shows training photos or folders of this machine stays here: ``report.html`` and ``before_after.png`` do, and
+    so do checkpoints, records and logs.
 
     Raises:
         ValueError: if that fails; the results are on disk.
     """
-    args = run.args
-    wanted = args.hub_model_id or run.output_dir.resolve().name
+    args, repo_id = run.args, _repository(run)
+    widget = (metadata_load(run.output_dir / "README.md") or {}).get("widget") or []
+    images = [entry["output"]["url"] for entry in widget]
     try:
-        repo_id = create_repo(repo_id=wanted, exist_ok=True, token=args.hub_token).repo_id
-        upload_folder(
+        HfApi(token=args.hub_token).upload_folder(
             repo_id=repo_id,
-            folder_path=str(run.output_dir),
+            folder_path=run.output_dir,
             commit_message="End of training",
-            allow_patterns=[WEIGHTS_NAME, "README.md", "*.png", "plan.json", "run_report.json", "report.html"],
-            token=args.hub_token,
+            allow_patterns=[*UPLOADED, *images],
         )
-    except Exception as error:  # the hub client and the network below it raise their own kinds
+    except Exception as error:  # as above
         raise ValueError(
-            f"The upload to {wanted} failed ({first_line(error)}). Everything is in {run.output_dir}; log in by "
-            f"`hf auth login` and run: hf upload {wanted} {run.output_dir}"
+            f"The upload to {repo_id} failed ({first_line(error)}). Everything is in {run.output_dir}; log in by "
+            f"`hf auth login` and run: hf upload {repo_id} {run.output_dir} --include "
+            f"{' '.join(map(shlex.quote, [*UPLOADED, 'image_*.png']))}"
         ) from error
     return repo_id
 
 
-__all__ = ["push_to_hub", "run_report", "training_pictures", "write_outputs"]
+def _repository(run: Run) -> str:
+    return run.args.hub_model_id or run.output_dir.resolve().name
+
+
+__all__ = [
+    "open_repository",
+    "push_to_hub",
+    "run_report",
+    "training_pictures",
+    "write_outputs",
+    "write_progress",
+]

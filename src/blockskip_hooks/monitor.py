@@ -121,7 +121,10 @@ class StageMonitor:
             self._running, self._measure = None, lambda: None
 
     def as_list(self) -> list[dict[str, Any]]:
-        """Stages in the order in which they were first entered, the running one so far, as run_report.json has them."""
+        """Stages in the order in which they were first entered, as run_report.json stores them.
+
+        The one that is running is among them, with its cost so far.
+        """
         self._measure()
         return [asdict(cost) for cost in self._stages.values()]
 

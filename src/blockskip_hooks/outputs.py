@@ -113,7 +113,9 @@ def write_outputs(
             scale=max(1, SHEET_PIXELS // after_row[0].width),
         )
     images = ReportImages(photos=photos, crops=crops, prompts=run.final_prompts, before=before, after=after)
-    _write_page(run, trainer, report, plan, command, images)
+    result = run.args.hub_model_id or run.args.output_dir
+    snippet = _snippet(run, trainer, run.model_name, result)
+    _write_page(run, report, plan, command, images, snippet)
     # Where the base model lies on this machine is nobody's business once the card is on the Hub.
     local = run.args.push_to_hub and not is_hub_id(run.model_name)
     write_model_card(
@@ -127,7 +129,7 @@ def write_outputs(
         run_report=report,
         train_text_encoder=run.args.train_text_encoder,
         tags=run.family.tags,
-        snippet=_snippet(run, trainer, Path(run.model_name).name if local else run.model_name),
+        snippet=_snippet(run, trainer, Path(run.model_name).name, result) if local else snippet,
         settings=vars(run.args),
     )
 
@@ -140,16 +142,17 @@ def write_progress(run: Run, trainer: Trainer, plan: Mapping[str, Any], command:
     photos, crops = training_pictures(trainer)
     step, prompts, after = trainer.shown_images or (None, [], [])
     images = ReportImages(photos=photos, crops=crops, prompts=prompts, after=after, step=step)
-    _write_page(run, trainer, report, plan, command, images, total_steps=trainer.max_train_steps)
+    snippet = _snippet(run, trainer, run.model_name, run.output_dir / f"checkpoint-{trainer.step}")
+    _write_page(run, report, plan, command, images, snippet, total_steps=trainer.max_train_steps)
 
 
 def _write_page(
     run: Run,
-    trainer: Trainer,
     report: Mapping[str, Any],
     plan: Mapping[str, Any],
     command: str,
     images: ReportImages,
+    snippet: str,
     total_steps: int | None = None,
 ) -> None:
     write_report(
@@ -159,17 +162,17 @@ def _write_page(
         images=images,
         command=command,
         settings={name: value for name, value in sorted(vars(run.args).items()) if name != "given"},
-        snippet=_snippet(run, trainer, run.model_name),
+        snippet=snippet,
         curves={"leading": run.table.leading, "trailing": run.table.trailing} if run.table else None,
         total_steps=total_steps,
     )
 
 
-def _snippet(run: Run, trainer: Trainer, model: str) -> str:
+def _snippet(run: Run, trainer: Trainer, model: str, lora: str | Path) -> str:
     prompts = (*run.final_prompts, *run.prompts, run.args.instance_prompt)
     return usage_snippet(
         model,
-        run.args.hub_model_id or run.args.output_dir,
+        lora,
         next((prompt for prompt in prompts if prompt), "a photo"),
         snippet_kwargs(run),
         # Always named: transformers and diffusers have different defaults, which do not mix.

@@ -36,7 +36,7 @@ def run_report(run: Run, trainer: Trainer, stages: list[dict[str, Any]]) -> dict
     packed = run.stores_residuals and run.args.residual_dtype == "float8"
     return {
         "schema": 1,
-        "model": run.model_name,
+        "model": _shown_name(run),
         "family": run.family.name,
         "base_revision": run.args.revision,
         "weights": "sha256:" + folder_digest(run.family.model_path / "transformer"),
@@ -116,8 +116,6 @@ def write_outputs(
     result = run.args.hub_model_id or run.args.output_dir
     snippet = _snippet(run, trainer, run.model_name, result)
     _write_page(run, report, plan, command, images, snippet)
-    # Where the base model lies on this machine is nobody's business once the card is on the Hub.
-    local = run.args.push_to_hub and not is_hub_id(run.model_name)
     write_model_card(
         run.output_dir,
         repo_id=run.args.hub_model_id or run.output_dir.name,
@@ -129,7 +127,7 @@ def write_outputs(
         run_report=report,
         train_text_encoder=run.args.train_text_encoder,
         tags=run.family.tags,
-        snippet=_snippet(run, trainer, Path(run.model_name).name, result) if local else snippet,
+        snippet=_snippet(run, trainer, _shown_name(run), result),
         settings=vars(run.args),
     )
 
@@ -166,6 +164,12 @@ def _write_page(
         curves={"leading": run.table.leading, "trailing": run.table.trailing} if run.table else None,
         total_steps=total_steps,
     )
+
+
+def _shown_name(run: Run) -> str:
+    """What the base model is called in what may be uploaded: where it lies on this machine is nobody's business."""
+    name = run.model_name
+    return name if run.embedded or is_hub_id(name) or not run.args.push_to_hub else Path(name).resolve().name
 
 
 def _snippet(run: Run, trainer: Trainer, model: str, lora: str | Path) -> str:
@@ -206,7 +210,7 @@ def open_repository(run: Run) -> None:
         args.hub_model_id = HfApi(token=args.hub_token).create_repo(wanted, exist_ok=True).repo_id
     except Exception as error:  # the hub client and the network below it raise their own kinds
         raise ValueError(
-            f"--push_to_hub cannot open the repository {wanted} ({first_line(error)}); log in by `hf auth login`, "
+            f"--push_to_hub cannot open the repository {wanted} ({_hub_reason(error)}); log in by `hf auth login`, "
             "give --hub_model_id OWNER/NAME, or leave --push_to_hub out."
         ) from error
 
@@ -214,8 +218,8 @@ def open_repository(run: Run) -> None:
 def push_to_hub(run: Run) -> str:
     """Upload the LoRA, its card with the card's images, and the figures; return the repository's id.
 
-    What shows training photos or folders of this machine stays here: ``report.html`` and ``before_after.png`` do, and
-    so do checkpoints, records and logs.
+    ``report.html`` and ``before_after.png`` stay here, as they show the training photos and, in the settings, folders
+    of this machine; so do checkpoints, records and logs.
 
     Raises:
         ValueError: if that fails; the results are on disk.
@@ -232,11 +236,17 @@ def push_to_hub(run: Run) -> str:
         )
     except Exception as error:  # as above
         raise ValueError(
-            f"The upload to {repo_id} failed ({first_line(error)}). Everything is in {run.output_dir}; log in by "
+            f"The upload to {repo_id} failed ({_hub_reason(error)}). Everything is in {run.output_dir}; log in by "
             f"`hf auth login` and run: hf upload {repo_id} {run.output_dir} --include "
             f"{' '.join(map(shlex.quote, [*UPLOADED, 'image_*.png']))}"
         ) from error
     return repo_id
+
+
+def _hub_reason(error: Exception) -> str:
+    """The first line of what the client says, and what the hub itself said, if it did."""
+    said = (getattr(error, "server_message", None) or "").strip().rstrip(".")
+    return f"{first_line(error)}: {said}" if said and said not in first_line(error) else first_line(error)
 
 
 def _repository(run: Run) -> str:

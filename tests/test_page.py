@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from blockskip_hooks.charts import HEIGHT, WIDTH, harm_chart, line_chart, loss_chart
+from blockskip_hooks.charts import HEIGHT, WIDTH, harm_chart, line_chart, loss_chart, timestep_chart
 from tests.script import PROMPT, load_script, save_photos, train
 from tests.test_report import PLAN, RUN, Page, report, words
 from tests.tiny import save_tiny_flux
@@ -73,6 +73,16 @@ def test_the_curves_of_a_table_are_drawn_with_what_is_skipped(tmp_path):
     assert not page.of("b", "leading")
     for unknown in (None, {"leading": (), "trailing": ()}):
         assert not report(tmp_path, RUN | skip, curves=unknown).of("path", "leading")
+
+
+def test_the_loss_by_timestep_is_drawn_where_it_is_known(tmp_path):
+    gap = [[1, 0.2], [3, float("nan")], [4, 0.1]]
+    ranges = {"0-250": [[1, 0.5], [2, 0.7]], "250-500": [[2, 0.4]], "500-1000": gap}
+    page = report(tmp_path, RUN | {"train": RUN["train"] | {"loss_by_timestep": ranges}})
+    assert [len(page.of("path", f"range-{number}")) for number in range(3)] == [1, 0, 1]
+    assert "By timestep t = 0-250 t = 500-1000 0 0.2" in words(page)
+    assert "By timestep" not in words(report(tmp_path))
+    assert timestep_chart({"0-1": [(3, 0.5)]}) is None
 
 
 def test_measured_device_memory_is_compared_with_the_plan(tmp_path):

@@ -1,5 +1,6 @@
 """``--push_to_hub`` against a hub on loopback: what arrives there, what does not, and what is said when it fails."""
 
+import json
 import re
 
 import pytest
@@ -74,7 +75,9 @@ def test_the_results_arrive_and_nothing_else(hub, pushed):
     files = hub.files[f"{USER}/sks-dog"]
     assert set(files) == UPLOADED
     for name, content in files.items():
-        assert content == (pushed / name).read_bytes(), name
+        assert content == (pushed / name).read_bytes() or name in ("plan.json", "run_report.json"), name
+    report, uploaded = json.loads((pushed / "run_report.json").read_text()), json.loads(files["run_report.json"])
+    assert uploaded["model"] == "tiny-flux" and {**uploaded, "model": report["model"]} == report
     here = {path.name for path in pushed.iterdir()}
     assert here > {"report.html", "before_after.png", "checkpoint-1", "checkpoint-2", "logs"}
 

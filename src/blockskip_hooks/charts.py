@@ -61,16 +61,37 @@ def loss_chart(losses: Sequence[float | None]) -> LossChart | None:
     if len(points) < 2:
         return None
     values = [loss for _, loss in points]
-    window = min(len(values), max(5, len(values) // 20))
-    average = [fmean(values[max(0, end - window) : end]) for end in range(1, len(values) + 1)]
+    window, average = _moving_average(values)
     # A few spikes would flatten everything else, so the scale leaves out the highest half percent.
     low, high = min(values), max(quantiles(values, n=200)[-1], max(average)) if len(values) >= 200 else max(values)
     chart = line_chart(
         {"raw": points, "average": [(step, mean) for (step, _), mean in zip(points, average)]},
         x_range=(1, len(losses)),
-        y_range=(0.0 if 0 <= low < 0.4 * high else low, high),
+        y_range=_from_zero(low, high),
     )
     return LossChart(chart, window, average[window - 1], average[-1], len(losses) - len(points))
+
+
+def timestep_chart(losses: Mapping[str, Sequence[tuple[int, float]]]) -> Chart | None:
+    """Moving averages of the loss in ranges of timesteps, lines ``range-0``, ``range-1``, ... in the given order.
+
+    Args:
+        losses: Step and loss by range; not every step has samples of each.
+
+    Returns:
+        The chart, or ``None`` where no range has two losses at different steps.
+    """
+    lines = {}
+    for number, points in enumerate(losses.values()):
+        finite = [(step, loss) for step, loss in points if math.isfinite(loss)]
+        if len(finite) > 1:
+            _, average = _moving_average([loss for _, loss in finite])
+            lines[f"range-{number}"] = [(float(step), mean) for (step, _), mean in zip(finite, average)]
+    steps = [step for line in lines.values() for step, _ in line]
+    if not steps or min(steps) == max(steps):
+        return None
+    means = [mean for line in lines.values() for _, mean in line]
+    return line_chart(lines, x_range=(min(steps), max(steps)), y_range=_from_zero(min(means), max(means)))
 
 
 def harm_chart(curves: Mapping[str, Sequence[float]], chosen: Mapping[str, int]) -> Chart | None:
@@ -133,6 +154,17 @@ def line_chart(
     )
 
 
+def _moving_average(values: Sequence[float]) -> tuple[int, list[float]]:
+    """The window, which grows with the length of the run, and the mean of the last values at each place."""
+    window = min(len(values), max(5, len(values) // 20))
+    return window, [fmean(values[max(0, end - window) : end]) for end in range(1, len(values) + 1)]
+
+
+def _from_zero(low: float, high: float) -> tuple[float, float]:
+    """The range, begun with zero where that costs little of the height."""
+    return (0.0 if 0 <= low < 0.4 * high else low), high
+
+
 def _thin(points: Points) -> Points:
     """At most `POINTS` points: the lowest and the highest of each bucket, so that spikes stay visible."""
     size = math.ceil(2 * len(points) / POINTS)
@@ -155,4 +187,4 @@ def _ticks(low: float, high: float, intervals: int) -> list[float]:
     return [index * step for index in range(first, max(final, first + 1) + 1)]
 
 
-__all__ = ["Chart", "LossChart", "harm_chart", "line_chart", "loss_chart"]
+__all__ = ["Chart", "LossChart", "harm_chart", "line_chart", "loss_chart", "timestep_chart"]

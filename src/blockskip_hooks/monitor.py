@@ -7,7 +7,7 @@ import math
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -54,11 +54,12 @@ class _RssSampler(threading.Thread):
         while not self._stop_requested.wait(self._interval):
             self._sample()
 
-    def stop(self) -> None:
-        """End the thread; the peak is final then."""
+    def stop(self) -> int:
+        """End the thread and return the peak in bytes."""
         self._stop_requested.set()
         self.join()
         self._sample()
+        return self.peak
 
     def _sample(self) -> None:
         self.peak = max(self.peak, self._process.memory_info().rss)
@@ -85,7 +86,8 @@ class StageMonitor:
         self._interval = interval
         self._stages: dict[str, StageCost] = {}
         self._running: str | None = None
-        self._measure: Callable[[], None] = lambda: None
+        self._entered = 0.0
+        self._sampler: _RssSampler | None = None
         self.latest: str | None = None
         """The stage that was entered last."""
 
@@ -101,32 +103,33 @@ class StageMonitor:
         self._running = self.latest = name
         cost = self._stages.setdefault(name, StageCost(name))
         _reset_device_peak()
-        sampler = _RssSampler(self._interval)
+        sampler = self._sampler = _RssSampler(self._interval)
         sampler.start()
-        start, earlier = time.monotonic(), cost.seconds
-
-        def measure() -> None:
-            cost.seconds = earlier + time.monotonic() - start
-            cost.peak_rss_bytes = max(cost.peak_rss_bytes, sampler.peak)
-            device_peak = _device_peak()
-            if device_peak is not None:
-                cost.peak_device_bytes = max(cost.peak_device_bytes or 0, device_peak)
-
-        self._measure = measure
+        start = self._entered = time.monotonic()
         try:
             yield
         finally:
-            sampler.stop()
-            measure()
-            self._running, self._measure = None, lambda: None
+            cost.seconds += time.monotonic() - start
+            cost.peak_rss_bytes = max(cost.peak_rss_bytes, sampler.stop())
+            device_peak = _device_peak()
+            if device_peak is not None:
+                cost.peak_device_bytes = max(cost.peak_device_bytes or 0, device_peak)
+            self._running = None
 
     def as_list(self) -> list[dict[str, Any]]:
         """Stages in the order in which they were first entered, as run_report.json stores them.
 
         The one that is running is among them, with its cost so far.
         """
-        self._measure()
-        return [asdict(cost) for cost in self._stages.values()]
+        stages = {name: asdict(cost) for name, cost in self._stages.items()}
+        if self._running is not None and self._sampler is not None:
+            running = stages[self._running]
+            running["seconds"] += time.monotonic() - self._entered
+            running["peak_rss_bytes"] = max(running["peak_rss_bytes"], self._sampler.peak)
+            device_peak = _device_peak()
+            if device_peak is not None:
+                running["peak_device_bytes"] = max(running["peak_device_bytes"] or 0, device_peak)
+        return list(stages.values())
 
 
 def _cuda_in_use() -> bool:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import json
 import shlex
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, metadata_load
+from huggingface_hub import CommitOperationAdd, HfApi, metadata_load
 from PIL import Image
 
 from .errors import first_line
 from .lora import WEIGHTS_NAME
-from .model_card import License, is_hub_id, read_license, usage_snippet, write_model_card
+from .model_card import License, read_license, usage_snippet, write_model_card
 from .monitor import versions, write_json
 from .report import ReportImages, contact_sheet, write_report
 from .residual_store import folder_digest
@@ -36,7 +37,7 @@ def run_report(run: Run, trainer: Trainer, stages: list[dict[str, Any]]) -> dict
     packed = run.stores_residuals and run.args.residual_dtype == "float8"
     return {
         "schema": 1,
-        "model": _shown_name(run),
+        "model": run.model_name,
         "family": run.family.name,
         "base_revision": run.args.revision,
         "weights": "sha256:" + folder_digest(run.family.model_path / "transformer"),
@@ -127,7 +128,8 @@ def write_outputs(
         run_report=report,
         train_text_encoder=run.args.train_text_encoder,
         tags=run.family.tags,
-        snippet=_snippet(run, trainer, _shown_name(run), result),
+        # Where the base model lies on this machine is of no use to those who find the card on the Hub.
+        snippet=_snippet(run, trainer, _nameless(run.model_name), result) if run.args.push_to_hub else snippet,
         settings=vars(run.args),
     )
 
@@ -138,8 +140,8 @@ def write_progress(run: Run, trainer: Trainer, plan: Mapping[str, Any], command:
     # What all processes have made is added up at the end.
     report["residuals"] = {"mode": report["residuals"]["mode"]}
     photos, crops = training_pictures(trainer)
-    step, prompts, after = trainer.shown_images or (None, [], [])
-    images = ReportImages(photos=photos, crops=crops, prompts=prompts, after=after, step=step)
+    step, prompts, before, after = trainer.shown_images or (None, [], [], [])
+    images = ReportImages(photos=photos, crops=crops, prompts=prompts, before=before, after=after, step=step)
     snippet = _snippet(run, trainer, run.model_name, run.output_dir / f"checkpoint-{trainer.step}")
     _write_page(run, report, plan, command, images, snippet, total_steps=trainer.max_train_steps)
 
@@ -164,12 +166,6 @@ def _write_page(
         curves={"leading": run.table.leading, "trailing": run.table.trailing} if run.table else None,
         total_steps=total_steps,
     )
-
-
-def _shown_name(run: Run) -> str:
-    """What the base model is called in what may be uploaded: where it lies on this machine is nobody's business."""
-    name = run.model_name
-    return name if run.embedded or is_hub_id(name) or not run.args.push_to_hub else Path(name).resolve().name
 
 
 def _snippet(run: Run, trainer: Trainer, model: str, lora: str | Path) -> str:
@@ -218,29 +214,41 @@ def open_repository(run: Run) -> None:
 def push_to_hub(run: Run) -> str:
     """Upload the LoRA, its card with the card's images, and the figures; return the repository's id.
 
-    ``report.html`` and ``before_after.png`` stay here, as they show the training photos and, in the settings, folders
-    of this machine; so do checkpoints, records and logs.
+    ``report.html`` and ``before_after.png`` stay here, as they show the training photos; so do checkpoints, records
+    and logs. Folders of this machine are left out of the figures.
 
     Raises:
         ValueError: if that fails; the results are on disk.
     """
-    args, repo_id = run.args, _repository(run)
-    widget = (metadata_load(run.output_dir / "README.md") or {}).get("widget") or []
-    images = [entry["output"]["url"] for entry in widget]
+    repo_id, folder = _repository(run), run.output_dir
+    widget = (metadata_load(folder / "README.md") or {}).get("widget") or []
+    files: dict[str, Path | bytes] = {entry["output"]["url"]: folder / entry["output"]["url"] for entry in widget}
+    files |= {name: folder / name for name in UPLOADED}
+    for name in ("plan.json", "run_report.json"):
+        figures = _nameless(json.loads((folder / name).read_text(encoding="utf-8")))
+        files[name] = (json.dumps(figures, indent=2, ensure_ascii=False) + "\n").encode()
     try:
-        HfApi(token=args.hub_token).upload_folder(
-            repo_id=repo_id,
-            folder_path=run.output_dir,
+        HfApi(token=run.args.hub_token).create_commit(
+            repo_id,
+            [CommitOperationAdd(name, content) for name, content in files.items()],
             commit_message="End of training",
-            allow_patterns=[*UPLOADED, *images],
         )
     except Exception as error:  # as above
         raise ValueError(
-            f"The upload to {repo_id} failed ({_hub_reason(error)}). Everything is in {run.output_dir}; log in by "
-            f"`hf auth login` and run: hf upload {repo_id} {run.output_dir} --include "
+            f"The upload to {repo_id} failed ({_hub_reason(error)}). Everything is in {folder}; log in by "
+            f"`hf auth login` and run: hf upload {repo_id} {folder} --include "
             f"{' '.join(map(shlex.quote, [*UPLOADED, 'image_*.png']))}"
         ) from error
     return repo_id
+
+
+def _nameless(value: Any) -> Any:
+    """``value`` as others may see it: of every path that starts at this machine's root only the last part."""
+    if isinstance(value, dict):
+        return {key: _nameless(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_nameless(item) for item in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def _hub_reason(error: Exception) -> str:

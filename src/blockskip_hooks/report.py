@@ -16,7 +16,7 @@ from typing import Any
 import jinja2
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from blockskip_hooks.charts import harm_chart, loss_chart
+from blockskip_hooks.charts import harm_chart, loss_chart, timestep_chart
 from blockskip_hooks.monitor import format_bytes, format_seconds, write_text
 
 
@@ -103,6 +103,7 @@ def write_report(
     output_dir = Path(output_dir)
     model = str(run_report.get("model") or "path/to/base-model")
     skip = run_report.get("skip") or plan.get("skip") or {}
+    train = run_report.get("train") or {}
     page = environment.get_template("report.html").render(
         run=run_report,
         plan=plan,
@@ -112,9 +113,10 @@ def write_report(
         skip=_skip(skip),
         harm=harm_chart(curves or {}, {end: skip.get(end) or 0 for end in ("leading", "trailing")}),
         patch=run_report.get("patch") or plan.get("patch") or {},
-        train=run_report.get("train") or {},
+        train=train,
         stages=_stages(run_report.get("stages") or [], plan.get("stages") or []),
-        loss=loss_chart((run_report.get("train") or {}).get("loss") or []),
+        loss=loss_chart(train.get("loss") or []),
+        loss_by_timestep=timestep_chart(train.get("loss_by_timestep") or {}),
         results=_results(images),
         results_step=images.step,
         total_steps=total_steps,

@@ -74,7 +74,7 @@ class Trainer:
         losses: Loss of each of them.
         step_seconds: Seconds of each step of this process.
         records_made: Records of samples that this process has computed.
-        shown_images: The validation images that were logged last, with their prompts and the step.
+        shown_images: The validation images that were made last: their step, prompts, the base model's and the LoRA's.
         after_checkpoint: Called by the main process whenever a checkpoint is complete.
     """
 
@@ -102,7 +102,7 @@ class Trainer:
         self.records_made = 0
         self.losses: list[float] = []
         self.step_seconds: list[float] = []
-        self.shown_images: tuple[int, list[str], list[list[Image.Image]]] | None = None
+        self.shown_images: tuple[int, list[str], list[list[Image.Image]], list[list[Image.Image]]] | None = None
         self.after_checkpoint: Callable[[], None] = lambda: None
         # The LoRA that the stretch's records were made with, by the number of the parameter.
         self._stretch_adapters: dict[str, torch.Tensor] = {}
@@ -441,7 +441,7 @@ class Trainer:
 
     def log_images(self, prompts: list[str], images: list[list[Image.Image]]) -> None:
         """Give validation images to the trackers that show images."""
-        self.shown_images = self.step, prompts, images
+        self.shown_images = self.step, prompts, [], images
         for tracker in self.accelerator.trackers:
             if tracker.name not in ("tensorboard", "wandb"):
                 continue

@@ -27,6 +27,7 @@ from blockskip_hooks.embedded import embedded_model, embedded_photos, embedded_s
 from blockskip_hooks.evaluation import Evaluation, evaluate_images
 from blockskip_hooks.image_encoders import load_image_encoder
 from blockskip_hooks.monitor import write_json
+from blockskip_hooks.trainer import Trainer
 
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "dreambooth_blockskip" / "train_dreambooth_blockskip.py"
@@ -34,7 +35,9 @@ SUBJECTS = ("dog", "robot", "clock", "teapot", "backpack", "teddy_bear")
 IMAGES_PER_PROMPT, IMAGE_STEPS, IMAGE_SEED = 2, 12, 100
 
 
-def run_script(output: Path, subject: str, seed: int, flags: Mapping[str, Any]) -> None:
+def run_script(
+    output: Path, subject: str, seed: int, flags: Mapping[str, Any], trainer: type[Trainer] = Trainer
+) -> None:
     """Run the training script on one subject, in this process.
 
     Args:
@@ -42,6 +45,7 @@ def run_script(output: Path, subject: str, seed: int, flags: Mapping[str, Any]) 
         subject: Name of an embedded subject.
         seed: Seed of the run.
         flags: Further flags; ``True`` for those without a value.
+        trainer: What trains, where a step is studied.
 
     Raises:
         RuntimeError: if the script fails.
@@ -50,6 +54,7 @@ def run_script(output: Path, subject: str, seed: int, flags: Mapping[str, Any]) 
     assert specification is not None and specification.loader is not None
     script = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(script)
+    script.Trainer = trainer  # type: ignore[attr-defined]
     settings = {
         "--instance_data_dir": embedded_photos(subject),
         "--instance_prompt": embedded_subjects()[subject]["instance_prompt"],
@@ -68,9 +73,11 @@ def run_script(output: Path, subject: str, seed: int, flags: Mapping[str, Any]) 
         raise RuntimeError(f"{' '.join(argv)} ended with {code}: {said.getvalue()[-500:]}")
 
 
-def train(output: Path, subject: str, seed: int, flags: Mapping[str, Any]) -> dict[str, Any]:
+def train(
+    output: Path, subject: str, seed: int, flags: Mapping[str, Any], trainer: type[Trainer] = Trainer
+) -> dict[str, Any]:
     """Train one LoRA by the script and return its ``run_report.json``; see :func:`run_script`."""
-    run_script(output, subject, seed, flags)
+    run_script(output, subject, seed, flags, trainer)
     return json.loads((output / "run_report.json").read_text())
 
 

@@ -17,7 +17,7 @@ import itertools
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from statistics import mean, median
@@ -66,21 +66,32 @@ class Row:
     only_middle: bool = False
 
 
-def _skip(leading: int, trailing: int, **more: Any) -> dict[str, Any]:
-    return {"--skip_blocks": f"{leading},{trailing}", **{f"--{name}": value for name, value in more.items()}}
-
-
 FLUX_30, FLUX_40, FLUX_50 = (7, 10), (14, 9), (19, 9)
 # 30, 40 and 50 % as --skip_blocks auto divides them on this model.
 THIRTY, FORTY, FIFTY = (0, 5), (0, 7), (0, 9)
 MIDDLE = {"--lora_blocks": ",".join(map(str, range(FIFTY[0], NUM_BLOCKS - FIFTY[1])))}
 REFRESH = {"--refresh_residuals": True}
 NONE = {"--residuals": "none"}
+LARGE = {"--patch_sampling": "dynamic", "--min_patch_size": 48}
+
+
+def _spans(pair: tuple[int, int]) -> dict[str, Any]:
+    return {"--skip_blocks": f"{pair[0]},{pair[1]}"}
+
+
+def _steps(count: int) -> dict[str, Any]:
+    return {"--max_train_steps": count}
+
+
+def _changed(row: Row, title: str, flags: Mapping[str, Any]) -> Row:
+    """A row with further flags."""
+    assert row.flags is not None
+    return replace(row, title=f"{row.title}, {title}", flags={**row.flags, **flags})
 
 
 def _rows_of(name: str, title: str, pair: tuple[int, int], flux: tuple[int, int]) -> dict[str, Row]:
     """One pair of spans, at R and with dynamic patches, with and without refreshed residuals."""
-    spans = {"--skip_blocks": f"{pair[0]},{pair[1]}"}
+    spans = _spans(pair)
     return {
         name: Row(f"{title} at R", spans | AT_R, flux),
         f"{name}_refresh": Row(f"{title} at R, refreshed", spans | AT_R | REFRESH, flux),
@@ -101,7 +112,7 @@ ROWS: dict[str, Row] = {
     **{name: _FIFTY[name] for name in ("skip50", "skip50_refresh", "skip50_dynamic", "skip50_dynamic_refresh")},
     **{name: _THIRTY[name] for name in ("skip30", "skip30_refresh", "skip30_dynamic", "skip30_dynamic_refresh")},
     **{name: _FIFTY[name] for name in ("skip50_none",)},
-    **{name: _RULE[name] for name in ("rule50", "rule50_refresh", "rule50_dynamic", "rule50_none")},
+    **{name: _RULE[name] for name in ("rule50", "rule50_none")},
     "leading50": Row("first 50 % skipped at R", {"--skip_blocks": "9,0"} | AT_R, (28, 0)),
     "middle50": Row("LoRA in the kept blocks of 50 %, nothing skipped", MIDDLE, FLUX_50, "none", True),
     "resize": Row("LoRA, plain resize", {"--patch_sampling": "resize"}, patches="resize"),
@@ -109,11 +120,25 @@ ROWS: dict[str, Row] = {
     "high_to_low": Row("LoRA, high-to-low patches", {"--patch_sampling": "high_to_low"}, patches="high_to_low"),
     **_FORTY,
     "skip30_none": _THIRTY["skip30_none"],
-    "skip50_repeats": Row(
-        "50 % skipped at R, refreshed, records trained on twice",
-        _FIFTY["skip50_refresh"].flags | {"--record_repeats": 2},  # type: ignore[operator]
-        FLUX_50,
+    **{
+        f"skip50_repeats{times}": _changed(
+            _FIFTY["skip50_refresh"], f"records trained on {times} times", {"--record_repeats": times}
+        )
+        for times in (2, 4)
+    },
+    # Patches that are less small, as a share of R.
+    "dynamic48": Row("LoRA, patches from 3/4 of R", LARGE, patches="large"),
+    "skip30_dynamic48_refresh": Row(
+        "30 % skipped, patches from 3/4 of R, refreshed", _spans(THIRTY) | LARGE | REFRESH, FLUX_30, "large"
     ),
+    "skip50_dynamic48_refresh": Row(
+        "50 % skipped, patches from 3/4 of R, refreshed", _spans(FIFTY) | LARGE | REFRESH, FLUX_50, "large"
+    ),
+    # What plain LoRA and skipping reach in about the same time.
+    "plain_50": Row("plain LoRA at R, 50 steps", {"--skip_blocks": "none"} | _steps(50)),
+    "skip50_steps128": _changed(_FIFTY["skip50_dynamic_refresh"], "128 steps", _steps(128)),
+    "plain_100": Row("plain LoRA at R, 100 steps", {"--skip_blocks": "none"} | _steps(100)),
+    "skip50_steps256": _changed(_FIFTY["skip50_dynamic_refresh"], "256 steps", _steps(256)),
 }
 
 
@@ -144,7 +169,7 @@ def flux_memory(flux: tuple[int, int], patches: str, only_middle: bool) -> float
     spans = BlockSkipConfig(leading=flux[0], trailing=flux[1])
     targets = preset.lora_targets(spans, list(FLUX_LAYERS))
     config = BlockSkipConfig() if only_middle else spans
-    size = FLUX_RESOLUTION if patches == "none" else FLUX_RESOLUTION // 2
+    size = {"none": FLUX_RESOLUTION, "large": FLUX_RESOLUTION * 3 // 4}.get(patches, FLUX_RESOLUTION // 2)
     request = PlanRequest(
         family=preset.family,
         transformer_config=preset.transformer_config,

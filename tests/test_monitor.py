@@ -25,6 +25,19 @@ def test_a_stage_entered_again_adds_seconds_and_keeps_its_place(monkeypatch):
     assert [(stage["name"], stage["seconds"]) for stage in monitor.as_list()] == [("precompute", 6.0), ("train", 3.0)]
 
 
+def test_a_running_stage_is_listed_with_its_cost_so_far(monkeypatch):
+    clock = iter([0.0, 2.0, 10.0, 11.5, 13.0])
+    monkeypatch.setattr(monitor_module.time, "monotonic", lambda: next(clock))
+    monitor = StageMonitor()
+    with monitor.stage("train"):
+        pass
+    with monitor.stage("train"):
+        (running,) = monitor.as_list()
+    (ended,) = monitor.as_list()
+    assert (running["seconds"], ended["seconds"]) == (3.5, 5.0)
+    assert 0 < running["peak_rss_bytes"] <= ended["peak_rss_bytes"]
+
+
 def test_peak_memory_is_that_of_the_stage_and_the_maximum_over_entries():
     monitor = StageMonitor(interval=0.005)
     size = 150 * 2**20
@@ -39,21 +52,24 @@ def test_peak_memory_is_that_of_the_stage_and_the_maximum_over_entries():
         pass
     train, export = monitor.as_list()
     assert train["peak_rss_bytes"] - export["peak_rss_bytes"] > 0.8 * size
-    assert set(train) == {"name", "seconds", "peak_rss_bytes", "peak_device_bytes"}
+    device = {"peak_device_bytes", "peak_device_reserved_bytes"}
+    assert set(train) == {"name", "seconds", "peak_rss_bytes", *device}
 
 
 def test_device_peak_is_reset_for_each_stage_and_absent_without_a_device(monkeypatch):
     monitor = StageMonitor()
     with monitor.stage("encode"):
         pass
-    peaks, resets = iter([700, 300]), []
+    peaks, held, resets = iter([700, 300]), iter([800, 900]), []
     monkeypatch.setattr(monitor_module, "_cuda_in_use", lambda: True)
     monkeypatch.setattr(monitor_module.torch.cuda, "reset_peak_memory_stats", lambda: resets.append(1))
     monkeypatch.setattr(monitor_module.torch.cuda, "max_memory_allocated", lambda: next(peaks))
+    monkeypatch.setattr(monitor_module.torch.cuda, "max_memory_reserved", lambda: next(held))
     for _ in range(2):
         with monitor.stage("train"):
             pass
     assert [stage["peak_device_bytes"] for stage in monitor.as_list()] == [None, 700]
+    assert [stage["peak_device_reserved_bytes"] for stage in monitor.as_list()] == [None, 900]
     assert len(resets) == 2
 
 

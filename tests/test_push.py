@@ -77,7 +77,8 @@ def test_the_results_arrive_and_nothing_else(hub, pushed):
     for name, content in files.items():
         assert content == (pushed / name).read_bytes() or name in ("plan.json", "run_report.json"), name
     report, uploaded = json.loads((pushed / "run_report.json").read_text()), json.loads(files["run_report.json"])
-    assert uploaded["model"] == "tiny-flux" and {**uploaded, "model": report["model"]} == report
+    assert uploaded["settings"]["output_dir"] == "sks-dog"
+    assert {**report, "model": "tiny-flux", "settings": uploaded["settings"]} == uploaded
     here = {path.name for path in pushed.iterdir()}
     assert here > {"report.html", "before_after.png", "checkpoint-1", "checkpoint-2", "logs"}
 

@@ -256,8 +256,8 @@ def test_outputs_follow_the_schema(train):
     report = json.loads((output / "run_report.json").read_text())
     assert report["schema"] == 1
     assert set(report) == {
-        "schema", "model", "family", "base_revision", "weights", "skip", "patch", "stages", "train", "residuals",
-        "versions",
+        "schema", "model", "family", "created_at", "base_revision", "weights", "skip", "patch", "stages", "train",
+        "lora", "residuals", "settings", "machine", "versions",
     }  # fmt: skip
     assert [stage["name"] for stage in report["stages"]] == [
         "plan",

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ class StageCost:
     seconds: float = 0.0
     peak_rss_bytes: int = 0
     peak_device_bytes: int | None = None
+    peak_device_reserved_bytes: int | None = None
 
 
 class _RssSampler(threading.Thread):
@@ -79,7 +81,7 @@ class StageMonitor:
         monitor = StageMonitor()
         with monitor.stage("encode"):
             encode_prompts()
-        monitor.as_list()  # [{"name": "encode", "seconds": 3.1, "peak_rss_bytes": ..., "peak_device_bytes": None}]
+        monitor.as_list()  # [{"name": "encode", "seconds": 3.1, "peak_rss_bytes": ..., ...}]
     """
 
     def __init__(self, interval: float = SAMPLING_INTERVAL) -> None:
@@ -88,6 +90,8 @@ class StageMonitor:
         self._running: str | None = None
         self._entered = 0.0
         self._sampler: _RssSampler | None = None
+        self.started = datetime.now(timezone.utc)
+        """When the run began."""
         self.latest: str | None = None
         """The stage that was entered last."""
 
@@ -113,7 +117,9 @@ class StageMonitor:
             cost.peak_rss_bytes = max(cost.peak_rss_bytes, sampler.stop())
             device_peak = _device_peak()
             if device_peak is not None:
-                cost.peak_device_bytes = max(cost.peak_device_bytes or 0, device_peak)
+                allocated, reserved = device_peak
+                cost.peak_device_bytes = max(cost.peak_device_bytes or 0, allocated)
+                cost.peak_device_reserved_bytes = max(cost.peak_device_reserved_bytes or 0, reserved)
             self._running = None
 
     def as_list(self) -> list[dict[str, Any]]:
@@ -126,9 +132,8 @@ class StageMonitor:
             running = stages[self._running]
             running["seconds"] += time.monotonic() - self._entered
             running["peak_rss_bytes"] = max(running["peak_rss_bytes"], self._sampler.peak)
-            device_peak = _device_peak()
-            if device_peak is not None:
-                running["peak_device_bytes"] = max(running["peak_device_bytes"] or 0, device_peak)
+            for key, peak in zip(("peak_device_bytes", "peak_device_reserved_bytes"), _device_peak() or ()):
+                running[key] = max(running[key] or 0, peak)
         return list(stages.values())
 
 
@@ -143,8 +148,13 @@ def _reset_device_peak() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def _device_peak() -> int | None:
-    return torch.cuda.max_memory_allocated() if _cuda_in_use() else None
+def _device_peak() -> tuple[int, int] | None:
+    return (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if _cuda_in_use() else None
+
+
+def device_memory() -> tuple[int, int] | None:
+    """Bytes on the device that tensors take, and that torch holds for them, now; ``None`` without a device."""
+    return (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) if _cuda_in_use() else None
 
 
 def versions() -> dict[str, str | None]:

@@ -15,11 +15,13 @@ from PIL import Image
 
 from .errors import first_line
 from .lora import WEIGHTS_NAME
+from .machine import describe_machine
 from .model_card import License, read_license, usage_snippet, write_model_card
 from .monitor import versions, write_json
 from .report import ReportImages, contact_sheet, write_report
 from .residual_store import folder_digest
 from .run import Run
+from .simulation import empty_model
 from .trainer import Trainer
 
 
@@ -30,8 +32,8 @@ UPLOADED = (WEIGHTS_NAME, "README.md", "plan.json", "run_report.json")
 """What is uploaded beside the images of the card."""
 
 
-def run_report(run: Run, trainer: Trainer, stages: list[dict[str, Any]]) -> dict[str, Any]:
-    """The contents of ``run_report.json``; the schema is in the README."""
+def run_report(run: Run, trainer: Trainer, stages: list[dict[str, Any]], *, finished: bool = True) -> dict[str, Any]:
+    """The contents of ``run_report.json``; the schema is in the README. Before the end there is no LoRA to tell of."""
     store = trainer.store
     uses_residuals = run.skips
     packed = run.stores_residuals and run.args.residual_dtype == "float8"
@@ -39,6 +41,7 @@ def run_report(run: Run, trainer: Trainer, stages: list[dict[str, Any]]) -> dict
         "schema": 1,
         "model": run.model_name,
         "family": run.family.name,
+        "created_at": trainer.monitor.started.isoformat(timespec="seconds"),
         "base_revision": run.args.revision,
         "weights": "sha256:" + folder_digest(run.family.model_path / "transformer"),
         "skip": run.selection.as_dict(),
@@ -54,8 +57,12 @@ def run_report(run: Run, trainer: Trainer, stages: list[dict[str, Any]]) -> dict
             "samples": trainer.step * trainer.samples_per_step,
             "step_seconds_median": statistics.median(trainer.step_seconds) if trainer.step_seconds else None,
             "loss": trainer.losses,
+            "step_seconds": trainer.step_seconds,
+            "step_memory": _step_memory(trainer),
+            "dtype": str(trainer.maker.dtype).removeprefix("torch."),
             "quantization": run.quantization.name if run.quantization else None,
         },
+        "lora": _lora(run, trainer) if finished else None,
         "residuals": {
             "mode": run.config.residuals if uses_residuals else None,
             "records": trainer.records_made,
@@ -63,7 +70,33 @@ def run_report(run: Run, trainer: Trainer, stages: list[dict[str, Any]]) -> dict
             "stretches": len(trainer.stretches) if store else 0,
             "dtype": "float8_e4m3fn" if packed else str(trainer.maker.dtype).removeprefix("torch."),
         },
+        "settings": {
+            name: value if isinstance(value, (bool, int, float, str, list, type(None))) else str(value)
+            for name, value in sorted(vars(run.args).items())
+            if name not in ("given", "hub_token")
+        },
+        "machine": describe_machine(trainer.accelerator.device),
         "versions": versions(),
+    }
+
+
+def _step_memory(trainer: Trainer) -> dict[str, list[int]] | None:
+    """Bytes on the device after each step; ``None`` without a device."""
+    if not trainer.step_memory:
+        return None
+    allocated, reserved = zip(*trainer.step_memory)
+    return {"allocated_bytes": list(allocated), "reserved_bytes": list(reserved)}
+
+
+def _lora(run: Run, trainer: Trainer) -> dict[str, int]:
+    """How large the transformer's LoRA is, and the whole transformer with it."""
+    trainable = sum(p.numel() for p in trainer.model.transformer.parameters() if p.requires_grad)
+    # In training skipped blocks have no parameters.
+    whole = empty_model(run.transformer_config, run.family.transformer_class(run.transformer_config))
+    return {
+        "trainable_parameters": trainable,
+        "total_parameters": sum(p.numel() for p in whole.parameters()) + trainable,
+        "file_bytes": (run.output_dir / WEIGHTS_NAME).stat().st_size,
     }
 
 
@@ -136,7 +169,7 @@ def write_outputs(
 
 def write_progress(run: Run, trainer: Trainer, plan: Mapping[str, Any], command: str) -> None:
     """Write ``report.html`` of a run that goes on: what there is so far, without making anything for it."""
-    report = run_report(run, trainer, trainer.monitor.as_list())
+    report = run_report(run, trainer, trainer.monitor.as_list(), finished=False)
     # What all processes have made is added up at the end.
     report["residuals"] = {"mode": report["residuals"]["mode"]}
     photos, crops = training_pictures(trainer)

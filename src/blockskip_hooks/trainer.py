@@ -36,7 +36,7 @@ from .hooks import SpanResiduals
 from .images import VaePlacement, generate_images
 from .lora import add_lora, check_finite, check_gradients, check_learned, load_lora, save_lora
 from .losses import combine_losses, flow_matching_loss
-from .monitor import StageMonitor
+from .monitor import StageMonitor, device_memory
 from .optimizers import make_optimizer
 from .precompute import base_model, capture, encode_latents, only_new_garbage, precompute_records
 from .residual_store import DamagedRecord, Record, ResidualStore, tensors_digest
@@ -73,6 +73,7 @@ class Trainer:
         step: Optimiser steps done.
         losses: Loss of each of them.
         step_seconds: Seconds of each step of this process.
+        step_memory: What `device_memory` said after each of them; empty without a device.
         records_made: Records of samples that this process has computed.
         shown_images: The validation images that were made last: their step, prompts, the base model's and the LoRA's.
         after_checkpoint: Called by the main process whenever a checkpoint is complete.
@@ -104,6 +105,7 @@ class Trainer:
         self.step_seconds: list[float] = []
         self.shown_images: tuple[int, list[str], list[list[Image.Image]], list[list[Image.Image]]] | None = None
         self.after_checkpoint: Callable[[], None] = lambda: None
+        self.step_memory: list[tuple[int, int]] = []
         # The LoRA that the stretch's records were made with, by the number of the parameter.
         self._stretch_adapters: dict[str, torch.Tensor] = {}
         # Loss of each sample of the current step, to name those that are not finite.
@@ -257,6 +259,8 @@ class Trainer:
                     self._finish_step(torch.stack(micro_losses).mean().item(), bar)
                     self.stop.check(int(gathered[:, 1].max().item()))
                     self.step_seconds.append(time.perf_counter() - started)
+                    if memory := device_memory():
+                        self.step_memory.append(memory)
                     started, micro_losses = time.perf_counter(), []
 
     def _batch(self, samples: list[Sample], payloads: list[Record | None]) -> Batch:

@@ -771,13 +771,6 @@ def test_a_plan_that_cannot_be_written_is_said_in_one_line(begin, tmp_path):
     assert_one_line(result, 1, ["plan.json"])
 
 
-def test_an_upload_that_fails_says_where_the_results_are(begin, tmp_path):
-    changes = {"--push_to_hub": True, "--hub_model_id": "someone/lora", "--hub_token": "SECRET"}
-    result = begin(command(tmp_path / "out", changes))
-    assert_stopped(result, ["The upload to someone/lora failed", "hf upload someone/lora", str(tmp_path / "out")])
-    assert "SECRET" not in result.err and (tmp_path / "out" / WEIGHTS_NAME).is_file()
-
-
 # Pictures that are odd and fine
 
 

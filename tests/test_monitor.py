@@ -25,6 +25,19 @@ def test_a_stage_entered_again_adds_seconds_and_keeps_its_place(monkeypatch):
     assert [(stage["name"], stage["seconds"]) for stage in monitor.as_list()] == [("precompute", 6.0), ("train", 3.0)]
 
 
+def test_a_running_stage_is_listed_with_its_cost_so_far(monkeypatch):
+    clock = iter([0.0, 2.0, 10.0, 11.5, 13.0])
+    monkeypatch.setattr(monitor_module.time, "monotonic", lambda: next(clock))
+    monitor = StageMonitor()
+    with monitor.stage("train"):
+        pass
+    with monitor.stage("train"):
+        (running,) = monitor.as_list()
+    (ended,) = monitor.as_list()
+    assert (running["seconds"], ended["seconds"]) == (3.5, 5.0)
+    assert 0 < running["peak_rss_bytes"] <= ended["peak_rss_bytes"]
+
+
 def test_peak_memory_is_that_of_the_stage_and_the_maximum_over_entries():
     monitor = StageMonitor(interval=0.005)
     size = 150 * 2**20

@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from blockskip_hooks.model_card import code_block, code_span, is_hub_id, usage_snippet, write_model_card
+from blockskip_hooks.model_card import License, code_block, code_span, is_hub_id, usage_snippet, write_model_card
 from blockskip_hooks.report import ReportImages, contact_sheet, write_report
 
 
@@ -240,7 +240,7 @@ def card(folder: Path, **overrides: Any) -> ModelCard:
     arguments: dict[str, Any] = {
         "repo_id": "me/sks-dog",
         "base_model": "owner/tiny",
-        "base_license": "apache-2.0",
+        "base_license": License("apache-2.0"),
         "instance_prompt": "a photo of sks dog",
         "validation_prompt": "a photo of sks dog at night",
         "images": [picture(), picture()],
@@ -312,7 +312,7 @@ def test_card_survives_hostile_prompts(tmp_path: Path):
 def test_card_metadata_holds_only_what_the_hub_accepts(tmp_path: Path):
     folder = tmp_path / "home" / "base"
     folder.mkdir(parents=True)
-    result = card(tmp_path, base_model=str(folder), base_license="FLUX.1 [dev] Non-Commercial")
+    result = card(tmp_path, base_model=str(folder), base_license=License("FLUX.1 [dev] Non-Commercial"))
     assert result.data.base_model is None and str(tmp_path) not in result.text.split("## How to use it")[0]
     assert result.data.license == "other" and result.data.license_name == "flux.1-dev-non-commercial"
 

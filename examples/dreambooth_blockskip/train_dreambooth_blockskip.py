@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import logging
 import os
 import sys
@@ -37,7 +38,7 @@ from blockskip_hooks.errors import explain
 from blockskip_hooks.files import write_error
 from blockskip_hooks.lora import describe_trainable
 from blockskip_hooks.monitor import StageMonitor, write_json
-from blockskip_hooks.outputs import push_to_hub, run_report, write_outputs
+from blockskip_hooks.outputs import open_repository, push_to_hub, run_report, write_outputs, write_progress
 from blockskip_hooks.plan import describe_plan, make_plan, planned_batch_size, planned_vae, streams_text
 from blockskip_hooks.quantization import check_device
 from blockskip_hooks.residual_store import ResidualStore
@@ -168,6 +169,8 @@ def train(
 ) -> None:
     """Encode, load, train stretch by stretch, save."""
     args, family = run.args, run.family
+    if args.push_to_hub and accelerator.is_main_process:
+        open_repository(run)
     dtype, device = weight_dtype(accelerator), accelerator.device
     seed = run.resolve_seed(checkpoint)
 
@@ -255,6 +258,9 @@ def train_and_save(trainer: Trainer, plan: dict, steps_per_epoch: int, command: 
     run, accelerator, monitor, store = trainer.run, trainer.accelerator, trainer.monitor, trainer.store
     args, stretches, max_train_steps = run.args, trainer.stretches, trainer.max_train_steps
 
+    command = f"accelerate launch {command}"
+    trainer.after_checkpoint = functools.partial(write_progress, run, trainer, plan, command)
+
     # The loop: records of a stretch, then its steps.
     negative = run.negative_prompt
     validation_steps = args.validation_epochs * steps_per_epoch if args.validation_prompt else max_train_steps
@@ -277,7 +283,7 @@ def train_and_save(trainer: Trainer, plan: dict, steps_per_epoch: int, command: 
             after = trainer.images(run.final_prompts, negative)
             trainer.log_images(run.final_prompts, after)
         report = run_report(run, trainer, monitor.as_list())
-        write_outputs(run, trainer, report, plan, f"accelerate launch {command}", before, after)
+        write_outputs(run, trainer, report, plan, command, before, after)
         if args.push_to_hub:
             print(f"Uploaded to {push_to_hub(run)}.")
         print(run.closing_words(report))

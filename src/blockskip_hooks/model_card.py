@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from diffusers.utils.hub_utils import populate_model_card
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from PIL import Image
 
+from blockskip_hooks.charts import loss_chart
 from blockskip_hooks.monitor import format_bytes, format_seconds, write_text
 
 
@@ -28,6 +30,30 @@ HUB_LICENSES = frozenset({
 # fmt: on
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_LINK = re.compile(r"https?://[\w.-]+(/[\w./%~+-]*)?")
+_FILE_OF_A_REPOSITORY = re.compile(r"[\w-][\w./-]*")
+
+PAPER = "[DiT-BlockSkip](https://arxiv.org/abs/2603.20755)"
+
+
+@dataclass(frozen=True)
+class License:
+    """Licence of a base model.
+
+    Attributes:
+        id: One of the Hub's names, or what its owner calls it.
+        name: The owner's name for it, where ``id`` is "other".
+        link: Address of its text.
+    """
+
+    id: str
+    name: str | None = None
+    link: str | None = None
+
+    @property
+    def words(self) -> str:
+        """What to call it."""
+        return self.name or self.id
 
 
 def write_model_card(
@@ -35,7 +61,7 @@ def write_model_card(
     *,
     repo_id: str,
     base_model: str,
-    base_license: str | None,
+    base_license: License | None,
     instance_prompt: str | None,
     validation_prompt: str | Sequence[str] | None,
     images: Sequence[Image.Image],
@@ -43,6 +69,7 @@ def write_model_card(
     train_text_encoder: bool,
     tags: Iterable[str],
     snippet: str,
+    settings: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write README.md, and the widget images beside it, into ``output_dir``.
 
@@ -61,6 +88,7 @@ def write_model_card(
         train_text_encoder: Whether the LoRA also covers the text encoder.
         tags: The model family's tags, added to the usual ones.
         snippet: Python code that loads and runs the LoRA, see `usage_snippet`.
+        settings: The settings by flag name; the card names those that matter for the result.
 
     Returns:
         Path of the README.md.
@@ -84,10 +112,11 @@ def write_model_card(
         # The Hub drops a widget entry whose text is empty.
         widget.append({"text": prompt or " ", "output": {"url": name}})
 
-    license_id = base_license if base_license is None or base_license in HUB_LICENSES else "other"
+    listed = base_license is not None and base_license.id in HUB_LICENSES - {"other"}
     data = ModelCardData(
-        license=license_id,
-        license_name=_slug(base_license) if base_license and base_license != license_id else None,
+        license=base_license.id if base_license and listed else "other" if base_license else None,
+        license_name=_slug(base_license.words) if base_license and not listed else None,
+        license_link=base_license.link if base_license and not listed else None,
         library_name="diffusers",
         base_model=base_model if is_hub_id(base_model) else None,
         instance_prompt=instance_prompt,
@@ -102,6 +131,7 @@ def write_model_card(
         run_report=run_report,
         train_text_encoder=train_text_encoder,
         snippet=snippet,
+        settings=settings or {},
     )
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
     populate_model_card(card, tags=list(dict.fromkeys([*BASE_TAGS, *tags])))
@@ -149,6 +179,26 @@ def usage_snippet(
     )
 
 
+def read_license(folder: Path, base_model: str) -> License | None:
+    """The licence that the card in a base model's folder names.
+
+    Args:
+        folder: Folder of the base model.
+        base_model: Its Hub id, which links within the repository are completed with, or any other name.
+    """
+    try:
+        data = metadata_load(folder / "README.md") or {}
+    except Exception:  # someone else's YAML, in which anything can be wrong, is no reason to lose a run's card
+        return None
+    license_id, name, link = (data.get(key) for key in ("license", "license_name", "license_link"))
+    if not isinstance(license_id, str):
+        return None
+    link = link if isinstance(link, str) else ""
+    if is_hub_id(base_model) and _FILE_OF_A_REPOSITORY.fullmatch(link):
+        link = f"https://huggingface.co/{base_model}/blob/main/{link}"
+    return License(license_id, name if isinstance(name, str) else None, link if _LINK.fullmatch(link) else None)
+
+
 def is_hub_id(name: str) -> bool:
     """Whether ``name`` has the form ``owner/name`` of a Hub id and is not a folder on this machine."""
     return bool(_HUB_ID.fullmatch(name)) and not Path(name).exists()
@@ -172,12 +222,13 @@ def _body(
     *,
     title: str,
     base_model: str,
-    base_license: str | None,
+    base_license: License | None,
     instance_prompt: str | None,
     has_images: bool,
     run_report: Mapping[str, Any],
     train_text_encoder: bool,
     snippet: str,
+    settings: Mapping[str, Any],
 ) -> str:
     """The card's Markdown below the front matter."""
     name = base_model.rstrip("/\\")
@@ -193,12 +244,15 @@ def _body(
     ablation = (run_report.get("residuals") or {}).get("mode") == "none"
     replaced = " without a replacement" if ablation else " and replaced by their residual features"
     method = (
-        f" and DiT-BlockSkip: {skipped} of the transformer's {skip['blocks']} blocks were skipped during training"
+        f" and {PAPER}: {skipped} of the transformer's {skip['blocks']} blocks were skipped during training"
         f"{replaced}, so that only the kept blocks had to be in memory"
         if skipped
         else ""
     )
-    licence = f"The licence of {base} ({code_span(base_license)})" if base_license else f"The licence of {base}"
+    licence = f"The licence of {base}"
+    if base_license:
+        words = code_span(base_license.words)
+        licence += f" ([{words}]({base_license.link}))" if base_license.link else f" ({words})"
     sections = [
         f"# {_plain(title)}",
         "<Gallery />" if has_images else "",
@@ -210,7 +264,7 @@ def _body(
         "[The diffusers guide to LoRA](https://huggingface.co/docs/diffusers/main/en/tutorials/"
         "using_peft_for_inference) shows how to weight, merge and combine adapters.",
         "## How it was trained",
-        training_table(run_report, train_text_encoder),
+        training_table(run_report, train_text_encoder, settings),
         "## Limits and licence",
         "The LoRA knows one subject from a few photos: poses and parts that they do not show are guessed. "
         f"{licence} applies to these weights as well.",
@@ -218,8 +272,11 @@ def _body(
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def training_table(run_report: Mapping[str, Any], train_text_encoder: bool) -> str:
-    """Figures of a run report as a Markdown table; parts the report lacks are left out."""
+def training_table(
+    run_report: Mapping[str, Any], train_text_encoder: bool, settings: Mapping[str, Any] | None = None
+) -> str:
+    """Figures of a run as a Markdown table; parts that its report and its settings lack are left out."""
+    settings = settings or {}
     rows: list[tuple[str, str]] = []
     skip, patch = run_report.get("skip") or {}, run_report.get("patch") or {}
     train, stages = run_report.get("train") or {}, run_report.get("stages") or []
@@ -235,6 +292,9 @@ def training_table(run_report: Mapping[str, Any], train_text_encoder: bool) -> s
     if train.get("steps"):
         samples = f", {train['samples']:,} samples" if train.get("samples") else ""
         rows.append(("Steps", f"{train['steps']:,}{samples}"))
+    rows += [(label, str(settings[key])) for key, label in _SETTINGS.items() if settings.get(key) is not None]
+    if loss := loss_chart(train.get("loss") or []):
+        rows.append(("Loss", f"{loss.first:.3g} to {loss.final:.3g}, means of {loss.window} steps"))
     if train.get("step_seconds_median"):
         rows.append(("Median step", format_seconds(train["step_seconds_median"])))
     if stages:
@@ -245,8 +305,25 @@ def training_table(run_report: Mapping[str, Any], train_text_encoder: bool) -> s
             peak, name = max(peaks)
             rows.append((label, f"{format_bytes(peak)}, measured in stage {name}"))
     rows.append(("LoRA on the text encoder", "yes" if train_text_encoder else "no"))
+    made_with = [f"{name} {version}" for name, version in (run_report.get("versions") or {}).items() if version]
+    if made_with:
+        rows.append(("Versions", ", ".join(made_with)))
     lines = ["| | |", "|---|---|", *(f"| {label} | {_plain(value)} |" for label, value in rows)]
     return "\n".join(lines)
+
+
+# What a reader needs beside the figures to judge or to repeat the result.
+_SETTINGS = {
+    "rank": "LoRA rank",
+    "lora_alpha": "LoRA alpha",
+    "learning_rate": "Learning rate",
+    "lr_scheduler": "Learning-rate schedule",
+    "optimizer": "Optimizer",
+    "train_batch_size": "Batch size",
+    "gradient_accumulation_steps": "Gradient accumulation",
+    "mixed_precision": "Precision",
+    "seed": "Seed",
+}
 
 
 def _patches(patch: Mapping[str, Any]) -> str:

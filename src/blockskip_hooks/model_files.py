@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import re
 from pathlib import Path
 
 import diffusers
 from diffusers import DiffusionPipeline
+from huggingface_hub import hf_hub_download
 
 from .families import Family
+
+
+_COMMIT = re.compile("[0-9a-f]{40}")
 
 
 def resolve_model(args: argparse.Namespace) -> Path:
@@ -24,7 +30,7 @@ def resolve_model(args: argparse.Namespace) -> Path:
     # What it warns of is said in our one line.
     diffusers.logging.set_verbosity(diffusers.logging.CRITICAL)
     try:
-        return Path(
+        folder = Path(
             DiffusionPipeline.download(
                 name,
                 revision=args.revision,
@@ -34,6 +40,8 @@ def resolve_model(args: argparse.Namespace) -> Path:
                 use_safetensors=True,
             )
         )
+        _fetch_card(args, folder)
+        return folder
     except Exception as error:
         # The hub client raises many types for a missing id, a gated model, or no network.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -43,6 +51,21 @@ def resolve_model(args: argparse.Namespace) -> Path:
         ) from error
     finally:
         diffusers.logging.set_verbosity(verbosity)
+
+
+def _fetch_card(args: argparse.Namespace, folder: Path) -> None:
+    """Bring a hub model's card beside its files, where it is not: it names the licence."""
+    # Folders of the hub's cache are named after the revision they hold; one that is there is not asked for again.
+    revision = folder.name if _COMMIT.fullmatch(folder.name) else args.revision
+    # Whatever goes wrong, a run does without.
+    with contextlib.suppress(Exception):
+        hf_hub_download(
+            args.pretrained_model_name_or_path,
+            "README.md",
+            revision=revision,
+            cache_dir=args.cache_dir,
+            token=args.hub_token,
+        )
 
 
 def check_weights(model_path: Path, family: type[Family], variant: str | None) -> None:

@@ -88,6 +88,8 @@ class StageMonitor:
         self._interval = interval
         self._stages: dict[str, StageCost] = {}
         self._running: str | None = None
+        self._entered = 0.0
+        self._sampler: _RssSampler | None = None
         self.started = datetime.now(timezone.utc)
         """When the run began."""
         self.latest: str | None = None
@@ -105,9 +107,9 @@ class StageMonitor:
         self._running = self.latest = name
         cost = self._stages.setdefault(name, StageCost(name))
         _reset_device_peak()
-        sampler = _RssSampler(self._interval)
+        sampler = self._sampler = _RssSampler(self._interval)
         sampler.start()
-        start = time.monotonic()
+        start = self._entered = time.monotonic()
         try:
             yield
         finally:
@@ -121,8 +123,18 @@ class StageMonitor:
             self._running = None
 
     def as_list(self) -> list[dict[str, Any]]:
-        """Stages in the order in which they were first entered, as run_report.json stores them."""
-        return [asdict(cost) for cost in self._stages.values()]
+        """Stages in the order in which they were first entered, as run_report.json stores them.
+
+        The one that is running is among them, with its cost so far.
+        """
+        stages = {name: asdict(cost) for name, cost in self._stages.items()}
+        if self._running is not None and self._sampler is not None:
+            running = stages[self._running]
+            running["seconds"] += time.monotonic() - self._entered
+            running["peak_rss_bytes"] = max(running["peak_rss_bytes"], self._sampler.peak)
+            for key, peak in zip(("peak_device_bytes", "peak_device_reserved_bytes"), _device_peak() or ()):
+                running[key] = max(running[key] or 0, peak)
+        return list(stages.values())
 
 
 def _cuda_in_use() -> bool:

@@ -1,19 +1,22 @@
-"""What a finished run leaves behind: report, page, model card, and the upload."""
+"""What a run leaves behind: report, page, model card, and the upload."""
 
 from __future__ import annotations
 
 import inspect
+import json
+import shlex
 import statistics
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from huggingface_hub import create_repo, upload_folder
+from huggingface_hub import CommitOperationAdd, HfApi, metadata_load
 from PIL import Image
 
 from .errors import first_line
 from .lora import WEIGHTS_NAME
 from .machine import describe_machine
-from .model_card import usage_snippet, write_model_card
+from .model_card import License, read_license, usage_snippet, write_model_card
 from .monitor import versions, write_json
 from .report import ReportImages, contact_sheet, write_report
 from .residual_store import folder_digest
@@ -25,10 +28,12 @@ from .trainer import Trainer
 MAX_PHOTOS = 8
 CROPS_SHOWN = 12
 SHEET_PIXELS = 128
+UPLOADED = (WEIGHTS_NAME, "README.md", "plan.json", "run_report.json")
+"""What is uploaded beside the images of the card."""
 
 
-def run_report(run: Run, trainer: Trainer, stages: list[dict[str, Any]]) -> dict[str, Any]:
-    """The contents of ``run_report.json``; the schema is in the README."""
+def run_report(run: Run, trainer: Trainer, stages: list[dict[str, Any]], *, finished: bool = True) -> dict[str, Any]:
+    """The contents of ``run_report.json``; the schema is in the README. Before the end there is no LoRA to tell of."""
     store = trainer.store
     uses_residuals = run.skips
     packed = run.stores_residuals and run.args.residual_dtype == "float8"
@@ -57,7 +62,7 @@ def run_report(run: Run, trainer: Trainer, stages: list[dict[str, Any]]) -> dict
             "dtype": str(trainer.maker.dtype).removeprefix("torch."),
             "quantization": run.quantization.name if run.quantization else None,
         },
-        "lora": _lora(run, trainer),
+        "lora": _lora(run, trainer) if finished else None,
         "residuals": {
             "mode": run.config.residuals if uses_residuals else None,
             "records": trainer.records_made,
@@ -141,39 +146,71 @@ def write_outputs(
             run.output_dir / "before_after.png",
             scale=max(1, SHEET_PIXELS // after_row[0].width),
         )
-    settings = {name: value for name, value in sorted(vars(run.args).items()) if name != "given"}
-    snippet = usage_snippet(
-        run.model_name,
-        run.args.hub_model_id or run.args.output_dir,
-        next((prompt for prompt in (*run.final_prompts, *run.prompts, run.args.instance_prompt) if prompt), "a photo"),
-        snippet_kwargs(run),
-        # Always named: transformers and diffusers have different defaults, which do not mix.
-        str(trainer.maker.dtype).removeprefix("torch."),
-        embedded=run.embedded,
-    )
-    write_report(
-        run.output_dir,
-        report,
-        plan,
-        images=ReportImages(photos=photos, crops=crops, prompts=run.final_prompts, before=before, after=after),
-        command=command,
-        settings=settings,
-        snippet=snippet,
-    )
-    images = [image for images in after for image in images]
-    prompts = [prompt for prompt, images in zip(run.final_prompts, after) for _ in images]
+    images = ReportImages(photos=photos, crops=crops, prompts=run.final_prompts, before=before, after=after)
+    result = run.args.hub_model_id or run.args.output_dir
+    snippet = _snippet(run, trainer, run.model_name, result)
+    _write_page(run, report, plan, command, images, snippet)
     write_model_card(
         run.output_dir,
         repo_id=run.args.hub_model_id or run.output_dir.name,
         base_model=run.model_name,
-        base_license=_license(run),
+        base_license=License("apache-2.0") if run.embedded else read_license(run.family.model_path, run.model_name),
         instance_prompt=run.args.instance_prompt,
-        validation_prompt=prompts,
-        images=images,
+        validation_prompt=[prompt for prompt, row in zip(run.final_prompts, after) for _ in row],
+        images=[image for row in after for image in row],
         run_report=report,
         train_text_encoder=run.args.train_text_encoder,
         tags=run.family.tags,
+        # Where the base model lies on this machine is of no use to those who find the card on the Hub.
+        snippet=_snippet(run, trainer, _nameless(run.model_name), result) if run.args.push_to_hub else snippet,
+        settings=vars(run.args),
+    )
+
+
+def write_progress(run: Run, trainer: Trainer, plan: Mapping[str, Any], command: str) -> None:
+    """Write ``report.html`` of a run that goes on: what there is so far, without making anything for it."""
+    report = run_report(run, trainer, trainer.monitor.as_list(), finished=False)
+    # What all processes have made is added up at the end.
+    report["residuals"] = {"mode": report["residuals"]["mode"]}
+    photos, crops = training_pictures(trainer)
+    step, prompts, before, after = trainer.shown_images or (None, [], [], [])
+    images = ReportImages(photos=photos, crops=crops, prompts=prompts, before=before, after=after, step=step)
+    snippet = _snippet(run, trainer, run.model_name, run.output_dir / f"checkpoint-{trainer.step}")
+    _write_page(run, report, plan, command, images, snippet, total_steps=trainer.max_train_steps)
+
+
+def _write_page(
+    run: Run,
+    report: Mapping[str, Any],
+    plan: Mapping[str, Any],
+    command: str,
+    images: ReportImages,
+    snippet: str,
+    total_steps: int | None = None,
+) -> None:
+    write_report(
+        run.output_dir,
+        report,
+        plan,
+        images=images,
+        command=command,
+        settings={name: value for name, value in sorted(vars(run.args).items()) if name != "given"},
         snippet=snippet,
+        curves={"leading": run.table.leading, "trailing": run.table.trailing} if run.table else None,
+        total_steps=total_steps,
+    )
+
+
+def _snippet(run: Run, trainer: Trainer, model: str, lora: str | Path) -> str:
+    prompts = (*run.final_prompts, *run.prompts, run.args.instance_prompt)
+    return usage_snippet(
+        model,
+        lora,
+        next((prompt for prompt in prompts if prompt), "a photo"),
+        snippet_kwargs(run),
+        # Always named: transformers and diffusers have different defaults, which do not mix.
+        str(trainer.maker.dtype).removeprefix("torch."),
+        embedded=run.embedded,
     )
 
 
@@ -188,42 +225,80 @@ def snippet_kwargs(run: Run) -> dict[str, Any]:
     }
 
 
-def _license(run: Run) -> str | None:
-    """The licence in the model folder's card, if it has one."""
-    card = run.family.model_path / "README.md"
-    if run.embedded or not card.is_file():
-        return "apache-2.0" if run.embedded else None
-    from huggingface_hub import ModelCard
+def open_repository(run: Run) -> None:
+    """Make the repository of ``--push_to_hub``, or find it, and let ``hub_model_id`` be its full name.
 
+    Done before the work begins: a token that may not write should not be found out after hours.
+
+    Raises:
+        ValueError: if there is none that can be written.
+    """
+    args = run.args
+    wanted = _repository(run)
     try:
-        return ModelCard.load(card).data.get("license")
-    except ValueError:
-        return None
+        args.hub_model_id = HfApi(token=args.hub_token).create_repo(wanted, exist_ok=True).repo_id
+    except Exception as error:  # the hub client and the network below it raise their own kinds
+        raise ValueError(
+            f"--push_to_hub cannot open the repository {wanted} ({_hub_reason(error)}); log in by `hf auth login`, "
+            "give --hub_model_id OWNER/NAME, or leave --push_to_hub out."
+        ) from error
 
 
 def push_to_hub(run: Run) -> str:
-    """Upload the run's results, without checkpoints and records, and return the repository's id.
+    """Upload the LoRA, its card with the card's images, and the figures; return the repository's id.
+
+    ``report.html`` and ``before_after.png`` stay here, as they show the training photos; so do checkpoints, records
+    and logs. Folders of this machine are left out of the figures.
 
     Raises:
         ValueError: if that fails; the results are on disk.
     """
-    args = run.args
-    wanted = args.hub_model_id or run.output_dir.resolve().name
+    repo_id, folder = _repository(run), run.output_dir
+    widget = (metadata_load(folder / "README.md") or {}).get("widget") or []
+    files: dict[str, Path | bytes] = {entry["output"]["url"]: folder / entry["output"]["url"] for entry in widget}
+    files |= {name: folder / name for name in UPLOADED}
+    for name in ("plan.json", "run_report.json"):
+        figures = _nameless(json.loads((folder / name).read_text(encoding="utf-8")))
+        files[name] = (json.dumps(figures, indent=2, ensure_ascii=False) + "\n").encode()
     try:
-        repo_id = create_repo(repo_id=wanted, exist_ok=True, token=args.hub_token).repo_id
-        upload_folder(
-            repo_id=repo_id,
-            folder_path=str(run.output_dir),
+        HfApi(token=run.args.hub_token).create_commit(
+            repo_id,
+            [CommitOperationAdd(name, content) for name, content in files.items()],
             commit_message="End of training",
-            allow_patterns=[WEIGHTS_NAME, "README.md", "*.png", "plan.json", "run_report.json", "report.html"],
-            token=args.hub_token,
         )
-    except Exception as error:  # the hub client and the network below it raise their own kinds
+    except Exception as error:  # as above
         raise ValueError(
-            f"The upload to {wanted} failed ({first_line(error)}). Everything is in {run.output_dir}; log in by "
-            f"`hf auth login` and run: hf upload {wanted} {run.output_dir}"
+            f"The upload to {repo_id} failed ({_hub_reason(error)}). Everything is in {folder}; log in by "
+            f"`hf auth login` and run: hf upload {repo_id} {folder} --include "
+            f"{' '.join(map(shlex.quote, [*UPLOADED, 'image_*.png']))}"
         ) from error
     return repo_id
 
 
-__all__ = ["push_to_hub", "run_report", "training_pictures", "write_outputs"]
+def _nameless(value: Any) -> Any:
+    """``value`` as others may see it: of every path that starts at this machine's root only the last part."""
+    if isinstance(value, dict):
+        return {key: _nameless(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_nameless(item) for item in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def _hub_reason(error: Exception) -> str:
+    """The first line of what the client says, and what the hub itself said, if it did."""
+    said = (getattr(error, "server_message", None) or "").strip().rstrip(".")
+    return f"{first_line(error)}: {said}" if said and said not in first_line(error) else first_line(error)
+
+
+def _repository(run: Run) -> str:
+    return run.args.hub_model_id or run.output_dir.resolve().name
+
+
+__all__ = [
+    "open_repository",
+    "push_to_hub",
+    "run_report",
+    "training_pictures",
+    "write_outputs",
+    "write_progress",
+]

@@ -1,22 +1,22 @@
-"""report.html: one self-contained page about a finished run, and contact sheets of its images."""
+"""report.html: one self-contained page about a run, and contact sheets of its images."""
 
 from __future__ import annotations
 
 import base64
 import io
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from importlib import resources
 from itertools import zip_longest
 from pathlib import Path
-from statistics import fmean, quantiles
 from typing import Any
 
 import jinja2
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from blockskip_hooks.charts import harm_chart, loss_chart, timestep_chart
 from blockskip_hooks.monitor import format_bytes, format_seconds, write_text
 
 
@@ -25,9 +25,6 @@ RESULT_PIXELS = 1024
 PHOTO_PIXELS = 512
 # Pictures up to this side are shown with hard pixel edges: smoothing would hide what the model really made.
 PIXEL_ART_SIDE = 128
-# Width and height of the loss chart in its own units; the page stretches it.
-CHART_WIDTH, CHART_HEIGHT = 1000, 300
-CHART_POINTS = 1200
 
 _SECRET_KEY = re.compile(r"(^|_)(hub_token|api_key|password|secret)$")
 _SECRET_TEXT = re.compile(r"(--(?:hub_token|\w*api_key|\w*password|\w*secret)[=\s]+)\S+|\bhf_\w{20,}")
@@ -43,6 +40,7 @@ class ReportImages:
         prompts: Validation prompts.
         before: Images of the base model, one list for each prompt; may be empty.
         after: Images with the trained LoRA, one list for each prompt.
+        step: The step after which ``after`` was made; ``None`` for the last.
     """
 
     photos: list[Image.Image] = field(default_factory=list)
@@ -50,6 +48,7 @@ class ReportImages:
     prompts: list[str] = field(default_factory=list)
     before: list[list[Image.Image]] = field(default_factory=list)
     after: list[list[Image.Image]] = field(default_factory=list)
+    step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,8 @@ def write_report(
     command: str,
     settings: Mapping[str, Any],
     snippet: str,
+    curves: Mapping[str, Sequence[float]] | None = None,
+    total_steps: int | None = None,
 ) -> Path:
     """Write report.html into ``output_dir``. Parts that are missing from the inputs are left out of the page.
 
@@ -83,6 +84,8 @@ def write_report(
         command: Command line that repeats the run. Tokens in it are masked.
         settings: All settings by flag name, tokens are masked.
         snippet: Python code that loads and runs the LoRA, see `usage_snippet`.
+        curves: Harm of masking 0, 1, ... blocks of the ends ``"leading"`` and ``"trailing"``, where it was measured.
+        total_steps: Steps that the run is to have, for the page of a run that has not ended.
 
     Returns:
         Path of the page.
@@ -99,18 +102,25 @@ def write_report(
     environment.filters |= {"bytes": _unbroken(format_bytes), "seconds": _unbroken(format_seconds)}
     output_dir = Path(output_dir)
     model = str(run_report.get("model") or "path/to/base-model")
+    skip = run_report.get("skip") or plan.get("skip") or {}
+    train = run_report.get("train") or {}
     page = environment.get_template("report.html").render(
         run=run_report,
         plan=plan,
         model=Path(model).name if Path(model).is_absolute() else model,
         instance_prompt=settings.get("instance_prompt"),
         rank=settings.get("rank"),
-        skip=_skip(run_report.get("skip") or plan.get("skip") or {}),
+        skip=_skip(skip),
+        harm=harm_chart(curves or {}, {end: skip.get(end) or 0 for end in ("leading", "trailing")}),
         patch=run_report.get("patch") or plan.get("patch") or {},
-        train=run_report.get("train") or {},
+        train=train,
         stages=_stages(run_report.get("stages") or [], plan.get("stages") or []),
-        loss=_loss_chart((run_report.get("train") or {}).get("loss") or []),
+        loss=loss_chart(train.get("loss") or []),
+        loss_by_timestep=timestep_chart(train.get("loss_by_timestep") or {}),
         results=_results(images),
+        results_step=images.step,
+        total_steps=total_steps,
+        written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
         photos=[_picture(photo, f"Training photo {i}", PHOTO_PIXELS) for i, photo in enumerate(images.photos, 1)],
         crops=[(text, _picture(crop, f"Training sample, {text}", PHOTO_PIXELS)) for text, crop in images.crops],
         settings=[(key, _mask(key, value)) for key, value in settings.items()],
@@ -187,7 +197,8 @@ def _picture(image: Image.Image, alt: str, longest: int) -> Picture:
 
 def _results(images: ReportImages) -> list[dict[str, Any]]:
     def pictures(kind: str, prompt: str, row: Sequence[Image.Image]) -> list[Picture]:
-        return [_picture(image, f"{kind}: {prompt}", RESULT_PIXELS) for image in row]
+        numbers = [f", image {number}" if len(row) > 1 else "" for number in range(1, len(row) + 1)]
+        return [_picture(image, f"{kind}{number}: {prompt}", RESULT_PIXELS) for number, image in zip(numbers, row)]
 
     results = []
     for prompt, before, after in zip_longest(images.prompts, images.before, images.after):
@@ -249,65 +260,6 @@ def _stages(measured: Sequence[Mapping[str, Any]], planned: Sequence[Mapping[str
     peaks = {key: max((row[key] or 0 for row in rows), default=0) or None for key in ("rss", "device", "simulated")}
     shown = {key for key in columns if any(row[key] is not None for row in rows)}
     return {"rows": rows, "total": total or None, "peaks": peaks, "shown": shown}
-
-
-def _loss_chart(losses: Sequence[float | None]) -> dict[str, Any] | None:
-    """SVG paths and axis ticks (positions in percent) of the raw loss and its moving average."""
-    points = [(step, loss) for step, loss in enumerate(losses, 1) if loss is not None and math.isfinite(loss)]
-    if len(points) < 2:
-        return None
-    values = [loss for _, loss in points]
-    window = min(len(values), max(5, len(values) // 20))
-    average = [fmean(values[max(0, end - window) : end]) for end in range(1, len(values) + 1)]
-    # A few spikes would flatten everything else, so the scale leaves out the highest half percent.
-    low, high = min(values), max(quantiles(values, n=200)[-1], max(average)) if len(values) >= 200 else max(values)
-    y_ticks = _ticks(0.0 if 0 <= low < 0.4 * high else low, high, 4)
-    bottom, top = y_ticks[0], y_ticks[-1]
-    last = len(losses)
-    # The first step is 1, and a label for 2 or 3 would lie on top of its own.
-    x_ticks = [1.0, *(tick for tick in _ticks(1, last, 5) if 0.04 * last < tick <= last and tick.is_integer())]
-
-    def path(series: Sequence[tuple[int, float]]) -> str:
-        coordinates = []
-        for step, value in series:
-            y = (top - min(max(value, bottom), top)) / (top - bottom)
-            coordinates.append(f"{(step - 1) / (last - 1) * CHART_WIDTH:.1f} {y * CHART_HEIGHT:.1f}")
-        return "M" + "L".join(coordinates)
-
-    return {
-        "raw": path(_thin(points)),
-        "average": path(_thin([(step, mean) for (step, _), mean in zip(points, average)])),
-        "y_ticks": [(f"{tick:g}", 100 * (top - tick) / (top - bottom)) for tick in y_ticks],
-        "x_ticks": [(f"{tick:,.0f}", 100 * (tick - 1) / (last - 1)) for tick in x_ticks],
-        "width": CHART_WIDTH,
-        "height": CHART_HEIGHT,
-        "window": window,
-        "first": average[window - 1],
-        "final": average[-1],
-        "missing": len(losses) - len(points),
-    }
-
-
-def _thin(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """At most `CHART_POINTS` points: the lowest and the highest of each bucket, so that spikes stay visible."""
-    size = math.ceil(2 * len(points) / CHART_POINTS)
-    if size <= 2:
-        return list(points)
-    thinned = []
-    for start in range(0, len(points), size):
-        bucket = points[start : start + size]
-        extremes = {min(bucket, key=lambda point: point[1]), max(bucket, key=lambda point: point[1])}
-        thinned += sorted(extremes)
-    return thinned
-
-
-def _ticks(low: float, high: float, intervals: int) -> list[float]:
-    """Round numbers from at or below ``low`` to at or above ``high``."""
-    span = (high - low) or abs(high) or 1.0
-    magnitude = 10.0 ** math.floor(math.log10(span / intervals))
-    step = next(factor * magnitude for factor in (1, 2, 2.5, 5, 10) if factor * magnitude >= span / intervals * 0.999)
-    first, final = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [index * step for index in range(first, max(final, first + 1) + 1)]
 
 
 def _unbroken(formatter: Callable[[float | None], str]) -> Callable[[float | None], str]:

@@ -75,6 +75,8 @@ class Trainer:
         step_seconds: Seconds of each step of this process.
         step_memory: What `device_memory` said after each of them; empty without a device.
         records_made: Records of samples that this process has computed.
+        shown_images: The validation images that were made last: their step, prompts, the base model's and the LoRA's.
+        after_checkpoint: Called by the main process whenever a checkpoint is complete.
     """
 
     def __init__(
@@ -101,6 +103,8 @@ class Trainer:
         self.records_made = 0
         self.losses: list[float] = []
         self.step_seconds: list[float] = []
+        self.shown_images: tuple[int, list[str], list[list[Image.Image]], list[list[Image.Image]]] | None = None
+        self.after_checkpoint: Callable[[], None] = lambda: None
         self.step_memory: list[tuple[int, int]] = []
         # The LoRA that the stretch's records were made with, by the number of the parameter.
         self._stretch_adapters: dict[str, torch.Tensor] = {}
@@ -369,6 +373,7 @@ class Trainer:
             )
             if self._stretch_adapters:
                 save_tensors(self._stretch_adapters, folder / STRETCH_NAME)
+        self.after_checkpoint()
 
     def resume(self, checkpoint: Path) -> None:
         """Continue from a checkpoint, with the same number of processes or another.
@@ -440,6 +445,7 @@ class Trainer:
 
     def log_images(self, prompts: list[str], images: list[list[Image.Image]]) -> None:
         """Give validation images to the trackers that show images."""
+        self.shown_images = self.step, prompts, [], images
         for tracker in self.accelerator.trackers:
             if tracker.name not in ("tensorboard", "wandb"):
                 continue

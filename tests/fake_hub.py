@@ -1,0 +1,119 @@
+"""A hub on loopback: the few routes that an upload needs, and a memory of what it was asked."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+USER = "someone"
+COMMIT = "0" * 40
+
+
+@dataclass
+class Request:
+    """What a client sent."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes
+
+
+@dataclass
+class FakeHub:
+    """What the hub holds, and how it is to fail.
+
+    Attributes:
+        token: The one that may write.
+        endpoint: Its address.
+        failing: Status by the part of a route, such as ``"/commit/"``.
+        requests: All that came, in order.
+        repositories: Names of those that were made.
+        files: What was committed, by repository and path.
+    """
+
+    token: str
+    endpoint: str = ""
+    failing: dict[str, int] = field(default_factory=dict)
+    requests: list[Request] = field(default_factory=list)
+    repositories: list[str] = field(default_factory=list)
+    files: dict[str, dict[str, bytes]] = field(default_factory=dict)
+
+    def answer(self, request: Request) -> tuple[int, dict[str, Any]]:
+        """Status and JSON of the answer."""
+        self.requests.append(request)
+        path = request.path.partition("?")[0]
+        for part, status in self.failing.items():
+            if part in path:
+                return status, {"error": "the disk of the hub is full"}
+        if request.headers.get("authorization") != f"Bearer {self.token}":
+            return 401, {"error": "Invalid username or password."}
+        if path == "/api/repos/create":
+            asked = json.loads(request.body)
+            name = f"{asked.get('organization') or USER}/{asked['name']}"
+            if name in self.repositories:
+                return 409, {"error": "You already created this model repo", "url": f"{self.endpoint}/{name}"}
+            self.repositories.append(name)
+            return 200, {"url": f"{self.endpoint}/{name}", "name": name, "id": "1"}
+        if path == "/api/validate-yaml":
+            return 200, {"errors": [], "warnings": []}
+        repository, _, route = path.removeprefix("/api/models/").partition("/")
+        name, _, route = route.partition("/")
+        repository = f"{repository}/{name}"
+        if not path.startswith("/api/models/") or repository not in self.repositories:
+            return 404, {"error": "Repository not found"}
+        if route.startswith("preupload/"):
+            asked = json.loads(request.body)["files"]
+            modes = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in asked]
+            return 200, {"files": modes, "commitOid": COMMIT}
+        if route.startswith("commit/"):
+            for line in map(json.loads, request.body.splitlines()):
+                if line["key"] == "file":
+                    content = base64.b64decode(line["value"]["content"])
+                    self.files.setdefault(repository, {})[line["value"]["path"]] = content
+            url = f"{self.endpoint}/{repository}/commit/{COMMIT}"
+            return 200, {"success": True, "commitOid": COMMIT, "commitUrl": url}
+        if route in ("", "revision/main"):
+            return 200, {"id": repository, "sha": COMMIT, "siblings": [], "private": False, "tags": []}
+        return 404, {"error": f"this hub does not know {path}"}
+
+
+@contextmanager
+def fake_hub(token: str) -> Iterator[FakeHub]:
+    """A hub that answers while the context lasts."""
+    hub = FakeHub(token)
+
+    class Handler(BaseHTTPRequestHandler):
+        def _serve(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            headers = {name.lower(): value for name, value in self.headers.items()}
+            status, answer = hub.answer(Request(self.command, self.path, headers, body))
+            data = json.dumps(answer).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        do_GET = do_POST = _serve  # noqa: N815
+
+        def log_message(self, *args: object) -> None:
+            """Say nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    hub.endpoint = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import platform
 import threading
@@ -20,6 +21,8 @@ import torch
 from blockskip_hooks.files import replacing
 from blockskip_hooks.version import __version__
 
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = 1
 SAMPLING_INTERVAL = 0.05
@@ -48,7 +51,7 @@ class _RssSampler(threading.Thread):
         self._process = psutil.Process()
         self._interval = interval
         self._stop_requested = threading.Event()
-        self.peak = self._process.memory_info().rss
+        self.current = self.peak = self._process.memory_info().rss
 
     def run(self) -> None:
         while not self._stop_requested.wait(self._interval):
@@ -62,7 +65,8 @@ class _RssSampler(threading.Thread):
         return self.peak
 
     def _sample(self) -> None:
-        self.peak = max(self.peak, self._process.memory_info().rss)
+        self.current = self._process.memory_info().rss
+        self.peak = max(self.peak, self.current)
 
 
 class StageMonitor:
@@ -86,6 +90,7 @@ class StageMonitor:
         self._interval = interval
         self._stages: dict[str, StageCost] = {}
         self._running: str | None = None
+        self._sampler: _RssSampler | None = None
         self.latest: str | None = None
         """The stage that was entered last."""
 
@@ -101,7 +106,7 @@ class StageMonitor:
         self._running = self.latest = name
         cost = self._stages.setdefault(name, StageCost(name))
         _reset_device_peak()
-        sampler = _RssSampler(self._interval)
+        sampler = self._sampler = _RssSampler(self._interval)
         sampler.start()
         start = time.monotonic()
         try:
@@ -112,7 +117,18 @@ class StageMonitor:
             device_peak = _device_peak()
             if device_peak is not None:
                 cost.peak_device_bytes = max(cost.peak_device_bytes or 0, device_peak)
-            self._running = None
+            self._running = self._sampler = None
+            peak = cost.peak_rss_bytes if device_peak is None else cost.peak_device_bytes
+            logger.info("Stage %s: %s so far, peak %s.", name, format_seconds(cost.seconds), format_bytes(peak))
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes in use now, and the most since the running stage was entered: the device's, else the process's."""
+        if _cuda_in_use():
+            return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+        if self._sampler is None:
+            now = psutil.Process().memory_info().rss
+            return now, now
+        return self._sampler.current, self._sampler.peak
 
     def as_list(self) -> list[dict[str, Any]]:
         """Stages in the order in which they were first entered, as run_report.json stores them."""

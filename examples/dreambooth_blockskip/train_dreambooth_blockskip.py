@@ -98,7 +98,9 @@ def run_script(args: argparse.Namespace, command: str, stop: StopSignals, *, is_
                 check_checkpoint(checkpoint, run)
             stretches = run.stretches(plan, accelerator.num_processes, checkpoint)
             if accelerator.is_main_process:
-                predict_seconds(run, plan, weight_dtype(accelerator), accelerator.device, stretches)
+                predict_seconds(
+                    run, plan, weight_dtype(accelerator), accelerator.device, stretches, accelerator.num_processes
+                )
     except Exception as error:
         if (line := explain(error, monitor.latest, args.hub_token)) is None:
             raise

@@ -279,9 +279,7 @@ def _check_trackers(args: argparse.Namespace) -> None:
         )
     # accelerate leaves out a tracker whose package is missing without a word.
     for name in sorted(set(wanted) - {kind.value for kind in get_available_trackers()} - {"all"}):
-        raise ValueError(
-            f"--report_to {name} is not installed; run: pip install {name}, or give --report_to none."
-        )
+        raise ValueError(f"--report_to {name} is not installed; run: pip install {name}, or give --report_to none.")
 
 
 def check_output_dir(folder: Path) -> None:

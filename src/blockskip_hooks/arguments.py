@@ -312,7 +312,9 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--resume_from_checkpoint", help="Checkpoint folder to go on from, or latest.")
     flag("--upcast_before_saving", action="store_true", help="Save the LoRA in float32.")
     flag("--logging_dir", default="logs", help="Folder for tracker logs, inside --output_dir.")
-    flag("--report_to", default="tensorboard", help="Trackers: tensorboard, wandb, ..., several by commas, all or none.")
+    flag(
+        "--report_to", default="tensorboard", help="Trackers: tensorboard, wandb, ..., several by commas, all or none."
+    )
     flag(
         "--log_level",
         choices=("debug", "info", "warning", "error"),

@@ -18,6 +18,7 @@ from .embedded import DEFAULT_SUBJECT
 from .errors import first_line
 from .families import Family
 from .images import VaePlacement
+from .lora import WEIGHTS_NAME
 from .model_config import load_config
 from .monitor import format_bytes
 from .planner import PlanRequest, format_plan, plan_run
@@ -196,14 +197,20 @@ def describe_plan(run: Run, plan: dict[str, Any]) -> str:
         lines.append("No --pretrained_model_name_or_path: using the embedded model, a small real FLUX pipeline.")
         if not own_photos:
             lines.append("No --instance_data_dir: using the embedded photos of a subject it has never seen.")
+    folder = run.output_dir
     outputs = {
-        "LoRA, report, plan, card": str(run.output_dir),
-        "checkpoints": f"every {args.checkpointing_steps} steps",
+        "LoRA": str(folder / WEIGHTS_NAME),
+        "page and files": f"{folder / 'report.html'}, README.md, plan.json, run_report.json",
+        "checkpoints": f"{folder / 'checkpoint-N'}, every {args.checkpointing_steps} steps",
     }
+    if args.report_to != "none":
+        outputs["tracker logs"] = f"{folder / args.logging_dir} ({args.report_to})"
     if run.uses_store:
         outputs["records"] = str(run.residual_dir) + ("" if args.residual_dir else " (removed at the end)")
-    lines.append(format_plan(plan, model=model, outputs=outputs))
-    lines.insert(-1, f'Photos   {len(run.photos)} from {photos}, prompt "{args.instance_prompt}"')
+    if args.push_to_hub:
+        outputs["upload"] = args.hub_model_id or folder.resolve().name
+    first, rest = format_plan(plan, model=model, outputs=outputs).split("\n", 1)
+    lines += [first, f'Photos   {len(run.photos)} from {photos}, prompt "{args.instance_prompt}"', rest]
     return "\n".join(lines)
 
 

@@ -16,7 +16,7 @@ import torch
 from .config import BlockSkipConfig, PatchSamplingConfig
 from .families import Family
 from .hooks import SpanResiduals
-from .monitor import format_bytes
+from .monitor import format_about, format_bytes
 from .quantization import QuantizationConfig
 from .residual_dtype import PACKED, ResidualDtype, packed_bytes
 from .selection import Selection
@@ -447,25 +447,31 @@ def format_plan(plan: Mapping[str, Any], *, model: str | None = None, outputs: M
     else:
         sizes = f"{patch['max']} px" if patch["mode"] == "resize" else f"{patch['min']} to {patch['max']} px"
         lines.append(f"Patches  {patch['mode']}: {sizes}, trained at {patch['training_resolution']} px")
-    header = ("Stage", "peak", "parameters", "LoRA+optim.", "activations", "TFLOP/step", "+attention", "batch")
+    header = ("Stage", "time", "peak", "parameters", "LoRA+optim.", "activations", "TFLOP/step", "batch")
     rows = [header] + [
         (
             stage["name"],
+            format_about(stage["seconds"]),
             *(
                 format_bytes(stage[f"{part}_bytes"])
                 for part in ("peak_device", "parameter", "lora_optimizer", "activation")
             ),
-            f"{stage['tflops_per_step']:.3g}",
-            f"{stage['attention_tflops_per_step']:.2g}",
+            f"{stage['tflops_per_step'] + stage['attention_tflops_per_step']:.3g}",
             str(stage["batch_size"]),
         )
         for stage in plan["stages"]
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    lines.append("Memory and compute, simulated (bytes of live tensors; no time is predicted):")
+    times = [stage["seconds"] for stage in plan["stages"]]
+    known = [seconds for seconds in times if seconds is not None]
+    note = "times are estimates for this device" if known else "no time is predicted"
+    lines.append(f"Memory and compute, simulated (bytes of live tensors; {note}):")
     for row in rows:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
         lines.append(f"  {'  '.join(cells)}")
+    if known:
+        more = "" if len(known) == len(times) else ", and what has no estimate"
+        lines.append(f"Time     about {format_about(sum(known))} in all{more}")
     if any(stage.get("streamed") for stage in plan["stages"]):
         lines.append("  Large text encoders are read layer by layer, once per prompt.")
     if any(stage.get("vae_tiled") for stage in plan["stages"]):

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from diffusers.training_utils import free_memory
 
-from .blocks import block_bytes, list_blocks
 from .counters import CountFlops
 from .progress import Progress
 from .run import Run
@@ -42,8 +41,10 @@ VAE_BATCH = 8
 """Images that it is measured on at a time, at most."""
 READ_BYTES = 8 * 2**20
 READS = 4
-LOADING_SECONDS = 0.3
+LOADING_SECONDS = 0.4
 """What opening the text encoders takes, however small they are."""
+TENSOR_SECONDS = 3e-4
+"""What fetching a tensor of a skipped block takes beside reading its bytes."""
 STEP_SECONDS = 0.004
 """What a training step takes beside forward and backward: the optimizer, records, figures."""
 
@@ -154,6 +155,10 @@ def predict_seconds(
         stretches: The run's stretches.
         processes: Processes that share records and steps.
     """
+    if run.quantization:
+        return  # How fast quantised weights are multiplied depends on kernels that are not there before they are.
+    # What the simulation logs of shapes that do not fit is of no interest.
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     try:
         speeds = measure_speeds(run, plan, dtype, device)
     except Exception:  # a run can go without a prediction, whatever a model's code does to the measurement
@@ -162,7 +167,9 @@ def predict_seconds(
     finally:
         free_memory()
     pieces = pieces_of_run(run, plan, stretches, processes)
-    streamed = sum(block_bytes(run.skeleton.spans.skipped, dtype))
+    weights = [weight for part in run.skeleton.streamed_modules.values() for weight in part.parameters()]
+    size_of_weights = sum(weight.numel() for weight in weights) * dtype.itemsize
+    streaming = size_of_weights / speeds.read + len(weights) * TENSOR_SECONDS
     for stage in plan["stages"]:
         name, size = stage["name"], stage["batch_size"]
         flops = 1e12 * (stage["tflops_per_step"] + stage["attention_tflops_per_step"] - stage["vae_tflops"])
@@ -174,7 +181,7 @@ def predict_seconds(
         elif name == "precompute":
             batches = -(-pieces["records"] // size)
             stage["vae_seconds"] = batches * vae / speeds.encode
-            forward = flops / speeds.forward + streamed / speeds.read if run.stores_residuals else 0.0
+            forward = flops / speeds.forward + streaming if run.stores_residuals else 0.0
             stage["seconds"] = stage["vae_seconds"] + batches * forward
         elif name == "train":
             step = flops / speeds.train + vae / speeds.encode
@@ -182,7 +189,7 @@ def predict_seconds(
         elif speeds.decode is not None:
             count = pieces["images"] if name == "validate" else run.args.num_class_images // processes
             forwards = _forwards_per_image(run) * -(-count // size)
-            stage["seconds"] = forwards * (flops / speeds.forward + streamed / speeds.read) + count * vae / speeds.decode
+            stage["seconds"] = forwards * (flops / speeds.forward + streaming) + count * vae / speeds.decode
 
 
 def _forwards_per_image(run: Run) -> int:

@@ -1,8 +1,8 @@
 """What a run shows while it works: one display per stage, a bar on a terminal and short plain lines elsewhere.
 
 Time left is what is left to do times the seconds that one piece takes: measured as soon as one is done, before that
-predicted by the plan, and the prediction corrected by how the pieces measured so far compare with theirs. Where neither
-is known, no time is shown.
+predicted by the plan, and the prediction corrected by how the pieces measured so far compare with theirs. Where
+neither is known, no time is shown.
 """
 
 from __future__ import annotations

@@ -138,7 +138,7 @@ class Tracking:
         return {"memory/now": now, "memory/peak": peak, **{f"lora_norm/{name}": norm for name, norm in norms.items()}}
 
     def _log_patch_sizes(self, step: int) -> None:
-        """The patch sizes since the last time: a histogram where the tracker has one, shares of each size elsewhere."""
+        """The patch sizes since the last time: a histogram where the tracker has one, else shares of each size."""
         sizes, self._patch_sizes = self._patch_sizes, []
         if not sizes:
             return

@@ -471,7 +471,8 @@ def format_plan(plan: Mapping[str, Any], *, model: str | None = None, outputs: M
         lines.append(f"  {'  '.join(cells)}")
     if known:
         more = "" if len(known) == len(times) else ", and what has no estimate"
-        lines.append(f"Time     about {format_about(sum(known))} in all{more}")
+        total = format_about(sum(known))
+        lines.append(f"Time     {total if total.startswith('under') else f'about {total}'} in all{more}")
     if any(stage.get("streamed") for stage in plan["stages"]):
         lines.append("  Large text encoders are read layer by layer, once per prompt.")
     if any(stage.get("vae_tiled") for stage in plan["stages"]):

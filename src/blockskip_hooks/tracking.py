@@ -130,7 +130,7 @@ class Tracking:
             name = f"validation/{number} {re.sub('[^0-9a-zA-Z _-]', '_', prompt)[:80]}"
             captions = [f"{prompt} (seed {seed}: base model, step {step})" for seed in seeds]
             for tracker in self.accelerator.trackers:
-                _log_pairs(tracker, name, pairs, captions, step)
+                _log_pairs(tracker, name, seeds, pairs, captions, step)
 
     def _slow_figures(self) -> dict[str, float]:
         now, peak = self.monitor.memory()
@@ -183,10 +183,17 @@ def side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
     return both
 
 
-def _log_pairs(tracker: Any, name: str, pairs: Sequence[Image.Image], captions: Sequence[str], step: int) -> None:
+def _log_pairs(
+    tracker: Any,
+    name: str,
+    seeds: Sequence[int],
+    pairs: Sequence[Image.Image],
+    captions: Sequence[str],
+    step: int,
+) -> None:
     if tracker.name == "tensorboard":
-        stacked = np.stack([np.asarray(pair) for pair in pairs])
-        tracker.log_images({name: stacked}, step=step, dataformats="NHWC")
+        named = {f"{name}/seed {seed}": np.asarray(pair)[None] for seed, pair in zip(seeds, pairs, strict=True)}
+        tracker.log_images(named, step=step, dataformats="NHWC")
         # Its images have no captions.
         tracker.log({f"{name}/caption": "  \n".join(captions)}, step=step)
     elif tracker.name == "wandb":

@@ -80,6 +80,13 @@ def test_what_is_not_shown_says_nothing(clock):
     assert terminal.getvalue() == ""
 
 
+def test_other_processes_say_nothing(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    with Display("Loading photos", 1, "photo") as display:
+        display.update()
+    assert lines(capsys) == []
+
+
 def test_nothing_to_do_says_nothing(capsys):
     with Progress().stage("precompute", photos=0, records=0) as stage:
         stage.begin("records")

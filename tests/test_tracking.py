@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -363,6 +364,19 @@ def test_trackers_that_cannot_be_are_one_line(text, words, monkeypatch):
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: kinds)
     with pytest.raises(ValueError, match=words):
         validate_args(parse_args(["--report_to", text]))
+
+
+def test_the_level_debug_tells_the_whole_of_an_error(model, photos, tmp_path, capsys, caplog):
+    flags = script.settings(model, photos, tmp_path / "out", "--skip_blocks", "9,9", "--log_level", "debug")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    package = logging.getLogger("blockskip_hooks")
+    try:
+        assert script.load_script().main(flags) == 2
+    finally:
+        package.setLevel(logging.NOTSET)
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: --skip_blocks 9,9")
+    (record,) = [record for record in caplog.records if record.message.startswith("The error in full:")]
+    assert "Traceback" in record.message and record.levelno == logging.DEBUG
 
 
 def test_a_tracker_that_does_not_start_is_one_line_before_any_model(model, photos, tmp_path, monkeypatch, capsys):

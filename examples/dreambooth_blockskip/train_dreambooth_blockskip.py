@@ -33,7 +33,7 @@ from blockskip_hooks.checkpoint_checks import check_checkpoint
 from blockskip_hooks.checkpoints import find_checkpoint
 from blockskip_hooks.class_images import make_class_images
 from blockskip_hooks.encode import check_embeds, encode_prompts
-from blockskip_hooks.errors import explain
+from blockskip_hooks.errors import explain, in_full
 from blockskip_hooks.files import write_error
 from blockskip_hooks.lora import describe_trainable
 from blockskip_hooks.monitor import StageMonitor, write_json
@@ -51,6 +51,9 @@ from blockskip_hooks.tracking import start_trackers
 from blockskip_hooks.trainer import Trainer
 from blockskip_hooks.training_data import SampleMaker
 from blockskip_hooks.validation import Validation
+
+
+logger = logging.getLogger("blockskip_hooks.train")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -104,6 +107,7 @@ def run_script(args: argparse.Namespace, command: str, stop: StopSignals, *, is_
     except Exception as error:
         if (line := explain(error, monitor.latest, args.hub_token)) is None:
             raise
+        logger.debug("The error in full:\n%s", in_full(args.hub_token))
         print(f"error: {line}", file=sys.stderr)
         return 2
     try:
@@ -125,6 +129,7 @@ def run_script(args: argparse.Namespace, command: str, stop: StopSignals, *, is_
             line = explain(error, monitor.latest, args.hub_token)
         if line is None:
             raise
+        logger.debug("The error in full:\n%s", in_full(args.hub_token))
         print(f"error: {line}", file=sys.stderr)
         return 1
     finally:

@@ -50,6 +50,12 @@ def explain(error: BaseException, stage: str | None = None, secret: str | None =
     return one_line(line.replace(secret, "***") if secret else line)
 
 
+def in_full(secret: str | None = None) -> str:
+    """The traceback of the error that is being handled, for ``--log_level debug``, without ``secret``."""
+    text = traceback.format_exc()
+    return text.replace(secret, "***") if secret else text
+
+
 def one_line(text: str) -> str:
     """``text`` on one line: what would break or colour it, as in the name of a file, is shown as an escape."""
     words = " ".join(text.split())

@@ -22,6 +22,7 @@ from .lora import WEIGHTS_NAME
 from .model_config import load_config
 from .monitor import format_bytes
 from .planner import PlanRequest, format_plan, plan_run
+from .progress import is_first_process
 from .quantization import read_quantization
 from .run import Run
 from .selection import Selection, selections_by_bytes
@@ -136,7 +137,7 @@ def make_plan(run: Run, dtype: torch.dtype, num_processes: int) -> tuple[Run, di
     else:
         sizes = block_bytes(list_blocks(run.skeleton.transformer, run.family.block_stacks), dtype)
         selections = [selection for selection, _ in selections_by_bytes(sizes, run.table)]
-        with tqdm(desc="Fitting the memory budget", unit="plan", disable=None) as bar:
+        with tqdm(desc="Fitting the memory budget", unit="plan", disable=None if is_first_process() else True) as bar:
 
             def planned(selection: Selection, options: tuple[str, ...]) -> dict[str, Any]:
                 bar.update()

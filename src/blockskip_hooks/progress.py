@@ -40,7 +40,7 @@ class Display:
         unit: A piece, in the singular.
         initial: Pieces done before.
         figures: What stands beside the count; called only when something is drawn.
-        shown: Whether to draw at all.
+        shown: Whether to draw at all; other processes than a launcher's first never do.
         ends: Whether the end of a plain display has a line even if the one before is recent.
     """
 
@@ -58,7 +58,7 @@ class Display:
         self.description, self.total, self.unit, self.figures = description, total, unit, figures
         self.count, self.ends = initial, ends
         self._bar: tqdm | None = None
-        self._shown = shown and total > initial
+        self._shown = shown and total > initial and is_first_process()
         self._said, self._tenth = time.monotonic(), 10 * initial // max(total, 1)
         if self._shown and sys.stderr.isatty():
             self._bar = _Bar(self)
@@ -114,13 +114,18 @@ class _Bar(tqdm):
         return {**super().format_dict, "figures": ", ".join(self._display.figures())}
 
 
+def is_first_process() -> bool:
+    """Whether a launcher started this process as the first, or nothing but the user did."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def set_log_level(name: str) -> None:
     """Let this package say what ``--log_level`` asks for; other processes than the first say errors only.
 
     Libraries are as quiet as before, but for their errors: what they warn of is no concern of a user's.
     """
     level = logging.getLevelName(name.upper())
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first_process():
         level = max(level, logging.ERROR)
     logging.getLogger("blockskip_hooks").setLevel(level)
     logging.getLogger().setLevel(max(level, logging.WARNING))

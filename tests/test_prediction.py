@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from blockskip_hooks import prediction
+from blockskip_hooks import prediction, speeds
 from blockskip_hooks.arguments import parse_args
 from blockskip_hooks.monitor import StageMonitor
 from blockskip_hooks.plan import describe_plan, plan_for
@@ -176,6 +176,23 @@ def test_time_left_before_anything_is_measured_is_the_plan_s(prepare, monkeypatc
     assert progress.seconds_left() == pytest.approx(seconds["precompute"] + seconds["train"] / 2 + seconds["validate"])
 
 
+def test_a_block_that_would_take_long_sees_less(prepare, monkeypatch):
+    run, plan, _ = prepare("--skip_blocks", "1,2", "--max_sequence_length", "64")
+    seen: list[tuple] = []
+    original = speeds.FakeTransformer.block_inputs
+
+    def spy(self, names, *shape):
+        seen.append(shape)
+        return original(self, names, *shape)
+
+    monkeypatch.setattr(speeds.FakeTransformer, "block_inputs", spy)
+    measured = measure_speeds(run, plan, torch.float32, CPU)
+    monkeypatch.setitem(speeds.LARGEST_FORWARD, "cpu", 1.0)
+    reduced = measure_speeds(run, plan, torch.float32, CPU)
+    assert seen == [(2, (32, 32), 64), (1, (16, 16), 32)]
+    assert reduced.train > 0 and measured.train > 0
+
+
 def test_speeds_of_every_family(tiny: TinyFamily, photos: Path, tmp_path: Path):
     """Every family's blocks and VAE run on numbers that are none of its own."""
     flags = script.settings(
@@ -184,6 +201,6 @@ def test_speeds_of_every_family(tiny: TinyFamily, photos: Path, tmp_path: Path):
     )  # fmt: skip
     run = prepare_run(parse_args(flags))
     plan = plan_for(run, torch.float32, 1)
-    speeds = measure_speeds(run, plan, torch.float32, CPU)
-    measured = (speeds.train, speeds.forward, speeds.encode, speeds.decode, speeds.read)
+    found = measure_speeds(run, plan, torch.float32, CPU)
+    measured = (found.train, found.forward, found.encode, found.decode, found.read)
     assert all(speed is not None and 0 < speed < 1e15 for speed in measured)

@@ -95,4 +95,4 @@ def _reason(text: str, error: BaseException) -> str:
     return reason if len(reason) <= _REASON_CHARACTERS else f"{reason[:_REASON_CHARACTERS]}..."
 
 
-__all__ = ["explain", "first_line", "one_line"]
+__all__ = ["explain", "first_line", "in_full", "one_line"]

@@ -102,8 +102,8 @@ def test_time_left_is_predicted_then_corrected_and_then_measured(clock):
         for _ in range(5):
             clock.seconds += 2.0
             stage.update()
-        # Records take twice as long as predicted; so will steps.
-        assert progress.seconds_left() == 5 * 2.0 + 20 * 1.0
+        # Records take twice as long as predicted; so will steps, but for a twentieth of the 20 s that speaks for 1 s.
+        assert progress.seconds_left() == pytest.approx(5 * 2.0 + 20 * 0.5 * (10 + 1) / (5 + 1))
         for _ in range(5):
             clock.seconds += 2.0
             stage.update()
@@ -111,6 +111,16 @@ def test_time_left_is_predicted_then_corrected_and_then_measured(clock):
         clock.seconds += 3.0
         stage.update()
         assert progress.seconds_left() == 19 * 3.0
+
+
+def test_one_small_piece_that_takes_long_does_not_make_the_whole_run_long(clock):
+    progress = Progress()
+    progress.expect("prompts", 2, 0.1)
+    progress.expect("steps", 100, 1.0)
+    with progress.stage("encode", prompts=2) as stage:
+        clock.seconds += 3.0
+        stage.update()
+    assert progress.seconds_left() < 3.0 + 100 * 1.7
 
 
 def test_without_a_prediction_the_run_has_no_time_left_until_it_is_measured(clock, capsys):

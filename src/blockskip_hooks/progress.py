@@ -27,6 +27,8 @@ LINE_SECONDS = 30.0
 """A plain display is silent for no longer than this."""
 LEAST_SECONDS = 2.0
 """And says something no more often than this, but for the end."""
+TRUST = 0.05
+"""Part of a run that has to be measured before that counts more for the rest than its prediction."""
 AVERAGED = 50
 """Losses that the moving average is over."""
 
@@ -198,10 +200,13 @@ class Progress:
         work = self._work[pieces]
         if work.done:
             return work.seconds / work.done
-        known = [other for other in self._work.values() if other.done and other.predicted is not None]
-        planned = sum(other.done * (other.predicted or 0.0) for other in known)
-        pace = sum(other.seconds for other in known) / planned if planned else 1.0
-        return None if work.predicted is None else work.predicted * pace
+        if work.predicted is None:
+            return None
+        known = [(other, other.predicted) for other in self._work.values() if other.predicted is not None]
+        trust = TRUST * sum((other.done + other.left) * seconds for other, seconds in known)
+        planned = sum(other.done * seconds for other, seconds in known)
+        measured = sum(other.seconds for other, _ in known)
+        return work.predicted * (measured + trust) / (planned + trust) if planned + trust else work.predicted
 
     def seconds_left(self, counts: Mapping[str, int] | None = None) -> float | None:
         """Seconds that the rest of the run takes, or the given numbers of pieces; ``None`` if that is not known."""

@@ -68,6 +68,7 @@ OUR_FLAGS = {
     "--precompute_batch_size": (int, None, None),
     "--overwrite_residuals": ("store_true", False, None),
     "--plan_only": ("store_true", False, None),
+    "--log_level": (None, "warning", ("debug", "info", "warning", "error")),
     "--patch_sampling": (None, "auto", ("auto", "dynamic", "resize", "random", "high_to_low", "none")),
     "--quantization": (None, "none", ("nf4", "int8", "none")),
     "--min_patch_size": (int, None, None),

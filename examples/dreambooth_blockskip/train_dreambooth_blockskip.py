@@ -29,25 +29,32 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 
 from blockskip_hooks import DiTBlockSkipTransformer
-from blockskip_hooks.arguments import parse_args, printable_command
+from blockskip_hooks.arguments import parse_args, parse_trackers, printable_command
 from blockskip_hooks.checkpoint_checks import check_checkpoint
 from blockskip_hooks.checkpoints import find_checkpoint
 from blockskip_hooks.class_images import make_class_images
 from blockskip_hooks.encode import check_embeds, encode_prompts
-from blockskip_hooks.errors import explain
+from blockskip_hooks.errors import explain, in_full
 from blockskip_hooks.files import write_error
 from blockskip_hooks.lora import describe_trainable
 from blockskip_hooks.monitor import StageMonitor, write_json
 from blockskip_hooks.outputs import open_repository, push_to_hub, run_report, write_outputs, write_progress
 from blockskip_hooks.plan import describe_plan, make_plan, planned_batch_size, planned_vae, streams_text
+from blockskip_hooks.prediction import expect_work, predict_seconds
+from blockskip_hooks.progress import Progress, set_log_level
 from blockskip_hooks.quantization import check_device
 from blockskip_hooks.residual_store import ResidualStore
 from blockskip_hooks.run import Run, prepare_run, start_accelerator, weight_dtype
 from blockskip_hooks.selection_auto import is_trained, probe_args, with_measured_table
 from blockskip_hooks.stop_signals import Interrupted, StopSignals, is_lost_process
 from blockskip_hooks.stretches import Stretches, segments
+from blockskip_hooks.tracking import start_trackers
 from blockskip_hooks.trainer import Trainer
 from blockskip_hooks.training_data import SampleMaker
+from blockskip_hooks.validation import Validation
+
+
+logger = logging.getLogger("blockskip_hooks.train")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -60,6 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     command = printable_command(sys.argv if argv is None else [__file__, *argv])
     args = parse_args(argv)
+    set_log_level(args.log_level)
     with StopSignals() as stop:
         try:
             return run_script(args, command, stop)
@@ -93,9 +101,14 @@ def run_script(args: argparse.Namespace, command: str, stop: StopSignals, *, is_
             if checkpoint is not None:
                 check_checkpoint(checkpoint, run)
             stretches = run.stretches(plan, accelerator.num_processes, checkpoint)
+            if accelerator.is_main_process:
+                predict_seconds(
+                    run, plan, weight_dtype(accelerator), accelerator.device, stretches, accelerator.num_processes
+                )
     except Exception as error:
         if (line := explain(error, monitor.latest, args.hub_token)) is None:
             raise
+        logger.debug("The error in full:\n%s", in_full(args.hub_token))
         print(f"error: {line}", file=sys.stderr)
         return 2
     try:
@@ -117,6 +130,7 @@ def run_script(args: argparse.Namespace, command: str, stop: StopSignals, *, is_
             line = explain(error, monitor.latest, args.hub_token)
         if line is None:
             raise
+        logger.debug("The error in full:\n%s", in_full(args.hub_token))
         print(f"error: {line}", file=sys.stderr)
         return 1
     finally:
@@ -150,7 +164,7 @@ def make_accelerator(run: Run) -> Accelerator:
         ),
         # Without being told, accelerate would let each process of a machine without accelerators train on its own.
         cpu=int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available(),
-        log_with=None if args.report_to == "none" else args.report_to,
+        log_with=parse_trackers(args.report_to) or None,
         project_config=ProjectConfiguration(
             project_dir=args.output_dir, logging_dir=str(run.output_dir / args.logging_dir)
         ),
@@ -173,6 +187,10 @@ def train(
         open_repository(run)
     dtype, device = weight_dtype(accelerator), accelerator.device
     seed = run.resolve_seed(checkpoint)
+    progress = Progress(monitor, shown=accelerator.is_main_process and args.log_level != "error")
+    expect_work(progress, run, plan, stretches, accelerator.num_processes)
+    if accelerator.is_main_process:
+        start_trackers(run, accelerator)
 
     # Prior preservation: class images that are not there yet.
     if args.with_prior_preservation:
@@ -185,6 +203,7 @@ def train(
                 planned_batch_size(plan, "class_images") or 1,
                 streams_text=streams_text(plan),
                 placement=planned_vae(plan, "class_images"),
+                progress=progress,
             )
 
     # The sample plan: from here on nothing is random. Records of it may be there already.
@@ -200,15 +219,16 @@ def train(
             )
 
     # Encode every prompt once; the text encoders are gone afterwards.
-    with monitor.stage("encode"):
+    prompts = run.all_prompts(sources)
+    with monitor.stage("encode"), progress.stage("encode", prompts=len(prompts)) as display:
         embeds, text = encode_prompts(
             family,
-            run.all_prompts(sources),
+            prompts,
             dtype=dtype,
             device=device,
             keep_trainable=args.train_text_encoder,
             streamed=streams_text(plan),
-            show_progress=accelerator.is_main_process,
+            progress=display,
         )
     check_embeds(family, run.transformer_config, embeds, dtype)
     maker = SampleMaker(
@@ -242,13 +262,12 @@ def train(
             images_at_once=planned_batch_size(plan, "validate"),
             vae_placement={stage: planned_vae(plan, stage) for stage in ("precompute", "validate")},
             stop=stop,
+            progress=progress,
         )
     accelerator.print(f"Training {describe_trainable(model, run.targets)}.")
     if checkpoint is not None:
         trainer.resume(checkpoint)
         accelerator.print(f"Resuming from {checkpoint.name}, {trainer.step} of {max_train_steps} steps done.")
-    if accelerator.is_main_process and args.report_to != "none":
-        accelerator.init_trackers(f"dreambooth-{family.name}-lora", run.trackable_settings())
     with trainer.saving_when_stopped():
         train_and_save(trainer, plan, steps_per_epoch, command)
 
@@ -257,19 +276,22 @@ def train_and_save(trainer: Trainer, plan: dict, steps_per_epoch: int, command: 
     """The loop, and what comes after it."""
     run, accelerator, monitor, store = trainer.run, trainer.accelerator, trainer.monitor, trainer.store
     args, stretches, max_train_steps = run.args, trainer.stretches, trainer.max_train_steps
+    validation = Validation(trainer)
+    expect_work(trainer.progress, run, plan, stretches, accelerator.num_processes, trainer.step)
 
     command = f"accelerate launch {command}"
     trainer.after_checkpoint = functools.partial(write_progress, run, trainer, plan, command)
 
     # The loop: records of a stretch, then its steps.
-    negative = run.negative_prompt
     validation_steps = args.validation_epochs * steps_per_epoch if args.validation_prompt else max_train_steps
     for stretch, first in stretches.following(trainer.step):
         trainer.precompute(stretch, args.precompute_batch_size or planned_batch_size(plan, "precompute"))
         for part in segments(range(first, stretch.stop), validation_steps):
             trainer.train(part)
             if part.stop % validation_steps == 0 and part.stop < max_train_steps:
-                trainer.log_images(run.prompts, trainer.images(run.prompts, negative))
+                validation.during()
+        validation.check_records()
+        trainer.tracking.log_stages(trainer.step)
         if store is not None and stretch.stop < max_train_steps:
             store.drop()
 
@@ -277,11 +299,8 @@ def train_and_save(trainer: Trainer, plan: dict, steps_per_epoch: int, command: 
     trainer.add_up_records()
     trainer.export()
     if accelerator.is_main_process:
-        before, after = [], []
-        if run.final_prompts and args.num_validation_images:
-            before = trainer.images(run.final_prompts, negative, with_adapters=False)
-            after = trainer.images(run.final_prompts, negative)
-            trainer.log_images(run.final_prompts, after)
+        before, after = validation.final()
+        trainer.tracking.log_stages(trainer.step)
         report = run_report(run, trainer, monitor.as_list())
         write_outputs(run, trainer, report, plan, command, before, after)
         if args.push_to_hub:

@@ -10,7 +10,14 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from .arguments import MEMORY_OPTIONS, family_flags, looks_up_blocks, parse_bytes, parse_skip_blocks
+from .arguments import (
+    MEMORY_OPTIONS,
+    family_flags,
+    looks_up_blocks,
+    parse_bytes,
+    parse_skip_blocks,
+    parse_trackers,
+)
 from .buckets import parse_buckets
 from .errors import one_line
 from .families import FAMILIES, Family
@@ -235,22 +242,9 @@ def _check_optimizer(args: argparse.Namespace) -> None:
 
 
 def _check_output(args: argparse.Namespace) -> None:
-    from accelerate.tracking import get_available_trackers
-    from accelerate.utils import LoggerType
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    trackers = [kind.value for kind in LoggerType]
-    if args.report_to not in (*trackers, "none"):
-        raise ValueError(f"--report_to is '{args.report_to}'; choose one of {', '.join(trackers)}, none.")
-    # Trackers of services keep the command line.
-    if args.report_to not in ("tensorboard", "none") and args.hub_token is not None:
-        raise ValueError(
-            f"--hub_token would be shown by --report_to {args.report_to}; drop it and run `hf auth login` instead."
-        )
-    # accelerate leaves out a tracker whose package is missing without a word.
-    if args.report_to not in (*(kind.value for kind in get_available_trackers()), "all", "none"):
-        raise ValueError(f"--report_to {args.report_to} is not installed; install it or give --report_to none.")
-
+    _check_trackers(args)
     if args.push_to_hub:
         repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
         try:
@@ -268,6 +262,24 @@ def _check_output(args: argparse.Namespace) -> None:
             f"--resume_from_checkpoint {checkpoint} is not a folder, nor one in --output_dir {folder}; "
             "give an existing checkpoint or latest."
         )
+
+
+def _check_trackers(args: argparse.Namespace) -> None:
+    from accelerate.tracking import get_available_trackers
+    from accelerate.utils import LoggerType
+
+    known, wanted = [kind.value for kind in LoggerType], parse_trackers(args.report_to)
+    for name in wanted:
+        if name not in known:
+            raise ValueError(f"--report_to is '{args.report_to}'; choose one of {', '.join(known)}, none.")
+    # Trackers of services keep the command line.
+    if set(wanted) - {"tensorboard"} and args.hub_token is not None:
+        raise ValueError(
+            f"--hub_token would be shown by --report_to {args.report_to}; drop it and run `hf auth login` instead."
+        )
+    # accelerate leaves out a tracker whose package is missing without a word.
+    for name in sorted(set(wanted) - {kind.value for kind in get_available_trackers()} - {"all"}):
+        raise ValueError(f"--report_to {name} is not installed; run: pip install {name}, or give --report_to none.")
 
 
 def check_output_dir(folder: Path) -> None:

@@ -116,6 +116,11 @@ def parse_skip_blocks(text: str, num_blocks: int | None = None) -> tuple[int, in
     return skipped
 
 
+def parse_trackers(text: str) -> list[str]:
+    """The names in ``--report_to``, known or not; none for ``none``."""
+    return [] if text == "none" else list(dict.fromkeys(name.strip() for name in text.split(",")))
+
+
 def looks_up_blocks(args: argparse.Namespace) -> bool:
     """Whether the flags leave it to a selection table or the rule which blocks are skipped."""
     choice = parse_skip_blocks(args.skip_blocks)
@@ -308,7 +313,15 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--resume_from_checkpoint", help="Checkpoint folder to go on from, or latest.")
     flag("--upcast_before_saving", action="store_true", help="Save the LoRA in float32.")
     flag("--logging_dir", default="logs", help="Folder for tracker logs, inside --output_dir.")
-    flag("--report_to", default="tensorboard", help="Tracker: tensorboard, wandb, ..., all, or none.")
+    flag(
+        "--report_to", default="tensorboard", help="Trackers: tensorboard, wandb, ..., several by commas, all or none."
+    )
+    flag(
+        "--log_level",
+        choices=("debug", "info", "warning", "error"),
+        default="warning",
+        help="What is said on stderr: everything, each stage's cost, warnings and progress, or errors alone.",
+    )
     flag("--push_to_hub", action="store_true", help="Upload the result to the hub.")
     flag("--hub_token", help="Token for the upload; logging in beforehand is safer.")
     flag("--hub_model_id", help="Name of the repository on the hub; default: the name of --output_dir.")

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import free_memory
-from tqdm.auto import tqdm
 
 from .data import image_paths
 from .encode import encode_prompts
 from .files import replacing
 from .images import VaePlacement, generate_images
+from .progress import Progress
 from .run import Run
 from .sample_plan import derived_seed
 from .transformer import DiTBlockSkipTransformer
@@ -34,6 +34,7 @@ def make_class_images(
     *,
     streams_text: bool = False,
     placement: VaePlacement | None = None,
+    progress: Progress | None = None,
 ) -> int:
     """Fill ``--class_data_dir`` up to ``--num_class_images``, the work shared between processes.
 
@@ -48,6 +49,7 @@ def make_class_images(
         batch_size: Images made at a time.
         streams_text: Whether large text encoders are read layer by layer.
         placement: How the VAE works.
+        progress: Shows how far the stage is.
 
     Returns:
         Number of images made by this process.
@@ -78,25 +80,24 @@ def make_class_images(
             quantization=run.quantization,
         )
         vae = family.load_vae(dtype, device)
-        progress = tqdm(total=len(numbers), desc="Class images", disable=not accelerator.is_local_main_process)
-        for start in range(0, len(numbers), batch_size):
-            part = numbers[start : start + batch_size]
-            (images,) = generate_images(
-                [embeds[args.class_prompt]],
-                family=family,
-                model=model,
-                vae=vae,
-                negative=None if run.negative_prompt is None else embeds[run.negative_prompt],
-                seeds=[derived_seed(seed, "class image", number) for number in part],
-                pipeline_kwargs=run.pipeline_kwargs,
-                placement=placement,
-            )
-            for number, image in zip(part, images, strict=True):
-                digest = hashlib.sha1(image.tobytes(), usedforsecurity=False).hexdigest()
-                with replacing(folder / f"{number}-{digest}.jpg") as file:
-                    image.save(file, format="JPEG")
-                progress.update()
-        progress.close()
+        with (progress or Progress.silent()).stage("class images", class_images=len(numbers)) as display:
+            for start in range(0, len(numbers), batch_size):
+                part = numbers[start : start + batch_size]
+                (images,) = generate_images(
+                    [embeds[args.class_prompt]],
+                    family=family,
+                    model=model,
+                    vae=vae,
+                    negative=None if run.negative_prompt is None else embeds[run.negative_prompt],
+                    seeds=[derived_seed(seed, "class image", number) for number in part],
+                    pipeline_kwargs=run.pipeline_kwargs,
+                    placement=placement,
+                )
+                for number, image in zip(part, images, strict=True):
+                    digest = hashlib.sha1(image.tobytes(), usedforsecurity=False).hexdigest()
+                    with replacing(folder / f"{number}-{digest}.jpg") as file:
+                        image.save(file, format="JPEG")
+                    display.update()
         del model, vae
         free_memory()
     accelerator.wait_for_everyone()

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image, ImageOps, UnidentifiedImageError
-from tqdm.auto import tqdm
 
 from .errors import first_line, one_line
+from .progress import listed
 
 
 logger = logging.getLogger(__name__)
@@ -333,8 +333,8 @@ def _one_line(error: BaseException) -> str:
     return one_line(first_line(error))
 
 
-def _progress(photos: Sequence[Photo], title: str, show: bool) -> Sequence[Photo]:
-    return tqdm(photos, desc=title, unit="photo", disable=not show or len(photos) < _PROGRESS_FROM)
+def _progress(photos: Sequence[Photo], title: str, show: bool) -> Iterator[Photo]:
+    return listed(photos, title, "photo", total=len(photos), shown=show and len(photos) >= _PROGRESS_FROM)
 
 
 class PhotoSet:

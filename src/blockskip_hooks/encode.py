@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import free_memory
-from tqdm.auto import tqdm
 
 from .families import Family, PromptEmbeds
+from .families.base import no_progress_bar
+from .progress import StageProgress, listed
 from .text_encoders import large_encoders
 
 
@@ -62,6 +63,7 @@ def encode_prompts(
     keep_trainable: bool = False,
     streamed: bool = False,
     show_progress: bool = True,
+    progress: StageProgress | None = None,
     adapt: Callable[[DiffusionPipeline], None] | None = None,
 ) -> tuple[dict[str, PromptEmbeds], TrainedText | None]:
     """Embed prompts and free the text encoders.
@@ -74,7 +76,8 @@ def encode_prompts(
         keep_trainable: Return the encoders that ``--train_text_encoder`` adapts instead of freeing them.
         streamed: Read the layers of large encoders from the checkpoint while they run, again for every prompt; the
             embeddings are the same.
-        show_progress: Show a bar when there are many prompts.
+        show_progress: Show a display of its own when there are many prompts.
+        progress: The display of a stage, in place of that; advanced by one per prompt.
         adapt: Changes the text pipeline before it is used: loads a LoRA, say.
 
     Returns:
@@ -85,13 +88,14 @@ def encode_prompts(
     if streamed:
         streamable = family.streamable_text_encoders(trains_text=keep_trainable)
         layered = [name for name in large_encoders(family.text_encoder_configs()) if name in streamable]
-    pipeline = family.load_text_pipeline(dtype, device, layered)
+    with no_progress_bar():
+        pipeline = family.load_text_pipeline(dtype, device, layered)
     if adapt is not None:
         adapt(pipeline)
     embeds: dict[str, PromptEmbeds] = {}
     # One at a time: in a batch the last bits of a prompt's embeddings would depend on the others.
-    silent = not show_progress or len(prompts) < PROGRESS_FROM
-    for prompt in tqdm(prompts, desc="Encoding prompts", disable=silent):
+    shown = show_progress and progress is None and len(prompts) >= PROGRESS_FROM
+    for prompt in listed(prompts, "Encoding prompts", "prompt", total=len(prompts), shown=shown):
         (encoded,) = family.encode_prompts(pipeline, [prompt])
         # Copies, because a view would keep all of what it is a part of.
         embeds[prompt] = {name: tensor.clone() for name, tensor in encoded.items()}
@@ -100,6 +104,8 @@ def encode_prompts(
                 f"The text encoders make embeddings that are not finite of the prompt '{prompt[:80]}'; give another "
                 "--mixed_precision, or check the encoders' files."
             )
+        if progress is not None:
+            progress.update()
     trained = None
     if keep_trainable:
         tokens = family.prompt_tokens(pipeline, prompts)

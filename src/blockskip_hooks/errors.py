@@ -50,6 +50,12 @@ def explain(error: BaseException, stage: str | None = None, secret: str | None =
     return one_line(line.replace(secret, "***") if secret else line)
 
 
+def in_full(secret: str | None = None) -> str:
+    """The traceback of the error that is being handled, for ``--log_level debug``, without ``secret``."""
+    text = traceback.format_exc()
+    return text.replace(secret, "***") if secret else text
+
+
 def one_line(text: str) -> str:
     """``text`` on one line: what would break or colour it, as in the name of a file, is shown as an escape."""
     words = " ".join(text.split())
@@ -89,4 +95,4 @@ def _reason(text: str, error: BaseException) -> str:
     return reason if len(reason) <= _REASON_CHARACTERS else f"{reason[:_REASON_CHARACTERS]}..."
 
 
-__all__ = ["explain", "first_line", "one_line"]
+__all__ = ["explain", "first_line", "in_full", "one_line"]

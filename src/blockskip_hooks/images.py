@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +43,7 @@ def generate_images(
     pipeline_kwargs: Mapping[str, Any] | None = None,
     images_at_once: int | None = None,
     placement: VaePlacement | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> list[list[Image.Image]]:
     """Make images with the stock pipeline around the loaded modules.
 
@@ -56,6 +57,7 @@ def generate_images(
         pipeline_kwargs: Further arguments of the pipeline call.
         images_at_once: Images per call of the pipeline; by default all of a prompt.
         placement: How the VAE works; by default beside the transformer and on whole images.
+        progress: Called with the number of images that have been made since the call before.
 
     Returns:
         For each prompt an image of each seed.
@@ -82,6 +84,8 @@ def generate_images(
                 call = {**inputs, **kwargs, "num_images_per_prompt": len(part)}
                 generators = [torch.Generator().manual_seed(seed) for seed in part]
                 images[-1] += pipeline(**call, generator=generators).images
+                if progress is not None:
+                    progress(len(part))
     model.train(was_training)
     return images
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import platform
 import threading
@@ -21,6 +22,8 @@ import torch
 from blockskip_hooks.files import replacing
 from blockskip_hooks.version import __version__
 
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = 1
 SAMPLING_INTERVAL = 0.05
@@ -50,7 +53,7 @@ class _RssSampler(threading.Thread):
         self._process = psutil.Process()
         self._interval = interval
         self._stop_requested = threading.Event()
-        self.peak = self._process.memory_info().rss
+        self.current = self.peak = self._process.memory_info().rss
 
     def run(self) -> None:
         while not self._stop_requested.wait(self._interval):
@@ -64,7 +67,8 @@ class _RssSampler(threading.Thread):
         return self.peak
 
     def _sample(self) -> None:
-        self.peak = max(self.peak, self._process.memory_info().rss)
+        self.current = self._process.memory_info().rss
+        self.peak = max(self.peak, self.current)
 
 
 class StageMonitor:
@@ -120,7 +124,18 @@ class StageMonitor:
                 allocated, reserved = device_peak
                 cost.peak_device_bytes = max(cost.peak_device_bytes or 0, allocated)
                 cost.peak_device_reserved_bytes = max(cost.peak_device_reserved_bytes or 0, reserved)
-            self._running = None
+            self._running = self._sampler = None
+            peak = cost.peak_rss_bytes if device_peak is None else cost.peak_device_bytes
+            logger.info("Stage %s: %s so far, peak %s.", name, format_seconds(cost.seconds), format_bytes(peak))
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes in use now, and the most since the running stage was entered: the device's, else the process's."""
+        if _cuda_in_use():
+            return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+        if self._sampler is None:
+            now = psutil.Process().memory_info().rss
+            return now, now
+        return self._sampler.current, self._sampler.peak
 
     def as_list(self) -> list[dict[str, Any]]:
         """Stages in the order in which they were first entered, as run_report.json stores them.
@@ -213,6 +228,18 @@ def format_bytes(count: float | None) -> str:
         index += 1
     digits = 0 if index == 0 or count >= 100 else 1 if count >= 10 else 2
     return f"{count:.{digits}f} {units[index]}"
+
+
+def format_about(seconds: float | None) -> str:
+    """An estimate for people, without digits that it does not have: ``18 s``, ``6 min``, ``1 h 04 min``, a dash."""
+    if seconds is None:
+        return "–"
+    if seconds < 1:
+        return "under 1 s"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def format_seconds(seconds: float | None) -> str:

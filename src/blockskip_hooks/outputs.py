@@ -57,6 +57,7 @@ def run_report(run: Run, trainer: Trainer, stages: list[dict[str, Any]], *, fini
             "samples": trainer.step * trainer.samples_per_step,
             "step_seconds_median": statistics.median(trainer.step_seconds) if trainer.step_seconds else None,
             "loss": trainer.losses,
+            "loss_by_timestep": trainer.loss_by_timestep,
             "step_seconds": trainer.step_seconds,
             "step_memory": _step_memory(trainer),
             "dtype": str(trainer.maker.dtype).removeprefix("torch."),

@@ -18,9 +18,11 @@ from .embedded import DEFAULT_SUBJECT
 from .errors import first_line
 from .families import Family
 from .images import VaePlacement
+from .lora import WEIGHTS_NAME
 from .model_config import load_config
 from .monitor import format_bytes
 from .planner import PlanRequest, format_plan, plan_run
+from .progress import is_first_process
 from .quantization import read_quantization
 from .run import Run
 from .selection import Selection, selections_by_bytes
@@ -135,7 +137,7 @@ def make_plan(run: Run, dtype: torch.dtype, num_processes: int) -> tuple[Run, di
     else:
         sizes = block_bytes(list_blocks(run.skeleton.transformer, run.family.block_stacks), dtype)
         selections = [selection for selection, _ in selections_by_bytes(sizes, run.table)]
-        with tqdm(desc="Fitting the memory budget", unit="plan", disable=None) as bar:
+        with tqdm(desc="Fitting the memory budget", unit="plan", disable=None if is_first_process() else True) as bar:
 
             def planned(selection: Selection, options: tuple[str, ...]) -> dict[str, Any]:
                 bar.update()
@@ -196,14 +198,20 @@ def describe_plan(run: Run, plan: dict[str, Any]) -> str:
         lines.append("No --pretrained_model_name_or_path: using the embedded model, a small real FLUX pipeline.")
         if not own_photos:
             lines.append("No --instance_data_dir: using the embedded photos of a subject it has never seen.")
+    folder = run.output_dir
     outputs = {
-        "LoRA, report, plan, card": str(run.output_dir),
-        "checkpoints": f"every {args.checkpointing_steps} steps",
+        "LoRA": str(folder / WEIGHTS_NAME),
+        "page and files": f"{folder / 'report.html'}, README.md, plan.json, run_report.json",
+        "checkpoints": f"{folder / 'checkpoint-N'}, every {args.checkpointing_steps} steps",
     }
+    if args.report_to != "none":
+        outputs["tracker logs"] = f"{folder / args.logging_dir} ({args.report_to})"
     if run.uses_store:
         outputs["records"] = str(run.residual_dir) + ("" if args.residual_dir else " (removed at the end)")
-    lines.append(format_plan(plan, model=model, outputs=outputs))
-    lines.insert(-1, f'Photos   {len(run.photos)} from {photos}, prompt "{args.instance_prompt}"')
+    if args.push_to_hub:
+        outputs["upload"] = args.hub_model_id or folder.resolve().name
+    first, rest = format_plan(plan, model=model, outputs=outputs).split("\n", 1)
+    lines += [first, f'Photos   {len(run.photos)} from {photos}, prompt "{args.instance_prompt}"', rest]
     return "\n".join(lines)
 
 

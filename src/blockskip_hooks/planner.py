@@ -16,7 +16,7 @@ import torch
 from .config import BlockSkipConfig, PatchSamplingConfig
 from .families import Family
 from .hooks import SpanResiduals
-from .monitor import format_bytes
+from .monitor import format_about, format_bytes
 from .quantization import QuantizationConfig
 from .residual_dtype import PACKED, ResidualDtype, packed_bytes
 from .selection import Selection
@@ -134,7 +134,9 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
         The contents of ``plan.json``. In each stage, ``peak_device_bytes`` is the sum of ``parameter_bytes`` (frozen
         weights, with one streamed block), ``lora_optimizer_bytes`` and ``activation_bytes`` (with gradients alive at
         the peak). ``tflops_per_step`` counts matrix products of one forward (and backward) of ``batch_size``
-        samples, ``attention_tflops_per_step`` the attention beside them. ``streamed`` of the stage "encode" says
+        samples, ``attention_tflops_per_step`` the attention beside them, ``vae_tflops`` what of both is the VAE's: of
+        the batch, or of one image that is decoded. No ``seconds`` are predicted here, see
+        :mod:`~blockskip_hooks.prediction`. ``streamed`` of the stage "encode" says
         whether the layers of large text encoders are read from the checkpoint one at a time, once per prompt.
 
     Raises:
@@ -172,7 +174,8 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
         capture = capture.beside(parameter_bytes=request.resident_bytes, lora_bytes=states)
 
     vae = _Vae(request, base=train, limit=train.peak_bytes)
-    stages = []
+    stages: list[dict[str, Any]] = []
+    in_step: Usage | None = None
     if request.text_encoders or request.text_encoder_parameter_bytes:
         usage, streamed = _encode_text(request, train.peak_bytes)
         stages.append({**_stage("encode", usage, 1), "streamed": streamed})
@@ -181,16 +184,17 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
         batch_size, capture = _precompute_batch(request, fake, capture, train, vae, states)
         # All photos of a stretch are encoded first; the VAE is gone when the transformer runs.
         encode, alone = vae.encode(batch_size)
-        stages.append({**_stage("precompute", encode.then(capture), batch_size), "vae_alone": alone})
+        stages.append({**_stage("precompute", encode.then(capture), batch_size, encode), "vae_alone": alone})
     elif request.cache_latents:
         encode, alone = vae.encode(1)
-        stages.append({**_stage("precompute", encode, 1), "vae_alone": alone})
+        stages.append({**_stage("precompute", encode, 1, encode), "vae_alone": alone})
     else:
         # Without records every step encodes its crops, so the VAE stays.
         if capture is not None:
             train = capture.then(train)
-        train = vae.beside_transformer(request.batch_size).then(train.beside(parameter_bytes=vae.parameter_bytes))
-    stages.append(_stage("train", train, request.batch_size))
+        in_step = vae.beside_transformer(request.batch_size)
+        train = in_step.then(train.beside(parameter_bytes=vae.parameter_bytes))
+    stages.append(_stage("train", train, request.batch_size, in_step))
     if request.class_batch_size is not None:
         side, wanted = request.class_resolution, request.class_batch_size
         stages.insert(0, _make_images("class_images", request, fake, vae, wanted, side, states))
@@ -241,6 +245,10 @@ class _Vae:
         """Crops to latents with the transformer resident, as in training without records."""
         return self._beside(self._simulate(batch_size, self._request.training_size, decode=False))
 
+    def decode(self, size: tuple[int, int]) -> Usage:
+        """Latents to one image, whatever is beside it."""
+        return self._decoded(size)
+
     def decode_after(self, denoising: Usage, size: tuple[int, int]) -> tuple[Usage, dict[str, bool]]:
         """The transformer's work, then latents to one image; whether they take turns, and whether in tiles."""
         decode, alone = self._placed(self._decoded(size))
@@ -287,7 +295,7 @@ def _make_images(
         phases, placement = vae.decode_after(infer, (side, side))
         usage = phases.beside(parameter_bytes=request.validation_extra_bytes)
         if images == 1 or usage.peak_bytes <= vae.limit:
-            return {**_stage(name, usage, images), **placement}
+            return {**_stage(name, usage, images, vae.decode((side, side))), **placement}
         images //= 2
 
 
@@ -387,7 +395,15 @@ def _optimizer_state_bytes(parameters: Sequence[torch.nn.Parameter], use_8bit_ad
     return total
 
 
-def _stage(name: str, usage: Usage, batch_size: int) -> dict[str, Any]:
+def _stage(name: str, usage: Usage, batch_size: int, vae: Usage | None = None) -> dict[str, Any]:
+    """A stage of the plan.
+
+    Args:
+        name: The stage.
+        usage: What a step of it needs.
+        batch_size: Samples of a step.
+        vae: The part of it that is the VAE's.
+    """
     return {
         "name": name,
         "peak_device_bytes": usage.peak_bytes,
@@ -396,6 +412,7 @@ def _stage(name: str, usage: Usage, batch_size: int) -> dict[str, Any]:
         "lora_optimizer_bytes": usage.lora_bytes,
         "tflops_per_step": usage.product_flops / 1e12,
         "attention_tflops_per_step": usage.attention_flops / 1e12,
+        "vae_tflops": (vae.product_flops + vae.attention_flops) / 1e12 if vae else 0.0,
         "batch_size": batch_size,
         "seconds": None,
         "simulated": True,
@@ -430,25 +447,32 @@ def format_plan(plan: Mapping[str, Any], *, model: str | None = None, outputs: M
     else:
         sizes = f"{patch['max']} px" if patch["mode"] == "resize" else f"{patch['min']} to {patch['max']} px"
         lines.append(f"Patches  {patch['mode']}: {sizes}, trained at {patch['training_resolution']} px")
-    header = ("Stage", "peak", "parameters", "LoRA+optim.", "activations", "TFLOP/step", "+attention", "batch")
+    header = ("Stage", "time", "peak", "parameters", "LoRA+optim.", "activations", "TFLOP/step", "batch")
     rows = [header] + [
         (
             stage["name"],
+            format_about(stage["seconds"]),
             *(
                 format_bytes(stage[f"{part}_bytes"])
                 for part in ("peak_device", "parameter", "lora_optimizer", "activation")
             ),
-            f"{stage['tflops_per_step']:.3g}",
-            f"{stage['attention_tflops_per_step']:.2g}",
+            f"{stage['tflops_per_step'] + stage['attention_tflops_per_step']:.3g}",
             str(stage["batch_size"]),
         )
         for stage in plan["stages"]
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    lines.append("Memory and compute, simulated (bytes of live tensors; no time is predicted):")
+    times = [stage["seconds"] for stage in plan["stages"]]
+    known = [seconds for seconds in times if seconds is not None]
+    note = "times are estimates for this device" if known else "no time is predicted"
+    lines.append(f"Memory and compute, simulated (bytes of live tensors; {note}):")
     for row in rows:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
         lines.append(f"  {'  '.join(cells)}")
+    if known:
+        more = "" if len(known) == len(times) else ", and what has no estimate"
+        total = format_about(sum(known))
+        lines.append(f"Time     {total if total.startswith('under') else f'about {total}'} in all{more}")
     if any(stage.get("streamed") for stage in plan["stages"]):
         lines.append("  Large text encoders are read layer by layer, once per prompt.")
     if any(stage.get("vae_tiled") for stage in plan["stages"]):

@@ -11,9 +11,9 @@ import torch
 from accelerate.utils import find_executable_batch_size
 from diffusers import ModelMixin
 from peft.tuners.tuners_utils import BaseTunerLayer
-from tqdm.auto import tqdm
 
 from .hooks import SpanResiduals
+from .progress import StageProgress
 from .residual_dtype import pack_record
 from .residual_store import Record, ResidualStore
 from .sample_plan import Sample
@@ -70,7 +70,7 @@ def encode_latents(
     vae: ModelMixin,
     store: ResidualStore,
     batch_size: int | None = None,
-    progress: tqdm | None = None,
+    progress: StageProgress | None = None,
     between_batches: Callable[[], None] = lambda: None,
 ) -> dict[str, torch.Tensor]:
     """Clean latents of the samples that :func:`precompute_records` will work on, by sample id, on the CPU.
@@ -128,7 +128,7 @@ def precompute_records(
     batch_size: int | None = None,
     with_residuals: bool = True,
     with_adapters: bool = False,
-    progress: tqdm | None = None,
+    progress: StageProgress | None = None,
     between_batches: Callable[[], None] = lambda: None,
 ) -> int:
     """Write the records that ``store`` lacks: clean latents and, with skipped blocks, the spans' residuals.
@@ -154,7 +154,7 @@ def precompute_records(
     """
     missing = sum(not maker.is_recorded(sample, store) for sample in samples)
     if progress is not None:
-        progress.update(len(samples) - missing)
+        progress.skip(len(samples) - missing)
 
     @find_executable_batch_size(starting_batch_size=_start_size(samples, maker, batch_size))
     def run(size: int) -> None:

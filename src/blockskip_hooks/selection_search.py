@@ -18,13 +18,13 @@ from diffusers import ModelMixin
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tqdm.auto import tqdm
 
 from .families import Family, PromptEmbeds
 from .image_adapters import load_adapter
 from .image_encoders import ImageEncoder
 from .images import generate_images
 from .masking import text_masked_by_row
+from .progress import Display
 from .selection_tables import best_pairs
 from .transformer import DiTBlockSkipTransformer
 
@@ -93,7 +93,7 @@ class MaskedImages:
             for subject in subjects
         }
         total = sum(map(len, missing.values()))
-        with tqdm(total=total, desc="Masked images", unit="image", disable=not total) as bar:
+        with Display("Masked images", total, "image") as bar:
             for subject, variants in missing.items():
                 for start in range(0, len(variants), self.batch_size):
                     batch = variants[start : start + self.batch_size]

@@ -22,7 +22,7 @@ from .blocks import list_blocks, split_blocks
 from .config import BlockSkipConfig
 from .counters import Meter
 from .families import Family
-from .hooks import SpanResiduals
+from .hooks import CaptureDone, SpanResiduals
 from .lora import add_lora
 from .losses import combine_losses, flow_matching_loss
 from .model_config import model_class
@@ -157,6 +157,41 @@ class FakeTransformer:
             with self._autocast(), _streamed(self._streamed):
                 residuals = self.model.capture_residuals(**inputs, return_dict=False)
         return self._usage(meter, self._largest_streamed_module()), residuals
+
+    def block_inputs(
+        self, names: Sequence[str], batch_size: int, size: tuple[int, int], text_tokens: int
+    ) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
+        """Fake arguments, positional and by keyword, that a forward of the whole model gives some of its blocks.
+
+        Args:
+            names: The blocks.
+            batch_size: Samples per forward.
+            size: Height and width of the images in pixels.
+            text_tokens: Tokens of a prompt.
+        """
+        seen: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+        def record(name: str) -> Callable[..., None]:
+            def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                seen[name] = (args, kwargs)
+                if len(seen) == len(names):
+                    raise CaptureDone
+
+            return hook
+
+        modules = [(name, self.model.transformer.get_submodule(name)) for name in names]
+        handles = [module.register_forward_pre_hook(record(name), with_kwargs=True) for name, module in modules]
+        try:
+            with torch.no_grad(), self.fake_mode, _ReadScalars(text_tokens), self._autocast():
+                inputs = self._inputs(self._batch(batch_size, size, text_tokens))
+                with _streamed(self._streamed), self.model.full_model() as transformer:
+                    transformer(**inputs, return_dict=False)
+        except CaptureDone:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen
 
     @torch.no_grad()
     def infer(self, batch_size: int, size: tuple[int, int], text_tokens: int) -> Usage:

@@ -5,21 +5,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import free_memory
-from PIL import Image
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from .checkpoint_checks import made_with
 from .checkpoints import (
@@ -33,24 +29,28 @@ from .checkpoints import (
 from .encode import TrainedText
 from .files import save_tensors
 from .hooks import SpanResiduals
-from .images import VaePlacement, generate_images
+from .images import VaePlacement
 from .lora import add_lora, check_finite, check_gradients, check_learned, load_lora, save_lora
 from .losses import combine_losses, flow_matching_loss
 from .monitor import StageMonitor, device_memory
 from .optimizers import make_optimizer
-from .precompute import base_model, capture, encode_latents, only_new_garbage, precompute_records
+from .precompute import capture, encode_latents, only_new_garbage, precompute_records
+from .progress import Progress, StageProgress
 from .residual_store import DamagedRecord, Record, ResidualStore, tensors_digest
 from .run import Run
+from .sample_losses import QUARTERS, SampleLosses, quarter_means
 from .sample_plan import Sample, derived_seed
 from .stop_signals import Interrupted, StopSignals
 from .stretches import Stretches
+from .tracking import Tracking
 from .training_data import Batch, RecordDataset, SampleMaker, collate_by_kind, read_ahead
 from .transformer import DiTBlockSkipTransformer
 
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from .validation import Images
 
-SUSPECTS_NAMED = 4
+logger = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -68,15 +68,19 @@ class Trainer:
         images_at_once: Validation images per call of the pipeline; by default all of a prompt.
         vae_placement: How the VAE works in the stages "precompute" and "validate".
         stop: Signals that ask the run to end; by default none do.
+        progress: Shows how far the run is; by default nothing is shown.
 
     Attributes:
         step: Optimiser steps done.
         losses: Loss of each of them.
+        loss_by_timestep: Steps and their mean loss by range of timesteps, of those since the run began or went on.
         step_seconds: Seconds of each step of this process.
         step_memory: What `device_memory` said after each of them; empty without a device.
         records_made: Records of samples that this process has computed.
         shown_images: The validation images that were made last: their step, prompts, the base model's and the LoRA's.
         after_checkpoint: Called by the main process whenever a checkpoint is complete.
+        recorded_samples: Samples of this process in the latest stretch.
+        largest_capture: How many of them may run through the whole model at a time.
     """
 
     def __init__(
@@ -92,24 +96,28 @@ class Trainer:
         images_at_once: int | None = None,
         vae_placement: Mapping[str, VaePlacement] | None = None,
         stop: StopSignals | None = None,
+        progress: Progress | None = None,
     ) -> None:
         args, seed = run.args, maker.plan.seed
         self.run, self.accelerator, self.monitor, self.maker = run, accelerator, monitor, maker
         self.model, self.store = model, store
         self.stretches, self.max_train_steps = stretches, stretches.num_steps
         self.images_at_once, self.vae_placement = images_at_once, vae_placement or {}
-        self.stop = stop or StopSignals()
+        self.stop, self.progress = stop or StopSignals(), progress or Progress.silent()
+        self.tracking = Tracking(accelerator, monitor, model)
         self.step = self._saved_step = 0
         self.records_made = 0
+        self.recorded_samples: list[Sample] = []
+        self.largest_capture = 1
         self.losses: list[float] = []
         self.step_seconds: list[float] = []
-        self.shown_images: tuple[int, list[str], list[list[Image.Image]], list[list[Image.Image]]] | None = None
+        self.loss_by_timestep: dict[str, list[tuple[int, float]]] = {}
+        self.shown_images: tuple[int, list[str], Images, Images] | None = None
         self.after_checkpoint: Callable[[], None] = lambda: None
         self.step_memory: list[tuple[int, int]] = []
         # The LoRA that the stretch's records were made with, by the number of the parameter.
         self._stretch_adapters: dict[str, torch.Tensor] = {}
-        # Loss of each sample of the current step, to name those that are not finite.
-        self._sample_losses: list[tuple[list[Sample], torch.Tensor]] = []
+        self._sample_losses = SampleLosses(maker)
         self._records_of_stretch: Callable[[], None] = lambda: None
         self.samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
 
@@ -177,7 +185,8 @@ class Trainer:
         if len(self.stretches) > 1:
             # A run that was killed behind its last checkpoint left records of a later stretch.
             self.store.drop_others(sample.id for sample in self.maker.samples(self._indices(recorded)))
-        samples = self.maker.samples(self._my_indices(recorded))
+        samples = self.recorded_samples = self.maker.samples(self._my_indices(recorded))
+        self.largest_capture = batch_size or 1
         if self.run.refreshes:
             self._begin_refreshed(steps)
         self._records_of_stretch = functools.partial(self._make_records, samples, batch_size)
@@ -194,17 +203,18 @@ class Trainer:
             missing = sum(not self.maker.is_recorded(sample, self.store) for sample in samples)
             alone = self.vae_placement.get("precompute", VaePlacement()).alone
             place = self.model.on_host() if alone else contextlib.nullcontext()
-            with place, self.vae() as vae, self._progress(missing, "Encoding photos") as bar:
-                latents = encode_latents(
-                    samples,
-                    maker=self.maker,
-                    vae=vae,
-                    store=self.store,
-                    batch_size=batch_size,
-                    progress=bar,
-                    between_batches=self.stop.check,
-                )
-            with self._progress(len(samples), "Precomputing records") as bar:
+            with self.progress.stage("precompute", photos=missing, records=len(samples)) as progress:
+                with place, self.vae() as vae:
+                    latents = encode_latents(
+                        samples,
+                        maker=self.maker,
+                        vae=vae,
+                        store=self.store,
+                        batch_size=batch_size,
+                        progress=progress,
+                        between_batches=self.stop.check,
+                    )
+                progress.begin("records")
                 self.records_made += precompute_records(
                     samples,
                     latents,
@@ -214,7 +224,7 @@ class Trainer:
                     batch_size=batch_size,
                     with_residuals=self.run.stores_residuals,
                     with_adapters=self.run.refreshes,
-                    progress=bar,
+                    progress=progress,
                     between_batches=self.stop.check,
                 )
 
@@ -234,9 +244,9 @@ class Trainer:
         with (
             self.stop.held(),
             self.monitor.stage("train"),
-            self._progress(self.max_train_steps, "Training", self.step) as bar,
+            self.progress.stage("train", self.step, steps=self.max_train_steps) as progress,
         ):
-            started, micro_losses = time.perf_counter(), []
+            started, micro_figures, norm = time.perf_counter(), [], None
             for samples, payloads in loader if args.dataloader_num_workers else read_ahead(loader):
                 if args.lora_dropout:
                     torch.manual_seed(derived_seed(self.maker.plan.seed, "dropout", samples[0].id))
@@ -247,21 +257,22 @@ class Trainer:
                         if self.step == 0:
                             for module in (self.model.transformer, *self.text_encoders.values()):
                                 check_gradients(module)
-                        accelerator.clip_grad_norm_(self.parameters, args.max_grad_norm)
+                        norm = accelerator.clip_grad_norm_(self.parameters, args.max_grad_norm)
                     self.optimizer.step()
                     self.scheduler.step()
                     self.optimizer.zero_grad()
                 # Processes that get a signal between different steps must end after the same one.
                 asked = torch.full_like(loss, self.stop.received)
-                gathered = accelerator.gather(torch.stack([loss.detach(), asked])[None])
-                micro_losses.append(gathered[:, 0].mean())
+                figures = [torch.stack([loss.detach(), asked]), self._sample_losses.by_quarter()]
+                gathered = accelerator.gather(torch.cat(figures)[None])
+                micro_figures.append(gathered)
                 if accelerator.sync_gradients:
-                    self._finish_step(torch.stack(micro_losses).mean().item(), bar)
+                    self._finish_step(torch.stack(micro_figures), norm, progress)
                     self.stop.check(int(gathered[:, 1].max().item()))
                     self.step_seconds.append(time.perf_counter() - started)
                     if memory := device_memory():
                         self.step_memory.append(memory)
-                    started, micro_losses = time.perf_counter(), []
+                    started, micro_figures, norm = time.perf_counter(), [], None
 
     def _batch(self, samples: list[Sample], payloads: list[Record | None]) -> Batch:
         if self.store is not None:
@@ -309,29 +320,25 @@ class Trainer:
             sigmas=batch.sigmas,
         )
         losses = flow_matching_loss(prediction, target, batch.sigmas, args.weighting_scheme)
-        self._sample_losses.append((batch.samples, losses.detach()))
+        self._sample_losses.add(batch.samples, losses)
         return combine_losses(losses, args.with_prior_preservation, args.prior_loss_weight)
 
-    def _finish_step(self, loss: float, bar: tqdm) -> None:
-        sample_losses, self._sample_losses = self._sample_losses, []
-        if not math.isfinite(loss):
-            suspects = [
-                self.maker.describe(sample)
-                for samples, losses in sample_losses
-                for sample, value in zip(samples, losses.tolist(), strict=True)
-                if not math.isfinite(value)
-            ]
-            whose = ", ".join(suspects[:SUSPECTS_NAMED]) + (", ..." if len(suspects) > SUSPECTS_NAMED else "")
-            raise ValueError(
-                f"The loss of step {self.step + 1} is {loss}, by {whose or 'samples of another process'}; lower "
-                "--learning_rate or check these photos. Checkpoints written so far are intact."
-            )
+    def _finish_step(self, figures: torch.Tensor, norm: torch.Tensor | None, progress: StageProgress) -> None:
+        """Take the figures of a step's batches in every process, ``(batches, processes, 2 + 2 * QUARTERS)``."""
+        # Rounded as if the loss alone were averaged: a run's losses do not depend on what else is looked at.
+        loss = figures[:, :, 0].mean(1).mean().item()
+        samples = self._sample_losses.end_step(self.step + 1, loss)
         self.step += 1
         self.losses.append(loss)
-        rate = self.scheduler.get_last_lr()[0]
-        self.accelerator.log({"loss": loss, "lr": rate}, step=self.step)
-        bar.update()
-        bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.1e}")
+        seen = {"loss": loss, "lr": self.scheduler.get_last_lr()[0]}
+        if norm is not None:
+            seen["grad_norm"] = float(norm)
+        quarters = quarter_means(figures[:, :, -2 * QUARTERS :].sum((0, 1)), self.maker.plan.timesteps)
+        for timesteps, mean in quarters.items():
+            self.loss_by_timestep.setdefault(timesteps, []).append((self.step, mean))
+        self.tracking.log_step(self.step, samples, seen, quarters)
+        self.progress.losses = self.losses
+        progress.update()
         if self.step % self.run.args.checkpointing_steps == 0:
             self.save_checkpoint()
 
@@ -424,39 +431,9 @@ class Trainer:
                 self.run.output_dir, type(self.run.family), self.model.transformer, self.text_encoders, dtype=dtype
             )
 
-    def images(self, prompts: list[str], negative: str | None, with_adapters: bool = True) -> list[list[Image.Image]]:
-        """Validation images of the whole model, in every call from the same noise."""
-        embeds = dict(self.maker.embeds)
-        if self.text and with_adapters:
-            self._refresh(embeds, [*prompts, *([] if negative is None else [negative])])
-        adapters = contextlib.nullcontext() if with_adapters else base_model(self.model.transformer)
-        with self.monitor.stage("validate"), self.vae() as vae, adapters, self.accelerator.autocast():
-            return generate_images(
-                [embeds[prompt] for prompt in prompts],
-                family=self.run.family,
-                model=self.model,
-                vae=vae,
-                negative=None if negative is None else embeds[negative],
-                seeds=[self.maker.plan.seed + number for number in range(self.run.args.num_validation_images)],
-                pipeline_kwargs=self.run.pipeline_kwargs,
-                images_at_once=self.images_at_once,
-                placement=self.vae_placement.get("validate"),
-            )
-
-    def log_images(self, prompts: list[str], images: list[list[Image.Image]]) -> None:
-        """Give validation images to the trackers that show images."""
-        self.shown_images = self.step, prompts, [], images
-        for tracker in self.accelerator.trackers:
-            if tracker.name not in ("tensorboard", "wandb"):
-                continue
-            values = {prompt: np.stack([np.asarray(i) for i in row]) for prompt, row in zip(prompts, images)}
-            if tracker.name == "tensorboard":
-                tracker.log_images(values, step=self.step, dataformats="NHWC")
-            else:
-                tracker.log_images(values, step=self.step)
-
     @torch.no_grad()
-    def _refresh(self, embeds: dict, prompts: list[str]) -> None:
+    def refresh_embeds(self, embeds: dict, prompts: list[str]) -> None:
+        """Put the embeddings that the text encoders make now in place of those of some prompts."""
         assert self.text is not None
         for prompt in prompts:
             tokens = self.text.batch_tokens([prompt], self.accelerator.device)
@@ -485,7 +462,7 @@ class Trainer:
         self._set_adapters(self._stretch_adapters)
         try:
             if self.text:
-                self._refresh(self.maker.embeds, list(self.maker.embeds))
+                self.refresh_embeds(self.maker.embeds, list(self.maker.embeds))
             yield
         finally:
             self._set_adapters(now)
@@ -508,6 +485,3 @@ class Trainer:
         indices: Any = self._indices(steps)
         loader: DataLoader = DataLoader(indices, batch_size=self.run.args.train_batch_size)
         return [index for batch in self.accelerator.prepare(loader) for index in batch.tolist()]
-
-    def _progress(self, total: int, description: str, initial: int = 0) -> tqdm:
-        return tqdm(total=total, initial=initial, desc=description, disable=not self.accelerator.is_local_main_process)

@@ -14,6 +14,7 @@ import torch
 from diffusers import AutoModel, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 from diffusers.utils import logging
 from torch.nn.utils.rnn import pad_sequence
+from transformers.utils import logging as text_logging
 
 from ..model_config import load_config, model_class
 from ..text_encoders import load_streamed_encoder
@@ -345,7 +346,7 @@ class Family(ABC):
     def image_pipeline(self, transformer: torch.nn.Module, vae: ModelMixin) -> DiffusionPipeline:
         """The stock pipeline without text encoders, around loaded modules."""
         absent = dict.fromkeys((*self.text_components, *self.unused_components))
-        with _no_progress_bar():
+        with no_progress_bar():
             pipeline = self.pipeline_class.from_pretrained(self.model_path, transformer=transformer, vae=vae, **absent)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
@@ -356,12 +357,13 @@ class Family(ABC):
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Within this context diffusers shows no bar for what is loaded: here hardly anything is."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+def no_progress_bar() -> Iterator[None]:
+    """Within this context diffusers and transformers show no bars for what is loaded."""
+    libraries = [module for module in (logging, text_logging) if module.is_progress_bar_enabled()]
+    for module in libraries:
+        module.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
-            logging.enable_progress_bar()
+        for module in libraries:
+            module.enable_progress_bar()

@@ -29,7 +29,7 @@ MAX_PHOTOS = 8
 CROPS_SHOWN = 12
 SHEET_PIXELS = 128
 UPLOADED = (WEIGHTS_NAME, "README.md", "plan.json", "run_report.json")
-"""What is uploaded beside the images of the card."""
+"""What is uploaded beside the images of the card, as far as the run has made it."""
 
 
 def run_report(run: Run, trainer: Trainer, stages: list[dict[str, Any]], *, finished: bool = True) -> dict[str, Any]:
@@ -257,7 +257,7 @@ def push_to_hub(run: Run) -> str:
     repo_id, folder = _repository(run), run.output_dir
     widget = (metadata_load(folder / "README.md") or {}).get("widget") or []
     files: dict[str, Path | bytes] = {entry["output"]["url"]: folder / entry["output"]["url"] for entry in widget}
-    files |= {name: folder / name for name in UPLOADED}
+    files |= {name: folder / name for name in UPLOADED if (folder / name).is_file()}
     for name in ("plan.json", "run_report.json"):
         figures = _nameless(json.loads((folder / name).read_text(encoding="utf-8")))
         files[name] = (json.dumps(figures, indent=2, ensure_ascii=False) + "\n").encode()

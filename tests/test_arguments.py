@@ -72,6 +72,8 @@ OUR_FLAGS = {
     "--quantization": (None, "none", ("nf4", "int8", "none")),
     "--min_patch_size": (int, None, None),
     "--max_patch_size": (int, None, None),
+    "--save_format": (None, "diffusers", ("diffusers", "comfyui")),
+    "--export_merged": ("store_true", False, None),
 }
 TYPES = {"str": (None, str), "int": (int,), "float": (float,), "bool": (parse_bool,)}
 NAMED = [

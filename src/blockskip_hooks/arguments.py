@@ -306,6 +306,13 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--checkpoints_total_limit", type=int, help="Checkpoints kept; older ones are removed.")
     flag("--resume_from_checkpoint", help="Checkpoint folder to go on from, or latest.")
     flag("--upcast_before_saving", action="store_true", help="Save the LoRA in float32.")
+    flag(
+        "--save_format",
+        choices=("diffusers", "comfyui"),
+        default="diffusers",
+        help="comfyui: beside the file that diffusers reads, one that ComfyUI reads.",
+    )
+    flag("--export_merged", action="store_true", help="Also write the transformer with the LoRA in its weights.")
     flag("--logging_dir", default="logs", help="Folder for tracker logs, inside --output_dir.")
     flag("--report_to", default="tensorboard", help="Tracker: tensorboard, wandb, ..., all, or none.")
     flag("--push_to_hub", action="store_true", help="Upload the result to the hub.")

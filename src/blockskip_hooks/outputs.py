@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import create_repo, upload_folder
 from PIL import Image
 
+from .comfyui import COMFYUI_NAME
 from .errors import first_line
 from .lora import WEIGHTS_NAME
 from .model_card import usage_snippet, write_model_card
@@ -182,7 +183,15 @@ def push_to_hub(run: Run) -> str:
             repo_id=repo_id,
             folder_path=str(run.output_dir),
             commit_message="End of training",
-            allow_patterns=[WEIGHTS_NAME, "README.md", "*.png", "plan.json", "run_report.json", "report.html"],
+            allow_patterns=[
+                WEIGHTS_NAME,
+                COMFYUI_NAME,
+                "README.md",
+                "*.png",
+                "plan.json",
+                "run_report.json",
+                "report.html",
+            ],
             token=args.hub_token,
         )
     except Exception as error:  # the hub client and the network below it raise their own kinds

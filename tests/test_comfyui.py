@@ -7,11 +7,10 @@ from safetensors.torch import load_file
 from blockskip_hooks.argument_checks import check_family_flags
 from blockskip_hooks.arguments import parse_args
 from blockskip_hooks.comfyui import COMFYUI_NAME, write_comfyui
-from blockskip_hooks.config import BlockSkipConfig
 from blockskip_hooks.families import FAMILIES
-from blockskip_hooks.lora import WEIGHTS_NAME, add_lora, lora_targets, save_lora
-from blockskip_hooks.transformer import DiTBlockSkipTransformer
+from blockskip_hooks.lora import WEIGHTS_NAME
 from tests import script
+from tests.loras import RANK, save_random_lora
 from tests.tiny import TINY_FAMILIES
 
 
@@ -21,19 +20,10 @@ ALPHAS = [4, 2, 3]
 
 
 def save(tiny, folder, alpha, dtype=None):
-    """A LoRA of rank 4 with some values, saved in both formats: the original tensors."""
-    model = DiTBlockSkipTransformer(
-        tiny.make_transformer(), BlockSkipConfig(leading=1, trailing=1), tiny.family.block_stacks
-    )
-    targets = lora_targets(model, tiny.family.lora_layers, tiny.family.text_stream_layers)
-    parameters = add_lora(model.transformer, targets, rank=4, alpha=alpha, dropout=0.0, seed=0)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    save_lora(folder, tiny.family, model.transformer, dtype=dtype)
+    """A LoRA in both formats: the original tensors."""
+    lora = save_random_lora(tiny, folder, alpha, dtype)
     write_comfyui(folder, tiny.family)
-    return load_file(folder / WEIGHTS_NAME)
+    return load_file(lora)
 
 
 def read_back(tiny, folder):
@@ -62,11 +52,11 @@ def loaded_deltas(tiny, folder, weight_name):
 
 @pytest.mark.parametrize("tiny", READ, ids=lambda tiny: tiny.name)
 def test_diffusers_reads_back_equal_tensors(tiny, tmp_path):
-    expected = save(tiny, tmp_path, alpha=4)
+    expected = save(tiny, tmp_path, alpha=RANK)
     found, alphas = read_back(tiny, tmp_path)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert {float(alpha) for alpha in alphas.values()} <= {4.0}
+    assert {float(alpha) for alpha in alphas.values()} <= {float(RANK)}
 
 
 @pytest.mark.parametrize("alpha", ALPHAS[1:])
@@ -75,9 +65,9 @@ def test_the_scale_survives(tiny, alpha, tmp_path):
     expected = save(tiny, tmp_path, alpha)
     found, alphas = read_back(tiny, tmp_path)
     assert found.keys() == expected.keys()
-    scale = alpha / 4 if alphas else 1.0
+    scale = alpha / RANK if alphas else 1.0
     assert not alphas or {float(value) for value in alphas.values()} == {float(alpha)}
-    torch.testing.assert_close(products(found, scale), products(expected, alpha / 4))
+    torch.testing.assert_close(products(found, scale), products(expected, alpha / RANK))
 
 
 @pytest.mark.parametrize("tiny", READ, ids=lambda tiny: tiny.name)
@@ -93,7 +83,7 @@ def test_the_stock_pipeline_makes_the_same_model_of_both_files(tiny, tmp_path):
 @pytest.mark.parametrize("tiny", READ, ids=lambda tiny: tiny.name)
 def test_comfyui_computes_the_same_update(tiny, alpha, tmp_path):
     """Its rule: ``alpha / rank`` of ``lora_B @ lora_A``, or the product as it is where a layer has no alpha."""
-    expected = products(save(tiny, tmp_path, alpha), alpha / 4)
+    expected = products(save(tiny, tmp_path, alpha), alpha / RANK)
     tensors, form = load_file(tmp_path / COMFYUI_NAME), tiny.family.comfyui
     assert all(name.startswith(form.prefix) for name in tensors)
     updates = {}
@@ -101,7 +91,9 @@ def test_comfyui_computes_the_same_update(tiny, alpha, tmp_path):
         down, up = tensors.pop(f"{name}.lora_A.weight"), tensors.pop(f"{name}.lora_B.weight")
         own = tensors.pop(f"{name}.alpha", None)
         assert (own is not None) == form.writes_alpha
-        updates[f"transformer.{name.removeprefix(form.prefix)}"] = up @ down * (1 if own is None else own.item() / 4)
+        updates[f"transformer.{name.removeprefix(form.prefix)}"] = (
+            up @ down * (1 if own is None else own.item() / RANK)
+        )
     assert not tensors
     torch.testing.assert_close(updates, expected)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import split_state_dict_into_shards_factory
 from peft import LoraConfig
 from peft.tuners.lora.layer import Linear as LoraLinear
 from safetensors import SafetensorError, safe_open
@@ -55,14 +55,16 @@ def export_merged(
     missing = sorted(name for name in layers if f"{name}.weight" not in index)
     if missing:
         raise ValueError(f"{lora} has LoRA of {missing[0]}, which {transformer} lacks; merge it into its own model.")
-    like = _empty(index)
-    name, ending = SAFETENSORS_WEIGHTS_NAME.split(".")
-    shards = split_torch_state_dict_into_shards(
-        like, filename_pattern=f"{name}{{suffix}}.{ending}", max_shard_size=shard_bytes
+    # The helpers that split tensors would want all of them.
+    sizes = _sizes(index)
+    shards = split_state_dict_into_shards_factory(
+        sizes,
+        get_storage_size=lambda size: size,
+        filename_pattern=SAFETENSORS_WEIGHTS_NAME.replace(".", "{suffix}."),
+        max_shard_size=shard_bytes,
     )
-    needed = sum(tensor.nbytes for tensor in like.values())
     final = output_dir / MERGED_NAME
-    with _replacing_folder(final, needed) as folder:
+    with _replacing_folder(final, sum(sizes.values())) as folder:
         shutil.copyfile(transformer / "config.json", folder / "config.json")
         for file, names in shards.filename_to_tensors.items():
             tensors = {key: _merge(tensor, layers.get(_layer(key))) for key, tensor in _read(index, names)}
@@ -109,25 +111,20 @@ def _merge(weight: torch.Tensor, lora: Mapping[str, Any] | None) -> torch.Tensor
     return base.weight.data
 
 
-def _empty(index: Mapping[str, Path]) -> dict[str, torch.Tensor]:
-    """The checkpoint's tensors without values, in its order."""
-    empty = {}
-    for file in dict.fromkeys(index.values()):
-        with safe_open(str(file), framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118
-                if index.get(name) == file:
-                    tensor = opened.get_tensor(name)
-                    empty[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-    return empty
+def _sizes(index: Mapping[str, Path]) -> dict[str, int]:
+    """Bytes of the checkpoint's tensors, file by file; none of their values is read."""
+    return {name: tensor.nbytes for name, tensor in _read(index, index)}
 
 
-def _read(index: Mapping[str, Path], names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+def _read(index: Mapping[str, Path], names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors of the checkpoint; a file is closed when the next one begins, and its pages are the system's again."""
-    for file in dict.fromkeys(index[name] for name in names):
+    by_file: dict[Path, list[str]] = {}
+    for name in names:
+        by_file.setdefault(index[name], []).append(name)
+    for file, inside in by_file.items():
         with safe_open(str(file), framework="pt") as opened:
-            for name in names:
-                if index[name] == file:
-                    yield name, opened.get_tensor(name)
+            for name in inside:
+                yield name, opened.get_tensor(name)
 
 
 @contextmanager

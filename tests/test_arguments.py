@@ -72,6 +72,8 @@ OUR_FLAGS = {
     "--quantization": (None, "none", ("nf4", "int8", "none")),
     "--min_patch_size": (int, None, None),
     "--max_patch_size": (int, None, None),
+    "--config": (None, None, None),
+    "--dump_config": ("store_true", False, None),
     "--save_format": (None, "diffusers", ("diffusers", "comfyui")),
     "--export_merged": ("store_true", False, None),
 }
@@ -239,7 +241,8 @@ def test_a_flag_that_no_run_can_honour_is_refused_with_what_to_do(name):
 
 
 @pytest.mark.parametrize("name", FAMILY)
-def test_flags_that_were_not_typed_are_not_refused(name):
+def test_flags_that_were_not_typed_are_not_refused(name, tmp_path):
+    (tmp_path / "1").write_text("rank: 4")
     assert refusal(FAMILY[name], []) is None
     assert refusal(FAMILY[name], [word for flag in OUR_FLAGS for word in our_words(flag)]) is None
 

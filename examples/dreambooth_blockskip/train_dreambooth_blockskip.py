@@ -28,10 +28,11 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 
 from blockskip_hooks import DiTBlockSkipTransformer
-from blockskip_hooks.arguments import parse_args, printable_command
+from blockskip_hooks.arguments import build_parser, parse_args, printable_command
 from blockskip_hooks.checkpoint_checks import check_checkpoint
 from blockskip_hooks.checkpoints import find_checkpoint
 from blockskip_hooks.class_images import make_class_images
+from blockskip_hooks.config_files import dump_config
 from blockskip_hooks.encode import check_embeds, encode_prompts
 from blockskip_hooks.errors import explain
 from blockskip_hooks.files import write_error
@@ -41,7 +42,7 @@ from blockskip_hooks.outputs import push_to_hub, run_report, write_outputs
 from blockskip_hooks.plan import describe_plan, make_plan, planned_batch_size, planned_vae, streams_text
 from blockskip_hooks.quantization import check_device
 from blockskip_hooks.residual_store import ResidualStore
-from blockskip_hooks.run import Run, prepare_run, start_accelerator, weight_dtype
+from blockskip_hooks.run import Run, known_defaults, prepare_run, start_accelerator, weight_dtype
 from blockskip_hooks.selection_auto import is_trained, probe_args, with_measured_table
 from blockskip_hooks.stop_signals import Interrupted, StopSignals, is_lost_process
 from blockskip_hooks.stretches import Stretches, segments
@@ -59,6 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     command = printable_command(sys.argv if argv is None else [__file__, *argv])
     args = parse_args(argv)
+    if args.dump_config:
+        return print_settings(args)
     with StopSignals() as stop:
         try:
             return run_script(args, command, stop)
@@ -66,6 +69,18 @@ def main(argv: list[str] | None = None) -> int:
             if os.environ.get("RANK", "0") == "0":
                 print(error, file=sys.stderr)
             return 128 + error.number
+
+
+def print_settings(args: argparse.Namespace) -> int:
+    """Print all settings as a file for ``--config``."""
+    try:
+        print(dump_config(args, build_parser(), known_defaults(args)), end="")
+    except Exception as error:
+        if (line := explain(error, secret=args.hub_token)) is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def run_script(args: argparse.Namespace, command: str, stop: StopSignals, *, is_probe: bool = False) -> int:

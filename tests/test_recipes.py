@@ -12,6 +12,7 @@ from blockskip_hooks.lora import WEIGHTS_NAME
 from tests import script
 from tests.loras import save_random_lora
 from tests.script import ROOT, load_script, save_photos
+from tests.test_image_encoders import save_vit
 from tests.test_quantization import FLUX as WIDE_FLUX
 from tests.tiny import TINY_FAMILIES
 
@@ -59,7 +60,8 @@ RUN = [words for words in COMMANDS if words[0].startswith("examples/")]
 
 @pytest.fixture
 def ground(tmp_path, monkeypatch):
-    """A folder with the photos that recipes speak of."""
+    """A folder with the photos and files that recipes speak of."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
     save_photos(tmp_path / "dog", [(80, 64), (64, 64)])
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -128,10 +130,13 @@ def test_each_gpu_size_has_a_config_that_says_what_it_needs():
 def test_a_command_of_the_readme_runs(words, ground):
     path, *flags = words
     model = flags[flags.index(MODEL) + 1] if MODEL in flags else None
+    if "--config" in flags:
+        settings = yaml.safe_load((ROOT / flags[flags.index("--config") + 1]).read_text())
+        model = settings["pretrained_model_name_or_path"]
     name = Path(path).stem
     assert (ROOT / path).is_file()
     if name == "train_dreambooth_blockskip":
-        small = ["--max_train_steps", "1", "--resolution", "64", "--report_to", "none"]
+        small = ["--max_train_steps", "1", "--skip_final_inference", "--report_to", "none"]
         train([*flags, *(smaller(model) if model else small)])
         return
     if name == "plan_memory":
@@ -148,7 +153,8 @@ def test_a_command_of_the_readme_runs(words, ground):
         common += ["--encoder", "offline", "--prompts", "a dog"]
     else:
         save_random_lora(tiny, ground / "flux-dog", alpha=1)
-        common += ["--encoders", "subject"]
+        save_vit(ground / "encoder")
+        common += ["--encoders", str(ground / "encoder")]
     assert load_script(name).main(common) == 0
 
 

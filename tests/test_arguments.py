@@ -73,6 +73,10 @@ OUR_FLAGS = {
     "--quantization": (None, "none", ("nf4", "int8", "none")),
     "--min_patch_size": (int, None, None),
     "--max_patch_size": (int, None, None),
+    "--config": (None, None, None),
+    "--dump_config": ("store_true", False, None),
+    "--save_format": (None, "diffusers", ("diffusers", "comfyui")),
+    "--export_merged": ("store_true", False, None),
 }
 TYPES = {"str": (None, str), "int": (int,), "float": (float,), "bool": (parse_bool,)}
 NAMED = [
@@ -238,7 +242,8 @@ def test_a_flag_that_no_run_can_honour_is_refused_with_what_to_do(name):
 
 
 @pytest.mark.parametrize("name", FAMILY)
-def test_flags_that_were_not_typed_are_not_refused(name):
+def test_flags_that_were_not_typed_are_not_refused(name, tmp_path):
+    (tmp_path / "1").write_text("rank: 4")
     assert refusal(FAMILY[name], []) is None
     assert refusal(FAMILY[name], [word for flag in OUR_FLAGS for word in our_words(flag)]) is None
 

@@ -29,10 +29,11 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 
 from blockskip_hooks import DiTBlockSkipTransformer
-from blockskip_hooks.arguments import parse_args, parse_trackers, printable_command
+from blockskip_hooks.arguments import build_parser, parse_args, parse_trackers, printable_command
 from blockskip_hooks.checkpoint_checks import check_checkpoint
 from blockskip_hooks.checkpoints import find_checkpoint
 from blockskip_hooks.class_images import make_class_images
+from blockskip_hooks.config_files import dump_config
 from blockskip_hooks.encode import check_embeds, encode_prompts
 from blockskip_hooks.errors import explain, in_full
 from blockskip_hooks.files import write_error
@@ -44,7 +45,7 @@ from blockskip_hooks.prediction import expect_work, predict_seconds
 from blockskip_hooks.progress import Progress, set_log_level
 from blockskip_hooks.quantization import check_device
 from blockskip_hooks.residual_store import ResidualStore
-from blockskip_hooks.run import Run, prepare_run, start_accelerator, weight_dtype
+from blockskip_hooks.run import Run, known_defaults, prepare_run, start_accelerator, weight_dtype
 from blockskip_hooks.selection_auto import is_trained, probe_args, with_measured_table
 from blockskip_hooks.stop_signals import Interrupted, StopSignals, is_lost_process
 from blockskip_hooks.stretches import Stretches, segments
@@ -68,6 +69,8 @@ def main(argv: list[str] | None = None) -> int:
     command = printable_command(sys.argv if argv is None else [__file__, *argv])
     args = parse_args(argv)
     set_log_level(args.log_level)
+    if args.dump_config:
+        return print_settings(args)
     with StopSignals() as stop:
         try:
             return run_script(args, command, stop)
@@ -75,6 +78,18 @@ def main(argv: list[str] | None = None) -> int:
             if os.environ.get("RANK", "0") == "0":
                 print(error, file=sys.stderr)
             return 128 + error.number
+
+
+def print_settings(args: argparse.Namespace) -> int:
+    """Print all settings as a file for ``--config``."""
+    try:
+        print(dump_config(args, build_parser(), known_defaults(args)), end="")
+    except Exception as error:
+        if (line := explain(error, secret=args.hub_token)) is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def run_script(args: argparse.Namespace, command: str, stop: StopSignals, *, is_probe: bool = False) -> int:

@@ -19,6 +19,7 @@ from .arguments import (
     parse_trackers,
 )
 from .buckets import parse_buckets
+from .comfyui import check_comfyui
 from .errors import one_line
 from .families import FAMILIES, Family
 from .quantization import read_quantization
@@ -56,6 +57,8 @@ def check_family_flags(args: argparse.Namespace, family: type[Family]) -> None:
     for name in sorted(args.given):
         if name in refusals:
             raise ValueError(f"--{name} cannot be used: {refusals[name]}.")
+    if args.save_format == "comfyui":
+        check_comfyui(family, trains_text=args.train_text_encoder)
 
 
 _AT_LEAST_ONE = (
@@ -252,6 +255,12 @@ def _check_output(args: argparse.Namespace) -> None:
         except HFValidationError as error:
             flag = "--hub_model_id" if args.hub_model_id else "--output_dir, without --hub_model_id,"
             raise ValueError(f"{flag} is no name of a repository: {one_line(str(error))}") from error
+
+    if args.export_merged and args.train_text_encoder:
+        raise ValueError(
+            "--export_merged writes the transformer alone, without the LoRA of --train_text_encoder; leave one of "
+            "them out."
+        )
 
     folder = Path(args.output_dir)
     check_output_dir(folder)

@@ -9,10 +9,13 @@ import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 
 from .config import BlockSkipConfig, PatchMode, ResidualMode
+from .config_files import read_config
 from .data import INTERPOLATION
+from .errors import one_line
 from .families import FAMILIES, Flag
 from .quantization import METHODS
 from .residual_dtype import ResidualDtype
@@ -143,6 +146,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         description="DreamBooth-LoRA on a diffusion transformer, with part of its blocks skipped.", allow_abbrev=False
     )
+
+    flag = parser.add_argument_group("settings").add_argument
+    flag("--config", help="YAML file with flags as keys; what is typed wins over it.")
+    flag("--dump_config", action="store_true", help="Print all settings as such a file, and stop.")
 
     flag = parser.add_argument_group("model").add_argument
     flag("--pretrained_model_name_or_path", help="Hub id or folder of a pipeline; without it, the embedded model.")
@@ -312,6 +319,13 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--checkpoints_total_limit", type=int, help="Checkpoints kept; older ones are removed.")
     flag("--resume_from_checkpoint", help="Checkpoint folder to go on from, or latest.")
     flag("--upcast_before_saving", action="store_true", help="Save the LoRA in float32.")
+    flag(
+        "--save_format",
+        choices=("diffusers", "comfyui"),
+        default="diffusers",
+        help="comfyui: beside the file that diffusers reads, one that ComfyUI reads.",
+    )
+    flag("--export_merged", action="store_true", help="Also write the transformer with the LoRA in its weights.")
     flag("--logging_dir", default="logs", help="Folder for tracker logs, inside --output_dir.")
     flag(
         "--report_to", default="tensorboard", help="Trackers: tensorboard, wandb, ..., several by commas, all or none."
@@ -343,16 +357,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse a command line and remember which flags were typed.
+    """Parse a command line and the file of its ``--config``, and remember which flags were given.
 
     Args:
         argv: Arguments without the program name, or None for those of the process.
 
     Returns:
-        The flags, and ``given``: a frozenset of the names (``"skip_blocks"``) that the command line held, whether or
-        not their value is the default. ``local_rank`` is the variable ``LOCAL_RANK`` where a launcher set it.
+        The flags, and ``given``: a frozenset of the names (``"skip_blocks"``) that the command line or the file held,
+        whether or not their value is the default. What is typed wins over the file. ``local_rank`` is the variable
+        ``LOCAL_RANK`` where a launcher set it.
 
-    A flag that cannot be parsed ends the program with one line on stderr and code 2.
+    A flag or a file that cannot be parsed ends the program with one line on stderr and code 2.
     """
     parser = build_parser()
     defaults = vars(parser.parse_args([]))
@@ -364,9 +379,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         close = difflib.get_close_matches(name, [f"--{dest}" for dest in defaults], n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
-    given = frozenset(dest for dest, value in vars(args).items() if value is not untyped)
-    args = argparse.Namespace(**{dest: vars(args)[dest] if dest in given else defaults[dest] for dest in defaults})
-    args.given = given
+    given = {dest: value for dest, value in vars(args).items() if value is not untyped}
+    if given.get("config") is not None:
+        try:
+            given = {**read_config(Path(given["config"]), parser), **given}
+        except ValueError as error:
+            parser.exit(2, f"error: {one_line(str(error))}\n")
+    args = argparse.Namespace(**{**defaults, **given})
+    args.given = frozenset(given)
     launcher_rank = os.environ.get("LOCAL_RANK", "-1")
     if launcher_rank != "-1":
         args.local_rank = int(launcher_rank)

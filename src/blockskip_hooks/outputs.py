@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, HfApi, metadata_load
 from PIL import Image
 
+from .comfyui import COMFYUI_NAME
 from .errors import first_line
 from .lora import WEIGHTS_NAME
 from .machine import describe_machine
@@ -28,7 +29,7 @@ from .trainer import Trainer
 MAX_PHOTOS = 8
 CROPS_SHOWN = 12
 SHEET_PIXELS = 128
-UPLOADED = (WEIGHTS_NAME, "README.md", "plan.json", "run_report.json")
+UPLOADED = (WEIGHTS_NAME, "README.md", "plan.json", "run_report.json", COMFYUI_NAME)
 """What is uploaded beside the images of the card, as far as the run has made it."""
 
 

@@ -430,6 +430,20 @@ def prepare_run(args: argparse.Namespace) -> Run:
     )
 
 
+def known_defaults(args: argparse.Namespace) -> dict[str, Any]:
+    """What a run would put in place of flags' own defaults, as far as that is known without asking the hub.
+
+    Raises:
+        ValueError: if the model's folder is not one of a supported pipeline.
+    """
+    embedded = args.pretrained_model_name_or_path is None
+    folder = embedded_model() if embedded else Path(args.pretrained_model_name_or_path)
+    if not folder.is_dir():
+        return {}
+    own = model_defaults(folder)[0] | (_embedded_defaults(args) if embedded else {})
+    return {**detect_family(folder).flag_defaults, **own}
+
+
 def _embedded_defaults(args: argparse.Namespace) -> dict[str, Any]:
     if {"instance_data_dir", "dataset_name"} & args.given:
         return {"instance_prompt": "a photo of sks object"}

@@ -44,6 +44,8 @@ _PROBE_FLAGS: dict[str, Any] = {
     "resume_from_checkpoint": None,
     "report_to": "none",
     "push_to_hub": False,
+    "save_format": "diffusers",
+    "export_merged": False,
 }
 # What says which blocks are skipped counts for the run itself.
 _CHOICE_FLAGS = {"skip_ratio", "skip_budget", "select_on", "selection_encoder", "probe_steps", "strict_table"}

@@ -26,12 +26,14 @@ from .checkpoints import (
     new_checkpoint,
     save_training_state,
 )
+from .comfyui import write_comfyui
 from .encode import TrainedText
 from .files import save_tensors
 from .hooks import SpanResiduals
 from .images import VaePlacement
-from .lora import add_lora, check_finite, check_gradients, check_learned, load_lora, save_lora
+from .lora import WEIGHTS_NAME, add_lora, check_finite, check_gradients, check_learned, load_lora, save_lora
 from .losses import combine_losses, flow_matching_loss
+from .merged import export_merged
 from .monitor import StageMonitor, device_memory
 from .optimizers import make_optimizer
 from .precompute import capture, encode_latents, only_new_garbage, precompute_records
@@ -430,6 +432,12 @@ class Trainer:
             save_lora(
                 self.run.output_dir, type(self.run.family), self.model.transformer, self.text_encoders, dtype=dtype
             )
+            if self.run.args.save_format == "comfyui":
+                write_comfyui(self.run.output_dir, type(self.run.family))
+            if self.run.args.export_merged:
+                with self.monitor.stage("merge"):
+                    folder, output = self.run.family.model_path / "transformer", self.run.output_dir
+                    export_merged(folder, output / WEIGHTS_NAME, output, self.run.args.variant)
 
     @torch.no_grad()
     def refresh_embeds(self, embeds: dict, prompts: list[str]) -> None:

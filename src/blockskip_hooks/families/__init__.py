@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .base import Family, Flag, PromptEmbeds
+from .base import ComfyUIFormat, Family, Flag, PromptEmbeds
 from .flux import Flux
 from .flux2 import Flux2, Flux2Klein
 from .hidream import HiDream
@@ -68,4 +68,4 @@ def detect_family(model_path: Path) -> type[Family]:
     return FAMILIES[pipeline]
 
 
-__all__ = ["FAMILIES", "Family", "Flag", "PromptEmbeds", "detect_family"]
+__all__ = ["FAMILIES", "ComfyUIFormat", "Family", "Flag", "PromptEmbeds", "detect_family"]

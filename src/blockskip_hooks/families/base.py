@@ -44,6 +44,20 @@ class Flag:
         return self.settings.get("default", False if self.settings.get("action") == "store_true" else None)
 
 
+@dataclass(frozen=True)
+class ComfyUIFormat:
+    """Keys of a LoRA file that ComfyUI reads for a family and that diffusers' loader of the family reads back.
+
+    Attributes:
+        prefix: What stands before diffusers' names of the transformer's layers.
+        writes_alpha: Whether each layer has its ``.alpha``; otherwise the scale is part of ``lora_B``, because the
+            family's loader in diffusers refuses such keys.
+    """
+
+    prefix: str = "transformer."
+    writes_alpha: bool = False
+
+
 class Family(ABC):
     """Prompt encoding, latent layout, transformer call, objective and pipeline of one model family.
 
@@ -75,6 +89,7 @@ class Family(ABC):
         flag_defaults: Defaults of flags that differ between families.
         negative_prompt: What guided pipelines are given as the negative prompt; ``None`` for those without guidance.
         tags: Tags of the model card.
+        comfyui: Keys of ``--save_format comfyui``; ``None`` where ComfyUI and diffusers have none in common.
         scheduler: The training noise schedule.
     """
 
@@ -95,6 +110,7 @@ class Family(ABC):
     flag_defaults: ClassVar[Mapping[str, Any]] = {}
     negative_prompt: ClassVar[str | None] = None
     tags: ClassVar[tuple[str, ...]] = ()
+    comfyui: ClassVar[ComfyUIFormat | None] = None
 
     def __init__(self, model_path: Path, variant: str | None = None, flags: Mapping[str, Any] | None = None) -> None:
         self.model_path = model_path

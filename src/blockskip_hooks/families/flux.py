@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, FluxPipeline
 
-from .base import Family, Flag, PromptEmbeds
+from .base import ComfyUIFormat, Family, Flag, PromptEmbeds
 
 
 class Flux(Family):
@@ -48,6 +48,7 @@ class Flux(Family):
     )
     flag_defaults = {"max_sequence_length": 512, "output_dir": "flux-dreambooth-lora"}
     tags = ("flux", "flux-diffusers")
+    comfyui = ComfyUIFormat(writes_alpha=True)
 
     def empty_embeds(
         self, transformer_config: Mapping[str, Any], text_tokens: int, dtype: torch.dtype

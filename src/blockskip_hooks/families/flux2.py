@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline, Flux2KleinPipeline, Flux2Pipeline, ModelMixin
 
 from ..model_config import load_config
-from .base import Family, Flag, PromptEmbeds
+from .base import ComfyUIFormat, Family, Flag, PromptEmbeds
 
 
 SHARED_FLAGS = (
@@ -62,6 +62,7 @@ class Flux2(Family):
     )
     flag_defaults = {"max_sequence_length": 512, "output_dir": "flux-dreambooth-lora"}
     tags = ("flux2", "flux2-diffusers")
+    comfyui = ComfyUIFormat()
 
     def check(self) -> None:
         index = json.loads((self.model_path / "model_index.json").read_text())
@@ -146,6 +147,7 @@ class Flux2Klein(Flux2):
     own_flags = SHARED_FLAGS
     negative_prompt = ""
     tags = ("flux2-klein", "flux2-klein-diffusers")
+    comfyui = ComfyUIFormat()
 
     def pipeline_inputs(self, embeds: PromptEmbeds, negative: PromptEmbeds | None) -> dict[str, Any]:
         inputs = super().pipeline_inputs(embeds, negative)

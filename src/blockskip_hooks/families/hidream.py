@@ -15,7 +15,7 @@ from diffusers.models.transformers.transformer_hidream_image import HiDreamBlock
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
 from ..model_config import load_config
-from .base import Family, Flag, PromptEmbeds
+from .base import ComfyUIFormat, Family, Flag, PromptEmbeds
 
 
 _LLAMA = "meta-llama/Meta-Llama-3.1-8B-Instruct"
@@ -69,6 +69,7 @@ class HiDream(Family):
     flag_defaults = {"max_sequence_length": 128, "output_dir": "hidream-dreambooth-lora", "lora_alpha": None}
     negative_prompt = ""
     tags = ("hidream", "hidream-diffusers")
+    comfyui = ComfyUIFormat("diffusion_model.")
 
     def load_scheduler(self) -> FlowMatchEulerDiscreteScheduler:
         return FlowMatchEulerDiscreteScheduler.from_pretrained(self.model_path, subfolder="scheduler", shift=3.0)

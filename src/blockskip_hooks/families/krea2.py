@@ -11,7 +11,7 @@ from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockR
 from diffusers.models.transformers.transformer_krea2 import Krea2TransformerBlock
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from .base import Family, Flag, PromptEmbeds
+from .base import ComfyUIFormat, Family, Flag, PromptEmbeds
 
 
 TransformerBlockRegistry.register(
@@ -72,6 +72,7 @@ class Krea2(Family):
     }
     negative_prompt = ""
     tags = ("krea2", "krea2-diffusers")
+    comfyui = ComfyUIFormat()
 
     @property
     def vae_scale_factor(self) -> int:

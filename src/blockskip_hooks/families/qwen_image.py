@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin, QwenImagePipeline
 from torch.nn.utils.rnn import pad_sequence
 
-from .base import Family, Flag, PromptEmbeds
+from .base import ComfyUIFormat, Family, Flag, PromptEmbeds
 
 
 UPSTREAM_LEFTOVER = {
@@ -36,6 +36,7 @@ class QwenImage(Family):
     # The pipeline guides only if it is given a negative prompt; its authors advise a space for none.
     negative_prompt = " "
     tags = ("qwen-image", "qwen-image-diffusers")
+    comfyui = ComfyUIFormat("diffusion_model.", writes_alpha=True)
 
     @property
     def vae_scale_factor(self) -> int:

@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin, StableDiffusion3Pipeline
 
 from ..model_config import load_config
-from .base import Family, Flag, PromptEmbeds
+from .base import ComfyUIFormat, Family, Flag, PromptEmbeds
 
 
 class _PipelineFromEmbeds(StableDiffusion3Pipeline):
@@ -69,6 +69,7 @@ class StableDiffusion3(Family):
     }
     negative_prompt = ""
     tags = ("sd3", "sd3-diffusers")
+    comfyui = ComfyUIFormat()
 
     @property
     def latent_token_size(self) -> int:

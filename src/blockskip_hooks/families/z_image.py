@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline, ModelMixin, ZImagePipeline
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF, ZImageTransformerBlock
 
-from .base import Family, PromptEmbeds
+from .base import ComfyUIFormat, Family, PromptEmbeds
 from .flux import Flux
 
 
@@ -40,6 +40,7 @@ class ZImage(Family):
     flag_defaults = {"max_sequence_length": 512, "output_dir": "z-image-dreambooth-lora"}
     negative_prompt = ""
     tags = ("z-image", "z-image-diffusers")
+    comfyui = ComfyUIFormat("diffusion_model.", writes_alpha=True)
 
     @property
     def image_size(self) -> int:

@@ -1,0 +1,29 @@
+"""LoRA files with values, made without training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from blockskip_hooks.config import BlockSkipConfig
+from blockskip_hooks.lora import WEIGHTS_NAME, add_lora, lora_targets, save_lora
+from blockskip_hooks.transformer import DiTBlockSkipTransformer
+from tests.tiny import TinyFamily
+
+
+RANK = 4
+
+
+def save_random_lora(tiny: TinyFamily, folder: Path, alpha: int, dtype: torch.dtype | None = None) -> Path:
+    """The file of a LoRA of rank 4 on all blocks but the first and the last."""
+    config = BlockSkipConfig(leading=1, trailing=1)
+    model = DiTBlockSkipTransformer(tiny.make_transformer(), config, tiny.family.block_stacks)
+    targets = lora_targets(model, tiny.family.lora_layers, tiny.family.text_stream_layers)
+    parameters = add_lora(model.transformer, targets, rank=RANK, alpha=alpha, dropout=0.0, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    save_lora(folder, tiny.family, model.transformer, dtype=dtype)
+    return folder / WEIGHTS_NAME

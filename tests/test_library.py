@@ -1,4 +1,4 @@
-"""The package as a library: what importing it costs, what it says of itself, and the examples of loops of one's own."""
+"""The package as a library: what importing it costs, what it says of itself, the examples of loops of one's own."""
 
 from __future__ import annotations
 
@@ -135,7 +135,9 @@ def test_own_loop_of_the_embedded_model(load, tmp_path: Path, monkeypatch: pytes
     losses = [float(word) for word in capsys.readouterr().out.split(":")[1].split()]
     assert losses[-1] < 0.95 * losses[0]
     assert_restored(pipeline.transformer, before)
-    pipeline.transformer.load_lora_adapter(str(tmp_path / "own-loop-lora"), prefix=None)
+    pipeline.transformer.load_lora_adapter(
+        tmp_path / "own-loop-lora", weight_name="pytorch_lora_weights.safetensors", prefix=None
+    )
     names = [name for name, _ in pipeline.transformer.named_parameters() if "lora_B" in name]
     kept = {f"transformer_blocks.{n}." for n in range(3, 6)} | {f"single_transformer_blocks.{n}." for n in range(7)}
     assert names and all(any(name.startswith(block) for block in kept) for name in names)

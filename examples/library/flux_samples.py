@@ -1,4 +1,4 @@
-"""Training samples of the embedded model, made with stock diffusers: what the two examples beside this file train on."""
+"""Training samples of the embedded model, made with stock diffusers: what the examples beside this file train on."""
 
 from __future__ import annotations
 

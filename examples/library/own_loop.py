@@ -38,7 +38,7 @@ def main() -> None:
     pipeline = load_pipeline()
     losses = train_lora(pipeline.transformer, make_samples(pipeline), BlockSkipConfig(leading=3, trailing=5))
     print("loss of each epoch:", " ".join(f"{loss:.4f}" for loss in losses))
-    pipeline.transformer.save_lora_adapter("own-loop-lora")  # pipeline.transformer.load_lora_adapter reads it
+    pipeline.transformer.save_lora_adapter("own-loop-lora")  # transformer.load_lora_adapter(..., prefix=None) reads it
     pipeline.transformer.unload_lora()  # bit for bit the model that was loaded
 
 

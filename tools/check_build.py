@@ -45,7 +45,9 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
 def build(folder: Path) -> tuple[Path, Path]:
     """The sdist, and the wheel made of it; from a copy, because setuptools writes beside what it builds."""
     copy = folder.parent / "copy"
-    left_out = shutil.ignore_patterns(".git", "build", "dist", "*.egg-info", "__pycache__", "venv", ".venv", ".*_cache")
+    left_out = shutil.ignore_patterns(
+        ".git", "build", "dist", "*.egg-info", "__pycache__", "venv", ".venv", ".*_cache"
+    )
     shutil.copytree(ROOT, copy, ignore=left_out)
     run(sys.executable, "-m", "build", "--outdir", folder, copy, cwd=folder)
     (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")

@@ -19,8 +19,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import torch  # noqa: E402
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel  # noqa: E402
-from matplotlib.ticker import MaxNLocator  # noqa: E402
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle  # noqa: E402
+from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 from blockskip_hooks import BlockSkipConfig, DiTBlockSkipTransformer, PatchSamplingConfig, list_blocks  # noqa: E402
 from blockskip_hooks.blocks import block_bytes  # noqa: E402
@@ -75,7 +75,7 @@ def draw_blocks(file: Path) -> None:
         axes.bar(range(len(sizes)), sizes, width=0.8, color=[KEPT if k else SKIPPED for k in kept])
         part = sum(size for size, k in zip(sizes, kept, strict=True) if k) / sum(sizes)
         axes.set_title(
-            f"{name}: first {leading}, last {trailing} of {len(sizes)} skipped; {part:.0%} of the blocks' weights kept",
+            f"{name}: first {leading}, last {trailing} of {len(sizes)} skipped; {part:.0%} of their weights kept",
             fontsize=10,
             loc="left",
         )

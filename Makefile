@@ -1,4 +1,4 @@
-.PHONY: quality style test
+.PHONY: quality style test test-slow bench docs build
 
 quality:
 	ruff check .
@@ -11,3 +11,20 @@ style:
 
 test:
 	HF_HUB_OFFLINE=1 pytest
+
+test-slow:
+	HF_HUB_OFFLINE=1 pytest -m slow -n 0
+
+# Minutes on two cores; the other benchmarks are in benchmarks/README.md, one command each.
+bench:
+	python benchmarks/step_time.py
+	python benchmarks/plain_overhead.py
+	python benchmarks/family_table.py
+
+# The pages and pictures of docs/ that are made by scripts.
+docs:
+	python tools/make_reference.py
+	python tools/draw_figures.py
+
+build:
+	python tools/check_build.py

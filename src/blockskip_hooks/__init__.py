@@ -1,18 +1,66 @@
 """Memory-efficient personalisation of diffusion transformers: DiT-BlockSkip (CVPR 2026) as diffusers hooks."""
 
-from .config import BlockSkipConfig, PatchSamplingConfig
-from .hooks import SkipMode, SpanResiduals, apply_block_skip, remove_block_skip
-from .transformer import DiTBlockSkipTransformer
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .version import __version__
 
 
+if TYPE_CHECKING:
+    from .blocks import Block, BlockSpans, list_blocks
+    from .config import BlockSkipConfig, PatchSamplingConfig
+    from .hooks import BlockSkipState, SkipMode, SpanResiduals, apply_block_skip, remove_block_skip
+    from .lora import lora_targets
+    from .patch_sampling import patch_size_for
+    from .quantization import QuantizationConfig
+    from .transformer import DiTBlockSkipTransformer
+
+# Read when a name is first used: importing the package alone loads neither torch nor diffusers.
+_MODULES = {
+    "Block": "blocks",
+    "BlockSkipConfig": "config",
+    "BlockSkipState": "hooks",
+    "BlockSpans": "blocks",
+    "DiTBlockSkipTransformer": "transformer",
+    "PatchSamplingConfig": "config",
+    "QuantizationConfig": "quantization",
+    "SkipMode": "hooks",
+    "SpanResiduals": "hooks",
+    "apply_block_skip": "hooks",
+    "list_blocks": "blocks",
+    "lora_targets": "lora",
+    "patch_size_for": "patch_sampling",
+    "remove_block_skip": "hooks",
+}
+
 __all__ = [
+    "Block",
     "BlockSkipConfig",
+    "BlockSkipState",
+    "BlockSpans",
     "DiTBlockSkipTransformer",
     "PatchSamplingConfig",
+    "QuantizationConfig",
     "SkipMode",
     "SpanResiduals",
     "__version__",
     "apply_block_skip",
+    "list_blocks",
+    "lora_targets",
+    "patch_size_for",
     "remove_block_skip",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

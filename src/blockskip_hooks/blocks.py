@@ -43,6 +43,7 @@ class BlockSpans:
 
     @property
     def skipped(self) -> tuple[Block, ...]:
+        """The blocks of both spans."""
         return self.leading + self.trailing
 
 
@@ -59,11 +60,21 @@ def list_blocks(transformer: torch.nn.Module, stacks: Sequence[str] | None = Non
     Args:
         transformer: A diffusers transformer.
         stacks: Attribute names of the block stacks in execution order, for models that declare other stacks of the
-            same block class as well (refiners, say). By default every ``ModuleList`` of registered blocks counts.
+            same block class as well (refiners, say). By default those of the model's family; of a model of no
+            supported family, every ``ModuleList`` of registered blocks.
 
     Raises:
         ValueError: if there is no stack of blocks registered with diffusers' ``TransformerBlockRegistry``.
+
+    Example:
+        >>> [block.name for block in list_blocks(transformer)]
+        ['transformer_blocks.0', 'transformer_blocks.1', 'single_transformer_blocks.0', ...]
     """
+    # Families register the block classes that diffusers does not know; most of the package loads with them.
+    from .families import block_stacks_of
+
+    if stacks is None:
+        stacks = block_stacks_of(transformer)
     children = dict(transformer.named_children())
     blocks: list[Block] = []
     for stack_name in stacks if stacks is not None else children:

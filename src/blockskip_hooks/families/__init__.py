@@ -5,8 +5,11 @@ A new family is one file here and one line in :data:`FAMILIES`.
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
+
+import torch
 
 from .base import ComfyUIFormat, Family, Flag, PromptEmbeds
 from .flux import Flux
@@ -68,4 +71,14 @@ def detect_family(model_path: Path) -> type[Family]:
     return FAMILIES[pipeline]
 
 
-__all__ = ["FAMILIES", "ComfyUIFormat", "Family", "Flag", "PromptEmbeds", "detect_family"]
+def block_stacks_of(transformer: torch.nn.Module) -> tuple[str, ...] | None:
+    """The stacks of a transformer that are blocks, where its family says so; see ``Family.block_stacks``."""
+    for family in FAMILIES.values():
+        if family.block_stacks is not None:
+            parameters = inspect.signature(family.pipeline_class.__init__).parameters
+            if isinstance(transformer, parameters["transformer"].annotation):
+                return family.block_stacks
+    return None
+
+
+__all__ = ["FAMILIES", "ComfyUIFormat", "Family", "Flag", "PromptEmbeds", "block_stacks_of", "detect_family"]

@@ -1,0 +1,243 @@
+"""The pages: links lead somewhere, quoted lines and flags exist, made pages are fresh, the notebook runs."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from blockskip_hooks.arguments import build_parser, family_flags
+from blockskip_hooks.version import __version__
+from tests.script import load_script
+
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted({*ROOT.glob("*.md"), *DOCS.glob("*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("tools/*/*.md")})
+NOTEBOOK = ROOT / "examples" / "dreambooth_blockskip" / "blockskip_colab.ipynb"
+# Flags of commands that are not ours: torchrun, pip, make and the like.
+FOREIGN = {"--config_file", "--num_processes", "--check"}
+
+
+def load_tool(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def without_blocks(page: Path) -> str:
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+@functools.cache
+def anchors(page: Path) -> set[str]:
+    """Names that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", without_blocks(page), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def wrong_links(page: Path) -> list[str]:
+    """Relative links of a page whose file or heading is not there."""
+    wrong = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", without_blocks(page)):
+        if "://" in link or link.startswith("mailto:"):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (page.parent / file).resolve() if file else page
+        if not target.exists() or (anchor and target.suffix == ".md" and anchor not in anchors(target)):
+            wrong.append(link)
+    return wrong
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path):
+    assert wrong_links(page) == []
+
+
+def test_a_wrong_link_would_be_found(tmp_path: Path):
+    page = tmp_path / "page.md"
+    page.write_text("# A heading\n[a](#a-heading) [b](#nothing) [c](nowhere.md) [d](page.md#a-heading)\n")
+    assert wrong_links(page) == ["#nothing", "nowhere.md"]
+
+
+def known_flags() -> set[str]:
+    parsers = [build_parser()]
+    parsers += [load_script(name).build_parser() for name in ("plan_memory", "select_blocks", "evaluate")]
+    known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
+    return known | {f"--{name}" for name in family_flags()}
+
+
+def flags_of(text: str) -> set[str]:
+    return set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_]+", text))
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.stem)
+def test_flags_in_pages_exist(page: Path):
+    text = page.read_text()
+    if page.stem == "migrating":
+        # Of the table only the first column is ours; below it other projects' flags are named as such.
+        text = "\n".join(line.split("|")[1] for line in text.splitlines() if line.startswith("|"))
+    tool_flags = set(re.findall(r"--[a-z_]+", "".join(p.read_text() for p in (ROOT / "tools").glob("*.py"))))
+    assert flags_of(text) - known_flags() - FOREIGN - (tool_flags if page.stem == "contributing" else set()) == set()
+
+
+def test_files_named_in_pages_exist():
+    for page in sorted(DOCS.glob("*.md")):
+        text = page.read_text()
+        if page.stem == "migrating":
+            text = text.partition("Habits that change")[2]
+        for name in re.findall(r"`((?:src|tests|tools|examples|benchmarks|docs)/[\w./-]+)`", text):
+            assert "NAME" in name or (ROOT / name).exists(), f"{page.name}: {name}"
+
+
+def test_commands_in_pages_name_scripts_that_exist():
+    for page in PAGES:
+        for script in re.findall(r"python ((?:examples|tools|benchmarks)/[\w/]+\.py)", page.read_text()):
+            assert (ROOT / script).is_file(), f"{page.name}: {script}"
+
+
+# Troubleshooting
+
+
+@functools.cache
+def messages() -> frozenset[str]:
+    """Texts of the package and the script, with an ellipsis for each value that is filled in."""
+
+    def text(node: ast.expr) -> str:
+        if isinstance(node, ast.JoinedStr):
+            return "".join(text(part) for part in node.values)
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+            return text(node.left) + text(node.right)
+        return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else "…"
+
+    files = [*(ROOT / "src").rglob("*.py"), *(ROOT / "examples" / "dreambooth_blockskip").glob("*.py")]
+    trees = [ast.walk(ast.parse(file.read_text())) for file in files]
+    kinds = (ast.JoinedStr, ast.Constant, ast.BinOp)
+    return frozenset(text(node) for tree in trees for node in tree if isinstance(node, kinds))
+
+
+LINES = [
+    line
+    for block in re.findall(
+        r"^```text\n(.*?)^```", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    for line in block.splitlines()
+]
+
+
+def is_quoted(line: str) -> bool:
+    """Whether a line is of the code: its fixed parts, in their order, in one text."""
+    parts = line.split("…")
+    # What a page shows as one value may be several in the code, and the other way round.
+    pattern = re.compile(".*?".join(map(re.escape, parts)), re.DOTALL)
+    return any(all(part in message for part in parts) and pattern.search(message) for message in messages())
+
+
+@pytest.mark.parametrize("line", LINES, ids=range(len(LINES)))
+def test_quoted_errors_are_those_of_the_code(line: str):
+    assert any(len(part.strip()) > 10 for part in line.split("…")), "values alone would be found anywhere"
+    assert is_quoted(line)
+
+
+def test_there_are_errors_to_quote_and_others_are_not_found():
+    assert len(LINES) >= 15
+    assert not is_quoted(LINES[0].replace("Memory ran out", "Memory run out"))
+    assert not is_quoted("--skip_blocks … leaves none of … blocks to train; give at least ….")
+
+
+# Made pages
+
+
+def test_reference_is_fresh(capsys: pytest.CaptureFixture[str]):
+    assert load_tool("make_reference").main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_changelog_is_of_this_version():
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    assert re.fullmatch(r"\d+\.\d+\.\d+", __version__)
+    assert "## [Unreleased]" in changelog and __version__ in changelog
+    sections = set(re.findall(r"^### (\w+)$", changelog, flags=re.MULTILINE))
+    assert sections and sections <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+
+
+def test_contributors_find_the_targets():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    assert targets == set(re.findall(r"`make ([a-z-]+)`", (DOCS / "contributing.md").read_text()))
+    for script in re.findall(r"python ([\w/]+\.py)", (ROOT / "Makefile").read_text()):
+        assert (ROOT / script).is_file()
+
+
+def test_figures_are_drawn(tmp_path: Path):
+    assert load_tool("draw_figures").main(["--output_dir", str(tmp_path)]) == 0
+    names = {path.name for path in tmp_path.iterdir()}
+    shown = set(re.findall(r"images/(how_\w+\.png)", (DOCS / "how_it_works.md").read_text()))
+    assert names == shown and all((DOCS / "images" / name).is_file() for name in names)
+
+
+# The notebook
+
+
+def test_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As Jupyter would, with the parameters cell replaced by that of a short run."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+    (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    parameters.source = f"PRESET, STEPS, IMAGES, OUTPUT = 'sana-0.6b', 1, 1, Path({str(tmp_path / 'out')!r})"
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
+    assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
+    printed = "".join(o.get("text", "") for c in notebook.cells if c.cell_type == "code" for o in c.outputs)
+    assert "architecture only" in printed and "embedded model" in printed and "skipped: " in printed
+    pictures = [
+        o for c in notebook.cells if c.cell_type == "code" for o in c.outputs if "image/png" in o.get("data", {})
+    ]
+    assert len(pictures) == 3
+
+
+# Slow
+
+
+@pytest.mark.slow
+def test_gpu_sizes_are_what_the_planner_says(capsys: pytest.CaptureFixture[str]):
+    text = (ROOT / "README.md").read_text().split("### By GPU size")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (\d+) GB \| `([^`]+)` \| (.+) \|$", text, flags=re.MULTILINE)
+    assert [int(size) for size, _, _ in rows] == [6, 8, 12, 16, 24]
+    for size, flags, figures in rows:
+        command = [
+            "--preset",
+            "flux.1-dev",
+            "--rank",
+            "16",
+            "--validation_resolution",
+            "1024",
+            "--json",
+            *flags.split(),
+        ]
+        assert load_script("plan_memory").main(command) == 0
+        stages = {s["name"]: s["peak_device_bytes"] / 2**30 for s in json.loads(capsys.readouterr().out)["stages"]}
+        shown = [float(figure.removesuffix(" GiB")) for figure in figures.split(" | ")]
+        wanted = [stages[name] for name in ("encode", "precompute", "train", "validate")]
+        assert shown == pytest.approx(wanted, abs=0.06)
+        assert max(wanted) <= 0.9 * int(size)
+
+
+@pytest.mark.slow
+def test_distributions_build_and_work_elsewhere():
+    command = [sys.executable, str(ROOT / "tools" / "check_build.py"), "--reuse_dependencies"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "pytorch_lora_weights.safetensors" in done.stdout

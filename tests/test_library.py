@@ -1,0 +1,156 @@
+"""The package as a library: what importing it costs, what it says of itself, the examples of loops of one's own."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import blockskip_hooks
+from blockskip_hooks import BlockSkipConfig
+from tests.tiny import TINY_FAMILIES, TinyFamily
+
+
+ROOT = Path(__file__).parents[1]
+PUBLIC = [name for name in blockskip_hooks.__all__ if name != "__version__"]
+# A family whose blocks diffusers registers, one whose blocks we register, one with image and text streams throughout.
+LOOPS = [tiny for tiny in TINY_FAMILIES if tiny.name in ("flux-dev", "sana", "sd3")]
+
+
+def in_new_process(code: str) -> str:
+    """What Python code prints in a process of its own."""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=600)
+    return run.stdout.splitlines()[-1]
+
+
+def test_importing_loads_nothing_heavy():
+    code = "import json, sys, time; start = time.perf_counter(); import blockskip_hooks; "
+    code += "print(json.dumps([time.perf_counter() - start, sorted({m.split('.')[0] for m in sys.modules})]))"
+    seconds, modules = json.loads(in_new_process(code))
+    assert not {"torch", "diffusers", "transformers", "peft", "accelerate", "datasets"} & set(modules)
+    # A second is what it may take beyond torch; it takes hundredths, and this leaves room for a busy machine.
+    assert seconds < 1
+
+
+def test_settings_need_no_model_library():
+    """Settings can be made and checked before the seconds that diffusers takes."""
+    code = "import sys; from blockskip_hooks import BlockSkipConfig, PatchSamplingConfig, patch_size_for; "
+    code += "config = PatchSamplingConfig(mode='dynamic', min_size=256, max_size=512, multiple=16); "
+    code += "print(BlockSkipConfig(leading=2).num_skipped, patch_size_for(config, 0.5), 'torch' in sys.modules)"
+    assert in_new_process(code) == "2 384 False"
+
+
+def test_every_public_name_is_there_and_documented():
+    assert sorted(blockskip_hooks.__all__, key=str.lower) == sorted(set(blockskip_hooks.__all__), key=str.lower)
+    assert set(blockskip_hooks.__all__) <= set(dir(blockskip_hooks))
+    for name in PUBLIC:
+        thing = getattr(blockskip_hooks, name)
+        assert inspect.getdoc(thing), name
+        for member, value in vars(thing).items() if inspect.isclass(thing) else ():
+            if not member.startswith("_") and (callable(value) or isinstance(value, (property, classmethod))):
+                assert inspect.getdoc(getattr(thing, member)), f"{name}.{member}"
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        blockskip_hooks.nothing  # noqa: B018
+    with pytest.raises(ImportError):
+        from blockskip_hooks import nothing  # noqa: F401
+
+
+def test_type_checkers_see_what_is_loaded_lazily():
+    tree = ast.parse((ROOT / "src" / "blockskip_hooks" / "__init__.py").read_text())
+    (block,) = (n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")
+    typed = {alias.name: node.module for node in block.body for alias in node.names}  # type: ignore[attr-defined]
+    assert typed == blockskip_hooks._MODULES and sorted(typed) == sorted(PUBLIC)
+    assert (ROOT / "src" / "blockskip_hooks" / "py.typed").is_file()
+
+
+def test_blocks_are_found_without_naming_a_family():
+    """In a new process: nothing has registered the families' blocks there, or said which stacks are refiners."""
+    tiny = {t.name: t for t in TINY_FAMILIES}
+    classes = {"sana": "SanaTransformer2DModel", "z-image": "ZImageTransformer2DModel"}
+    code = "import diffusers, json; from blockskip_hooks import list_blocks\nfound = []\n"
+    for name, model in classes.items():
+        code += f"model = diffusers.{model}.from_pretrained({str(tiny[name].folder)!r}, subfolder='transformer')\n"
+        code += "found.append([block.name for block in list_blocks(model)])\n"
+    sana, z_image = json.loads(in_new_process(code + "print(json.dumps(found))"))
+    assert sana == [f"transformer_blocks.{number}" for number in range(tiny["sana"].num_blocks)]
+    assert z_image == [f"layers.{number}" for number in range(tiny["z-image"].num_blocks)]
+
+
+# Examples
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch):
+    """Import a module of the library examples, as running it would."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "library"))
+    for name in ("flux_samples", "own_loop", "trainer_loop"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return importlib.import_module
+
+
+def assert_restored(transformer: torch.nn.Module, before: dict[str, torch.Tensor]) -> None:
+    after = transformer.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
+
+
+def copied(transformer: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in transformer.state_dict().items()}
+
+
+@pytest.mark.parametrize("tiny", LOOPS, ids=lambda tiny: tiny.name)
+def test_own_loop_on_any_transformer(tiny: TinyFamily, load):
+    transformer = tiny.make_transformer()
+    before, inputs = copied(transformer), tiny.make_inputs(2)
+    with torch.no_grad():
+        expected = transformer(**inputs, return_dict=False)[0]
+    torch.manual_seed(0)
+    samples = [(inputs, torch.randn(expected.shape, generator=torch.Generator().manual_seed(2)))]
+    losses = load("own_loop").train_lora(transformer, samples, BlockSkipConfig(leading=1, trailing=1), epochs=10)
+    assert losses[-1] < losses[0]
+    with torch.no_grad():
+        assert not torch.equal(transformer(**inputs, return_dict=False)[0], expected)
+        transformer.unload_lora()
+        assert torch.equal(transformer(**inputs, return_dict=False)[0], expected)
+    assert_restored(transformer, before)
+
+
+def test_own_loop_of_the_embedded_model(load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """The example as a person runs it, and its loop is as short as the documentation says."""
+    monkeypatch.chdir(tmp_path)
+    module = load("own_loop")
+    assert len(inspect.getsource(module.train_lora).splitlines()) <= 30
+    pipeline = load("flux_samples").load_pipeline()
+    before = copied(pipeline.transformer)
+    monkeypatch.setattr(module, "load_pipeline", lambda: pipeline)
+    torch.manual_seed(0)
+    module.main()
+    losses = [float(word) for word in capsys.readouterr().out.split(":")[1].split()]
+    assert losses[-1] < 0.95 * losses[0]
+    assert_restored(pipeline.transformer, before)
+    pipeline.transformer.load_lora_adapter(
+        tmp_path / "own-loop-lora", weight_name="pytorch_lora_weights.safetensors", prefix=None
+    )
+    names = [name for name, _ in pipeline.transformer.named_parameters() if "lora_B" in name]
+    kept = {f"transformer_blocks.{n}." for n in range(3, 6)} | {f"single_transformer_blocks.{n}." for n in range(7)}
+    assert names and all(any(name.startswith(block) for block in kept) for name in names)
+
+
+def test_trainer_loop_of_the_embedded_model(load, tmp_path: Path):
+    pipeline = load("flux_samples").load_pipeline()
+    samples = load("flux_samples").make_samples(pipeline)
+    before = copied(pipeline.transformer)
+    torch.manual_seed(0)
+    losses = load("trainer_loop").train(
+        pipeline.transformer, samples, BlockSkipConfig(leading=3, trailing=5), str(tmp_path)
+    )
+    assert losses[-1] < 0.95 * losses[0]
+    pipeline.transformer.unload_lora()
+    assert_restored(pipeline.transformer, before)

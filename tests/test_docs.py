@@ -197,7 +197,11 @@ def test_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.Mo
     nbformat.validate(notebook)
     assert not any(cell.get("outputs") for cell in notebook.cells)
     (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
-    parameters.source = f"PRESET, STEPS, IMAGES, OUTPUT = 'sana-0.6b', 1, 1, Path({str(tmp_path / 'out')!r})"
+    parameters.source = (
+        f"PRESET, STEPS, IMAGES, OUTPUT = 'sana-0.6b', 1, 1, Path({str(tmp_path / 'out')!r})\n"
+        # Most of the time would go into images of three prompts.
+        "FLAGS = ('--final_validation_prompt', 'a photo of sks dog')"
+    )
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
     assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
     printed = "".join(o.get("text", "") for c in notebook.cells if c.cell_type == "code" for o in c.outputs)

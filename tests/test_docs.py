@@ -80,7 +80,7 @@ def known_flags() -> set[str]:
 
 
 def flags_of(text: str) -> set[str]:
-    return set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_]+", text))
+    return set(re.findall(r"(?<![\w-])--(?:no-)?[a-z][a-z0-9_]+", text))
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.stem)

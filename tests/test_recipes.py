@@ -62,7 +62,8 @@ RUN = [words for words in COMMANDS if words[0].startswith("examples/")]
 def ground(tmp_path, monkeypatch):
     """A folder with the photos and files that recipes speak of."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    save_photos(tmp_path / "dog", [(80, 64), (64, 64)])
+    for name in ("dog", "my-photos"):
+        save_photos(tmp_path / name, [(80, 64), (64, 64)])
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -75,9 +76,10 @@ def name_of(words):
 MODEL = "--pretrained_model_name_or_path"
 
 
-def smaller(model, tiny=None):
+def smaller(model, quantized=False):
     """Flags that put the tiny pipeline in the model's place; behind a recipe's own they win."""
-    tiny = tiny or TINY[STAND_INS[model]]
+    # A 4-bit layer has a least width.
+    tiny = WIDE_FLUX if quantized else TINY[STAND_INS[model]]
     flags = {
         MODEL.removeprefix("--"): tiny.folder,
         "resolution": tiny.resolution,
@@ -99,9 +101,7 @@ def train(words):
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_a_shipped_config_runs(config, ground):
     settings = yaml.safe_load(config.read_text())
-    # A 4-bit layer has a least width.
-    wide = WIDE_FLUX if "quantization" in settings else None
-    train(["--config", config, *smaller(settings["pretrained_model_name_or_path"], wide)])
+    train(["--config", config, *smaller(settings["pretrained_model_name_or_path"], "quantization" in settings)])
     output = ground / settings["output_dir"]
     assert (output / WEIGHTS_NAME).is_file()
     assert json.loads((output / "plan.json").read_text())["skip"]["ratio"] > 0
@@ -130,6 +130,7 @@ def test_each_gpu_size_has_a_config_that_says_what_it_needs():
 def test_a_command_of_the_readme_runs(words, ground):
     path, *flags = words
     model = flags[flags.index(MODEL) + 1] if MODEL in flags else None
+    settings = {}
     if "--config" in flags:
         settings = yaml.safe_load((ROOT / flags[flags.index("--config") + 1]).read_text())
         model = settings["pretrained_model_name_or_path"]
@@ -137,7 +138,7 @@ def test_a_command_of_the_readme_runs(words, ground):
     assert (ROOT / path).is_file()
     if name == "train_dreambooth_blockskip":
         small = ["--max_train_steps", "1", "--skip_final_inference", "--report_to", "none"]
-        train([*flags, *(smaller(model) if model else small)])
+        train([*flags, *(smaller(model, "quantization" in settings) if model else small)])
         return
     if name == "plan_memory":
         # Its parser and its checks; the simulation of the model itself is that of tests/test_presets.py.

@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from blockskip_hooks.trainer import Trainer
+from blockskip_hooks.validation import Validation
 from tests import script
 from tests.script import WEIGHTS, assert_same_weights, losses, weights
 from tests.tiny import TINY_FAMILIES, TinyFamily
@@ -271,14 +272,14 @@ def test_validation_images_are_made_every_few_epochs_and_at_the_end(
 ):
     """Three photos at a batch size of one: an epoch is three steps."""
     calls: list[tuple[int, bool]] = []
-    original = Trainer.images
+    original = Validation._images
 
-    def spy(self, prompts, negative, with_adapters=True):
+    def spy(self, prompts, *, with_adapters):
         assert prompts == ["a photo on the beach"]
-        calls.append((self.step, with_adapters))
-        return original(self, prompts, negative, with_adapters)
+        calls.append((self.trainer.step, with_adapters))
+        return original(self, prompts, with_adapters=with_adapters)
 
-    monkeypatch.setattr(Trainer, "images", spy)
+    monkeypatch.setattr(Validation, "_images", spy)
     flags = ("--validation_prompt", "a photo on the beach", "--validation_epochs", "1", "--num_validation_images", "1")
     output = launch(tiny, *OPTIMIZER, *flags, photos=photos, output=tmp_path, steps=7)
     assert calls == [(3, True), (6, True), (7, False), (7, True)]

@@ -246,6 +246,8 @@ def test_prior_preservation_pairs_class_images_with_their_prompt(
     """Class images come from the pipeline; in batches of two each sample has its own prompt's embeddings."""
     classes = tmp_path / "classes"
     flags = ("--with_prior_preservation", "--class_data_dir", str(classes), "--class_prompt", "a photo of cat")
+    # Then the batches of training are the last ones.
+    flags += ("--no-refresh_residuals",)
     with seen_batches(monkeypatch) as batches:
         output = train("--skip_blocks", SPANS, *flags, "--num_class_images", "2", "--sample_batch_size", "2")
     assert len(list(classes.glob("*.jpg"))) == 2

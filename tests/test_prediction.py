@@ -55,9 +55,8 @@ def predicted(run: Run, plan: dict, stretches, monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_pieces_of_a_run(prepare):
-    run, plan, stretches = prepare(
-        "--skip_blocks", "1,2", "--record_repeats", "2", "--gradient_accumulation_steps", "3"
-    )
+    flags = ("--skip_blocks", "1,2", "--no-refresh_residuals")
+    run, plan, stretches = prepare(*flags, "--record_repeats", "2", "--gradient_accumulation_steps", "3")
     assert pieces_of_run(run, plan, stretches, 1) == {
         "prompts": 1, "photos": 12, "records": 12, "steps": 4, "images": 0,
     }  # fmt: skip
@@ -167,7 +166,7 @@ def test_part_of_the_times_is_said_to_be_a_part(prepare, monkeypatch):
 
 
 def test_time_left_before_anything_is_measured_is_the_plan_s(prepare, monkeypatch):
-    run, plan, stretches = prepare("--skip_blocks", "1,2", "--validation_prompt", BEACH)
+    run, plan, stretches = prepare("--skip_blocks", "1,2", "--validation_prompt", BEACH, "--no-refresh_residuals")
     seconds = predicted(run, plan, stretches, monkeypatch)
     progress = Progress(StageMonitor())
     expect_work(progress, run, plan, stretches, 1)

@@ -238,21 +238,22 @@ def summarise(cells: Sequence[Mapping[str, Any]], rows: Sequence[str]) -> dict[s
 def markdown(summary: Mapping[str, Any]) -> str:
     """The table for people."""
     lines = [
-        "| row | first, last skipped | subject fidelity | gain of plain LoRA's | background, class right | diversity "
-        "| step, wall / plain | FLUX.1-dev train, simulated |",
-        "|---|---|---|---|---|---|---|---|",
+        "| row | first, last skipped | subject fidelity | minus plain LoRA's | gain of plain LoRA's "
+        "| background, class right | diversity | step, wall / plain | FLUX.1-dev train, simulated |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for line in summary["rows"].values():
         low, high = line[FIDELITY][1:]
+        difference = "{:+.3f} ({:+.3f} to {:+.3f})".format(*line[f"{FIDELITY}_to_plain"])
         spans = "; ".join(f"{n}, {m}" for n, m in line.get("spans", [])) or "-"
         times = "-"
         if "step_seconds_to_plain" in line:
             times = f"{line['step_seconds_to_plain']:.2f}, {line['wall_seconds_to_plain']:.2f}"
         memory = f"{line['flux_train_gib_simulated']:.1f} GiB" if "flux_train_gib_simulated" in line else "-"
         lines.append(
-            f"| {line['title']} | {spans} | {line[FIDELITY][0]:.3f} ({low:.3f} to {high:.3f}) | {line['gain']:.0%} "
-            f"| {line['background_right'][0]:.2f}, {line['class_right'][0]:.2f} | {line['diversity'][0]:.3f} "
-            f"| {times} | {memory} |"
+            f"| {line['title']} | {spans} | {line[FIDELITY][0]:.3f} ({low:.3f} to {high:.3f}) | {difference} "
+            f"| {line['gain']:.0%} | {line['background_right'][0]:.2f}, {line['class_right'][0]:.2f} "
+            f"| {line['diversity'][0]:.3f} | {times} | {memory} |"
         )
     return "\n".join(lines)
 

@@ -243,13 +243,15 @@ class Trainer:
         )
         for module in self.trained:
             module.train()
+        # Records alone: crops are computed, and two threads that compute take the cores from each other.
+        reads_ahead = self.store is not None and not args.dataloader_num_workers
         with (
             self.stop.held(),
             self.monitor.stage("train"),
             self.progress.stage("train", self.step, steps=self.max_train_steps) as progress,
         ):
             started, micro_figures, norm = time.perf_counter(), [], None
-            for samples, payloads in loader if args.dataloader_num_workers else read_ahead(loader):
+            for samples, payloads in read_ahead(loader) if reads_ahead else loader:
                 if args.lora_dropout:
                     torch.manual_seed(derived_seed(self.maker.plan.seed, "dropout", samples[0].id))
                 with accelerator.accumulate(*self.trained):

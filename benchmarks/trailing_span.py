@@ -35,7 +35,6 @@ from common import command, machine
 
 from blockskip_hooks.embedded import embedded_subjects
 from blockskip_hooks.hooks import SkipMode
-from blockskip_hooks.losses import flow_matching_loss
 from blockskip_hooks.monitor import write_json
 from blockskip_hooks.precompute import capture
 from blockskip_hooks.trainer import Trainer
@@ -85,15 +84,8 @@ class StudiedTrainer(Trainer):
         inputs = family.transformer_inputs(model.config, batch.noisy_latents, batch.timesteps, batch.embeds)
         model.skip_state.mode = SkipMode.RUN
         prediction = model.transformer(**inputs, return_dict=False)[0]
-        prediction, target = family.loss_terms(
-            family.prediction_to_latents(prediction, batch.latents),
-            latents=batch.latents,
-            noise=batch.noise,
-            noisy_latents=batch.noisy_latents,
-            sigmas=batch.sigmas,
-        )
-        losses = flow_matching_loss(prediction, target, batch.sigmas, self.run.args.weighting_scheme)
-        at_input, at_output = torch.autograd.grad(losses.sum(), [self._span_input, self._span_output])
+        loss = self.each_loss(prediction, batch).sum()
+        at_input, at_output = torch.autograd.grad(loss, [self._span_input, self._span_output])
         return at_input, at_output
 
     def _correction(self, batch: Batch) -> Correction:

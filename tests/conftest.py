@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,7 +11,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from tests.tiny import TINY_FAMILIES, TinyFamily  # noqa: E402
+from tests import script  # noqa: E402
+from tests.tiny import TINY_FAMILIES, TinyFamily, save_tiny_flux  # noqa: E402
 
 
 torch.set_num_threads(1)
@@ -35,3 +37,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def tiny(request: pytest.FixtureRequest) -> TinyFamily:
     """Every family's tiny transformer in turn."""
     return request.param
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny FLUX pipeline, for tests that need one family only."""
+    return save_tiny_flux(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of three photos of other shapes."""
+    return script.save_photos(tmp_path_factory.mktemp("photos"), [(80, 64), (64, 64), (64, 96)])

@@ -22,8 +22,12 @@ WEIGHTS = "pytorch_lora_weights.safetensors"
 @functools.cache
 def load_script(name: str = "train_dreambooth_blockskip") -> ModuleType:
     """A script of the examples as a module."""
-    path = ROOT / "examples" / "dreambooth_blockskip" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
+    return load_module(ROOT / "examples" / "dreambooth_blockskip" / f"{name}.py")
+
+
+def load_module(path: Path) -> ModuleType:
+    """A file outside the package as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

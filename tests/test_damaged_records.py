@@ -20,21 +20,10 @@ from blockskip_hooks.trainer import Trainer
 from blockskip_hooks.training_data import read_ahead
 from tests import script
 from tests.script import assert_same_weights
-from tests.tiny import save_tiny_flux
 
 
 FLAGS = ("--skip_blocks", "1,2", "--precompute_batch_size", "2", "--upcast_before_saving", "--skip_final_inference")
 STEPS = 4
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_flux(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return script.save_photos(tmp_path_factory.mktemp("photos"), [(80, 64), (64, 64), (64, 96)])
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import importlib.util
 import json
 import re
 import subprocess
@@ -19,7 +18,7 @@ from nbclient import NotebookClient
 
 from blockskip_hooks.arguments import build_parser, family_flags
 from blockskip_hooks.version import __version__
-from tests.script import load_script
+from tests.script import load_module, load_script
 
 
 ROOT = Path(__file__).parents[1]
@@ -31,11 +30,7 @@ FOREIGN = {"--config_file", "--num_processes", "--check"}
 
 
 def load_tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(ROOT / "tools" / f"{name}.py")
 
 
 def without_blocks(page: Path) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -21,7 +19,7 @@ from blockskip_hooks.config import BlockSkipConfig
 from blockskip_hooks.image_encoders import load_image_encoder
 from blockskip_hooks.machine import library_source
 from blockskip_hooks.presets import load_preset
-from tests.script import ROOT, WEIGHTS, save_photos
+from tests.script import ROOT, WEIGHTS, load_module, save_photos
 from tests.test_image_encoders import save_dinov2
 from tests.tiny import TINY_FAMILIES
 
@@ -146,24 +144,16 @@ KLEIN = next(tiny for tiny in TINY_FAMILIES if tiny.name == "flux2-klein")
 PROMPTS = ["sks cat on a chair", "a box and sks cat", "sks cat asleep", "sks cat in a bath", "red sks cat", "sks cat"]
 
 
-def load(name: str) -> ModuleType:
-    specification = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def board() -> ModuleType:
-    return load("peft_board")
+    return load_module(ROOT / "benchmarks" / "peft_board.py")
 
 
 @pytest.fixture(scope="module")
 def command():
     """The benchmark's main, in this process."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
-    module = load("peft_image_gen")
+    module = load_module(ROOT / "benchmarks" / "peft_image_gen.py")
     sys.path.remove(str(ROOT / "benchmarks"))
 
     def run(*argv: Any) -> int:

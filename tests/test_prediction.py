@@ -18,22 +18,12 @@ from blockskip_hooks.progress import Progress
 from blockskip_hooks.run import Run, prepare_run
 from blockskip_hooks.speeds import Speeds, measure_speeds
 from tests import script
-from tests.tiny import TinyFamily, save_tiny_flux
+from tests.tiny import TinyFamily
 
 
 CPU = torch.device("cpu")
 BEACH = "a photo of sks dog on the beach"
 SPEEDS = Speeds(train=1e9, forward=2e9, encode=4e9, decode=5e9, read=1e8)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_flux(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return script.save_photos(tmp_path_factory.mktemp("photos"), [(80, 64), (64, 64), (64, 96)])
 
 
 @pytest.fixture

@@ -24,7 +24,6 @@ from blockskip_hooks.sample_losses import quarter_means
 from blockskip_hooks.tracking import GAP, Tracking, block_norms, side_by_side
 from blockskip_hooks.transformer import DiTBlockSkipTransformer
 from tests import script
-from tests.tiny import save_tiny_flux
 
 
 BEACH = "a photo of sks dog on the beach"
@@ -34,16 +33,6 @@ FLAGS = [
     # Three photos in batches of two: a validation every other epoch is one after step 4 and one after step 8.
     *("--validation_prompt", BEACH, "--num_validation_images", "2", "--validation_epochs", "2"),
 ]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_flux(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return script.save_photos(tmp_path_factory.mktemp("photos"), [(80, 64), (64, 64), (64, 96)])
 
 
 @pytest.fixture(scope="module")

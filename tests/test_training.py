@@ -16,17 +16,6 @@ from blockskip_hooks.lora import add_lora, lora_targets
 from blockskip_hooks.transformer import BlockSkipConfig, DiTBlockSkipTransformer
 from tests import script
 from tests.script import PROMPT, WEIGHTS, assert_same_weights, losses, weights
-from tests.tiny import save_tiny_flux
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_flux(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return script.save_photos(tmp_path_factory.mktemp("photos"), [(80, 64), (64, 64), (64, 96)])
 
 
 @pytest.fixture

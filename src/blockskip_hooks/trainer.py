@@ -316,6 +316,13 @@ class Trainer:
         args, family = self.run.args, self.run.family
         inputs = family.transformer_inputs(self.model.config, batch.noisy_latents, batch.timesteps, batch.embeds)
         prediction = self.wrapped(**inputs, residuals=batch.residuals, return_dict=False)[0]
+        losses = self.each_loss(prediction, batch)
+        self._sample_losses.add(batch.samples, losses)
+        return combine_losses(losses, args.with_prior_preservation, args.prior_loss_weight)
+
+    def each_loss(self, prediction: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Loss of each sample, ``(B,)``, from what the transformer returns."""
+        family = self.run.family
         prediction, target = family.loss_terms(
             family.prediction_to_latents(prediction, batch.latents),
             latents=batch.latents,
@@ -323,9 +330,7 @@ class Trainer:
             noisy_latents=batch.noisy_latents,
             sigmas=batch.sigmas,
         )
-        losses = flow_matching_loss(prediction, target, batch.sigmas, args.weighting_scheme)
-        self._sample_losses.add(batch.samples, losses)
-        return combine_losses(losses, args.with_prior_preservation, args.prior_loss_weight)
+        return flow_matching_loss(prediction, target, batch.sigmas, self.run.args.weighting_scheme)
 
     def _finish_step(self, figures: torch.Tensor, norm: torch.Tensor | None, progress: StageProgress) -> None:
         """Take the figures of a step's batches in every process, ``(batches, processes, 2 + 2 * QUARTERS)``."""

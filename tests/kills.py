@@ -79,7 +79,7 @@ SETTINGS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 FILE_LIMIT = 12_000
 """Bytes that a file may have once the disk is full: more than what is printed, less than any file of weights."""
-FAULTS = {"kill": -signal.SIGKILL, "term": 128 + signal.SIGTERM, "int": 128 + signal.SIGINT, "full": 1}
+FAULTS = {"kill": -signal.SIGKILL, "term": 128 + signal.SIGTERM, "int": 128 + signal.SIGINT, "full": 1, "lose": 1}
 """What may happen to a run, and the exit code that it then has."""
 WORDS = {"term": "Stopped by SIGTERM.", "int": "Stopped by SIGINT.", "full": "error: No room for "}
 """What it then says."""
@@ -103,6 +103,10 @@ class Reaper:
     def event(self, half_written: Path | None = None) -> None:
         self.count += 1
         if self.count != self.at:
+            return
+        if self.fault == "lose":
+            for shard in Path(self.folder).rglob("records-*.safetensors"):
+                shard.unlink()
             return
         if self.fault == "full":
             # A file that cannot grow is what a process sees of a full disk, without root.
@@ -301,13 +305,20 @@ class KillTest:
         process.start()
         return process
 
-    def run_ranks(self, name: str, at_batch: Sequence[int] = (0, 0), more: Sequence[str] = ()) -> list[int | None]:
+    def run_ranks(
+        self,
+        name: str,
+        at_batch: Sequence[int] = (0, 0),
+        more: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> list[int | None]:
         """A run of several processes on this machine, as a launcher starts them.
 
         Args:
             name: Of its folder.
             at_batch: For each process the batch before which the fault happens; 0: never.
             more: Further flags.
+            environment: Further variables of each process.
 
         Returns:
             Their exit codes.
@@ -315,7 +326,12 @@ class KillTest:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
-        world = {**address, "WORLD_SIZE": str(len(at_batch)), "LOCAL_WORLD_SIZE": str(len(at_batch))}
+        world = {
+            **(environment or {}),
+            **address,
+            "WORLD_SIZE": str(len(at_batch)),
+            "LOCAL_WORLD_SIZE": str(len(at_batch)),
+        }
         ranks = [
             self.start(name, 0, False, more, {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)}, batch)
             for rank, batch in enumerate(at_batch)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
@@ -25,6 +24,10 @@ FLAGS = (
     # Records of the LoRA so far carry its last bits into the next steps.
     "--no-refresh_residuals",
 )
+
+
+SHARED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
+"""What accelerate's launcher sets for ``configs/fsdp2.yaml``."""
 
 
 @pytest.fixture(scope="module", params=["flux-dev", "sana"])
@@ -66,43 +69,38 @@ def test_two_processes_refresh_the_same_records(runs: KillTest):
     assert script.losses(one) != pytest.approx(script.losses(runs.scratch / "whole" / "out"), rel=TOLERANCE)
 
 
+@pytest.mark.parametrize("environment", [{}, SHARED], ids=["whole weights", "shared weights"])
 @pytest.mark.parametrize("resumed_by", ["two", "one"])
-def test_a_dead_process_ends_the_other_and_the_run_goes_on_later(runs: KillTest, resumed_by: str):
-    name = f"killed, then {resumed_by}"
-    assert runs.run_ranks(name, at_batch=(0, LAST_BATCH), more=TWO) == [1, -9], runs.log(name)
+def test_a_dead_process_ends_the_other_and_the_run_goes_on_later(
+    runs: KillTest, resumed_by: str, environment: dict[str, str]
+):
+    name = f"killed, then {resumed_by}, {'shared' if environment else 'whole'}"
+    assert runs.run_ranks(name, (0, LAST_BATCH), TWO, environment) == [1, -9], runs.log(name)
     assert runs.log(name).count("error: Another process of this run ended") == 1
     assert "Traceback" not in runs.log(name)
     output = runs.scratch / name / "out"
     assert [path.name for path in list_checkpoints(output)] == ["checkpoint-2"]
-    codes = runs.run_ranks(name, more=TWO) if resumed_by == "two" else [runs.run(name)]
+    codes = runs.run_ranks(name, (0, 0), TWO, environment) if resumed_by == "two" else [runs.run(name)]
     assert set(codes) == {0}, runs.log(name)
     assert_like_one_process(runs, name)
 
 
-def test_a_signal_to_one_process_ends_both_after_the_same_step(runs: KillTest, monkeypatch):
+@pytest.mark.parametrize("environment", [{}, SHARED], ids=["whole weights", "shared weights"])
+def test_a_signal_to_one_process_ends_both_after_the_same_step(
+    runs: KillTest, environment: dict[str, str], monkeypatch
+):
     monkeypatch.setattr(runs, "fault", "term")
-    assert runs.run_ranks("stopped", at_batch=(0, LAST_BATCH - 2), more=TWO) == [143, 143], runs.log("stopped")
-    assert runs.log("stopped").count("Stopped by SIGTERM") == 1
-    assert [path.name for path in list_checkpoints(runs.scratch / "stopped" / "out")] == [
-        "checkpoint-2",
-        "checkpoint-3",
-    ]
-    assert runs.run_ranks("stopped", more=TWO) == [0, 0], runs.log("stopped")
-    assert_like_one_process(runs, "stopped")
+    name = f"stopped, {'shared' if environment else 'whole'}"
+    assert runs.run_ranks(name, (0, LAST_BATCH - 2), TWO, environment) == [143, 143], runs.log(name)
+    assert runs.log(name).count("Stopped by SIGTERM") == 1
+    checkpoints = list_checkpoints(runs.scratch / name / "out")
+    assert [path.name for path in checkpoints] == ["checkpoint-2", "checkpoint-3"]
+    assert runs.run_ranks(name, (0, 0), TWO, environment) == [0, 0], runs.log(name)
+    assert_like_one_process(runs, name)
 
 
-@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
-def test_sharded_weights_are_refused_in_one_line(name: str, tmp_path: Path, monkeypatch, capsys):
-    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
-    (tiny,) = (tiny for tiny in TINY_FAMILIES if tiny.name == "flux-dev")
-    photos = script.save_photos(tmp_path / "photos", [(64, 64)])
-    assert script.load_script().main(script.settings(tiny.folder, photos, tmp_path / "out")) == 2
-    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error"))
-    assert f"asks for {name}" in line and "configs/multi_gpu.yaml" in line
-
-
-def test_the_config_for_several_gpus_is_one_that_accelerate_reads():
-    config = load_config_from_file(
-        str(script.ROOT / "examples" / "dreambooth_blockskip" / "configs" / "multi_gpu.yaml")
-    )
-    assert (config.distributed_type, config.num_processes, config.mixed_precision) == ("MULTI_GPU", 2, "bf16")
+@pytest.mark.parametrize(("name", "kind"), [("multi_gpu", "MULTI_GPU"), ("fsdp2", "FSDP")])
+def test_the_configs_for_several_gpus_are_ones_that_accelerate_reads(name: str, kind: str):
+    folder = script.ROOT / "examples" / "dreambooth_blockskip" / "configs"
+    config = load_config_from_file(str(folder / f"{name}.yaml"))
+    assert (config.distributed_type, config.num_processes, config.mixed_precision) == (kind, 2, "bf16")

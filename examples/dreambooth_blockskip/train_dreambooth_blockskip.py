@@ -156,19 +156,8 @@ def run_script(args: argparse.Namespace, command: str, stop: StopSignals, *, is_
 
 
 def make_accelerator(run: Run) -> Accelerator:
-    """Devices, processes, precision and trackers as the flags and the accelerate config ask for.
-
-    Raises:
-        ValueError: if the accelerate config shards the model.
-    """
+    """Devices, processes, precision and trackers as the flags and the accelerate config ask for."""
     args = run.args
-    for name in ("FSDP", "DEEPSPEED"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
-            raise ValueError(
-                f"accelerate's config asks for {name}, but processes make records apart from each other, which "
-                "sharded weights do not allow; use configs/multi_gpu.yaml, and save memory by --skip_ratio or "
-                "--quantization."
-            )
     if args.allow_tf32 and torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = True
     return start_accelerator(
@@ -262,6 +251,7 @@ def train(
             transformer_class=family.transformer_class(run.transformer_config),
             recorded_layers=run.recorded_layers,
             quantization=run.quantization,
+            sharding=run.sharding,
         )
         if args.enable_npu_flash_attention:
             model.transformer.set_attention_backend("_native_npu")
@@ -313,8 +303,10 @@ def train_and_save(trainer: Trainer, plan: dict, steps_per_epoch: int, command: 
     # Save.
     trainer.add_up_records()
     trainer.export()
-    if accelerator.is_main_process:
+    # Processes that share weights run the model together or not at all.
+    if accelerator.is_main_process or trainer.model.is_sharded:
         before, after = validation.final()
+    if accelerator.is_main_process:
         trainer.tracking.log_stages(trainer.step)
         report = run_report(run, trainer, monitor.as_list())
         write_outputs(run, trainer, report, plan, command, before, after)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from torch.distributed.fsdp import FSDPModule
 
 from .config import BlockSkipConfig
 
@@ -48,8 +49,10 @@ class BlockSpans:
 
 
 def _metadata_of(module: torch.nn.Module) -> TransformerBlockMetadata | None:
+    # torch's FSDP gives a module it divides a class of its own, whose second base is the module's.
+    block_class = type(module).__bases__[1] if isinstance(module, FSDPModule) else type(module)
     try:
-        return TransformerBlockRegistry.get(type(module))
+        return TransformerBlockRegistry.get(block_class)
     except ValueError:
         return None
 

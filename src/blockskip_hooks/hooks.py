@@ -78,7 +78,11 @@ class CaptureDone(Exception):
 
 
 class BlockSkipState:
-    """Shared by all placeholders of one transformer: the mode, the residuals to inject, the residuals captured."""
+    """Shared by all placeholders of one transformer: the mode, the residuals to inject, the residuals captured.
+
+    Attributes:
+        stops_early: Whether a capture forward may be broken off.
+    """
 
     def __init__(self, config: BlockSkipConfig) -> None:
         self.config = config
@@ -92,6 +96,7 @@ class BlockSkipState:
         # Outputs of recorded layers so far, by name.
         self.recorded: dict[str, torch.Tensor] = {}
         self.recorded_layers: tuple[str, ...] = ()
+        self.stops_early = True
 
     @property
     def all_captured(self) -> bool:
@@ -104,6 +109,15 @@ class BlockSkipState:
             )
             and len(self.recorded) == len(self.recorded_layers)
         )
+
+    def end_capture(self) -> None:
+        """Break a capture forward off that has everything it is for, where it may be.
+
+        Raises:
+            CaptureDone: then.
+        """
+        if self.stops_early and self.all_captured:
+            raise CaptureDone
 
 
 class PlaceholderHook(ModelHook):
@@ -187,8 +201,7 @@ class PlaceholderHook(ModelHook):
             self._capture_leading(hidden_states, streams, encoder_hidden_states is not None)
         else:
             self._capture_trailing(span_input, hidden_states)
-        if self.state.all_captured:
-            raise CaptureDone
+        self.state.end_capture()
         return output
 
     def _capture_leading(self, hidden_states: torch.Tensor, streams: Sequence[Any], returns_text: bool) -> None:
@@ -255,8 +268,7 @@ class RecordedLayerHook(ModelHook):
         output = self.fn_ref.original_forward(hidden_states)
         if self.state.mode is SkipMode.CAPTURE:
             self.state.recorded[self.name] = output.flatten(1).detach()
-            if self.state.all_captured:
-                raise CaptureDone
+            self.state.end_capture()
         return output
 
 

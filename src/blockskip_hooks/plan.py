@@ -75,6 +75,7 @@ def plan_for(run: Run, dtype: torch.dtype, num_processes: int) -> dict[str, Any]
         class_batch_size=args.sample_batch_size if args.with_prior_preservation else None,
         class_resolution=run.image_size,
         validation_extra_bytes=_weights_bytes(family, dtype),
+        bytes_elsewhere=_bytes_elsewhere(run, dtype, num_processes),
         selection=run.selection,
     )
     # What it logs of shapes that do not fit would stand beside the one line that says so.
@@ -165,6 +166,19 @@ def _check_device(plan: dict[str, Any]) -> None:
         )
 
 
+def _bytes_elsewhere(run: Run, dtype: torch.dtype, num_processes: int) -> int:
+    """Kept blocks' weights that other processes hold, where they are shared."""
+    if run.sharding is None:
+        return 0
+    recorded = [run.skeleton.transformer.get_submodule(name) for name in run.recorded_layers]
+    streamed = {id(p) for layer in recorded for p in layer.parameters()}
+    resident = [
+        sum(p.numel() for p in block.module.parameters() if id(p) not in streamed) * dtype.itemsize
+        for block in run.skeleton.spans.kept
+    ]
+    return run.sharding.bytes_elsewhere(resident, num_processes)
+
+
 def _weights_bytes(family: Family, dtype: torch.dtype) -> int:
     """Parameters of the further models that validation images need, in ``dtype``."""
     empty = (empty_model(load_config(family.model_path / name)) for name in family.image_components)
@@ -211,6 +225,8 @@ def describe_plan(run: Run, plan: dict[str, Any]) -> str:
     if args.push_to_hub:
         outputs["upload"] = args.hub_model_id or folder.resolve().name
     first, rest = format_plan(plan, model=model, outputs=outputs).split("\n", 1)
+    if run.sharding is not None:
+        rest = f"Sharing  the processes divide the frozen weights of kept blocks (FSDP2)\n{rest}"
     lines += [first, f'Photos   {len(run.photos)} from {photos}, prompt "{args.instance_prompt}"', rest]
     return "\n".join(lines)
 

@@ -69,6 +69,7 @@ class PlanRequest:
             than training does; ``None`` for all.
         text_encoder_parameter_bytes: Their weights, where their configs are not at hand.
         resident_bytes: Parameters of other models that stay during training, such as a text encoder that trains.
+        bytes_elsewhere: Kept blocks' weights that other processes hold.
         validation_resolution: Side of validation images in pixels; ``None`` if there are none.
         validation_batch_size: Validation images made at a time.
         validation_extra_bytes: Parameters of other models that validation images need.
@@ -104,6 +105,7 @@ class PlanRequest:
     streamable_encoders: Sequence[int] | None = None
     text_encoder_parameter_bytes: int = 0
     resident_bytes: int = 0
+    bytes_elsewhere: int = 0
     validation_resolution: int | None = None
     validation_batch_size: int = 1
     validation_extra_bytes: int = 0
@@ -117,6 +119,11 @@ class PlanRequest:
         """Height and width in pixels of the largest images in training."""
         shapes = (self.patch.training_shape(bucket) for bucket in range(len(self.patch.shapes)))
         return max(shapes, key=lambda shape: shape[0] * shape[1])
+
+    @property
+    def beside_bytes(self) -> int:
+        """Parameters beside the transformer's own, less those of its own that are elsewhere."""
+        return self.resident_bytes - self.bytes_elsewhere
 
     @property
     def stores_residuals(self) -> bool:
@@ -168,10 +175,10 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
         residuals,
         gradient_checkpointing=request.gradient_checkpointing,
         accumulated_gradients=request.gradient_accumulation_steps > 1,
-    ).beside(parameter_bytes=request.resident_bytes, lora_bytes=states)
+    ).beside(parameter_bytes=request.beside_bytes, lora_bytes=states)
     if capture is not None:
         # LoRA and its optimizer are there from the start of training; a later stretch finds them in the way.
-        capture = capture.beside(parameter_bytes=request.resident_bytes, lora_bytes=states)
+        capture = capture.beside(parameter_bytes=request.beside_bytes, lora_bytes=states)
 
     vae = _Vae(request, base=train, limit=train.peak_bytes)
     stages: list[dict[str, Any]] = []
@@ -291,7 +298,7 @@ def _make_images(
         # A guided pipeline runs the prompt and the negative prompt in one batch, if not one after the other.
         batch_size = images if request.family.negative_prompt is None else 2 * images
         infer = fake.infer(batch_size, (side, side), request.text_tokens)
-        infer = infer.beside(parameter_bytes=request.resident_bytes, lora_bytes=states)
+        infer = infer.beside(parameter_bytes=request.beside_bytes, lora_bytes=states)
         phases, placement = vae.decode_after(infer, (side, side))
         usage = phases.beside(parameter_bytes=request.validation_extra_bytes)
         if images == 1 or usage.peak_bytes <= vae.limit:
@@ -320,7 +327,7 @@ def _precompute_batch(
         batch_size *= 2
     while batch_size > 1:
         usage, _ = fake.capture(batch_size, request.training_size, request.text_tokens)
-        usage = usage.beside(parameter_bytes=request.resident_bytes, lora_bytes=states)
+        usage = usage.beside(parameter_bytes=request.beside_bytes, lora_bytes=states)
         if usage.peak_bytes <= train.peak_bytes:
             return batch_size, usage
         batch_size //= 2

@@ -130,6 +130,7 @@ def precompute_records(
     with_adapters: bool = False,
     progress: StageProgress | None = None,
     between_batches: Callable[[], None] = lambda: None,
+    forwards: Callable[[int], int] | None = None,
 ) -> int:
     """Write the records that ``store`` lacks: clean latents and, with skipped blocks, the spans' residuals.
 
@@ -148,6 +149,8 @@ def precompute_records(
         with_adapters: Whether adapters take part; otherwise residuals are the base model's.
         progress: Advanced by one per sample, present ones included.
         between_batches: Called before each forward, when all that was computed is on disk; may raise to stop.
+        forwards: Where processes share weights: how many forwards all of them do, from the number that this one needs.
+            What it does beyond those is not kept, and the batch size stays when memory runs out.
 
     Returns:
         Number of samples whose records were written.
@@ -156,20 +159,35 @@ def precompute_records(
     if progress is not None:
         progress.skip(len(samples) - missing)
 
-    @find_executable_batch_size(starting_batch_size=_start_size(samples, maker, batch_size))
-    def run(size: int) -> None:
+    def forward(part: Sequence[Sample]) -> tuple[Batch, SpanResiduals]:
+        between_batches()
+        of_part = [
+            latents[sample.id] if sample.id in latents else maker.read_record(sample, store)["latents"]
+            for sample in part
+        ]
+        batch = maker.batch(part, torch.stack(of_part))
+        return batch, capture(model, maker, batch) if with_residuals else SpanResiduals()
+
+    def run(size: int) -> int:
         # Called again with half the size when memory runs out; what is written stays.
+        done = 0
         for part in _unfinished_batches(samples, maker, store, size):
-            between_batches()
-            batch = maker.batch(part, torch.stack([latents[sample.id] for sample in part]))
-            residuals = capture(model, maker, batch) if with_residuals else SpanResiduals()
+            batch, residuals = forward(part)
             fresh = [sample for sample in part if not maker.is_recorded(sample, store)]
             store.write(_records(batch, residuals, maker, store))
             if progress is not None:
                 progress.update(len(fresh))
+            done += 1
+        return done
 
+    start_size = _start_size(samples, maker, batch_size)
     with contextlib.nullcontext() if with_adapters else base_model(model.transformer):
-        run()
+        if forwards is None:
+            find_executable_batch_size(run, starting_batch_size=start_size)()
+        else:
+            wanted = forwards(len(list(_unfinished_batches(samples, maker, store, start_size))))
+            for _ in range(run(start_size), wanted):
+                forward(samples[:1])
     return missing
 
 

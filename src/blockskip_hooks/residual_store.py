@@ -13,6 +13,7 @@ deleted is as good as a damaged one.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
@@ -166,7 +167,7 @@ class ResidualStore:
                 path.unlink(missing_ok=True)
         for path in self._own_files(".safetensors"):
             try:
-                with safe_open(str(path), framework="pt") as file:
+                with _open(path) as file:
                     metadata = file.metadata() or {}
                     if metadata.get("fingerprint") == self.fingerprint:
                         self._index(path, list(file.keys()), json.loads(metadata["checksums"]))
@@ -229,7 +230,7 @@ class ResidualStore:
                 raise DamagedRecord(f"{path} has another size than when it was written")
             file = self._open_files.get(path)
             if file is None:
-                file = self._open_files[path] = safe_open(str(path), framework="pt").__enter__()
+                file = self._open_files[path] = _open(path).__enter__()
             record = {name: file.get_tensor(f"{sample_id}/{name}") for name in names}
         except (OSError, SafetensorError, KeyError) as error:
             raise DamagedRecord(f"{path} cannot be read ({error})") from error
@@ -287,6 +288,21 @@ class ResidualStore:
             self.directory.rmdir()
 
 
+def _open(path: Path) -> Any:
+    """A shard, memory-mapped.
+
+    Raises:
+        FileNotFoundError: if it is not there, or another process drops it meanwhile.
+    """
+    try:
+        return safe_open(str(path), framework="pt")
+    except RuntimeError as error:
+        # torch's own words for a file that safetensors still saw.
+        if path.exists():
+            raise
+        raise FileNotFoundError(errno.ENOENT, "another process dropped it", str(path)) from error
+
+
 def _read_manifest(path: Path) -> dict[str, Any] | None:
     """A store's manifest; ``None`` where there is no file, or one that is no store's."""
     try:
@@ -301,7 +317,7 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
 def _shard_fingerprint(path: Path) -> str | None:
     """What a shard's records depend on; ``None`` if it cannot be read."""
     try:
-        with safe_open(str(path), framework="pt") as file:
+        with _open(path) as file:
             return (file.metadata() or {}).get("fingerprint")
     except (SafetensorError, FileNotFoundError):
         return None

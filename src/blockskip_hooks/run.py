@@ -37,6 +37,7 @@ from .residual_store import folder_digest, recorded_seed
 from .sample_plan import SampleKind, SamplePlan
 from .selection import Selection
 from .selection_tables import SelectionTable
+from .sharding import Sharding, hidden_from_accelerate, read_sharding
 from .stretches import Stretches
 from .training_data import PhotoSource
 from .transformer import DiTBlockSkipTransformer
@@ -70,6 +71,7 @@ class Run:
         pipeline_kwargs: Arguments of the pipeline call that the model asks for.
         quantization: How kept blocks are held; ``None`` for plain weights.
         table: What is known of the harm of skipping this model's blocks.
+        sharding: How processes share the weights of kept blocks; ``None`` if each has all of them.
     """
 
     args: argparse.Namespace
@@ -86,6 +88,7 @@ class Run:
     pipeline_kwargs: dict[str, Any] = field(default_factory=dict)
     quantization: QuantizationConfig | None = None
     table: SelectionTable | None = None
+    sharding: Sharding | None = None
 
     @property
     def output_dir(self) -> Path:
@@ -402,6 +405,12 @@ def prepare_run(args: argparse.Namespace) -> Run:
         raise ValueError(
             f"No kept block has a layer that can be held in {quantization.name}; leave --quantization out."
         )
+    sharding = read_sharding()
+    if quantization and sharding:
+        raise ValueError(
+            f"--quantization {args.quantization} and accelerate's FSDP do not go together: quantised weights cannot "
+            "be divided; leave one of them out."
+        )
     accepted = inspect.signature(family.pipeline_class.__call__).parameters
     unknown = sorted(pipeline_kwargs.keys() - accepted.keys())
     if unknown:
@@ -427,6 +436,7 @@ def prepare_run(args: argparse.Namespace) -> Run:
         prompts=prompts,
         pipeline_kwargs=pipeline_kwargs,
         quantization=quantization,
+        sharding=sharding,
     )
 
 
@@ -479,7 +489,8 @@ def start_accelerator(args: argparse.Namespace, **settings: Any) -> Accelerator:
         ValueError: if this machine cannot compute in it.
     """
     try:
-        return Accelerator(mixed_precision=args.mixed_precision, **settings)
+        with hidden_from_accelerate():
+            return Accelerator(mixed_precision=args.mixed_precision, **settings)
     except ValueError as error:
         raise ValueError(f"--mixed_precision {args.mixed_precision} cannot be used here: {error}") from error
 

@@ -77,6 +77,11 @@ class Tracking:
         """Whether there are trackers."""
         return bool(self.accelerator.trackers)
 
+    @property
+    def is_on_somewhere(self) -> bool:
+        """Whether this process has trackers, or needs to do what those that have them do: run shared weights."""
+        return self.is_on or (self.model.is_sharded and bool(self.accelerator.log_with))
+
     def log_step(
         self, step: int, samples: Sequence[Sample], figures: Mapping[str, float], quarters: Mapping[str, float]
     ) -> None:

@@ -205,6 +205,7 @@ class Trainer:
             missing = sum(not self.maker.is_recorded(sample, self.store) for sample in samples)
             alone = self.vae_placement.get("precompute", VaePlacement()).alone
             place = self.model.on_host() if alone else contextlib.nullcontext()
+            sharded = self.model.is_sharded
             with self.progress.stage("precompute", photos=missing, records=len(samples)) as progress:
                 with place, self.vae() as vae:
                     latents = encode_latents(
@@ -214,7 +215,7 @@ class Trainer:
                         store=self.store,
                         batch_size=batch_size,
                         progress=progress,
-                        between_batches=self.stop.check,
+                        between_batches=(lambda: None) if sharded else self.stop.check,
                     )
                 progress.begin("records")
                 self.records_made += precompute_records(
@@ -227,8 +228,17 @@ class Trainer:
                     with_residuals=self.run.stores_residuals,
                     with_adapters=self.run.refreshes,
                     progress=progress,
-                    between_batches=self.stop.check,
+                    between_batches=self._check_stop_together if sharded else self.stop.check,
+                    forwards=self._largest if sharded else None,
                 )
+
+    def _largest(self, number: int) -> int:
+        """The largest of the numbers that the processes call this with, which all of them must."""
+        return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
+
+    def _check_stop_together(self) -> None:
+        """End in every process once one was asked to: none may wait in a forward that another does not do."""
+        self.stop.check(self._largest(self.stop.received))
 
     def train(self, steps: range) -> None:
         """Train the given optimiser steps; the records that they use must be in the store."""
@@ -308,6 +318,12 @@ class Trainer:
             except DamagedRecord as error:
                 logger.warning("%s; its records are computed again.", error)
                 self.store.forget(sample_id)
+        if self.model.is_sharded:
+            raise OSError(
+                f"{self.store.directory}: the record of {self.maker.describe(sample)} cannot be read, and processes "
+                "that share weights make records together only; the same command with --resume_from_checkpoint latest "
+                "makes it again."
+            )
         if not self.maker.is_recorded(sample, self.store):
             self._records_of_stretch()
         return self.maker.read_record(sample, self.store)

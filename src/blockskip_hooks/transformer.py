@@ -12,6 +12,7 @@ from accelerate import init_empty_weights
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from accelerate.utils import set_module_tensor_to_device
 from diffusers import ModelMixin
+from torch.distributed.fsdp import FSDPModule
 
 from .blocks import BlockSpans, list_blocks, split_blocks
 from .checkpoint_index import CheckpointWeights, index_safetensors
@@ -27,6 +28,7 @@ from .hooks import (
 )
 from .model_config import load_config, model_class
 from .quantization import QuantizationConfig, mark_quantized, quantize_layer
+from .sharding import Sharding
 
 
 class DiTBlockSkipTransformer(torch.nn.Module):
@@ -44,6 +46,9 @@ class DiTBlockSkipTransformer(torch.nn.Module):
             device when they run. By default they stay where they are.
         recorded_layers: Names of linear layers of kept blocks whose outputs are part of the residuals, so that
             training needs no weights of theirs; see :class:`~blockskip_hooks.hooks.RecordedLayerHook`.
+
+    Attributes:
+        is_sharded: Whether processes share the kept weights, so that all of them must run the model equally often.
 
     Raises:
         ValueError: if no block would be kept or placeholders are on the model already.
@@ -65,6 +70,7 @@ class DiTBlockSkipTransformer(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.transformer: ModelMixin = transformer
+        self.is_sharded = isinstance(transformer, FSDPModule)
         self._stacks = stacks
         self.spans: BlockSpans = split_blocks(list_blocks(transformer, stacks), config)
         self.recorded_layers = tuple(recorded_layers)
@@ -72,6 +78,8 @@ class DiTBlockSkipTransformer(torch.nn.Module):
             for module in self.streamed_modules.values():
                 _stream(module, offload_device, None)
         self.skip_state = apply_block_skip(transformer, config, stacks)
+        # A forward that is broken off would leave gathered weights behind, and other processes waiting.
+        self.skip_state.stops_early = not self.is_sharded
         record_layers(transformer, self.recorded_layers, self.skip_state)
 
     @property
@@ -93,6 +101,7 @@ class DiTBlockSkipTransformer(torch.nn.Module):
         transformer_class: type[ModelMixin] | None = None,
         recorded_layers: Sequence[str] = (),
         quantization: QuantizationConfig | None = None,
+        sharding: Sharding | None = None,
     ) -> DiTBlockSkipTransformer:
         """Load the kept blocks only; skipped blocks are read from the checkpoint when the whole model runs.
 
@@ -110,6 +119,7 @@ class DiTBlockSkipTransformer(torch.nn.Module):
             transformer_class: Class of the model, by default the one that its config names.
             recorded_layers: See the class; their weights are streamed like those of skipped blocks.
             quantization: How the linear layers of kept blocks are held; ``None`` keeps them in ``torch_dtype``.
+            sharding: How processes share kept weights; ``None`` keeps them whole in each. Not for quantised layers.
 
         Raises:
             ValueError: if weights are missing, have other shapes than the config says, or are not safetensors.
@@ -146,8 +156,18 @@ class DiTBlockSkipTransformer(torch.nn.Module):
             set_module_tensor_to_device(transformer, name, place, value=value, clear_cache=False)
 
         prefixes = tuple(f"{name}." for name in (*streamed, *quantized))
-        for name in tensors:
-            if not name.startswith(prefixes):
+        resident = [name for name in tensors if not name.startswith(prefixes)]
+        # Block by block, so that with sharding one at a time is there in full.
+        blocks = {block.name: block.module for block in spans.kept} if sharding is not None else {}
+        for block_name, block in blocks.items():
+            for name in resident:
+                if name.startswith(f"{block_name}."):
+                    load(name, device)
+            assert sharding is not None
+            sharding.shard(block, device)
+        in_blocks = tuple(f"{name}." for name in blocks)
+        for name in resident:
+            if not name.startswith(in_blocks):
                 load(name, device)
         weights.close()
         # Only one layer at a time is there in full.
@@ -162,6 +182,8 @@ class DiTBlockSkipTransformer(torch.nn.Module):
             mark_quantized(transformer, quantization)
         for name, buffer in transformer.named_buffers():
             set_module_tensor_to_device(transformer, name, device, value=buffer)
+        if sharding is not None:
+            sharding.shard(transformer, device)
         for name, module in streamed.items():
             _stream(module, device, CheckpointWeights(index, dtypes, f"{name}."))
         return cls(transformer, config, stacks, recorded_layers=recorded_layers)
@@ -221,7 +243,13 @@ class DiTBlockSkipTransformer(torch.nn.Module):
 
     @contextmanager
     def on_host(self) -> Iterator[None]:
-        """Within this context what is resident of the frozen weights is in host memory; nothing may run."""
+        """Within this context what is resident of the frozen weights is in host memory; nothing may run.
+
+        Weights that processes share stay: torch knows where its parts of them are.
+        """
+        if self.is_sharded:
+            yield
+            return
         devices = {name: p.device for name, p in self.named_parameters() if not p.requires_grad and not p.is_meta}
         parameters = dict(self.named_parameters())
         for name in devices:

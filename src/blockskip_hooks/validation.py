@@ -44,7 +44,7 @@ class Validation:
         trainer, prompts = self.trainer, self.run.prompts
         trained = self.trained(prompts)
         base: Images = []
-        if trainer.tracking.is_on and self.seeds:
+        if trainer.tracking.is_on_somewhere and self.seeds:
             base = self.base(prompts)
             trainer.tracking.log_images(trainer.step, prompts, self.seeds, base, trained)
         trainer.shown_images = trainer.step, prompts, base, trained
@@ -103,6 +103,8 @@ class Validation:
         often than their other figures.
         """
         trainer = self.trainer
+        if trainer.model.is_sharded:
+            return  # The main process alone has the trackers, and cannot run the model alone.
         if not (trainer.tracking.is_on and trainer.run.stores_residuals and trainer.run.config.trailing):
             return
         if trainer.step - self._checked_step < EVERY and trainer.step < trainer.max_train_steps:

@@ -1,0 +1,184 @@
+"""Frozen weights that processes share: divided among them, and the same results bit for bit."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from blockskip_hooks import BlockSkipConfig, DiTBlockSkipTransformer
+from blockskip_hooks.arguments import parse_args
+from blockskip_hooks.lora import add_lora, lora_targets
+from blockskip_hooks.model_config import load_config
+from blockskip_hooks.plan import plan_for
+from blockskip_hooks.run import prepare_run
+from blockskip_hooks.sharding import Sharding, read_sharding
+from tests import script
+from tests.kills import KillTest
+from tests.test_several_processes import SHARED, TWO, runs
+from tests.tiny import TINY_FAMILIES
+
+
+__all__ = ["runs"]
+
+FOLLOWING = {
+    "records that follow the LoRA": ("--refresh_residuals",),
+    "online residuals": ("--residuals", "online"),
+    "images": ("--validation_prompt", "a dog", "--num_validation_images", "1", "--report_to", "tensorboard"),
+}
+"""All of what runs the shared model."""
+
+
+@pytest.mark.parametrize("name", FOLLOWING)
+def test_a_run_with_shared_weights_is_the_same_bit_for_bit(runs: KillTest, name: str):
+    flags = (*TWO, *FOLLOWING[name])
+    assert runs.run_ranks(f"whole, {name}", more=flags) == [0, 0], runs.log(f"whole, {name}")
+    assert runs.run_ranks(f"shared, {name}", (0, 0), flags, SHARED) == [0, 0], runs.log(f"shared, {name}")
+    whole, shared = (runs.scratch / f"{weights}, {name}" / "out" for weights in ("whole", "shared"))
+    script.assert_same_weights(shared, whole)
+    assert script.losses(shared) == script.losses(whole)
+    assert "divide the frozen weights" in runs.log(f"shared, {name}")
+
+
+def test_records_lost_in_training_end_a_run_with_shared_weights(runs: KillTest, monkeypatch):
+    """A process that made some again would wait for the other's part of the weights for ever."""
+    monkeypatch.setattr(runs, "fault", "lose")
+    flags = (*TWO, "--max_train_steps", "12", "--residual_budget", "1GB")
+    assert runs.run_ranks("lost", (2, 0), flags, SHARED) == [1, 1], runs.log("lost")
+    assert "cannot be read, and processes that share weights make records together only" in runs.log("lost")
+    assert "Traceback" not in runs.log("lost")
+    assert runs.run_ranks("lost", (0, 0), flags, SHARED) == [0, 0], runs.log("lost")
+
+
+def measure(rank: int, address: dict[str, str], models: list[tuple[str, str, list[str]]], results: Path) -> None:
+    """Body of a process: each model whole and shared, and what is different."""
+    os.environ.update(address, RANK=str(rank), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    lines = {}
+    for name, folder, layers in models:
+        (tiny,) = (tiny for tiny in TINY_FAMILIES if tiny.name == name)
+        # Written once, by the test.
+        vars(tiny)["folder"] = Path(folder)
+        config = BlockSkipConfig(leading=1, trailing=1)
+        transformer_class = tiny.make_family().transformer_class(load_config(tiny.folder / "transformer"))
+        inputs, outputs, bytes_held = tiny.make_inputs(2), [], []
+        for sharding in (None, Sharding()):
+            model = DiTBlockSkipTransformer.from_pretrained(
+                tiny.folder,
+                config,
+                stacks=tiny.family.block_stacks,
+                transformer_class=transformer_class,
+                sharding=sharding,
+            )
+            kept = [f"transformer.{block.name}." for block in model.spans.kept]
+            bytes_held.append(
+                sum(
+                    (p.to_local() if sharding else p).nbytes  # type: ignore[attr-defined]
+                    for key, p in model.named_parameters()
+                    if key.startswith(tuple(kept))
+                )
+            )
+            add_lora(model.transformer, layers, rank=2, alpha=2, dropout=0.0, seed=0)
+            residuals = model.capture_residuals(**inputs, return_dict=False)
+            prediction = model(**inputs, residuals=residuals, return_dict=False)[0]
+            prediction = torch.stack(prediction) if isinstance(prediction, list) else prediction
+            prediction.square().mean().backward()
+            gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+            outputs.append({**residuals.tensors(), "prediction": prediction.detach(), **gradients})
+        whole, shared = outputs
+        differing = [key for key in whole.keys() | shared.keys() if not torch.equal(whole[key], shared[key])]
+        lines[name] = {"differing": differing, "gradients": len(gradients), "held": bytes_held[1] / bytes_held[0]}
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    results.with_name(f"{rank}.json").write_text(json.dumps(lines))
+
+
+def test_every_family_computes_the_same_with_shared_weights(tmp_path: Path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    models = []
+    for tiny in TINY_FAMILIES:
+        spans = BlockSkipConfig(leading=1, trailing=1)
+        model = DiTBlockSkipTransformer(tiny.make_transformer(), spans, tiny.family.block_stacks)
+        layers = lora_targets(model, tiny.family.lora_layers, tiny.family.text_stream_layers)
+        models.append((tiny.name, str(tiny.folder), layers))
+    context = multiprocessing.get_context("forkserver")
+    ranks = [
+        context.Process(target=measure, args=(rank, address, models, tmp_path / "results.json")) for rank in range(2)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    assert [process.exitcode for process in ranks] == [0, 0]
+    for rank in range(2):
+        lines = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert lines.keys() == {tiny.name for tiny in TINY_FAMILIES}
+        for name, line in lines.items():
+            assert line["differing"] == [], name
+            assert line["gradients"] > 0, name
+            # Matrices of few rows are divided unevenly.
+            assert 0.4 < line["held"] < 0.65, name
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "asks for DeepSpeed"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP in version 1; set fsdp_version: 2"),
+        ({**SHARED, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "give --gradient_checkpointing"),
+    ],
+    ids=["DeepSpeed", "FSDP1", "its checkpointing"],
+)
+def test_what_is_not_supported_is_refused_in_one_line(
+    variables: dict[str, str], said: str, model: Path, photos: Path, tmp_path: Path, monkeypatch, capsys
+):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert script.load_script().main(script.settings(model, photos, tmp_path / "out")) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error"))
+    assert said in line
+    assert not (tmp_path / "out" / "plan.json").exists()
+
+
+def test_quantised_weights_are_not_divided(model: Path, photos: Path, tmp_path: Path, monkeypatch, capsys):
+    for name, value in {**SHARED, "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert script.load_script().main(script.settings(model, photos, tmp_path, "--quantization", "int8")) == 2
+    assert "--quantization int8 and accelerate's FSDP do not go together" in capsys.readouterr().err
+
+
+def test_one_process_shares_nothing(monkeypatch):
+    for name, value in SHARED.items():
+        monkeypatch.setenv(name, value)
+    assert read_sharding() is None
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+    assert read_sharding() == Sharding(reshard_after_forward=True, offload=True)
+
+
+def test_the_plan_leaves_out_what_other_processes_hold(model: Path, photos: Path, tmp_path: Path):
+    args = parse_args(script.settings(model, photos, tmp_path, "--skip_blocks", "1,1", "--keep_modulation"))
+    run = prepare_run(args)
+    assert len(run.skeleton.spans.kept) == 3
+    whole = plan_for(run, torch.float32, 16)
+    shared = plan_for(replace(run, sharding=Sharding()), torch.float32, 16)
+    blocks = [sum(p.numel() for p in block.module.parameters()) * 4 for block in run.skeleton.spans.kept]
+    # A sixteenth of all, the block that runs and the next.
+    elsewhere = sum(blocks) - sum(blocks) // 16 - sum(sorted(blocks)[-2:])
+    assert elsewhere > 0
+    saved = {
+        stage["name"]: stage["parameter_bytes"] - other["parameter_bytes"]
+        for stage, other in zip(whole["stages"], shared["stages"], strict=True)
+    }
+    assert (saved["encode"], saved["train"]) == (0, elsewhere)
+    # Its peak may be in another phase than before.
+    assert 0 < saved["precompute"] <= elsewhere

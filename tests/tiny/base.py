@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
 
 from blockskip_hooks.families import Family
 from blockskip_hooks.model_config import load_config
@@ -98,3 +99,20 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(noise * (0.7 / fan_in**0.5) if parameter.ndim > 1 else parameter + 0.1 * noise)
     return model.eval()
+
+
+def tiny_vae(levels: int, *, scaling_factor: float, shift_factor: float) -> AutoencoderKL:
+    """An autoencoder of factor ``2 ** (levels - 1)`` with four latent channels."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=(8,) * levels,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        scaling_factor=scaling_factor,
+        shift_factor=shift_factor,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=False,
+    )

@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from blockskip_hooks.families.flux import Flux
 
-from .base import TinyFamily, randomise
+from .base import TinyFamily, randomise, tiny_vae
 from .text import clip_tokenizer, t5_tokenizer
 
 
@@ -50,19 +50,7 @@ def save_tiny_flux(folder: Path, guidance_embeds: bool = True) -> Path:
         )
     )
     t5 = T5EncoderModel(T5Config(vocab_size=len(t5_words), d_model=24, d_ff=32, d_kv=12, num_layers=2, num_heads=2))
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 8, 8),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        scaling_factor=0.8,
-        shift_factor=0.1,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        mid_block_add_attention=False,
-    )
+    vae = tiny_vae(3, scaling_factor=0.8, shift_factor=0.1)
     FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=vae,

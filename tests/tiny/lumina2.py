@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel
 
 from blockskip_hooks.families.lumina2 import Lumina2
 
-from .base import TinyFamily, randomise
+from .base import TinyFamily, randomise, tiny_vae
 from .text_gemma import gemma_encoder, gemma_tokenizer
 
 
@@ -18,20 +18,8 @@ def save_tiny_lumina2(folder: Path) -> None:
     """Write a whole Lumina 2 pipeline of the real classes: VAE factor 8, so latent tokens are 16 px."""
     words = gemma_tokenizer()
     torch.manual_seed(0)
-    vae = AutoencoderKL(
-        # The pipeline takes a VAE factor of 8 for granted.
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 8, 8, 8),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        scaling_factor=0.8,
-        shift_factor=0.1,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        mid_block_add_attention=False,
-    )
+    # The pipeline takes a VAE factor of 8 for granted.
+    vae = tiny_vae(4, scaling_factor=0.8, shift_factor=0.1)
     torch.manual_seed(0)
     transformer = randomise(
         Lumina2Transformer2DModel(

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -16,7 +15,7 @@ from diffusers import (
 
 from blockskip_hooks.families.sd3 import StableDiffusion3
 
-from .base import TinyFamily, randomise
+from .base import TinyFamily, randomise, tiny_vae
 from .text_sd3 import clip_t5_components
 
 
@@ -44,19 +43,7 @@ def _transformer(version: str) -> SD3Transformer2DModel:
 def save_tiny_sd3(folder: Path, version: str = "3") -> Path:
     """Write a whole pipeline of the real classes: VAE factor 4, so latent tokens are 8 px; CLIP sees 16 tokens."""
     torch.manual_seed(0)
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 8, 8),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        scaling_factor=1.5,
-        shift_factor=0.06,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        mid_block_add_attention=False,
-    )
+    vae = tiny_vae(3, scaling_factor=1.5, shift_factor=0.06)
     StableDiffusion3Pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=vae.eval(),

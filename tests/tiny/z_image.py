@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 from transformers import Qwen3Config, Qwen3Model
 
 from blockskip_hooks.families.z_image import ZImage
 
-from .base import TinyFamily, randomise
+from .base import TinyFamily, randomise, tiny_vae
 from .text_chat import qwen2_tokenizer
 
 
@@ -30,19 +30,7 @@ def save_tiny_z_image(folder: Path) -> None:
             head_dim=12,
         )
     )
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 8, 8),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        scaling_factor=0.4,
-        shift_factor=0.1,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        mid_block_add_attention=False,
-    )
+    vae = tiny_vae(3, scaling_factor=0.4, shift_factor=0.1)
     torch.manual_seed(0)
     transformer = ZImageTransformer2DModel(
         in_channels=4,

@@ -84,6 +84,8 @@ class Family(ABC):
         block_stacks: See :func:`~blockskip_hooks.blocks.list_blocks`; ``None`` detects them.
         cross_attention: The layer of a block, relative to it, in which the image reads the text; ``None`` where both
             are in one sequence.
+        patch_size: Latents per token along one side, where the pipeline packs them; ``None`` where the transformer
+            does, as its config says.
         text_comes_first: Whether text is before image in that sequence.
         own_flags: Flags that have an effect with some families only, this one among them.
         flag_defaults: Defaults of flags that differ between families.
@@ -105,6 +107,7 @@ class Family(ABC):
     image_components: ClassVar[tuple[str, ...]] = ()
     block_stacks: ClassVar[tuple[str, ...] | None] = None
     cross_attention: ClassVar[str | None] = None
+    patch_size: ClassVar[int | None] = 2
     text_comes_first: ClassVar[bool] = True
     own_flags: ClassVar[tuple[Flag, ...]] = ()
     flag_defaults: ClassVar[Mapping[str, Any]] = {}
@@ -151,13 +154,14 @@ class Family(ABC):
 
     @property
     def latent_token_size(self) -> int:
-        """Pixels per transformer token along one side: VAE factor x patchify, 2 unless overridden."""
-        return 2 * self.vae_scale_factor
+        """Pixels per transformer token along one side: VAE factor x patchify."""
+        patch_size = self.patch_size or load_config(self.model_path / "transformer")["patch_size"]
+        return patch_size * self.vae_scale_factor
 
     @property
     def image_size(self) -> int:
         """Side in pixels of the images that the pipeline makes unless told otherwise."""
-        return 128 * self.vae_scale_factor
+        return load_config(self.model_path / "transformer").get("sample_size", 128) * self.vae_scale_factor
 
     def vae_latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         """Shape of one image's latents as the VAE encodes and decodes them, from its size in pixels."""

@@ -14,7 +14,6 @@ from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockR
 from diffusers.models.transformers.transformer_hidream_image import HiDreamBlock, MOEFeedForwardSwiGLU
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
-from ..model_config import load_config
 from .base import ComfyUIFormat, Family, Flag, PromptEmbeds
 
 
@@ -46,6 +45,7 @@ class HiDream(Family):
     """
 
     name = "hidream"
+    patch_size = None
     pipeline_class = HiDreamImagePipeline
     text_components = (
         *("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4"),
@@ -73,10 +73,6 @@ class HiDream(Family):
 
     def load_scheduler(self) -> FlowMatchEulerDiscreteScheduler:
         return FlowMatchEulerDiscreteScheduler.from_pretrained(self.model_path, subfolder="scheduler", shift=3.0)
-
-    @property
-    def latent_token_size(self) -> int:
-        return load_config(self.model_path / "transformer")["patch_size"] * self.vae_scale_factor
 
     def empty_embeds(
         self, transformer_config: Mapping[str, Any], text_tokens: int, dtype: torch.dtype

@@ -111,10 +111,6 @@ class Ideogram4(Family):
         )
 
     @property
-    def latent_token_size(self) -> int:
-        return PATCH_SIZE * self.vae_scale_factor
-
-    @property
     def image_size(self) -> int:
         return 2048
 

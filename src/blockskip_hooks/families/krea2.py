@@ -79,10 +79,6 @@ class Krea2(Family):
         return 2 ** len(self.vae_config["temperal_downsample"])
 
     @property
-    def latent_token_size(self) -> int:
-        return PATCH_SIZE * self.vae_scale_factor
-
-    @property
     def image_size(self) -> int:
         return 1024
 

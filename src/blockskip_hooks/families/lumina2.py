@@ -10,7 +10,6 @@ from diffusers import DiffusionPipeline, Lumina2Pipeline, ModelMixin
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models.transformers.transformer_lumina2 import Lumina2TransformerBlock
 
-from ..model_config import load_config
 from .base import Family, Flag, PromptEmbeds
 
 
@@ -32,6 +31,7 @@ class Lumina2(Family):
     """Lumina-Image 2.0. Its time runs from 0 (noise) to 1 (image), and it predicts ``x - noise``."""
 
     name = "lumina2"
+    patch_size = None
     pipeline_class = Lumina2Pipeline
     text_components = ("text_encoder", "tokenizer")
     lora_layers = ("attn.to_k", "attn.to_q", "attn.to_v", "attn.to_out.0")
@@ -50,14 +50,6 @@ class Lumina2(Family):
     flag_defaults = {"max_sequence_length": 256, "output_dir": "lumina2-dreambooth-lora", "lora_alpha": None}
     negative_prompt = ""
     tags = ("lumina2", "lumina2-diffusers")
-
-    @property
-    def latent_token_size(self) -> int:
-        return self.vae_scale_factor * load_config(self.model_path / "transformer")["patch_size"]
-
-    @property
-    def image_size(self) -> int:
-        return self.vae_scale_factor * load_config(self.model_path / "transformer")["sample_size"]
 
     def empty_embeds(
         self, transformer_config: Mapping[str, Any], text_tokens: int, dtype: torch.dtype

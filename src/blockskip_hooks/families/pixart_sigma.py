@@ -10,7 +10,6 @@ from diffusers import DDPMScheduler, DiffusionPipeline, ModelMixin, PixArtSigmaP
 from diffusers.loaders import PeftAdapterMixin, SanaLoraLoaderMixin
 from diffusers.utils import is_bs4_available, is_ftfy_available
 
-from ..model_config import load_config
 from .base import Family, PromptEmbeds
 
 
@@ -42,6 +41,7 @@ class PixArtSigma(Family):
     """
 
     name = "pixart-sigma"
+    patch_size = None
     pipeline_class = PixArtSigmaLoraPipeline
     text_components = ("text_encoder", "tokenizer")
     cross_attention = "attn2"
@@ -63,14 +63,6 @@ class PixArtSigma(Family):
     def _signal_and_noise(scheduler: DDPMScheduler, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         signal = scheduler.alphas_cumprod[timesteps]
         return signal.sqrt(), (1.0 - signal).sqrt()
-
-    @property
-    def latent_token_size(self) -> int:
-        return self.vae_scale_factor * load_config(self.model_path / "transformer")["patch_size"]
-
-    @property
-    def image_size(self) -> int:
-        return self.vae_scale_factor * load_config(self.model_path / "transformer")["sample_size"]
 
     def empty_embeds(
         self, transformer_config: Mapping[str, Any], text_tokens: int, dtype: torch.dtype

@@ -10,7 +10,6 @@ from diffusers import DiffusionPipeline, ModelMixin, SanaPipeline, SanaSprintPip
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models.transformers.sana_transformer import SanaTransformerBlock
 
-from ..model_config import load_config
 from .base import Family, Flag, PromptEmbeds
 
 
@@ -24,6 +23,7 @@ class Sana(Family):
     """SANA 1.0 and 1.5. Prompts always have ``max_sequence_length`` tokens, with a mask."""
 
     name = "sana"
+    patch_size = None
     pipeline_class: ClassVar[type[DiffusionPipeline]] = SanaPipeline
     text_components = ("text_encoder", "tokenizer")
     cross_attention = "attn2"
@@ -46,10 +46,6 @@ class Sana(Family):
     @property
     def vae_scale_factor(self) -> int:
         return 2 ** (len(self.vae_config["encoder_block_out_channels"]) - 1)
-
-    @property
-    def latent_token_size(self) -> int:
-        return self.vae_scale_factor * load_config(self.model_path / "transformer")["patch_size"]
 
     @property
     def image_size(self) -> int:

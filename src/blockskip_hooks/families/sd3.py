@@ -28,6 +28,7 @@ class StableDiffusion3(Family):
     """
 
     name = "sd3"
+    patch_size = None
     pipeline_class = StableDiffusion3Pipeline
     text_components = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
     trained_text_components = ("text_encoder", "text_encoder_2")
@@ -70,14 +71,6 @@ class StableDiffusion3(Family):
     negative_prompt = ""
     tags = ("sd3", "sd3-diffusers")
     comfyui = ComfyUIFormat()
-
-    @property
-    def latent_token_size(self) -> int:
-        return load_config(self.model_path / "transformer")["patch_size"] * self.vae_scale_factor
-
-    @property
-    def image_size(self) -> int:
-        return load_config(self.model_path / "transformer")["sample_size"] * self.vae_scale_factor
 
     def empty_embeds(
         self, transformer_config: Mapping[str, Any], text_tokens: int, dtype: torch.dtype

@@ -104,11 +104,13 @@ def test_a_file_in_half_precision_stays_so(tmp_path):
     assert {t.dtype for name, t in tensors.items() if not name.endswith("alpha")} == {torch.bfloat16}
 
 
-def test_a_run_leaves_both_files_and_diffusers_takes_its_own(tmp_path):
+def test_a_run_leaves_both_files_and_diffusers_takes_its_own(tmp_path, capsys):
     tiny = TINY_FAMILIES[0]
     photos = script.save_photos(tmp_path / "photos", [(64, 64)])
     output = script.train(tiny.folder, photos, tmp_path / "out", "--save_format", "comfyui", "--skip_blocks", "1,1")
     assert (output / WEIGHTS_NAME).is_file() and (output / COMFYUI_NAME).is_file()
+    assert f"ComfyUI: {output / COMFYUI_NAME}" in capsys.readouterr().out
+    assert f"ComfyUI reads `{COMFYUI_NAME}`." in (output / "README.md").read_text()
     assert all("alpha" not in name for name in tiny.family.pipeline_class.lora_state_dict(str(output)))
 
 

@@ -13,8 +13,9 @@ from diffusers.utils.hub_utils import populate_model_card
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from PIL import Image
 
-from blockskip_hooks.charts import loss_chart
-from blockskip_hooks.monitor import format_bytes, format_seconds, write_text
+from .charts import loss_chart
+from .comfyui import COMFYUI_NAME
+from .monitor import format_bytes, format_seconds, write_text
 
 
 # The tags by which the Hub finds a text-to-image LoRA and gives it a gallery and an inference widget.
@@ -131,6 +132,7 @@ def write_model_card(
         run_report=run_report,
         train_text_encoder=train_text_encoder,
         snippet=snippet,
+        has_comfyui_file=(output_dir / COMFYUI_NAME).is_file(),
         settings=settings or {},
     )
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
@@ -228,6 +230,7 @@ def _body(
     run_report: Mapping[str, Any],
     train_text_encoder: bool,
     snippet: str,
+    has_comfyui_file: bool,
     settings: Mapping[str, Any],
 ) -> str:
     """The card's Markdown below the front matter."""
@@ -261,6 +264,7 @@ def _body(
         trigger,
         "## How to use it",
         code_block(snippet, "python"),
+        f"ComfyUI reads {code_span(COMFYUI_NAME)}." if has_comfyui_file else "",
         "[The diffusers guide to LoRA](https://huggingface.co/docs/diffusers/main/en/tutorials/"
         "using_peft_for_inference) shows how to weight, merge and combine adapters.",
         "## How it was trained",

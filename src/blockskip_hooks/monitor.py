@@ -19,8 +19,8 @@ from typing import Any
 import psutil
 import torch
 
-from blockskip_hooks.files import replacing
-from blockskip_hooks.version import __version__
+from .files import replacing
+from .version import __version__
 
 
 logger = logging.getLogger(__name__)

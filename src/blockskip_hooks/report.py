@@ -16,8 +16,8 @@ from typing import Any
 import jinja2
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from blockskip_hooks.charts import harm_chart, loss_chart, timestep_chart
-from blockskip_hooks.monitor import format_bytes, format_seconds, write_text
+from .charts import harm_chart, loss_chart, timestep_chart
+from .monitor import format_bytes, format_seconds, write_text
 
 
 # Longest side of an embedded picture. Base64 of untouched camera photos would make a page of a hundred megabytes.

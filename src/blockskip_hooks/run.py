@@ -23,11 +23,13 @@ from .arguments import apply_defaults, looks_up_blocks, parse_bytes
 from .blocks import modulation_layers
 from .checkpoints import read_state
 from .chosen_blocks import choose_blocks
+from .comfyui import COMFYUI_NAME
 from .config import BlockSkipConfig, PatchSamplingConfig
 from .data import Photo, PhotoSet, image_paths, load_dataset_photos, nearest_bucket, scan_photos
 from .embedded import DEFAULT_SUBJECT, embedded_model, embedded_photos, embedded_subjects, model_defaults
 from .families import Family, detect_family
 from .lora import WEIGHTS_NAME
+from .merged import MERGED_NAME
 from .model_checks import check_model
 from .model_config import load_config
 from .model_files import check_weights, resolve_model
@@ -329,9 +331,18 @@ class Run:
         losses = report["train"]["loss"]
         loss = f", loss {losses[-1]:.4f}" if losses else ""
         seconds = sum(stage["seconds"] for stage in report["stages"])
-        return (
-            f"Trained {report['train']['steps']} steps in {format_seconds(seconds)}{loss}.\n"
-            f"LoRA:   {self.output_dir / WEIGHTS_NAME}\nReport: {self.output_dir / 'report.html'}"
+        files = {"LoRA": WEIGHTS_NAME}
+        if self.args.save_format == "comfyui":
+            files["ComfyUI"] = COMFYUI_NAME
+        if self.args.export_merged:
+            files["Merged"] = MERGED_NAME
+        files["Report"] = "report.html"
+        width = max(map(len, files)) + 2
+        return "\n".join(
+            [
+                f"Trained {report['train']['steps']} steps in {format_seconds(seconds)}{loss}.",
+                *(f"{f'{name}:':<{width}}{self.output_dir / file}" for name, file in files.items()),
+            ]
         )
 
     def resolve_seed(self, checkpoint: Path | None) -> int:

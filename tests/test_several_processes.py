@@ -26,7 +26,13 @@ FLAGS = (
 )
 
 
-SHARED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
+SHARED = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    # By default; it is for models that accelerate sends to the other processes, and nothing here is one.
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+}
 """What accelerate's launcher sets for ``configs/fsdp2.yaml``."""
 
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils import FullyShardedDataParallelPlugin, disable_fsdp_ram_efficient_loading
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
@@ -89,6 +89,8 @@ def read_sharding() -> Sharding | None:
     version = os.environ.get("FSDP_VERSION", "1")
     if version != "2":
         raise ValueError(f"accelerate's config asks for FSDP in version {version}; set fsdp_version: 2 in it.")
+    # It would have transformers leave parts of text encoders empty in all but the first process, for accelerate to send.
+    disable_fsdp_ram_efficient_loading()
     plugin = FullyShardedDataParallelPlugin()
     if plugin.activation_checkpointing:
         raise ValueError(

@@ -89,7 +89,7 @@ def read_sharding() -> Sharding | None:
     version = os.environ.get("FSDP_VERSION", "1")
     if version != "2":
         raise ValueError(f"accelerate's config asks for FSDP in version {version}; set fsdp_version: 2 in it.")
-    # It would have transformers leave parts of text encoders empty in all but the first process, for accelerate to send.
+    # It has transformers leave parts of text encoders empty in all but the first process, for accelerate to send.
     disable_fsdp_ram_efficient_loading()
     plugin = FullyShardedDataParallelPlugin()
     if plugin.activation_checkpointing:

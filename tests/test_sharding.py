@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator, DistributedType
+from torch.nn.parallel import DistributedDataParallel
 
 from blockskip_hooks import BlockSkipConfig, DiTBlockSkipTransformer
 from blockskip_hooks.arguments import parse_args
@@ -18,7 +20,7 @@ from blockskip_hooks.lora import add_lora, lora_targets
 from blockskip_hooks.model_config import load_config
 from blockskip_hooks.plan import plan_for
 from blockskip_hooks.run import prepare_run
-from blockskip_hooks.sharding import Sharding, read_sharding
+from blockskip_hooks.sharding import asks_for_sharding, average_gradients
 from tests import script
 from tests.kills import KillTest
 from tests.test_several_processes import SHARED, TWO, runs
@@ -60,7 +62,9 @@ def measure(rank: int, address: dict[str, str], models: list[tuple[str, str, lis
     """Body of a process: each model whole and shared, and what is different."""
     os.environ.update(address, RANK=str(rank), WORLD_SIZE="2")
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
+    accelerator = Accelerator(cpu=True)
+    # As on GPUs, where accelerate looks for divided weights.
+    accelerator.state.distributed_type = DistributedType.MULTI_GPU
     lines = {}
     for name, folder, layers in models:
         (tiny,) = (tiny for tiny in TINY_FAMILIES if tiny.name == name)
@@ -69,23 +73,27 @@ def measure(rank: int, address: dict[str, str], models: list[tuple[str, str, lis
         config = BlockSkipConfig(leading=1, trailing=1)
         transformer_class = tiny.make_family().transformer_class(load_config(tiny.folder / "transformer"))
         inputs, outputs, bytes_held = tiny.make_inputs(2), [], []
-        for sharding in (None, Sharding()):
+        for shared in (False, True):
             model = DiTBlockSkipTransformer.from_pretrained(
                 tiny.folder,
                 config,
                 stacks=tiny.family.block_stacks,
                 transformer_class=transformer_class,
-                sharding=sharding,
+                shares_weights=shared,
             )
             kept = [f"transformer.{block.name}." for block in model.spans.kept]
             bytes_held.append(
                 sum(
-                    (p.to_local() if sharding else p).nbytes  # type: ignore[attr-defined]
+                    (p.to_local() if shared else p).nbytes  # type: ignore[attr-defined]
                     for key, p in model.named_parameters()
                     if key.startswith(tuple(kept))
                 )
             )
             add_lora(model.transformer, layers, rank=2, alpha=2, dropout=0.0, seed=0)
+            if shared:
+                ignored = model.frozen_parameter_names
+                DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+                assert isinstance(average_gradients(accelerator, model), DistributedDataParallel)
             residuals = model.capture_residuals(**inputs, return_dict=False)
             prediction = model(**inputs, residuals=residuals, return_dict=False)[0]
             prediction = torch.stack(prediction) if isinstance(prediction, list) else prediction
@@ -135,8 +143,10 @@ def test_every_family_computes_the_same_with_shared_weights(tmp_path: Path):
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "asks for DeepSpeed"),
         ({"ACCELERATE_USE_FSDP": "true"}, "FSDP in version 1; set fsdp_version: 2"),
         ({**SHARED, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "give --gradient_checkpointing"),
+        ({**SHARED, "FSDP_OFFLOAD_PARAMS": "true"}, "skip more blocks"),
+        ({**SHARED, "FSDP_RESHARD_AFTER_FORWARD": "false"}, "needs more memory than whole weights"),
     ],
-    ids=["DeepSpeed", "FSDP1", "its checkpointing"],
+    ids=["DeepSpeed", "FSDP1", "its checkpointing", "offloading", "no resharding"],
 )
 def test_what_is_not_supported_is_refused_in_one_line(
     variables: dict[str, str], said: str, model: Path, photos: Path, tmp_path: Path, monkeypatch, capsys
@@ -149,28 +159,37 @@ def test_what_is_not_supported_is_refused_in_one_line(
     assert not (tmp_path / "out" / "plan.json").exists()
 
 
-def test_quantised_weights_are_not_divided(model: Path, photos: Path, tmp_path: Path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "flags", [("--quantization", "int8"), ("--memory_budget", "1GB", "--memory_options", "checkpointing", "nf4")]
+)
+def test_quantised_weights_are_not_divided(
+    flags: tuple[str, ...], model: Path, photos: Path, tmp_path: Path, monkeypatch, capsys
+):
     for name, value in {**SHARED, "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    assert script.load_script().main(script.settings(model, photos, tmp_path, "--quantization", "int8")) == 2
-    assert "--quantization int8 and accelerate's FSDP do not go together" in capsys.readouterr().err
+    assert script.load_script().main(script.settings(model, photos, tmp_path, *flags)) == 2
+    assert "--quantization, also as one of --memory_options, and accelerate's FSDP" in capsys.readouterr().err
 
 
 def test_one_process_shares_nothing(monkeypatch):
     for name, value in SHARED.items():
         monkeypatch.setenv(name, value)
-    assert read_sharding() is None
+    assert not asks_for_sharding()
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
-    assert read_sharding() == Sharding(reshard_after_forward=True, offload=True)
+    assert asks_for_sharding()
+    # Otherwise transformers finds nothing to stream of large text encoders.
+    assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "False"
+
+
+PRIOR = ("--with_prior_preservation", "--class_prompt", "a dog", "--class_data_dir", "no photos yet")
 
 
 def test_the_plan_leaves_out_what_other_processes_hold(model: Path, photos: Path, tmp_path: Path):
-    args = parse_args(script.settings(model, photos, tmp_path, "--skip_blocks", "1,1", "--keep_modulation"))
+    args = parse_args(script.settings(model, photos, tmp_path, "--skip_blocks", "1,1", "--keep_modulation", *PRIOR))
     run = prepare_run(args)
     assert len(run.skeleton.spans.kept) == 3
     whole = plan_for(run, torch.float32, 16)
-    shared = plan_for(replace(run, sharding=Sharding()), torch.float32, 16)
+    shared = plan_for(replace(run, shares_weights=True), torch.float32, 16)
     blocks = [sum(p.numel() for p in block.module.parameters()) * 4 for block in run.skeleton.spans.kept]
     # A sixteenth of all, the block that runs and the next.
     elsewhere = sum(blocks) - sum(blocks) // 16 - sum(sorted(blocks)[-2:])
@@ -180,5 +199,8 @@ def test_the_plan_leaves_out_what_other_processes_hold(model: Path, photos: Path
         for stage, other in zip(whole["stages"], shared["stages"], strict=True)
     }
     assert (saved["encode"], saved["train"]) == (0, elsewhere)
+    # Made by processes that have all of the weights.
+    assert saved["class_images"] == 0
+    assert not any(stage.get("vae_alone") for stage in shared["stages"] if stage["name"] != "class_images")
     # Its peak may be in another phase than before.
     assert 0 < saved["precompute"] <= elsewhere

@@ -251,7 +251,7 @@ def train(
             transformer_class=family.transformer_class(run.transformer_config),
             recorded_layers=run.recorded_layers,
             quantization=run.quantization,
-            sharding=run.sharding,
+            shares_weights=run.shares_weights,
         )
         if args.enable_npu_flash_attention:
             model.transformer.set_attention_backend("_native_npu")

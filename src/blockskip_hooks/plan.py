@@ -26,6 +26,7 @@ from .progress import is_first_process
 from .quantization import read_quantization
 from .run import Run
 from .selection import Selection, selections_by_bytes
+from .sharding import bytes_elsewhere
 from .simulation import empty_model
 
 
@@ -166,17 +167,17 @@ def _check_device(plan: dict[str, Any]) -> None:
         )
 
 
-def _bytes_elsewhere(run: Run, dtype: torch.dtype, num_processes: int) -> int:
-    """Kept blocks' weights that other processes hold, where they are shared."""
-    if run.sharding is None:
-        return 0
+def _bytes_elsewhere(run: Run, dtype: torch.dtype, num_processes: int) -> int | None:
+    """Kept blocks' weights that other processes hold; ``None`` where they are not shared."""
+    if not run.shares_weights:
+        return None
     recorded = [run.skeleton.transformer.get_submodule(name) for name in run.recorded_layers]
     streamed = {id(p) for layer in recorded for p in layer.parameters()}
     resident = [
         sum(p.numel() for p in block.module.parameters() if id(p) not in streamed) * dtype.itemsize
         for block in run.skeleton.spans.kept
     ]
-    return run.sharding.bytes_elsewhere(resident, num_processes)
+    return bytes_elsewhere(resident, num_processes)
 
 
 def _weights_bytes(family: Family, dtype: torch.dtype) -> int:
@@ -225,7 +226,7 @@ def describe_plan(run: Run, plan: dict[str, Any]) -> str:
     if args.push_to_hub:
         outputs["upload"] = args.hub_model_id or folder.resolve().name
     first, rest = format_plan(plan, model=model, outputs=outputs).split("\n", 1)
-    if run.sharding is not None:
+    if run.shares_weights:
         rest = f"Sharing  the processes divide the frozen weights of kept blocks (FSDP2)\n{rest}"
     lines += [first, f'Photos   {len(run.photos)} from {photos}, prompt "{args.instance_prompt}"', rest]
     return "\n".join(lines)

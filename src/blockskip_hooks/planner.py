@@ -69,7 +69,7 @@ class PlanRequest:
             than training does; ``None`` for all.
         text_encoder_parameter_bytes: Their weights, where their configs are not at hand.
         resident_bytes: Parameters of other models that stay during training, such as a text encoder that trains.
-        bytes_elsewhere: Kept blocks' weights that other processes hold.
+        bytes_elsewhere: Kept blocks' weights that other processes hold; ``None`` if nothing is shared.
         validation_resolution: Side of validation images in pixels; ``None`` if there are none.
         validation_batch_size: Validation images made at a time.
         validation_extra_bytes: Parameters of other models that validation images need.
@@ -105,7 +105,7 @@ class PlanRequest:
     streamable_encoders: Sequence[int] | None = None
     text_encoder_parameter_bytes: int = 0
     resident_bytes: int = 0
-    bytes_elsewhere: int = 0
+    bytes_elsewhere: int | None = None
     validation_resolution: int | None = None
     validation_batch_size: int = 1
     validation_extra_bytes: int = 0
@@ -123,7 +123,7 @@ class PlanRequest:
     @property
     def beside_bytes(self) -> int:
         """Parameters beside the transformer's own, less those of its own that are elsewhere."""
-        return self.resident_bytes - self.bytes_elsewhere
+        return self.resident_bytes - (self.bytes_elsewhere or 0)
 
     @property
     def stores_residuals(self) -> bool:
@@ -231,7 +231,8 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
 class _Vae:
     """The VAE's phases, each simulated at most once per batch size.
 
-    Where one of VAE and transformer beside the other would need more than ``limit``, they take turns on the device.
+    Where one of VAE and transformer beside the other would need more than ``limit``, they take turns on the device, if
+    processes do not share the transformer.
     """
 
     def __init__(self, request: PlanRequest, base: Usage, limit: int) -> None:
@@ -262,10 +263,15 @@ class _Vae:
         beside = denoising.beside(parameter_bytes=self.parameter_bytes)
         if not alone and beside.peak_bytes <= self.limit:
             return beside.then(decode), {"vae_alone": False, "vae_tiled": False}
-        whole, tiled = (self._decoded(size, tiled).beside(lora_bytes=self._base.lora_bytes) for tiled in (False, True))
+        alone = self._request.bytes_elsewhere is None
+        whole, tiled = (
+            self._alone(decoded) if alone else self._beside(decoded)
+            for decoded in (self._decoded(size), self._decoded(size, tiled=True))
+        )
         # Tiles are blended where they meet, so they are for where nothing else helps.
         in_tiles = whole.peak_bytes > self.limit and tiled.peak_bytes < whole.peak_bytes
-        return denoising.then(tiled if in_tiles else whole), {"vae_alone": True, "vae_tiled": in_tiles}
+        first = denoising if alone else beside
+        return first.then(tiled if in_tiles else whole), {"vae_alone": alone, "vae_tiled": in_tiles}
 
     def _decoded(self, size: tuple[int, int], tiled: bool = False) -> Usage:
         if (size, tiled) not in self._decodes:
@@ -281,9 +287,12 @@ class _Vae:
 
     def _placed(self, usage: Usage) -> tuple[Usage, bool]:
         beside = self._beside(usage)
-        if beside.peak_bytes <= self.limit:
+        if beside.peak_bytes <= self.limit or self._request.bytes_elsewhere is not None:
             return beside, False
-        return usage.beside(lora_bytes=self._base.lora_bytes), True
+        return self._alone(usage), True
+
+    def _alone(self, usage: Usage) -> Usage:
+        return usage.beside(lora_bytes=self._base.lora_bytes)
 
 
 def _make_images(
@@ -298,7 +307,9 @@ def _make_images(
         # A guided pipeline runs the prompt and the negative prompt in one batch, if not one after the other.
         batch_size = images if request.family.negative_prompt is None else 2 * images
         infer = fake.infer(batch_size, (side, side), request.text_tokens)
-        infer = infer.beside(parameter_bytes=request.beside_bytes, lora_bytes=states)
+        # Class images are made apart from each other, by processes that have all of the weights.
+        others = request.resident_bytes if name == "class_images" else request.beside_bytes
+        infer = infer.beside(parameter_bytes=others, lora_bytes=states)
         phases, placement = vae.decode_after(infer, (side, side))
         usage = phases.beside(parameter_bytes=request.validation_extra_bytes)
         if images == 1 or usage.peak_bytes <= vae.limit:

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from .argument_checks import check_family_flags, validate_args
-from .arguments import apply_defaults, looks_up_blocks, parse_bytes
+from .arguments import MEMORY_OPTIONS, apply_defaults, looks_up_blocks, parse_bytes
 from .blocks import modulation_layers
 from .checkpoints import read_state
 from .chosen_blocks import choose_blocks
@@ -39,7 +39,7 @@ from .residual_store import folder_digest, recorded_seed
 from .sample_plan import SampleKind, SamplePlan
 from .selection import Selection
 from .selection_tables import SelectionTable
-from .sharding import Sharding, hidden_from_accelerate, read_sharding
+from .sharding import asks_for_sharding, hidden_from_accelerate
 from .stretches import Stretches
 from .training_data import PhotoSource
 from .transformer import DiTBlockSkipTransformer
@@ -73,7 +73,7 @@ class Run:
         pipeline_kwargs: Arguments of the pipeline call that the model asks for.
         quantization: How kept blocks are held; ``None`` for plain weights.
         table: What is known of the harm of skipping this model's blocks.
-        sharding: How processes share the weights of kept blocks; ``None`` if each has all of them.
+        shares_weights: Whether processes divide the frozen weights of kept blocks.
     """
 
     args: argparse.Namespace
@@ -90,7 +90,7 @@ class Run:
     pipeline_kwargs: dict[str, Any] = field(default_factory=dict)
     quantization: QuantizationConfig | None = None
     table: SelectionTable | None = None
-    sharding: Sharding | None = None
+    shares_weights: bool = False
 
     @property
     def output_dir(self) -> Path:
@@ -416,11 +416,12 @@ def prepare_run(args: argparse.Namespace) -> Run:
         raise ValueError(
             f"No kept block has a layer that can be held in {quantization.name}; leave --quantization out."
         )
-    sharding = read_sharding()
-    if quantization and sharding:
+    shares_weights = asks_for_sharding()
+    quantizes = quantization or any(MEMORY_OPTIONS[option][0] == "quantization" for option in args.memory_options)
+    if shares_weights and quantizes:
         raise ValueError(
-            f"--quantization {args.quantization} and accelerate's FSDP do not go together: quantised weights cannot "
-            "be divided; leave one of them out."
+            "--quantization, also as one of --memory_options, and accelerate's FSDP do not go together: quantised "
+            "weights cannot be divided; leave one of them out."
         )
     accepted = inspect.signature(family.pipeline_class.__call__).parameters
     unknown = sorted(pipeline_kwargs.keys() - accepted.keys())
@@ -447,7 +448,7 @@ def prepare_run(args: argparse.Namespace) -> Run:
         prompts=prompts,
         pipeline_kwargs=pipeline_kwargs,
         quantization=quantization,
-        sharding=sharding,
+        shares_weights=shares_weights,
     )
 
 

@@ -42,6 +42,7 @@ from .residual_store import DamagedRecord, Record, ResidualStore, tensors_digest
 from .run import Run
 from .sample_losses import QUARTERS, SampleLosses, quarter_means
 from .sample_plan import Sample, derived_seed
+from .sharding import average_gradients
 from .stop_signals import Interrupted, StopSignals
 from .stretches import Stretches
 from .tracking import Tracking
@@ -153,9 +154,12 @@ class Trainer:
             model, model.frozen_parameter_names
         )
         # accelerate must not move the model either: kept blocks are in place.
-        self.wrapped, self.optimizer, self.scheduler = accelerator.prepare(
-            model, optimizer, scheduler, device_placement=[False, True, True]
+        self.wrapped = (
+            average_gradients(accelerator, model)
+            if model.is_sharded
+            else accelerator.prepare(model, device_placement=[False])
         )
+        self.optimizer, self.scheduler = accelerator.prepare(optimizer, scheduler)
         self.trained = [self.wrapped]
         if text:
             text.encoders = {name: accelerator.prepare(encoder) for name, encoder in text.encoders.items()}
@@ -228,7 +232,7 @@ class Trainer:
                     with_residuals=self.run.stores_residuals,
                     with_adapters=self.run.refreshes,
                     progress=progress,
-                    between_batches=self._check_stop_together if sharded else self.stop.check,
+                    between_batches=self.check_stop_together if sharded else self.stop.check,
                     forwards=self._largest if sharded else None,
                 )
 
@@ -236,7 +240,7 @@ class Trainer:
         """The largest of the numbers that the processes call this with, which all of them must."""
         return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
 
-    def _check_stop_together(self) -> None:
+    def check_stop_together(self) -> None:
         """End in every process once one was asked to: none may wait in a forward that another does not do."""
         self.stop.check(self._largest(self.stop.received))
 

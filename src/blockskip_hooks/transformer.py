@@ -28,7 +28,7 @@ from .hooks import (
 )
 from .model_config import load_config, model_class
 from .quantization import QuantizationConfig, mark_quantized, quantize_layer
-from .sharding import Sharding
+from .sharding import shard
 
 
 class DiTBlockSkipTransformer(torch.nn.Module):
@@ -101,7 +101,7 @@ class DiTBlockSkipTransformer(torch.nn.Module):
         transformer_class: type[ModelMixin] | None = None,
         recorded_layers: Sequence[str] = (),
         quantization: QuantizationConfig | None = None,
-        sharding: Sharding | None = None,
+        shares_weights: bool = False,
     ) -> DiTBlockSkipTransformer:
         """Load the kept blocks only; skipped blocks are read from the checkpoint when the whole model runs.
 
@@ -119,7 +119,7 @@ class DiTBlockSkipTransformer(torch.nn.Module):
             transformer_class: Class of the model, by default the one that its config names.
             recorded_layers: See the class; their weights are streamed like those of skipped blocks.
             quantization: How the linear layers of kept blocks are held; ``None`` keeps them in ``torch_dtype``.
-            sharding: How processes share kept weights; ``None`` keeps them whole in each. Not for quantised layers.
+            shares_weights: Divide kept weights among the run's processes; not for quantised layers.
 
         Raises:
             ValueError: if weights are missing, have other shapes than the config says, or are not safetensors.
@@ -157,14 +157,13 @@ class DiTBlockSkipTransformer(torch.nn.Module):
 
         prefixes = tuple(f"{name}." for name in (*streamed, *quantized))
         resident = [name for name in tensors if not name.startswith(prefixes)]
-        # Block by block, so that with sharding one at a time is there in full.
-        blocks = {block.name: block.module for block in spans.kept} if sharding is not None else {}
+        # Block by block, so that of weights to divide one block at a time is there in full.
+        blocks = {block.name: block.module for block in spans.kept} if shares_weights else {}
         for block_name, block in blocks.items():
             for name in resident:
                 if name.startswith(f"{block_name}."):
                     load(name, device)
-            assert sharding is not None
-            sharding.shard(block, device)
+            shard(block, device)
         in_blocks = tuple(f"{name}." for name in blocks)
         for name in resident:
             if not name.startswith(in_blocks):
@@ -182,8 +181,8 @@ class DiTBlockSkipTransformer(torch.nn.Module):
             mark_quantized(transformer, quantization)
         for name, buffer in transformer.named_buffers():
             set_module_tensor_to_device(transformer, name, device, value=buffer)
-        if sharding is not None:
-            sharding.shard(transformer, device)
+        if shares_weights:
+            shard(transformer, device)
         for name, module in streamed.items():
             _stream(module, device, CheckpointWeights(index, dtypes, f"{name}."))
         return cls(transformer, config, stacks, recorded_layers=recorded_layers)
@@ -245,11 +244,9 @@ class DiTBlockSkipTransformer(torch.nn.Module):
     def on_host(self) -> Iterator[None]:
         """Within this context what is resident of the frozen weights is in host memory; nothing may run.
 
-        Weights that processes share stay: torch knows where its parts of them are.
+        Not for weights that processes share: torch knows where its parts of them are.
         """
-        if self.is_sharded:
-            yield
-            return
+        assert not self.is_sharded
         devices = {name: p.device for name, p in self.named_parameters() if not p.requires_grad and not p.is_meta}
         parameters = dict(self.named_parameters())
         for name in devices:

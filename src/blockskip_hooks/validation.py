@@ -76,13 +76,21 @@ class Validation:
         if trainer.text and with_adapters:
             trainer.refresh_embeds(embeds, [*prompts, *([] if negative is None else [negative])])
         adapters = contextlib.nullcontext() if with_adapters else base_model(trainer.model.transformer)
+        sharded = trainer.model.is_sharded
         with (
+            trainer.stop.held() if sharded else contextlib.nullcontext(),
             trainer.monitor.stage("validate"),
             trainer.vae() as vae,
             adapters,
             trainer.accelerator.autocast(),
             trainer.progress.stage("validate", images=len(prompts) * len(self.seeds)) as progress,
         ):
+
+            def made(images: int) -> None:
+                progress.update(images)
+                if sharded:
+                    trainer.check_stop_together()
+
             return generate_images(
                 [embeds[prompt] for prompt in prompts],
                 family=family,
@@ -93,7 +101,7 @@ class Validation:
                 pipeline_kwargs=self.run.pipeline_kwargs,
                 images_at_once=trainer.images_at_once,
                 placement=trainer.vae_placement.get("validate"),
-                progress=progress.update,
+                progress=made,
             )
 
     def check_records(self) -> None:

@@ -1,0 +1,44 @@
+"""Bad input of the script that plans memory."""
+
+from __future__ import annotations
+
+from tests.bad_input.cases import HUGE, Case
+
+
+PLAN_CASES: dict[str, Case] = {
+    "no preset": ({"--preset": None}, ["--preset"]),
+    "an unknown preset": ({"--preset": "flux.9"}, ["--preset 'flux.9'", "flux.1-dev"]),
+    "a preset that leads up": ({"--preset": "../flux.1-dev"}, ["--preset '../flux.1-dev'"]),
+    **{
+        f"{name} of {value}": ({f"--{name}": value}, [f"--{name}"])
+        for name in [
+            "resolution",
+            "training_resolution",
+            "rank",
+            "train_batch_size",
+            "precompute_batch_size",
+            "max_sequence_length",
+            "max_train_steps",
+            "validation_resolution",
+        ]
+        for value in ("0", "-1", "1.5", HUGE)
+    },
+    **{
+        f"--skip_blocks '{value}'": ({"--skip_blocks": value}, ["--skip_blocks"])
+        for value in ("half", "57", "30,27", "1,2,3", "")
+    },
+    **{
+        f"--skip_ratio {value}": ({"--skip_ratio": value}, ["--skip_ratio is"])
+        for value in ("0", "1", "2", "nan", "inf")
+    },
+    "layers that are not there": ({"--lora_layers": "nothing"}, ["--lora_layers 'nothing'"]),
+    "a word of memory": ({"--memory_budget": "much"}, ["--memory_budget is 'much'"]),
+    "a word of disk": ({"--residual_budget": "much"}, ["--residual_budget is 'much'"]),
+    "a budget above the model": ({"--skip_budget": "1TB"}, ["--skip_budget"]),
+    "a budget and a number": ({"--skip_budget": "1GB", "--skip_blocks": "2"}, ["--skip_budget", "--skip_blocks 2"]),
+    "a table that is not there": ({"--selection_table": "nothing"}, ["--selection_table nothing"]),
+    "a table that is a photo": ({"--selection_table": "photos/0.png"}, ["photos/0.png"]),
+    "an unknown option": ({"--memory_options": "magic"}, ["--memory_options", "magic"]),
+    "validation off the grid": ({"--validation_resolution": "500"}, ["--validation_resolution is 500", "496"]),
+    "a flag that is cut off": ({"--skip": "2"}, ["--skip"]),
+}

@@ -108,6 +108,13 @@ _FIFTY = _rows_of("skip50", "50 % skipped", FIFTY, FLUX_50)
 _FORTY = _rows_of("skip40", "40 % skipped", FORTY, FLUX_40)
 _THIRTY = _rows_of("skip30", "30 % skipped", THIRTY, FLUX_30)
 _RULE = _rows_of("rule50", "50 % skipped by the rule", (6, 3), FLUX_50)
+_LARGER = {
+    "": Row("LoRA, patches from 3/4 of R", LARGE, patches="large"),
+    **{
+        title: Row(f"{title}, patches from 3/4 of R, refreshed", _spans(pair) | LARGE | REFRESH, flux, "large")
+        for title, pair, flux in (("30 % skipped", THIRTY, FLUX_30), ("50 % skipped", FIFTY, FLUX_50))
+    },
+}
 ROWS: dict[str, Row] = {
     BASE: Row("not personalised", None),
     PLAIN: _PLAIN,
@@ -130,18 +137,17 @@ ROWS: dict[str, Row] = {
         for times in (2, 4)
     },
     # Patches that are less small, as a share of R.
-    "dynamic48": Row("LoRA, patches from 3/4 of R", LARGE, patches="large"),
-    "skip30_dynamic48_refresh": Row(
-        "30 % skipped, patches from 3/4 of R, refreshed", _spans(THIRTY) | LARGE | REFRESH, FLUX_30, "large"
-    ),
-    "skip50_dynamic48_refresh": Row(
-        "50 % skipped, patches from 3/4 of R, refreshed", _spans(FIFTY) | LARGE | REFRESH, FLUX_50, "large"
-    ),
+    "dynamic48": _LARGER[""],
+    "skip30_dynamic48_refresh": _LARGER["30 % skipped"],
+    "skip50_dynamic48_refresh": _LARGER["50 % skipped"],
     # What might make up for the patches: as many pixels per step, more steps, a higher learning rate.
     "dynamic_batch20": _changed(_DYNAMIC, "batches of 20 for 5", {"--train_batch_size": 20}),
     "dynamic_400": _changed(_DYNAMIC, "400 steps", _steps(400)),
     "dynamic_rate": _changed(_DYNAMIC, "learning rate 0.005", FASTER),
     "plain_rate": _changed(_PLAIN, "learning rate 0.005", FASTER),
+    "dynamic48_rate": _changed(_LARGER[""], "learning rate 0.005", FASTER),
+    "skip30_dynamic48_rate": _changed(_LARGER["30 % skipped"], "learning rate 0.005", FASTER),
+    "skip50_dynamic48_rate": _changed(_LARGER["50 % skipped"], "learning rate 0.005", FASTER),
     # What skipping reaches in about the time of 50 and of 200 steps of plain LoRA: its records serve four times.
     "plain_50": _changed(_PLAIN, "50 steps", _steps(50)),
     **{

@@ -232,6 +232,22 @@ def test_gpu_sizes_are_what_the_planner_says(capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.slow
+def test_the_memory_table_is_what_its_command_prints(capsys: pytest.CaptureFixture[str]):
+    section = (ROOT / "README.md").read_text().split("\n## Memory\n")[1].split("\n## ")[0]
+    (command,) = re.findall(r"^    python \S+/plan_memory\.py ((?:[^\\\n]|\\\n)+)$", section, flags=re.MULTILINE)
+    (last,) = re.findall(r"^    # last row: (.+)$", section, flags=re.MULTILINE)
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")][1:5]
+    changes = [["--skip_blocks", "none"], ["--skip_blocks", "7,10"], [], last.split()]
+    for (_, *shown, tflops), more in zip(rows, changes, strict=True):
+        assert load_script("plan_memory").main([*command.replace("\\\n", " ").split(), *more, "--json"]) == 0
+        stages = {stage["name"]: stage for stage in json.loads(capsys.readouterr().out)["stages"]}
+        for name, figure in zip(("encode", "precompute", "train", "validate"), shown, strict=True):
+            planned = stages[name]["peak_device_bytes"] / 2**30
+            assert planned == pytest.approx(float(figure.removesuffix(" GiB")), abs=0.06), (name, more)
+        assert stages["train"]["tflops_per_step"] == pytest.approx(float(tflops), abs=0.06), more
+
+
+@pytest.mark.slow
 def test_distributions_build_and_work_elsewhere():
     command = [sys.executable, str(ROOT / "tools" / "check_build.py"), "--reuse_dependencies"]
     done = subprocess.run(command, capture_output=True, text=True)

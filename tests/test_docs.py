@@ -245,6 +245,14 @@ def test_the_memory_table_is_what_its_command_prints(capsys: pytest.CaptureFixtu
             planned = stages[name]["peak_device_bytes"] / 2**30
             assert planned == pytest.approx(float(figure.removesuffix(" GiB")), abs=0.06), (name, more)
         assert stages["train"]["tflops_per_step"] == pytest.approx(float(tflops), abs=0.06), more
+    (figures,) = re.findall(
+        r"^    # .*training in (\S+) or (\S+) GiB each: --shared_by 2, 4$", section, flags=re.MULTILINE
+    )
+    for processes, figure in zip(("2", "4"), figures, strict=True):
+        words = [*command.replace("\\\n", " ").split(), "--shared_by", processes, "--json"]
+        assert load_script("plan_memory").main(words) == 0
+        (train,) = (s for s in json.loads(capsys.readouterr().out)["stages"] if s["name"] == "train")
+        assert train["peak_device_bytes"] / 2**30 == pytest.approx(float(figure), abs=0.06)
 
 
 @pytest.mark.slow

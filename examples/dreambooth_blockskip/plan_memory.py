@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from blockskip_hooks.argument_checks import check_at_most, check_texts
 from blockskip_hooks.arguments import MEMORY_OPTIONS, OneLineParser, parse_bytes
-from blockskip_hooks.blocks import block_bytes, list_blocks
+from blockskip_hooks.blocks import block_bytes, list_blocks, split_blocks
 from blockskip_hooks.budget import fit_budget
 from blockskip_hooks.config import BlockSkipConfig, PatchSamplingConfig
 from blockskip_hooks.errors import explain
@@ -29,6 +29,7 @@ from blockskip_hooks.presets import Preset, load_preset, preset_names
 from blockskip_hooks.quantization import METHODS, QuantizationConfig
 from blockskip_hooks.selection import Selection, select_blocks, select_by_bytes, selections_by_bytes
 from blockskip_hooks.selection_tables import find_table, read_table
+from blockskip_hooks.sharding import bytes_elsewhere
 from blockskip_hooks.simulation import empty_model
 
 
@@ -70,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--gradient_checkpointing", action="store_true", help="Less activation memory for one more forward.")
     flag("--quantization", choices=METHODS, default="none", help="Hold kept blocks in 4 (nf4) or 8 bits (int8).")
     flag("--use_8bit_adam", action="store_true", help="AdamW with 8-bit state.")
+    flag("--shared_by", type=int, default=1, help="Processes that divide kept blocks' weights, as configs/fsdp2.yaml.")
     flag("--json", action="store_true", help="Print the plan as JSON.")
     return parser
 
@@ -82,11 +84,14 @@ def check_args(args: argparse.Namespace) -> None:
     """
     for name in (
         *("rank", "train_batch_size", "max_sequence_length", "max_train_steps"),
-        *("precompute_batch_size", "validation_resolution"),
+        *("precompute_batch_size", "validation_resolution", "shared_by"),
     ):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} is {value}; give 1 or more.")
+    quantizes = args.quantization != "none" or not {"int8", "nf4"}.isdisjoint(args.memory_options)
+    if args.shared_by > 1 and quantizes:
+        raise ValueError(f"--shared_by {args.shared_by}: quantised weights cannot be divided; keep them as they are.")
     check_at_most(args)
     check_texts(args)
     if not 0 < args.skip_ratio < 1:
@@ -139,6 +144,12 @@ def make_requests(args: argparse.Namespace, preset: Preset, selection: Selection
     )
     layers = args.lora_layers.split(",") if args.lora_layers else None
     targets = preset.lora_targets(config, layers)
+    recorded = () if args.keep_modulation else preset.recorded_layers(config, targets)
+    elsewhere = None
+    if args.shared_by > 1:
+        transformer = empty_model(preset.transformer_config)
+        kept = split_blocks(list_blocks(transformer, preset.family.block_stacks), config).kept
+        elsewhere = bytes_elsewhere(transformer, kept, recorded, DTYPES[args.mixed_precision], args.shared_by)
     request = PlanRequest(
         family=preset.family,
         transformer_config=preset.transformer_config,
@@ -147,7 +158,7 @@ def make_requests(args: argparse.Namespace, preset: Preset, selection: Selection
         batch_size=args.train_batch_size,
         rank=args.rank,
         lora_targets=targets,
-        recorded_layers=() if args.keep_modulation else preset.recorded_layers(config, targets),
+        recorded_layers=recorded,
         quantization=QuantizationConfig.named(args.quantization),
         text_tokens=args.max_sequence_length,
         weight_dtype=DTYPES[args.mixed_precision],
@@ -159,6 +170,7 @@ def make_requests(args: argparse.Namespace, preset: Preset, selection: Selection
         residual_budget_bytes=_bytes_of(args, "residual_budget"),
         residual_dtype=args.residual_dtype,
         text_encoders=preset.text_encoders,
+        bytes_elsewhere=elsewhere,
         validation_resolution=args.validation_resolution,
         memory_budget_bytes=_bytes_of(args, "memory_budget"),
         selection=selection,
@@ -171,6 +183,7 @@ def make_requests(args: argparse.Namespace, preset: Preset, selection: Selection
         patch=PatchSamplingConfig(mode="none", min_size=args.resolution, **shared),
         lora_targets=preset.lora_targets(plain, layers),
         recorded_layers=(),
+        bytes_elsewhere=None,
         quantization=None,
         text_encoders=(),
         validation_resolution=None,

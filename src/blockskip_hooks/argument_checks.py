@@ -75,7 +75,7 @@ _ABOVE_ZERO = "learning_rate text_encoder_lr adam_epsilon max_grad_norm logit_st
 _FROM_ZERO_BELOW_ONE = "lora_dropout caption_dropout adam_beta1 adam_beta2 prodigy_beta3"
 # Above these numbers a flag is a slip of the keyboard: nothing could run, or nothing would come of it.
 _AT_MOST = (
-    (2**10, "dataloader_num_workers"),
+    (2**10, "dataloader_num_workers shared_by"),
     (
         2**14,
         "resolution training_resolution validation_resolution min_patch_size max_patch_size max_sequence_length rank",

@@ -171,13 +171,8 @@ def _bytes_elsewhere(run: Run, dtype: torch.dtype, num_processes: int) -> int | 
     """Kept blocks' weights that other processes hold; ``None`` where they are not shared."""
     if not run.shares_weights:
         return None
-    recorded = [run.skeleton.transformer.get_submodule(name) for name in run.recorded_layers]
-    streamed = {id(p) for layer in recorded for p in layer.parameters()}
-    resident = [
-        sum(p.numel() for p in block.module.parameters() if id(p) not in streamed) * dtype.itemsize
-        for block in run.skeleton.spans.kept
-    ]
-    return bytes_elsewhere(resident, num_processes)
+    skeleton = run.skeleton
+    return bytes_elsewhere(skeleton.transformer, skeleton.spans.kept, run.recorded_layers, dtype, num_processes)
 
 
 def _weights_bytes(family: Family, dtype: torch.dtype) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -18,6 +18,8 @@ from accelerate.utils import FullyShardedDataParallelPlugin, disable_fsdp_ram_ef
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+
+from .blocks import Block
 
 
 SWITCH = "ACCELERATE_USE_FSDP"
@@ -99,16 +101,31 @@ def average_gradients(accelerator: Accelerator, model: torch.nn.Module) -> torch
     return DistributedDataParallel(under_autocast, device_ids=device_ids)
 
 
-def bytes_elsewhere(block_bytes: Sequence[int], num_processes: int) -> int:
-    """What the other processes hold of frozen weights at a process's peak.
+def bytes_elsewhere(
+    transformer: torch.nn.Module,
+    kept: Sequence[Block],
+    recorded_layers: Collection[str],
+    dtype: torch.dtype,
+    num_processes: int,
+) -> int:
+    """What the other processes hold of kept blocks' weights at a process's peak.
+
+    One block runs and the next is gathered meanwhile. What is outside of blocks stays gathered and counts as whole.
 
     Args:
-        block_bytes: Of each kept block's resident weights. One block runs and the next is gathered meanwhile; what is
-            outside of blocks stays gathered and counts as whole.
+        transformer: The model; its weights need not be there.
+        kept: Its kept blocks.
+        recorded_layers: Names of layers whose weights training does without.
+        dtype: Of the weights.
         num_processes: Processes that share them.
     """
-    whole = sum(block_bytes)
-    return max(whole - whole // num_processes - sum(sorted(block_bytes)[-2:]), 0)
+    recorded = [transformer.get_submodule(name) for name in recorded_layers]
+    absent = {id(parameter) for layer in recorded for parameter in layer.parameters()}
+    resident = [
+        sum(p.numel() for p in block.module.parameters() if id(p) not in absent) * dtype.itemsize for block in kept
+    ]
+    whole = sum(resident)
+    return max(whole - whole // num_processes - sum(sorted(resident)[-2:]), 0)
 
 
 def _is_set(name: str) -> bool:

@@ -20,6 +20,7 @@ PLAN_CASES: dict[str, Case] = {
             "max_sequence_length",
             "max_train_steps",
             "validation_resolution",
+            "shared_by",
         ]
         for value in ("0", "-1", "1.5", HUGE)
     },
@@ -40,5 +41,6 @@ PLAN_CASES: dict[str, Case] = {
     "a table that is a photo": ({"--selection_table": "photos/0.png"}, ["photos/0.png"]),
     "an unknown option": ({"--memory_options": "magic"}, ["--memory_options", "magic"]),
     "validation off the grid": ({"--validation_resolution": "500"}, ["--validation_resolution is 500", "496"]),
+    "shared quantised weights": ({"--shared_by": "2", "--quantization": "nf4"}, ["--shared_by 2: quantised weights"]),
     "a flag that is cut off": ({"--skip": "2"}, ["--skip"]),
 }

@@ -18,7 +18,7 @@ import torch
 from tqdm.auto import tqdm
 
 from blockskip_hooks.argument_checks import check_at_most, check_texts
-from blockskip_hooks.arguments import MEMORY_OPTIONS, OneLineParser, parse_bytes
+from blockskip_hooks.arguments import MEMORY_OPTIONS, QUANTIZING_OPTIONS, OneLineParser, parse_bytes
 from blockskip_hooks.blocks import block_bytes, list_blocks, split_blocks
 from blockskip_hooks.budget import fit_budget
 from blockskip_hooks.config import BlockSkipConfig, PatchSamplingConfig
@@ -89,7 +89,7 @@ def check_args(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} is {value}; give 1 or more.")
-    quantizes = args.quantization != "none" or not {"int8", "nf4"}.isdisjoint(args.memory_options)
+    quantizes = args.quantization != "none" or not QUANTIZING_OPTIONS.isdisjoint(args.memory_options)
     if args.shared_by > 1 and quantizes:
         raise ValueError(f"--shared_by {args.shared_by}: quantised weights cannot be divided; keep them as they are.")
     check_at_most(args)

@@ -35,6 +35,7 @@ MEMORY_OPTIONS: dict[str, tuple[str, Any]] = {
     "int8": ("quantization", "int8"),
     "nf4": ("quantization", "nf4"),
 }
+QUANTIZING_OPTIONS = frozenset(name for name, (flag, _) in MEMORY_OPTIONS.items() if flag == "quantization")
 _TRUE_WORDS = ("true", "yes", "on", "1")
 _FALSE_WORDS = ("false", "no", "off", "0")
 

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from .argument_checks import check_family_flags, validate_args
-from .arguments import MEMORY_OPTIONS, apply_defaults, looks_up_blocks, parse_bytes
+from .arguments import QUANTIZING_OPTIONS, apply_defaults, looks_up_blocks, parse_bytes
 from .blocks import modulation_layers
 from .checkpoints import read_state
 from .chosen_blocks import choose_blocks
@@ -417,8 +417,7 @@ def prepare_run(args: argparse.Namespace) -> Run:
             f"No kept block has a layer that can be held in {quantization.name}; leave --quantization out."
         )
     shares_weights = asks_for_sharding()
-    quantizes = quantization or any(MEMORY_OPTIONS[option][0] == "quantization" for option in args.memory_options)
-    if shares_weights and quantizes:
+    if shares_weights and (quantization or not QUANTIZING_OPTIONS.isdisjoint(args.memory_options)):
         raise ValueError(
             "--quantization, also as one of --memory_options, and accelerate's FSDP do not go together: quantised "
             "weights cannot be divided; leave one of them out."

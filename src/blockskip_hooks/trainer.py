@@ -233,16 +233,16 @@ class Trainer:
                     with_adapters=self.run.refreshes,
                     progress=progress,
                     between_batches=self.check_stop_together if sharded else self.stop.check,
-                    forwards=self._largest if sharded else None,
+                    forwards=self.largest if sharded else None,
                 )
 
-    def _largest(self, number: int) -> int:
+    def largest(self, number: int) -> int:
         """The largest of the numbers that the processes call this with, which all of them must."""
         return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
 
     def check_stop_together(self) -> None:
         """End in every process once one was asked to: none may wait in a forward that another does not do."""
-        self.stop.check(self._largest(self.stop.received))
+        self.stop.check(self.largest(self.stop.received))
 
     def train(self, steps: range) -> None:
         """Train the given optimiser steps; the records that they use must be in the store."""

@@ -111,9 +111,7 @@ class Validation:
         often than their other figures.
         """
         trainer = self.trainer
-        if trainer.model.is_sharded:
-            return  # The main process alone has the trackers, and cannot run the model alone.
-        if not (trainer.tracking.is_on and trainer.run.stores_residuals and trainer.run.config.trailing):
+        if not (trainer.tracking.is_on_somewhere and trainer.run.stores_residuals and trainer.run.config.trailing):
             return
         if trainer.step - self._checked_step < EVERY and trainer.step < trainer.max_train_steps:
             return
@@ -145,8 +143,9 @@ def trailing_error(trainer: Trainer, samples: Sequence[Sample]) -> float | None:
     try:
         records = [maker.read_record(sample, store) for sample in chosen]
     except (KeyError, DamagedRecord):
-        return None
-    if not records:
+        records = []
+    # Processes that share weights run the model together or not at all.
+    if trainer.largest(not records) if trainer.model.is_sharded else not records:
         return None
     batch = maker.batch_from_records(chosen, records)
     assert batch.residuals is not None and batch.residuals.trailing_hidden_states is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
@@ -103,6 +104,50 @@ def test_a_signal_to_one_process_ends_both_after_the_same_step(
     assert [path.name for path in checkpoints] == ["checkpoint-2", "checkpoint-3"]
     assert runs.run_ranks(name, (0, 0), TWO, environment) == [0, 0], runs.log(name)
     assert_like_one_process(runs, name)
+
+
+FOLLOWING = {
+    "records that follow the LoRA": ("--refresh_residuals",),
+    "online residuals": ("--residuals", "online"),
+    "images": ("--validation_prompt", "a dog", "--num_validation_images", "1", "--report_to", "tensorboard"),
+}
+"""All of what runs the shared model."""
+
+
+@pytest.mark.parametrize("name", FOLLOWING)
+def test_a_run_with_shared_weights_is_the_same_bit_for_bit(runs: KillTest, name: str):
+    flags = (*TWO, *FOLLOWING[name])
+    assert runs.run_ranks(f"whole, {name}", more=flags) == [0, 0], runs.log(f"whole, {name}")
+    assert runs.run_ranks(f"shared, {name}", (0, 0), flags, SHARED) == [0, 0], runs.log(f"shared, {name}")
+    whole, shared = (runs.scratch / f"{weights}, {name}" / "out" for weights in ("whole", "shared"))
+    script.assert_same_weights(shared, whole)
+    assert script.losses(shared) == script.losses(whole)
+    assert "divide the frozen weights" in runs.log(f"shared, {name}")
+    # The main process logs it, and all processes have run the model for it.
+    assert trailing_errors(shared) == trailing_errors(whole)
+    assert bool(trailing_errors(shared)) == ("--report_to" in flags)
+
+
+def test_records_lost_in_training_end_a_run_with_shared_weights(runs: KillTest, monkeypatch):
+    """A process that made some again would wait for the other's part of the weights for ever."""
+    monkeypatch.setattr(runs, "fault", "lose")
+    flags = (*TWO, "--max_train_steps", "12", "--residual_budget", "1GB")
+    assert runs.run_ranks("lost", (2, 0), flags, SHARED) == [1, 1], runs.log("lost")
+    assert "cannot be read, and processes that share weights make records together only" in runs.log("lost")
+    assert "Traceback" not in runs.log("lost")
+    assert runs.run_ranks("lost", (0, 0), flags, SHARED) == [0, 0], runs.log("lost")
+
+
+def trailing_errors(output: Path) -> list[float]:
+    """What tensorboard was given, if it was."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for folder in (output / "logs").glob("*"):
+        events = EventAccumulator(str(folder))
+        events.Reload()
+        if "trailing_error" in events.Tags()["scalars"]:
+            return [event.value for event in events.Scalars("trailing_error")]
+    return []
 
 
 @pytest.mark.parametrize(("name", "kind"), [("multi_gpu", "MULTI_GPU"), ("fsdp2", "FSDP")])

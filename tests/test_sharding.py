@@ -22,40 +22,8 @@ from blockskip_hooks.plan import plan_for
 from blockskip_hooks.run import prepare_run
 from blockskip_hooks.sharding import asks_for_sharding, average_gradients
 from tests import script
-from tests.kills import KillTest
-from tests.test_several_processes import SHARED, TWO, runs
+from tests.test_several_processes import SHARED
 from tests.tiny import TINY_FAMILIES
-
-
-__all__ = ["runs"]
-
-FOLLOWING = {
-    "records that follow the LoRA": ("--refresh_residuals",),
-    "online residuals": ("--residuals", "online"),
-    "images": ("--validation_prompt", "a dog", "--num_validation_images", "1", "--report_to", "tensorboard"),
-}
-"""All of what runs the shared model."""
-
-
-@pytest.mark.parametrize("name", FOLLOWING)
-def test_a_run_with_shared_weights_is_the_same_bit_for_bit(runs: KillTest, name: str):
-    flags = (*TWO, *FOLLOWING[name])
-    assert runs.run_ranks(f"whole, {name}", more=flags) == [0, 0], runs.log(f"whole, {name}")
-    assert runs.run_ranks(f"shared, {name}", (0, 0), flags, SHARED) == [0, 0], runs.log(f"shared, {name}")
-    whole, shared = (runs.scratch / f"{weights}, {name}" / "out" for weights in ("whole", "shared"))
-    script.assert_same_weights(shared, whole)
-    assert script.losses(shared) == script.losses(whole)
-    assert "divide the frozen weights" in runs.log(f"shared, {name}")
-
-
-def test_records_lost_in_training_end_a_run_with_shared_weights(runs: KillTest, monkeypatch):
-    """A process that made some again would wait for the other's part of the weights for ever."""
-    monkeypatch.setattr(runs, "fault", "lose")
-    flags = (*TWO, "--max_train_steps", "12", "--residual_budget", "1GB")
-    assert runs.run_ranks("lost", (2, 0), flags, SHARED) == [1, 1], runs.log("lost")
-    assert "cannot be read, and processes that share weights make records together only" in runs.log("lost")
-    assert "Traceback" not in runs.log("lost")
-    assert runs.run_ranks("lost", (0, 0), flags, SHARED) == [0, 0], runs.log("lost")
 
 
 def measure(rank: int, address: dict[str, str], models: list[tuple[str, str, list[str]]], results: Path) -> None:

@@ -43,8 +43,9 @@ from blockskip_hooks import DiTBlockSkipTransformer
 from blockskip_hooks.arguments import parse_args
 from blockskip_hooks.encode import encode_prompts
 from blockskip_hooks.monitor import StageMonitor, versions
+from blockskip_hooks.preparation import prepare_run
 from blockskip_hooks.residual_store import ResidualStore
-from blockskip_hooks.run import prepare_run, weight_dtype
+from blockskip_hooks.run import weight_dtype
 from blockskip_hooks.stretches import Stretches
 from blockskip_hooks.trainer import Trainer
 from blockskip_hooks.training_data import SampleMaker

@@ -20,7 +20,7 @@ from blockskip_hooks.arguments import (
 from blockskip_hooks.buckets import standard_buckets
 from blockskip_hooks.data import INTERPOLATION
 from blockskip_hooks.families import FAMILIES
-from blockskip_hooks.run import prepare_run
+from blockskip_hooks.preparation import prepare_run
 from tests.script import load_script, save_photos
 from tests.tiny import TINY_FAMILIES
 

@@ -19,7 +19,8 @@ from blockskip_hooks import class_images, planner, text_encoders
 from blockskip_hooks.config import BlockSkipConfig, PatchSamplingConfig
 from blockskip_hooks.encode import encode_prompts
 from blockskip_hooks.families import Family
-from blockskip_hooks.planner import PlanRequest, format_plan, plan_run
+from blockskip_hooks.plan_text import format_plan
+from blockskip_hooks.planner import PlanRequest, plan_run
 from blockskip_hooks.presets import load_preset
 from blockskip_hooks.simulation import simulate_text_encoder
 from blockskip_hooks.text_encoders import (

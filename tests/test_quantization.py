@@ -23,9 +23,10 @@ from blockskip_hooks.config import PatchSamplingConfig
 from blockskip_hooks.counters import LiveBytes
 from blockskip_hooks.lora import add_lora, lora_targets
 from blockskip_hooks.losses import flow_matching_loss
-from blockskip_hooks.planner import PlanRequest, format_plan, plan_run
+from blockskip_hooks.plan_text import format_plan
+from blockskip_hooks.planner import PlanRequest, plan_run
+from blockskip_hooks.preparation import prepare_run
 from blockskip_hooks.quantization import QuantizationConfig, check_device, read_quantization
-from blockskip_hooks.run import prepare_run
 from blockskip_hooks.simulation import empty_model
 from tests import script
 from tests.script import PROMPT, WEIGHTS, assert_same_weights, losses, weights

@@ -19,7 +19,7 @@ from blockskip_hooks.arguments import parse_args
 from blockskip_hooks.lora import add_lora, lora_targets
 from blockskip_hooks.model_config import load_config
 from blockskip_hooks.plan import plan_for
-from blockskip_hooks.run import prepare_run
+from blockskip_hooks.preparation import prepare_run
 from blockskip_hooks.sharding import asks_for_sharding, average_gradients
 from tests import script
 from tests.test_several_processes import SHARED

@@ -24,7 +24,8 @@ from blockskip_hooks.budget import fit_budget
 from blockskip_hooks.config import BlockSkipConfig, PatchSamplingConfig
 from blockskip_hooks.errors import explain
 from blockskip_hooks.monitor import format_bytes
-from blockskip_hooks.planner import PlanRequest, format_plan, plan_run
+from blockskip_hooks.plan_text import format_plan
+from blockskip_hooks.planner import PlanRequest, plan_run
 from blockskip_hooks.presets import Preset, load_preset, preset_names
 from blockskip_hooks.quantization import METHODS, QuantizationConfig
 from blockskip_hooks.selection import Selection, select_blocks, select_by_bytes, selections_by_bytes

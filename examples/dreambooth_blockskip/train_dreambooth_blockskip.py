@@ -42,10 +42,11 @@ from blockskip_hooks.monitor import StageMonitor, write_json
 from blockskip_hooks.outputs import open_repository, push_to_hub, run_report, write_outputs, write_progress
 from blockskip_hooks.plan import describe_plan, make_plan, planned_batch_size, planned_vae, streams_text
 from blockskip_hooks.prediction import expect_work, predict_seconds
+from blockskip_hooks.preparation import known_defaults, prepare_run
 from blockskip_hooks.progress import Progress, set_log_level
 from blockskip_hooks.quantization import check_device
 from blockskip_hooks.residual_store import ResidualStore
-from blockskip_hooks.run import Run, known_defaults, prepare_run, start_accelerator, weight_dtype
+from blockskip_hooks.run import Run, start_accelerator, weight_dtype
 from blockskip_hooks.selection_auto import is_trained, probe_args, with_measured_table
 from blockskip_hooks.stop_signals import Interrupted, StopSignals, is_lost_process
 from blockskip_hooks.stretches import Stretches, segments

@@ -21,7 +21,8 @@ from .images import VaePlacement
 from .lora import WEIGHTS_NAME
 from .model_config import load_config
 from .monitor import format_bytes
-from .planner import PlanRequest, format_plan, plan_run
+from .plan_text import format_plan
+from .planner import PlanRequest, plan_run
 from .progress import is_first_process
 from .quantization import read_quantization
 from .run import Run

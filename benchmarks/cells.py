@@ -24,10 +24,10 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from blockskip_hooks.embedded import embedded_model, embedded_photos, embedded_subjects
-from blockskip_hooks.evaluation import Evaluation, evaluate_images
-from blockskip_hooks.image_encoders import load_image_encoder
-from blockskip_hooks.monitor import write_json
-from blockskip_hooks.trainer import Trainer
+from blockskip_hooks.evaluation.metrics import Evaluation, evaluate_images
+from blockskip_hooks.inference.image_encoders import load_image_encoder
+from blockskip_hooks.training.trainer import Trainer
+from blockskip_hooks.utils.files import write_json
 
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "dreambooth_blockskip" / "train_dreambooth_blockskip.py"

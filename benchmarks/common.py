@@ -40,15 +40,16 @@ from transformers import (
 )
 
 from blockskip_hooks import DiTBlockSkipTransformer
-from blockskip_hooks.arguments import parse_args
-from blockskip_hooks.encode import encode_prompts
-from blockskip_hooks.monitor import StageMonitor, versions
-from blockskip_hooks.preparation import prepare_run
-from blockskip_hooks.residual_store import ResidualStore
-from blockskip_hooks.run import weight_dtype
-from blockskip_hooks.stretches import Stretches
-from blockskip_hooks.trainer import Trainer
-from blockskip_hooks.training_data import SampleMaker
+from blockskip_hooks.cli.arguments import parse_args
+from blockskip_hooks.cli.preparation import prepare_run
+from blockskip_hooks.families.prompts import encode_prompts
+from blockskip_hooks.residuals.batches import SampleMaker
+from blockskip_hooks.residuals.store import ResidualStore
+from blockskip_hooks.residuals.stretches import Stretches
+from blockskip_hooks.training.settings import weight_dtype
+from blockskip_hooks.training.trainer import Trainer
+from blockskip_hooks.utils.machine import versions
+from blockskip_hooks.utils.monitor import StageMonitor
 
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

@@ -22,7 +22,7 @@ from pathlib import Path
 import psutil
 from common import command, machine, print_targets, target
 
-from blockskip_hooks.monitor import write_json
+from blockskip_hooks.utils.files import write_json
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]

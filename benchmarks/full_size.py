@@ -36,9 +36,10 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME as TRANSFORMERS_INDEX
 
 from blockskip_hooks.blocks import list_blocks, split_blocks
 from blockskip_hooks.config import BlockSkipConfig
+from blockskip_hooks.loading.component_config import load_config
 from blockskip_hooks.lora import WEIGHTS_NAME
-from blockskip_hooks.model_config import load_config
-from blockskip_hooks.monitor import format_bytes, format_seconds, write_json
+from blockskip_hooks.utils.files import write_json
+from blockskip_hooks.utils.formatting import format_bytes, format_seconds
 
 
 DTYPE = torch.bfloat16
@@ -121,7 +122,7 @@ class Checkpoint:
 
 def load_configs(preset: str) -> dict[str, Any]:
     """Configs of a released model's components, from the presets of the library."""
-    return json.loads(resources.files("blockskip_hooks.presets").joinpath(f"{preset}.json").read_text())
+    return json.loads(resources.files("blockskip_hooks.planning.presets").joinpath(f"{preset}.json").read_text())
 
 
 def empty_model(model_class: type, config: Mapping[str, Any]) -> Any:

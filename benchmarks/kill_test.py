@@ -18,7 +18,7 @@ from pathlib import Path
 
 from common import command, machine, print_targets, target
 
-from blockskip_hooks.monitor import write_json
+from blockskip_hooks.utils.files import write_json
 
 
 ROOT = Path(__file__).parents[1]

@@ -42,16 +42,16 @@ from peft_board import (
 )
 from PIL import Image
 
-from blockskip_hooks.checkpoints import list_checkpoints
-from blockskip_hooks.data import Photo, load_dataset_photos
-from blockskip_hooks.errors import explain, first_line
-from blockskip_hooks.image_adapters import lora_file, with_adapter
-from blockskip_hooks.image_encoders import load_image_encoder
-from blockskip_hooks.image_model import encode_for_images, image_settings, load_image_transformer
-from blockskip_hooks.images import generate_images
+from blockskip_hooks.cli.errors import explain, first_line
+from blockskip_hooks.data.photos import Photo, load_dataset_photos
+from blockskip_hooks.inference.generate import generate_images
+from blockskip_hooks.inference.image_encoders import load_image_encoder
+from blockskip_hooks.inference.lora_files import lora_file, with_adapter
+from blockskip_hooks.inference.streamed_model import encode_for_images, image_settings, load_image_transformer
 from blockskip_hooks.lora import WEIGHTS_NAME
-from blockskip_hooks.monitor import write_json, write_text
-from blockskip_hooks.residual_store import file_digest
+from blockskip_hooks.residuals.store import file_digest
+from blockskip_hooks.training.checkpoints import list_checkpoints
+from blockskip_hooks.utils.files import write_json, write_text
 
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "dreambooth_blockskip" / "train_dreambooth_blockskip.py"

@@ -37,9 +37,9 @@ from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from peft import LoraConfig, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
 
-from blockskip_hooks.monitor import write_json
-from blockskip_hooks.sample_plan import derived_seed
-from blockskip_hooks.trainer import Trainer
+from blockskip_hooks.data.sample_plan import derived_seed
+from blockskip_hooks.training.trainer import Trainer
+from blockskip_hooks.utils.files import write_json
 
 
 RANK = 16

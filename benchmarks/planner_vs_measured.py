@@ -23,12 +23,12 @@ from accelerate.state import AcceleratorState
 from diffusers import FluxTransformer2DModel
 
 from blockskip_hooks import BlockSkipConfig, DiTBlockSkipTransformer, PatchSamplingConfig, SpanResiduals
-from blockskip_hooks.counters import LiveBytes
 from blockskip_hooks.families import Family
 from blockskip_hooks.lora import add_lora, lora_targets
 from blockskip_hooks.losses import flow_matching_loss
-from blockskip_hooks.planner import PlanRequest, plan_run
-from blockskip_hooks.presets import load_preset
+from blockskip_hooks.planning.counters import LiveBytes
+from blockskip_hooks.planning.presets import load_preset
+from blockskip_hooks.planning.stages import PlanRequest, plan_run
 
 
 TEXT_TOKENS = 64

@@ -20,10 +20,11 @@ from statistics import median
 import torch
 from common import command, machine, print_targets, target
 
-from blockskip_hooks import residual_store
-from blockskip_hooks.monitor import format_bytes, write_json
-from blockskip_hooks.residual_store import Record, ResidualStore
-from blockskip_hooks.training_data import read_ahead
+from blockskip_hooks.residuals import store as residual_store
+from blockskip_hooks.residuals.batches import read_ahead
+from blockskip_hooks.residuals.store import Record, ResidualStore
+from blockskip_hooks.utils.files import write_json
+from blockskip_hooks.utils.formatting import format_bytes
 
 
 def main(argv: list[str] | None = None) -> int:

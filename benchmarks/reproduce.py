@@ -28,10 +28,10 @@ from common import command, machine
 
 from blockskip_hooks.config import BlockSkipConfig, PatchSamplingConfig
 from blockskip_hooks.embedded import embedded_subjects
-from blockskip_hooks.monitor import write_json
-from blockskip_hooks.planner import PlanRequest, plan_run
-from blockskip_hooks.presets import load_preset
-from blockskip_hooks.statistics import bootstrap
+from blockskip_hooks.evaluation.statistics import bootstrap
+from blockskip_hooks.planning.presets import load_preset
+from blockskip_hooks.planning.stages import PlanRequest, plan_run
+from blockskip_hooks.utils.files import write_json
 
 
 NUM_BLOCKS = 18

@@ -28,9 +28,9 @@ from cells import SUBJECTS, read_cells, run_cells, run_script, train
 from common import command, machine
 
 from blockskip_hooks.embedded import embedded_subjects
-from blockskip_hooks.monitor import write_json
+from blockskip_hooks.evaluation.statistics import bootstrap
 from blockskip_hooks.selection_tables import SelectionTable, read_table
-from blockskip_hooks.statistics import bootstrap
+from blockskip_hooks.utils.files import write_json
 
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "dreambooth_blockskip" / "select_blocks.py"

@@ -37,12 +37,13 @@ from common import (
     target,
 )
 
-from blockskip_hooks.counters import LiveBytes
-from blockskip_hooks.monitor import format_bytes, write_json
-from blockskip_hooks.plan import plan_for, planned_batch_size
-from blockskip_hooks.precompute import base_model
-from blockskip_hooks.run import weight_dtype
-from blockskip_hooks.trainer import Trainer
+from blockskip_hooks.planning.counters import LiveBytes
+from blockskip_hooks.planning.plan import plan_for, planned_batch_size
+from blockskip_hooks.residuals.precompute import base_model
+from blockskip_hooks.training.settings import weight_dtype
+from blockskip_hooks.training.trainer import Trainer
+from blockskip_hooks.utils.files import write_json
+from blockskip_hooks.utils.formatting import format_bytes
 
 
 RANK = 16

@@ -35,10 +35,10 @@ from common import command, machine
 
 from blockskip_hooks.embedded import embedded_subjects
 from blockskip_hooks.hooks import SkipMode
-from blockskip_hooks.monitor import write_json
-from blockskip_hooks.precompute import capture
-from blockskip_hooks.trainer import Trainer
-from blockskip_hooks.training_data import Batch
+from blockskip_hooks.residuals.batches import Batch
+from blockskip_hooks.residuals.precompute import capture
+from blockskip_hooks.training.trainer import Trainer
+from blockskip_hooks.utils.files import write_json
 
 
 ARMS = ("fixed", "refreshed", "recorded", "diagonal", "linear")

@@ -118,7 +118,9 @@ class Reaper:
 
     def install(self) -> None:
         """Watch files through Python's audit events, syncs and the trainer's steps through wrappers."""
-        from blockskip_hooks import checkpoints, files, precompute, trainer
+        from blockskip_hooks.residuals import precompute
+        from blockskip_hooks.training import checkpoints, trainer
+        from blockskip_hooks.utils import files
 
         def audit(name: str, args: tuple[Any, ...]) -> None:
             if name == "open" and not (isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):

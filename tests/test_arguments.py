@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from blockskip_hooks import argument_checks
-from blockskip_hooks.argument_checks import check_family_flags, validate_args
-from blockskip_hooks.arguments import (
+from blockskip_hooks.cli import argument_checks
+from blockskip_hooks.cli.argument_checks import check_family_flags, validate_args
+from blockskip_hooks.cli.arguments import (
     apply_defaults,
     build_parser,
     family_flags,
@@ -17,10 +17,10 @@ from blockskip_hooks.arguments import (
     parse_bytes,
     parse_skip_blocks,
 )
-from blockskip_hooks.buckets import standard_buckets
-from blockskip_hooks.data import INTERPOLATION
+from blockskip_hooks.cli.preparation import prepare_run
+from blockskip_hooks.data.buckets import standard_buckets
+from blockskip_hooks.data.photos import INTERPOLATION
 from blockskip_hooks.families import FAMILIES
-from blockskip_hooks.preparation import prepare_run
 from tests.script import load_script, save_photos
 from tests.tiny import TINY_FAMILIES
 

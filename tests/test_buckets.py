@@ -10,11 +10,11 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
-from blockskip_hooks.buckets import ASPECT_RATIOS, parse_buckets, standard_buckets
 from blockskip_hooks.config import PatchSamplingConfig
-from blockskip_hooks.data import Photo, PhotoSet, nearest_bucket
-from blockskip_hooks.sample_plan import SamplePlan
-from blockskip_hooks.training_data import PhotoSource, SampleMaker
+from blockskip_hooks.data.buckets import ASPECT_RATIOS, parse_buckets, standard_buckets
+from blockskip_hooks.data.photos import Photo, PhotoSet, nearest_bucket
+from blockskip_hooks.data.sample_plan import SamplePlan
+from blockskip_hooks.residuals.batches import PhotoSource, SampleMaker
 
 
 MODES = ("dynamic", "high_to_low", "random", "resize", "none")

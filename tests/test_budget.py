@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from blockskip_hooks.budget import fit_budget
+from blockskip_hooks.planning.budget import fit_budget
 from blockskip_hooks.selection import Selection
 from tests import script
 from tests.tiny import TINY_FAMILIES

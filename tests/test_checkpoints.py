@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers.optimization import get_scheduler
 
-from blockskip_hooks.checkpoints import (
+from blockskip_hooks.training.checkpoints import (
     OPTIMIZER_NAME,
     STATE_NAME,
     begin_checkpoint,

@@ -5,9 +5,9 @@ import argparse
 import pytest
 import yaml
 
-from blockskip_hooks.arguments import build_parser, parse_args
-from blockskip_hooks.config_files import NOT_IN_FILES, dump_config
-from blockskip_hooks.preparation import known_defaults
+from blockskip_hooks.cli.arguments import build_parser, parse_args
+from blockskip_hooks.cli.config_files import NOT_IN_FILES, dump_config
+from blockskip_hooks.cli.preparation import known_defaults
 from tests import script
 from tests.bad_input.config_cases import CONFIG_CASES
 from tests.tiny import TINY_FAMILIES

@@ -15,9 +15,9 @@ from accelerate.state import AcceleratorState
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from blockskip_hooks.residual_store import DamagedRecord, ResidualStore, recorded_seed
-from blockskip_hooks.trainer import Trainer
-from blockskip_hooks.training_data import read_ahead
+from blockskip_hooks.residuals.batches import read_ahead
+from blockskip_hooks.residuals.store import DamagedRecord, ResidualStore, recorded_seed
+from blockskip_hooks.training.trainer import Trainer
 from tests import script
 from tests.script import assert_same_weights
 

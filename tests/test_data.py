@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from blockskip_hooks.data import Photo, PhotoSet, load_dataset_photos, scan_photos
+from blockskip_hooks.data.photos import Photo, PhotoSet, load_dataset_photos, scan_photos
 
 
 RED = (200, 40, 30)

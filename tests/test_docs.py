@@ -16,7 +16,7 @@ import pytest
 import yaml
 from nbclient import NotebookClient
 
-from blockskip_hooks.arguments import build_parser, family_flags
+from blockskip_hooks.cli.arguments import build_parser, family_flags
 from blockskip_hooks.version import __version__
 from tests.script import load_module, load_script
 

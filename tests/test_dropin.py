@@ -20,8 +20,8 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from PIL import Image
 from safetensors import safe_open
 
-from blockskip_hooks.trainer import Trainer
-from blockskip_hooks.validation import Validation
+from blockskip_hooks.training.trainer import Trainer
+from blockskip_hooks.training.validation import Validation
 from tests import script
 from tests.script import WEIGHTS, assert_same_weights, losses, weights
 from tests.tiny import TINY_FAMILIES, TinyFamily

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from blockskip_hooks import evaluation_images
 from blockskip_hooks.embedded import BACKGROUND_PHRASES, embedded_photos, embedded_subjects
-from blockskip_hooks.evaluation import (
+from blockskip_hooks.evaluation import images as evaluation_images
+from blockskip_hooks.evaluation.metrics import (
     diversity,
     embedded_gallery,
     encoder_label,
@@ -24,13 +24,13 @@ from blockskip_hooks.evaluation import (
     subject_fidelity,
     text_fidelity,
 )
-from blockskip_hooks.evaluation_prompts import embedded_prompts, read_prompts, subject_phrase, template_file
-from blockskip_hooks.evaluation_report import draw_contact_sheet
-from blockskip_hooks.image_adapters import changes_text, with_adapter
-from blockskip_hooks.image_encoders import ImageEncoder, load_image_encoder
-from blockskip_hooks.image_model import load_image_transformer
+from blockskip_hooks.evaluation.prompt_fidelity import named_background, named_class, prompt_fidelity
+from blockskip_hooks.evaluation.prompt_lists import embedded_prompts, read_prompts, subject_phrase, template_file
+from blockskip_hooks.evaluation.report import draw_contact_sheet
+from blockskip_hooks.inference.image_encoders import ImageEncoder, load_image_encoder
+from blockskip_hooks.inference.lora_files import changes_text, with_adapter
+from blockskip_hooks.inference.streamed_model import load_image_transformer
 from blockskip_hooks.lora import add_lora, save_lora
-from blockskip_hooks.prompt_fidelity import named_background, named_class, prompt_fidelity
 from tests.script import WEIGHTS, load_script, save_photos
 from tests.test_image_encoders import save_clip, save_vit
 from tests.tiny import TINY_FAMILIES, TinyFamily

@@ -18,11 +18,11 @@ from diffusers.training_utils import compute_loss_weighting_for_sd3
 from PIL import Image
 from safetensors import safe_open
 
-from blockskip_hooks import training_data
 from blockskip_hooks.config import BlockSkipConfig, PatchSamplingConfig
-from blockskip_hooks.data import PhotoSet, scan_photos
+from blockskip_hooks.data.photos import PhotoSet, scan_photos
+from blockskip_hooks.data.sample_plan import SamplePlan, derived_seed
 from blockskip_hooks.lora import add_lora, lora_targets
-from blockskip_hooks.sample_plan import SamplePlan, derived_seed
+from blockskip_hooks.residuals import batches as training_data
 from blockskip_hooks.transformer import DiTBlockSkipTransformer
 from tests import script
 from tests.script import PROMPT, WEIGHTS, assert_same_weights, losses, weights

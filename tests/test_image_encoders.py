@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from blockskip_hooks.embedded import embedded_photos, embedded_subjects
-from blockskip_hooks.image_encoders import ImageEncoder, load_image_encoder
+from blockskip_hooks.inference.image_encoders import ImageEncoder, load_image_encoder
 from tests.tiny.text import clip_tokenizer
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from blockskip_hooks import BlockSkipConfig, DiTBlockSkipTransformer
-from blockskip_hooks.images import VaePlacement, generate_images
+from blockskip_hooks.inference.generate import VaePlacement, generate_images
 from tests.tiny import TINY_FAMILIES, TinyFamily
 
 

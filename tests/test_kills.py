@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from blockskip_hooks.residual_store import ResidualStore
+from blockskip_hooks.residuals.store import ResidualStore
 from tests import script
 from tests.kills import SETTINGS, KillTest
 from tests.tiny import TINY_FAMILIES

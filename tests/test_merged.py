@@ -8,13 +8,13 @@ import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 
-from blockskip_hooks import merged
-from blockskip_hooks.argument_checks import validate_args
-from blockskip_hooks.arguments import apply_defaults, parse_args
-from blockskip_hooks.checkpoint_index import index_safetensors
-from blockskip_hooks.counters import LiveBytes
+from blockskip_hooks.cli.argument_checks import validate_args
+from blockskip_hooks.cli.arguments import apply_defaults, parse_args
+from blockskip_hooks.loading.checkpoint_index import index_safetensors
 from blockskip_hooks.lora import WEIGHTS_NAME
-from blockskip_hooks.merged import MERGED_NAME, export_merged
+from blockskip_hooks.planning.counters import LiveBytes
+from blockskip_hooks.training import merged
+from blockskip_hooks.training.merged import MERGED_NAME, export_merged
 from tests import script
 from tests.loras import save_random_lora
 from tests.script import PROMPT

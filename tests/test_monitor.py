@@ -8,9 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from blockskip_hooks import files
-from blockskip_hooks import monitor as monitor_module
-from blockskip_hooks.monitor import StageMonitor, format_bytes, format_seconds, versions, write_json
+from blockskip_hooks.utils import files, machine
+from blockskip_hooks.utils import monitor as monitor_module
+from blockskip_hooks.utils.files import write_json
+from blockskip_hooks.utils.formatting import format_bytes, format_seconds
+from blockskip_hooks.utils.machine import versions
+from blockskip_hooks.utils.monitor import StageMonitor
 from blockskip_hooks.version import __version__
 
 
@@ -95,9 +98,9 @@ def test_versions_name_the_package_and_its_libraries(monkeypatch):
     assert found["blockskip_hooks"] == __version__
 
     def missing(name: str) -> str:
-        raise monitor_module.metadata.PackageNotFoundError(name)
+        raise machine.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(monitor_module.metadata, "version", missing)
+    monkeypatch.setattr(machine.metadata, "version", missing)
     assert versions()["peft"] is None
 
 

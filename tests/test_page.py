@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from blockskip_hooks.charts import HEIGHT, WIDTH, harm_chart, line_chart, loss_chart, timestep_chart
+from blockskip_hooks.reporting.charts import HEIGHT, WIDTH, harm_chart, line_chart, loss_chart, timestep_chart
 from tests.script import PROMPT, load_script, save_photos, train
 from tests.test_report import PLAN, RUN, Page, report, words
 from tests.tiny import save_tiny_flux

@@ -16,9 +16,9 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from blockskip_hooks.config import BlockSkipConfig
-from blockskip_hooks.image_encoders import load_image_encoder
-from blockskip_hooks.machine import library_source
-from blockskip_hooks.presets import load_preset
+from blockskip_hooks.inference.image_encoders import load_image_encoder
+from blockskip_hooks.planning.presets import load_preset
+from blockskip_hooks.utils.machine import library_source
 from tests.script import ROOT, WEIGHTS, load_module, save_photos
 from tests.test_image_encoders import save_dinov2
 from tests.tiny import TINY_FAMILIES
@@ -336,7 +336,7 @@ def test_source_of_a_library_is_what_its_installer_noted(monkeypatch: pytest.Mon
         def read_text(self, name: str) -> str | None:
             return json.dumps(noted) if name == "direct_url.json" else None
 
-    monkeypatch.setattr("blockskip_hooks.machine.metadata.distribution", lambda name: Distribution())
+    monkeypatch.setattr("blockskip_hooks.utils.machine.metadata.distribution", lambda name: Distribution())
     assert library_source("peft") == {"commit": "abc", "branch": None}
     noted.pop("vcs_info")
     assert library_source("peft") is None

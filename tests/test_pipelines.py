@@ -19,7 +19,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from blockskip_hooks.families import Family, PromptEmbeds
-from blockskip_hooks.model_config import load_config
+from blockskip_hooks.loading.component_config import load_config
 from tests.tiny import TINY_FAMILIES, TinyFamily
 
 

@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from blockskip_hooks import BlockSkipConfig, DiTBlockSkipTransformer, PatchSamplingConfig, SpanResiduals
-from blockskip_hooks.counters import CountFlops, LiveBytes
 from blockskip_hooks.families import FAMILIES, Family
 from blockskip_hooks.lora import add_lora, lora_targets
 from blockskip_hooks.losses import flow_matching_loss
-from blockskip_hooks.plan_text import format_plan
-from blockskip_hooks.planner import RECORD_OVERHEAD, PlanRequest, plan_run
-from blockskip_hooks.presets import Preset, load_preset
-from blockskip_hooks.simulation import FakeTransformer, empty_model, simulate_vae
+from blockskip_hooks.planning.counters import CountFlops, LiveBytes
+from blockskip_hooks.planning.description import format_plan
+from blockskip_hooks.planning.presets import Preset, load_preset
+from blockskip_hooks.planning.simulation import FakeTransformer, empty_model, simulate_vae
+from blockskip_hooks.planning.stages import RECORD_OVERHEAD, PlanRequest, plan_run
 from tests.tiny import TINY_FAMILIES
 
 

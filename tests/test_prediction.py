@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from blockskip_hooks import prediction, speeds
-from blockskip_hooks.arguments import parse_args
-from blockskip_hooks.monitor import StageMonitor
-from blockskip_hooks.plan import describe_plan, plan_for
-from blockskip_hooks.plan_text import format_plan
-from blockskip_hooks.prediction import expect_work, pieces_of_run, predict_seconds
-from blockskip_hooks.preparation import prepare_run
-from blockskip_hooks.progress import Progress
-from blockskip_hooks.run import Run
-from blockskip_hooks.speeds import Speeds, measure_speeds
+from blockskip_hooks.cli.arguments import parse_args
+from blockskip_hooks.cli.preparation import prepare_run
+from blockskip_hooks.planning.description import format_plan
+from blockskip_hooks.planning.plan import describe_plan, plan_for
+from blockskip_hooks.reporting import prediction, speeds
+from blockskip_hooks.reporting.prediction import expect_work, pieces_of_run, predict_seconds
+from blockskip_hooks.reporting.progress import Progress
+from blockskip_hooks.reporting.speeds import Speeds, measure_speeds
+from blockskip_hooks.training.settings import Run
+from blockskip_hooks.utils.monitor import StageMonitor
 from tests import script
 from tests.tiny import TinyFamily
 

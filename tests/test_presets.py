@@ -13,13 +13,13 @@ import pytest
 import torch
 import transformers
 
-from blockskip_hooks import presets
 from blockskip_hooks.blocks import list_blocks
 from blockskip_hooks.config import BlockSkipConfig, PatchSamplingConfig
-from blockskip_hooks.planner import PlanRequest, plan_run
-from blockskip_hooks.presets import Preset, load_preset, preset_names
+from blockskip_hooks.planning import presets
+from blockskip_hooks.planning.presets import Preset, load_preset, preset_names
+from blockskip_hooks.planning.simulation import empty_model, simulate_text_encoder
+from blockskip_hooks.planning.stages import PlanRequest, plan_run
 from blockskip_hooks.selection import select_blocks
-from blockskip_hooks.simulation import empty_model, simulate_text_encoder
 
 
 class Published(NamedTuple):

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from blockskip_hooks import progress as progress_module
-from blockskip_hooks.monitor import StageMonitor
-from blockskip_hooks.progress import Display, Progress, listed, set_log_level
+from blockskip_hooks.reporting import progress as progress_module
+from blockskip_hooks.reporting.progress import Display, Progress, listed, set_log_level
+from blockskip_hooks.utils.monitor import StageMonitor
 
 
 class Terminal(io.StringIO):

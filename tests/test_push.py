@@ -7,8 +7,8 @@ import pytest
 import yaml
 from accelerate.state import AcceleratorState
 
-from blockskip_hooks import model_files
-from blockskip_hooks.model_card import License, read_license
+from blockskip_hooks.loading import download as model_files
+from blockskip_hooks.reporting.model_card import License, read_license
 from tests.fake_hub import USER, FakeHub, fake_hub
 from tests.script import PROMPT, WEIGHTS, load_script, save_photos, settings
 from tests.tiny import save_tiny_flux

@@ -16,18 +16,19 @@ import torch
 from accelerate import Accelerator
 from diffusers import FluxTransformer2DModel
 
-from blockskip_hooks import BlockSkipConfig, DiTBlockSkipTransformer, SpanResiduals, quantization
-from blockskip_hooks.arguments import parse_args
+from blockskip_hooks import BlockSkipConfig, DiTBlockSkipTransformer, SpanResiduals
 from blockskip_hooks.blocks import modulation_layers
+from blockskip_hooks.cli.arguments import parse_args
+from blockskip_hooks.cli.preparation import prepare_run
 from blockskip_hooks.config import PatchSamplingConfig
-from blockskip_hooks.counters import LiveBytes
+from blockskip_hooks.loading import quantization
+from blockskip_hooks.loading.quantization import QuantizationConfig, check_device, read_quantization
 from blockskip_hooks.lora import add_lora, lora_targets
 from blockskip_hooks.losses import flow_matching_loss
-from blockskip_hooks.plan_text import format_plan
-from blockskip_hooks.planner import PlanRequest, plan_run
-from blockskip_hooks.preparation import prepare_run
-from blockskip_hooks.quantization import QuantizationConfig, check_device, read_quantization
-from blockskip_hooks.simulation import empty_model
+from blockskip_hooks.planning.counters import LiveBytes
+from blockskip_hooks.planning.description import format_plan
+from blockskip_hooks.planning.simulation import empty_model
+from blockskip_hooks.planning.stages import PlanRequest, plan_run
 from tests import script
 from tests.script import PROMPT, WEIGHTS, assert_same_weights, losses, weights
 from tests.tiny import TINY_FAMILIES, TinyFamily, randomise

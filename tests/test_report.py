@@ -11,8 +11,15 @@ import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from blockskip_hooks.model_card import License, code_block, code_span, is_hub_id, usage_snippet, write_model_card
-from blockskip_hooks.report import ReportImages, contact_sheet, write_report
+from blockskip_hooks.reporting.model_card import (
+    License,
+    code_block,
+    code_span,
+    is_hub_id,
+    usage_snippet,
+    write_model_card,
+)
+from blockskip_hooks.reporting.page import ReportImages, contact_sheet, write_report
 
 
 HOSTILE = "<script>alert(1)</script> \"x\" 'y' `z` | [a](b) {{ 7 * 7 }}\n---\n# no"

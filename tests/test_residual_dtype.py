@@ -12,12 +12,12 @@ import torch
 from safetensors import safe_open
 
 from blockskip_hooks import BlockSkipConfig, DiTBlockSkipTransformer, SpanResiduals
-from blockskip_hooks.arguments import parse_bytes
+from blockskip_hooks.cli.arguments import parse_bytes
 from blockskip_hooks.config import PatchSamplingConfig
-from blockskip_hooks.planner import RECORD_OVERHEAD, PlanRequest, plan_run
-from blockskip_hooks.presets import load_preset
-from blockskip_hooks.residual_dtype import PACKED, pack_record, packed_bytes, unpack_record
-from blockskip_hooks.residual_store import ResidualStore
+from blockskip_hooks.planning.presets import load_preset
+from blockskip_hooks.planning.stages import RECORD_OVERHEAD, PlanRequest, plan_run
+from blockskip_hooks.residuals.dtype import PACKED, pack_record, packed_bytes, unpack_record
+from blockskip_hooks.residuals.store import ResidualStore
 from tests import script
 from tests.tiny import TINY_FAMILIES, TinyFamily
 

@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 
-from blockskip_hooks import files
-from blockskip_hooks.residual_store import ResidualStore, file_digest, fingerprint, folder_digest
+from blockskip_hooks.residuals.store import ResidualStore, file_digest, fingerprint, folder_digest
+from blockskip_hooks.utils import files
 
 
 RUN = {"weights": {"transformer": "abc"}, "spans": [1, 2], "dtype": "torch.float32", "guidance_scale": 3.5}

@@ -16,10 +16,10 @@ from diffusers.training_utils import compute_density_for_timestep_sampling
 from PIL import Image
 
 from blockskip_hooks.config import PatchSamplingConfig
-from blockskip_hooks.data import PhotoSet, scan_photos
+from blockskip_hooks.data.photos import PhotoSet, scan_photos
+from blockskip_hooks.data.sample_plan import SamplePlan, derived_seed
 from blockskip_hooks.patch_sampling import patch_size_for
-from blockskip_hooks.sample_plan import SamplePlan, derived_seed
-from blockskip_hooks.training_data import PhotoSource, SampleMaker
+from blockskip_hooks.residuals.batches import PhotoSource, SampleMaker
 
 
 T = 1000
@@ -183,7 +183,7 @@ def test_mode_scheme_never_leaves_the_timesteps(mode_scale):
 @pytest.mark.parametrize(("density", "expected"), [(0.0, 0), (0.9999, 999), (1.0, 999)])
 def test_a_draw_at_either_end_is_a_timestep(monkeypatch, density, expected):
     monkeypatch.setattr(
-        "blockskip_hooks.sample_plan.compute_density_for_timestep_sampling",
+        "blockskip_hooks.data.sample_plan.compute_density_for_timestep_sampling",
         lambda *args, **kwargs: torch.tensor([density]),
     )
     assert make_plan().sample(0).timestep_index == expected
@@ -212,7 +212,7 @@ def test_a_fresh_process_draws_the_same_samples():
     program = (
         "import torch\n"
         "from blockskip_hooks.config import PatchSamplingConfig\n"
-        "from blockskip_hooks.sample_plan import SamplePlan\n"
+        "from blockskip_hooks.data.sample_plan import SamplePlan\n"
         "patch = PatchSamplingConfig(mode='dynamic', min_size=32, max_size=64, multiple=8)\n"
         "plan = SamplePlan(seed=7, num_images={'instance': 5, 'class': 4}, random_flip=True,\n"
         "    timesteps=torch.arange(1000.0, 0, -1), patch=patch, weighting_scheme='logit_normal')\n"

@@ -12,10 +12,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from blockskip_hooks.arguments import printable_command
-from blockskip_hooks.data import check_inside, load_dataset_photos, scan_photos
-from blockskip_hooks.errors import explain, one_line
-from blockskip_hooks.image_encoders import load_image_encoder
+from blockskip_hooks.cli.arguments import printable_command
+from blockskip_hooks.cli.errors import explain, one_line
+from blockskip_hooks.data.photos import check_inside, load_dataset_photos, scan_photos
+from blockskip_hooks.inference.image_encoders import load_image_encoder
 from tests.script import ROOT, load_script, save_photos, train
 from tests.tiny import save_tiny_flux
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
-from blockskip_hooks.checkpoints import list_checkpoints
+from blockskip_hooks.training.checkpoints import list_checkpoints
 from tests import script
 from tests.kills import KillTest
 from tests.tiny import TINY_FAMILIES

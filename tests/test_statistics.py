@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from blockskip_hooks.statistics import bootstrap
+from blockskip_hooks.evaluation.statistics import bootstrap
 
 
 def test_the_interval_is_that_of_means_of_drawn_groups_and_members():

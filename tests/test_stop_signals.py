@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from blockskip_hooks.stop_signals import Interrupted, StopSignals
+from blockskip_hooks.training.stop_signals import Interrupted, StopSignals
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from blockskip_hooks.stretches import Stretches, segments
+from blockskip_hooks.residuals.stretches import Stretches, segments
 
 
 def test_a_resumed_run_has_the_same_stretches():

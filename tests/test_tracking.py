@@ -16,12 +16,12 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker
 from PIL import Image
 
-from blockskip_hooks.argument_checks import validate_args
-from blockskip_hooks.arguments import parse_args, parse_trackers
+from blockskip_hooks.cli.argument_checks import validate_args
+from blockskip_hooks.cli.arguments import parse_args, parse_trackers
 from blockskip_hooks.config import BlockSkipConfig
 from blockskip_hooks.lora import add_lora
-from blockskip_hooks.sample_losses import quarter_means
-from blockskip_hooks.tracking import GAP, Tracking, block_norms, side_by_side
+from blockskip_hooks.reporting.trackers import GAP, Tracking, block_norms, side_by_side
+from blockskip_hooks.training.sample_losses import quarter_means
 from blockskip_hooks.transformer import DiTBlockSkipTransformer
 from tests import script
 
@@ -220,7 +220,7 @@ def follow(model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     """Train with a tracker of ours and return it."""
 
     def run(*flags: str) -> Memory:
-        from blockskip_hooks import tracking
+        from blockskip_hooks.reporting import trackers as tracking
 
         memory = Memory("run")
         module = script.load_script()

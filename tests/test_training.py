@@ -10,7 +10,7 @@ import torch
 from diffusers import FluxPipeline
 from safetensors.torch import load_file
 
-from blockskip_hooks.data import PhotoSet, scan_photos
+from blockskip_hooks.data.photos import PhotoSet, scan_photos
 from blockskip_hooks.families.flux import Flux
 from blockskip_hooks.lora import add_lora, lora_targets
 from blockskip_hooks.transformer import BlockSkipConfig, DiTBlockSkipTransformer
@@ -33,7 +33,7 @@ def test_plain_mode_is_a_straightforward_loop(train, model: Path, photos: Path):
     output = train("--skip_blocks", "none", "--patch_sampling", "none")
 
     from blockskip_hooks.config import PatchSamplingConfig
-    from blockskip_hooks.sample_plan import SamplePlan, derived_seed
+    from blockskip_hooks.data.sample_plan import SamplePlan, derived_seed
 
     family = Flux(model)
     patch = PatchSamplingConfig(mode="none", min_size=32, max_size=64, multiple=8)
@@ -214,7 +214,7 @@ def test_cached_latents_give_the_same_training_on_fixed_crops(train):
 
 def test_captions_belong_to_their_photos(train, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A caption follows its photo however samples are drawn."""
-    from blockskip_hooks import training_data
+    from blockskip_hooks.residuals import batches as training_data
 
     folder = tmp_path / "captioned"
     folder.mkdir()
@@ -286,7 +286,7 @@ def test_text_encoders_are_gone_in_training(train, monkeypatch: pytest.MonkeyPat
 
     from transformers import CLIPTextModel, T5EncoderModel
 
-    from blockskip_hooks.trainer import Trainer
+    from blockskip_hooks.training.trainer import Trainer
 
     alive = []
     original = Trainer.train

@@ -22,8 +22,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from blockskip_hooks.trainer import Trainer
-from blockskip_hooks.training_data import Batch, SampleMaker
+from blockskip_hooks.residuals.batches import Batch, SampleMaker
+from blockskip_hooks.training.trainer import Trainer
 from tests import script
 from tests.script import PROMPT, WEIGHTS, assert_same_weights, losses, weights
 from tests.tiny import TINY_FAMILIES

@@ -24,11 +24,11 @@ from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 from blockskip_hooks import BlockSkipConfig, DiTBlockSkipTransformer, PatchSamplingConfig, list_blocks  # noqa: E402
 from blockskip_hooks.blocks import block_bytes  # noqa: E402
-from blockskip_hooks.data import PhotoSet, scan_photos  # noqa: E402
+from blockskip_hooks.data.photos import PhotoSet, scan_photos  # noqa: E402
+from blockskip_hooks.data.sample_plan import SamplePlan  # noqa: E402
 from blockskip_hooks.embedded import embedded_model, embedded_photos  # noqa: E402
-from blockskip_hooks.presets import load_preset  # noqa: E402
-from blockskip_hooks.sample_plan import SamplePlan  # noqa: E402
-from blockskip_hooks.simulation import empty_model  # noqa: E402
+from blockskip_hooks.planning.presets import load_preset  # noqa: E402
+from blockskip_hooks.planning.simulation import empty_model  # noqa: E402
 
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"

@@ -32,13 +32,13 @@ for _name in ("torchao", "bitsandbytes", "diffusers.quantizers", "torch.utils._p
 from PIL import Image
 from tqdm.auto import tqdm
 
-from blockskip_hooks.arguments import OneLineParser, printable_command
-from blockskip_hooks.data import Photo, scan_photos
+from blockskip_hooks.cli.arguments import OneLineParser, printable_command
+from blockskip_hooks.cli.errors import explain
+from blockskip_hooks.data.photos import Photo, scan_photos
 from blockskip_hooks.embedded import DEFAULT_SUBJECT, embedded_photos, embedded_subjects
-from blockskip_hooks.errors import explain
-from blockskip_hooks.evaluation import encoder_label, evaluate_images
-from blockskip_hooks.evaluation_images import BASE_NAME, EvaluationRequest, count_missing, make_images
-from blockskip_hooks.evaluation_prompts import (
+from blockskip_hooks.evaluation.images import BASE_NAME, EvaluationRequest, count_missing, make_images
+from blockskip_hooks.evaluation.metrics import encoder_label, evaluate_images
+from blockskip_hooks.evaluation.prompt_lists import (
     CLASS_KINDS,
     EvaluationPrompt,
     embedded_prompts,
@@ -46,17 +46,17 @@ from blockskip_hooks.evaluation_prompts import (
     subject_phrase,
     template_file,
 )
-from blockskip_hooks.evaluation_report import (
+from blockskip_hooks.evaluation.report import (
     draw_contact_sheet,
     markdown,
     prompt_notes,
     result_row,
     results_document,
 )
-from blockskip_hooks.image_adapters import lora_file
-from blockskip_hooks.image_encoders import ENCODER_NAMES, ImageEncoder, load_image_encoder
-from blockskip_hooks.image_model import add_model_flags, check_loras, image_settings
-from blockskip_hooks.monitor import write_json, write_text
+from blockskip_hooks.inference.image_encoders import ENCODER_NAMES, ImageEncoder, load_image_encoder
+from blockskip_hooks.inference.lora_files import lora_file
+from blockskip_hooks.inference.streamed_model import add_model_flags, check_loras, image_settings
+from blockskip_hooks.utils.files import write_json, write_text
 
 
 NO_LORA = "none"

@@ -17,21 +17,21 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from blockskip_hooks.argument_checks import check_at_most, check_texts
-from blockskip_hooks.arguments import MEMORY_OPTIONS, QUANTIZING_OPTIONS, OneLineParser, parse_bytes
 from blockskip_hooks.blocks import block_bytes, list_blocks, split_blocks
-from blockskip_hooks.budget import fit_budget
+from blockskip_hooks.cli.argument_checks import check_at_most, check_texts
+from blockskip_hooks.cli.arguments import MEMORY_OPTIONS, QUANTIZING_OPTIONS, OneLineParser, parse_bytes
+from blockskip_hooks.cli.errors import explain
 from blockskip_hooks.config import BlockSkipConfig, PatchSamplingConfig
-from blockskip_hooks.errors import explain
-from blockskip_hooks.monitor import format_bytes
-from blockskip_hooks.plan_text import format_plan
-from blockskip_hooks.planner import PlanRequest, plan_run
-from blockskip_hooks.presets import Preset, load_preset, preset_names
-from blockskip_hooks.quantization import METHODS, QuantizationConfig
+from blockskip_hooks.loading.quantization import METHODS, QuantizationConfig
+from blockskip_hooks.planning.budget import fit_budget
+from blockskip_hooks.planning.description import format_plan
+from blockskip_hooks.planning.presets import Preset, load_preset, preset_names
+from blockskip_hooks.planning.simulation import empty_model
+from blockskip_hooks.planning.stages import PlanRequest, plan_run
 from blockskip_hooks.selection import Selection, select_blocks, select_by_bytes, selections_by_bytes
 from blockskip_hooks.selection_tables import find_table, read_table
-from blockskip_hooks.sharding import bytes_elsewhere
-from blockskip_hooks.simulation import empty_model
+from blockskip_hooks.training.sharding import bytes_elsewhere
+from blockskip_hooks.utils.formatting import format_bytes
 
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -29,15 +29,21 @@ warnings.filterwarnings("ignore", category=FutureWarning)
 for _name in ("torchao", "bitsandbytes", "diffusers.quantizers", "torch.utils._pytree"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
-from blockskip_hooks.argument_checks import check_at_most, check_output_dir, check_texts
-from blockskip_hooks.arguments import OneLineParser, printable_command
-from blockskip_hooks.errors import explain
-from blockskip_hooks.image_adapters import lora_file
-from blockskip_hooks.image_encoders import DEFAULT_ENCODER
-from blockskip_hooks.image_model import add_model_flags, block_parameters, check_loras, image_settings, stream_all
-from blockskip_hooks.model_config import load_config
-from blockskip_hooks.monitor import format_seconds, write_json
-from blockskip_hooks.selection_measure import (
+from blockskip_hooks.cli.argument_checks import check_at_most, check_output_dir, check_texts
+from blockskip_hooks.cli.arguments import OneLineParser, printable_command
+from blockskip_hooks.cli.errors import explain
+from blockskip_hooks.inference.image_encoders import DEFAULT_ENCODER
+from blockskip_hooks.inference.lora_files import lora_file
+from blockskip_hooks.inference.streamed_model import (
+    add_model_flags,
+    block_parameters,
+    check_loras,
+    image_settings,
+    stream_all,
+)
+from blockskip_hooks.loading.component_config import load_config
+from blockskip_hooks.search.masking_search import MaskedImages, Subject
+from blockskip_hooks.search.measure import (
     DEFAULT_SEEDS,
     DEFAULT_STEPS,
     SearchRequest,
@@ -47,9 +53,10 @@ from blockskip_hooks.selection_measure import (
     measure_table,
     open_search,
 )
-from blockskip_hooks.selection_picture import draw_images, draw_table, masked_variants
-from blockskip_hooks.selection_search import MaskedImages, Subject
+from blockskip_hooks.search.picture import draw_images, draw_table, masked_variants
 from blockskip_hooks.selection_tables import cache_file, read_table
+from blockskip_hooks.utils.files import write_json
+from blockskip_hooks.utils.formatting import format_seconds
 
 
 LARGEST_SIDE = 512

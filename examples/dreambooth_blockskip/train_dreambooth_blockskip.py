@@ -29,31 +29,31 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 
 from blockskip_hooks import DiTBlockSkipTransformer
-from blockskip_hooks.arguments import build_parser, parse_args, parse_trackers, printable_command
-from blockskip_hooks.checkpoint_checks import check_checkpoint
-from blockskip_hooks.checkpoints import find_checkpoint
-from blockskip_hooks.class_images import make_class_images
-from blockskip_hooks.config_files import dump_config
-from blockskip_hooks.encode import check_embeds, encode_prompts
-from blockskip_hooks.errors import explain, in_full
-from blockskip_hooks.files import write_error
+from blockskip_hooks.cli.arguments import build_parser, parse_args, parse_trackers, printable_command
+from blockskip_hooks.cli.config_files import dump_config
+from blockskip_hooks.cli.errors import explain, in_full
+from blockskip_hooks.cli.preparation import known_defaults, prepare_run
+from blockskip_hooks.families.prompts import check_embeds, encode_prompts
+from blockskip_hooks.loading.quantization import check_device
 from blockskip_hooks.lora import describe_trainable
-from blockskip_hooks.monitor import StageMonitor, write_json
-from blockskip_hooks.outputs import open_repository, push_to_hub, run_report, write_outputs, write_progress
-from blockskip_hooks.plan import describe_plan, make_plan, planned_batch_size, planned_vae, streams_text
-from blockskip_hooks.prediction import expect_work, predict_seconds
-from blockskip_hooks.preparation import known_defaults, prepare_run
-from blockskip_hooks.progress import Progress, set_log_level
-from blockskip_hooks.quantization import check_device
-from blockskip_hooks.residual_store import ResidualStore
-from blockskip_hooks.run import Run, start_accelerator, weight_dtype
-from blockskip_hooks.selection_auto import is_trained, probe_args, with_measured_table
-from blockskip_hooks.stop_signals import Interrupted, StopSignals, is_lost_process
-from blockskip_hooks.stretches import Stretches, segments
-from blockskip_hooks.tracking import start_trackers
-from blockskip_hooks.trainer import Trainer
-from blockskip_hooks.training_data import SampleMaker
-from blockskip_hooks.validation import Validation
+from blockskip_hooks.planning.plan import describe_plan, make_plan, planned_batch_size, planned_vae, streams_text
+from blockskip_hooks.reporting.outputs import open_repository, push_to_hub, run_report, write_outputs, write_progress
+from blockskip_hooks.reporting.prediction import expect_work, predict_seconds
+from blockskip_hooks.reporting.progress import Progress, set_log_level
+from blockskip_hooks.reporting.trackers import start_trackers
+from blockskip_hooks.residuals.batches import SampleMaker
+from blockskip_hooks.residuals.store import ResidualStore
+from blockskip_hooks.residuals.stretches import Stretches, segments
+from blockskip_hooks.search.auto import is_trained, probe_args, with_measured_table
+from blockskip_hooks.training.checkpoints import find_checkpoint
+from blockskip_hooks.training.class_images import make_class_images
+from blockskip_hooks.training.resume_checks import check_checkpoint
+from blockskip_hooks.training.settings import Run, start_accelerator, weight_dtype
+from blockskip_hooks.training.stop_signals import Interrupted, StopSignals, is_lost_process
+from blockskip_hooks.training.trainer import Trainer
+from blockskip_hooks.training.validation import Validation
+from blockskip_hooks.utils.files import write_error, write_json
+from blockskip_hooks.utils.monitor import StageMonitor
 
 
 logger = logging.getLogger("blockskip_hooks.train")

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from .blocks import Block, BlockSpans, list_blocks
     from .config import BlockSkipConfig, PatchSamplingConfig
     from .hooks import BlockSkipState, SkipMode, SpanResiduals, apply_block_skip, remove_block_skip
+    from .loading.quantization import QuantizationConfig
     from .lora import lora_targets
     from .patch_sampling import patch_size_for
-    from .quantization import QuantizationConfig
     from .transformer import DiTBlockSkipTransformer
 
 # Read when a name is first used: importing the package alone loads neither torch nor diffusers.
@@ -25,7 +25,7 @@ _MODULES = {
     "BlockSpans": "blocks",
     "DiTBlockSkipTransformer": "transformer",
     "PatchSamplingConfig": "config",
-    "QuantizationConfig": "quantization",
+    "QuantizationConfig": "loading.quantization",
     "SkipMode": "hooks",
     "SpanResiduals": "hooks",
     "apply_block_skip": "hooks",

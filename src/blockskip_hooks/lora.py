@@ -16,10 +16,10 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
+from .data.sample_plan import derived_seed
 from .families import Family
-from .files import replacing
-from .sample_plan import derived_seed
 from .transformer import DiTBlockSkipTransformer
+from .utils.files import replacing
 
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from .arguments import parse_skip_blocks
-from .monitor import format_bytes
+from .cli.arguments import parse_skip_blocks
 from .selection_tables import Pair, SelectionTable
+from .utils.formatting import format_bytes
 
 
 RULE = "rule: leading = ceil(0.6 k), trailing = the rest, because leading residuals are exact"

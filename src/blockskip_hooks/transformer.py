@@ -15,7 +15,6 @@ from diffusers import ModelMixin
 from torch.distributed.fsdp import FSDPModule
 
 from .blocks import BlockSpans, list_blocks, split_blocks
-from .checkpoint_index import CheckpointWeights, index_safetensors
 from .config import BlockSkipConfig
 from .hooks import (
     CaptureDone,
@@ -26,9 +25,10 @@ from .hooks import (
     remove_block_skip,
     remove_recorded_layers,
 )
-from .model_config import load_config, model_class
-from .quantization import QuantizationConfig, mark_quantized, quantize_layer
-from .sharding import shard
+from .loading.checkpoint_index import CheckpointWeights, index_safetensors
+from .loading.component_config import load_config, model_class
+from .loading.quantization import QuantizationConfig, mark_quantized, quantize_layer
+from .training.sharding import shard
 
 
 class DiTBlockSkipTransformer(torch.nn.Module):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from blockskip_hooks.data import scan_photos
+from blockskip_hooks.data.photos import scan_photos
 from tests.bad_input.harness import command
 
 

@@ -9,9 +9,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from blockskip_hooks import trainer
 from blockskip_hooks.lora import WEIGHTS_NAME
 from blockskip_hooks.losses import flow_matching_loss
+from blockskip_hooks.training import trainer
 from tests.bad_input.harness import assert_one_line, assert_stopped, command
 
 

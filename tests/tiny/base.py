@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from blockskip_hooks.families import Family
-from blockskip_hooks.model_config import load_config
+from blockskip_hooks.loading.component_config import load_config
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from settings import ASSETS, add_common_arguments, to_signed, write_json
 from sprites import load_icon_set, render_sprite
 
-from blockskip_hooks.subject_encoder import SubjectEncoder
+from blockskip_hooks.inference.subject_encoder import SubjectEncoder
 
 
 SPRITE = 80

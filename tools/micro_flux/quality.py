@@ -33,7 +33,7 @@ from personalise import Recipe, load_photos, train_lora
 from settings import ASSETS, REPOSITORY, add_common_arguments, to_signed, write_json
 from sprites import render_sprite
 
-from blockskip_hooks.subject_encoder import SubjectEncoder
+from blockskip_hooks.inference.subject_encoder import SubjectEncoder
 
 
 FIGURES = REPOSITORY / "tools" / "micro_flux" / "figures"

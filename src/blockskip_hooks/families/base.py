@@ -16,8 +16,8 @@ from diffusers.utils import logging
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging as text_logging
 
-from ..model_config import load_config, model_class
-from ..text_encoders import load_streamed_encoder
+from ..loading.component_config import load_config, model_class
+from .text_encoders import load_streamed_encoder
 
 
 PromptEmbeds = dict[str, torch.Tensor]

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers import DiffusionPipeline, Flux2KleinPipeline, Flux2Pipeline, ModelMixin
 
-from ..model_config import load_config
+from ..loading.component_config import load_config
 from .base import ComfyUIFormat, Family, Flag, PromptEmbeds
 
 

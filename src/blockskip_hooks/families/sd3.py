@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, StableDiffusion3Pipeline
 
-from ..model_config import load_config
+from ..loading.component_config import load_config
 from .base import ComfyUIFormat, Family, Flag, PromptEmbeds
 
 

@@ -1,0 +1,1 @@
+"""Flags and files to settings, and errors to one line."""

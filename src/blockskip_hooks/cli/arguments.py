@@ -1,0 +1,412 @@
+"""Command line of the training script: the flags, and what the user typed."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import logging
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args
+
+from ..config import BlockSkipConfig, PatchMode, ResidualMode
+from ..data.photos import INTERPOLATION
+from ..families import FAMILIES, Flag
+from ..loading.quantization import METHODS
+from ..residuals.dtype import ResidualDtype
+from .config_files import read_config
+from .errors import one_line
+
+
+logger = logging.getLogger(__name__)
+
+_BYTE_UNITS = {"": 1, "b": 1} | {
+    f"{prefix}{suffix}": base**power
+    for power, prefix in enumerate("kmgt", start=1)
+    for suffix, base in (("b", 1000), ("ib", 1024))
+}
+# What --memory_budget may switch on: flag and value by name.
+MEMORY_OPTIONS: dict[str, tuple[str, Any]] = {
+    "checkpointing": ("gradient_checkpointing", True),
+    "8bit_adam": ("use_8bit_adam", True),
+    "int8": ("quantization", "int8"),
+    "nf4": ("quantization", "nf4"),
+}
+QUANTIZING_OPTIONS = frozenset(name for name, (flag, _) in MEMORY_OPTIONS.items() if flag == "quantization")
+_TRUE_WORDS = ("true", "yes", "on", "1")
+_FALSE_WORDS = ("false", "no", "off", "0")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Argument parser whose errors are one line; with some ninety flags the usage text would hide the reason."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (--help lists every flag)\n")
+
+
+def printable_command(words: Sequence[str]) -> str:
+    """A command line as it may be shown and kept: quoted for a shell, without the token."""
+    shown, hides_next = [], False
+    for word in words:
+        name, given, _ = word.partition("=")
+        shown.append("***" if hides_next else f"{name}=***" if name == "--hub_token" and given else word)
+        hides_next = word == "--hub_token"
+    return shlex.join(shown)
+
+
+def parse_bool(text: str) -> bool:
+    """Turn the words true/yes/on/1 and false/no/off/0, in any case, into what they say.
+
+    Raises:
+        argparse.ArgumentTypeError: for any other text.
+    """
+    word = text.strip().lower()
+    if word not in _TRUE_WORDS + _FALSE_WORDS:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither True nor False")
+    return word in _TRUE_WORDS
+
+
+def parse_bytes(text: str) -> int:
+    """Number of bytes in a text like ``"8GB"`` (1e9), ``"500MiB"`` (2**20), ``"1.5 TB"`` or ``"1000000"``.
+
+    Raises:
+        ValueError: if the text has another form or the amount is below one byte.
+    """
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)", text.strip())
+    unit = _BYTE_UNITS.get(match[2].lower()) if match else None
+    if match is None or unit is None or float(match[1]) * unit < 1:
+        raise ValueError(f"'{text}' is not a number of bytes; write it like 8GB, 500MiB or 1000000.")
+    # Whole numbers stay exact: a float has no room for every large byte count.
+    return int(match[1]) * unit if match[1].isdigit() else int(float(match[1]) * unit)
+
+
+def parse_skip_blocks(text: str, num_blocks: int | None = None) -> tuple[int, int] | int | Literal["auto", "none"]:
+    """Read ``--skip_blocks``.
+
+    Args:
+        text: ``"none"``, ``"auto"``, ``"N"`` (blocks to skip in all, divided between the ends later) or ``"n,m"``
+            (leading and trailing blocks).
+        num_blocks: Number of blocks of the transformer, to check that one is left; None where it is not known yet.
+
+    Returns:
+        The word, the number, or the pair.
+
+    Raises:
+        ValueError: if the text has another form or no block would be left to train.
+    """
+    word = text.strip().lower()
+    if word == "auto":
+        return "auto"
+    if word == "none":
+        return "none"
+    match = re.fullmatch(r"([0-9]{1,9})(?:\s*,\s*([0-9]{1,9}))?", word, re.ASCII)
+    if match is None:
+        raise ValueError(
+            f"--skip_blocks is '{text}'; give none, auto, a number of blocks (10) or leading,trailing (4,6)."
+        )
+    if match[2] is not None:
+        leading, trailing = int(match[1]), int(match[2])
+        if num_blocks is not None:
+            BlockSkipConfig(leading=leading, trailing=trailing).validate_for(num_blocks)
+        return leading, trailing
+    skipped = int(match[1])
+    if num_blocks is not None and skipped >= num_blocks:
+        raise ValueError(
+            f"--skip_blocks {skipped} leaves none of {num_blocks} blocks to train; give at most {num_blocks - 1}."
+        )
+    return skipped
+
+
+def parse_trackers(text: str) -> list[str]:
+    """The names in ``--report_to``, known or not; none for ``none``."""
+    return [] if text == "none" else list(dict.fromkeys(name.strip() for name in text.split(",")))
+
+
+def looks_up_blocks(args: argparse.Namespace) -> bool:
+    """Whether the flags leave it to a selection table or the rule which blocks are skipped."""
+    choice = parse_skip_blocks(args.skip_blocks)
+    # A memory budget chooses by itself unless the flag was typed.
+    return choice == "auto" or isinstance(choice, int) or bool(args.memory_budget and "skip_blocks" not in args.given)
+
+
+def family_flags() -> dict[str, Flag]:
+    """The flags that some families own, by name; of several owners' descriptions the first one's."""
+    flags: dict[str, Flag] = {}
+    for family in FAMILIES.values():
+        for flag in family.own_flags:
+            flags.setdefault(flag.name, flag)
+    return flags
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Parser with the flags of the upstream DreamBooth-LoRA scripts of all families, and those of block skipping."""
+    # Without abbreviations a command keeps its meaning when flags are added.
+    parser = OneLineParser(
+        description="DreamBooth-LoRA on a diffusion transformer, with part of its blocks skipped.", allow_abbrev=False
+    )
+
+    flag = parser.add_argument_group("settings").add_argument
+    flag("--config", help="YAML file with flags as keys; what is typed wins over it.")
+    flag("--dump_config", action="store_true", help="Print all settings as such a file, and stop.")
+
+    flag = parser.add_argument_group("model").add_argument
+    flag("--pretrained_model_name_or_path", help="Hub id or folder of a pipeline; without it, the embedded model.")
+    flag("--revision", help="Branch, tag or commit of the model on the hub.")
+    flag("--variant", help="Weight file variant, fp16 say.")
+    flag("--cache_dir", help="Where downloaded models and datasets are kept.")
+    flag("--max_sequence_length", type=int, default=512, help="Tokens of a prompt that the long text encoder sees.")
+    flag("--bnb_quantization_config_path", help="JSON file that says how bitsandbytes holds kept blocks' weights.")
+    flag("--quantization", choices=METHODS, default="none", help="Hold kept blocks in 4 (nf4) or 8 bits (int8).")
+
+    flag = parser.add_argument_group("photos").add_argument
+    flag("--instance_data_dir", help="Folder with photos of the subject; name.txt beside name.jpg is its caption.")
+    flag("--instance_prompt", help="Prompt for photos without a caption, with the subject's rare word in it.")
+    flag(
+        "--dataset_name", help="Dataset with the photos, a hub id or a local folder, in place of --instance_data_dir."
+    )
+    flag("--dataset_config_name", help="Configuration of --dataset_name.")
+    flag("--image_column", default="image", help="Column of --dataset_name with the photos.")
+    flag("--caption_column", help="Column of --dataset_name with captions.")
+    flag("--repeats", type=int, default=1, help="How many times each photo counts in an epoch.")
+    flag("--resolution", type=int, default=512, help="Training crop in pixels, and the default largest patch.")
+    flag("--center_crop", action="store_true", help="Crop from the middle; otherwise anywhere.")
+    flag("--random_flip", action="store_true", help="Mirror half of the samples.")
+    flag(
+        "--image_interpolation_mode",
+        choices=tuple(INTERPOLATION),
+        default="lanczos",
+        help="Filter that photos and patches are resized with.",
+    )
+    flag("--use_aspect_ratio_buckets", action="store_true", help="Crop to common aspect ratios, not to a square.")
+    flag("--aspect_ratio_buckets", help="Crop to these shapes in place of a square: height,width;height,width;...")
+    flag("--caption_dropout", type=float, default=0.0, help="Part of the samples that trains on an empty prompt.")
+
+    flag = parser.add_argument_group("block skipping").add_argument
+    flag("--skip_blocks", default="none", help="Blocks to skip: none, auto, N in all, or n,m (leading,trailing).")
+    flag("--skip_ratio", type=float, default=0.3, help="Part of all blocks that --skip_blocks auto skips.")
+    flag("--skip_budget", help="Bytes of parameters that --skip_blocks auto frees instead, like 10GiB.")
+    flag(
+        "--selection_table",
+        help="Table that says which blocks to skip, from select_blocks.py; default: what is known.",
+    )
+    flag(
+        "--select_on",
+        choices=("table", "base", "subject"),
+        default="table",
+        help="Measure which blocks to skip: on the base model where no table was measured, or on a probe LoRA.",
+    )
+    flag("--selection_encoder", help="Image encoder for that: hub id, folder or offline; default: DINO ViT-S/16.")
+    flag("--probe_steps", type=int, default=100, help="Optimizer steps of the probe LoRA for --select_on subject.")
+    flag("--strict_table", action="store_true", help="Refuse to choose blocks by anything that was not measured.")
+    flag(
+        "--residuals",
+        choices=get_args(ResidualMode),
+        default="precomputed",
+        help="What stands in for skipped blocks: records made before training, a forward in every step, or nothing.",
+    )
+    flag(
+        "--keep_modulation",
+        action="store_true",
+        help="Keep the kept blocks' modulation layers in memory; by default their outputs are part of the records.",
+    )
+    flag(
+        "--residual_dtype",
+        choices=get_args(ResidualDtype),
+        default="auto",
+        help="Number format of the records: that of the hidden states, or float8, which halves the disk.",
+    )
+    flag("--residual_dir", help="Folder of the residual records; by default inside --output_dir.")
+    flag("--residual_budget", help="Disk the records may fill at a time, like 8GB; fewer are then made per stretch.")
+    flag("--stretch_steps", type=int, help="Steps whose records are made at a time; default: as many as fit.")
+    flag("--record_repeats", type=int, default=1, help="Times each record is trained on; 2 halves the precompute.")
+    flag(
+        "--refresh_residuals",
+        action=argparse.BooleanOptionalAction,
+        help="Make each stretch's records with the LoRA learnt so far; without --stretch_steps, in ten stretches. "
+        "Default: where trailing blocks are skipped, unless --residual_dir keeps the records for other runs.",
+    )
+    flag("--precompute_batch_size", type=int, help="Samples per forward when making records; default: what fits.")
+    flag("--overwrite_residuals", action="store_true", help="Replace records that another run left.")
+    flag("--memory_budget", help="Memory that every stage must fit in, like 12GiB; chooses how many blocks to skip.")
+    flag(
+        "--memory_options",
+        nargs="+",
+        default=[],
+        help=f"What --memory_budget may use beside skipping, in this order: {', '.join(MEMORY_OPTIONS)}.",
+    )
+    flag("--plan_only", action="store_true", help="Print the plan and its memory and disk needs, write it, and stop.")
+
+    flag = parser.add_argument_group("patch sampling").add_argument
+    flag(
+        "--patch_sampling",
+        choices=("auto", *get_args(PatchMode)),
+        default="auto",
+        help="How large a patch each timestep trains on; auto is dynamic when blocks are skipped, else none.",
+    )
+    flag("--min_patch_size", type=int, help="Smallest patch, and the size trained at; default: half of --resolution.")
+    flag("--max_patch_size", type=int, help="Largest patch; default: --resolution.")
+
+    flag = parser.add_argument_group("prior preservation").add_argument
+    flag("--with_prior_preservation", action="store_true", help="Also train on pictures of the subject's class.")
+    flag("--prior_loss_weight", type=float, default=1.0, help="Weight of the class pictures in the loss.")
+    flag("--class_data_dir", help="Folder of class pictures; those that are missing are generated.")
+    flag("--class_prompt", help="Prompt of the class pictures.")
+    flag("--num_class_images", type=int, default=100, help="Class pictures wanted in --class_data_dir.")
+    flag("--sample_batch_size", type=int, default=4, help="Class pictures generated at a time.")
+    flag("--prior_generation_precision", choices=("no", "fp32", "fp16", "bf16"), help="Number format for them.")
+
+    flag = parser.add_argument_group("LoRA").add_argument
+    flag("--rank", type=int, default=4, help="Rank of the LoRA matrices.")
+    flag("--lora_alpha", type=int, default=4, help="LoRA scale; updates are multiplied by alpha / rank.")
+    flag("--lora_dropout", type=float, default=0.0, help="Dropout in the LoRA layers.")
+    flag("--lora_layers", help="Comma-separated ends of the names of the layers to adapt, within kept blocks.")
+    flag("--lora_blocks", help="Comma-separated numbers of the only blocks to adapt, counted from 0.")
+    flag("--train_text_encoder", action="store_true", help="Also train a LoRA on the CLIP text encoders.")
+    flag("--fsdp_text_encoder", action="store_true", help="Not supported: sharding of the text encoder.")
+
+    flag = parser.add_argument_group("training").add_argument
+    flag("--train_batch_size", type=int, default=4, help="Samples per step and process.")
+    flag("--gradient_accumulation_steps", type=int, default=1, help="Batches per optimizer step.")
+    flag("--num_train_epochs", type=int, default=1, help="Passes over the photos.")
+    flag("--max_train_steps", type=int, help="Optimizer steps in all; takes the place of --num_train_epochs.")
+    flag("--seed", type=int, help="Seed of everything random; without it each run differs.")
+    flag("--gradient_checkpointing", action="store_true", help="Less activation memory for one more forward.")
+    flag("--cache_latents", action="store_true", help="Encode the photos once and free the VAE.")
+    flag("--dataloader_num_workers", type=int, default=0, help="Processes that prepare samples; 0: the main one.")
+    flag(
+        "--weighting_scheme",
+        choices=("sigma_sqrt", "logit_normal", "mode", "cosmap", "none"),
+        default="none",
+        help="Distribution of timesteps and weight of the loss.",
+    )
+    flag("--logit_mean", type=float, default=0.0, help="Mean for --weighting_scheme logit_normal.")
+    flag("--logit_std", type=float, default=1.0, help="Standard deviation for --weighting_scheme logit_normal.")
+    flag("--mode_scale", type=float, default=1.29, help="Scale for --weighting_scheme mode.")
+
+    flag = parser.add_argument_group("optimizer").add_argument
+    flag("--optimizer", default="AdamW", help="AdamW or prodigy.")
+    flag("--learning_rate", type=float, default=1e-4, help="Peak learning rate; about 1 with prodigy.")
+    flag("--text_encoder_lr", type=float, default=5e-6, help="Learning rate of the text encoder's LoRA.")
+    flag("--scale_lr", action="store_true", help="Multiply the rate by processes, batch size and accumulation.")
+    flag("--lr_scheduler", default="constant", help="Shape of the learning rate over time, cosine say.")
+    flag("--lr_warmup_steps", type=int, default=500, help="Steps over which the learning rate rises.")
+    flag("--lr_num_cycles", type=int, default=1, help="Restarts of cosine_with_restarts.")
+    flag("--lr_power", type=float, default=1.0, help="Exponent of polynomial.")
+    flag("--use_8bit_adam", action="store_true", help="AdamW with 8-bit state, from bitsandbytes.")
+    flag("--adam_beta1", type=float, default=0.9, help="First beta, of prodigy too.")
+    flag("--adam_beta2", type=float, default=0.999, help="Second beta, of prodigy too.")
+    flag("--adam_weight_decay", type=float, default=1e-4, help="Weight decay of the transformer's LoRA.")
+    flag("--adam_weight_decay_text_encoder", type=float, default=1e-3, help="Weight decay of the encoder's LoRA.")
+    flag("--adam_epsilon", type=float, default=1e-8, help="Added to the denominator, of prodigy too.")
+    flag("--prodigy_beta3", type=float, help="Beta of prodigy's step size; default: the root of the second beta.")
+    flag("--prodigy_decouple", type=parse_bool, default=True, help="Decoupled weight decay in prodigy: True or False.")
+    flag("--prodigy_use_bias_correction", type=parse_bool, default=True, help="Bias correction: True or False.")
+    flag("--prodigy_safeguard_warmup", type=parse_bool, default=True, help="Hold prodigy back in warmup: True, False.")
+    flag("--max_grad_norm", type=float, default=1.0, help="Norm that gradients are clipped to.")
+
+    flag = parser.add_argument_group("validation").add_argument
+    flag("--validation_prompt", help="Prompt to draw pictures of during and after training.")
+    flag("--num_validation_images", type=int, default=4, help="Pictures per validation.")
+    flag("--validation_epochs", type=int, default=50, help="Epochs between validations.")
+    flag("--final_validation_prompt", help="Prompt of the pictures after training; default: --validation_prompt.")
+    flag("--skip_final_inference", action="store_true", help="Draw no pictures after training.")
+
+    flag = parser.add_argument_group("output").add_argument
+    flag("--output_dir", default="flux-dreambooth-lora", help="Folder for the LoRA, reports and checkpoints.")
+    flag("--checkpointing_steps", type=int, default=500, help="Steps between checkpoints.")
+    flag("--checkpoints_total_limit", type=int, help="Checkpoints kept; older ones are removed.")
+    flag("--resume_from_checkpoint", help="Checkpoint folder to go on from, or latest.")
+    flag("--upcast_before_saving", action="store_true", help="Save the LoRA in float32.")
+    flag(
+        "--save_format",
+        choices=("diffusers", "comfyui"),
+        default="diffusers",
+        help="comfyui: beside the file that diffusers reads, one that ComfyUI reads.",
+    )
+    flag("--export_merged", action="store_true", help="Also write the transformer with the LoRA in its weights.")
+    flag("--logging_dir", default="logs", help="Folder for tracker logs, inside --output_dir.")
+    flag(
+        "--report_to", default="tensorboard", help="Trackers: tensorboard, wandb, ..., several by commas, all or none."
+    )
+    flag(
+        "--log_level",
+        choices=("debug", "info", "warning", "error"),
+        default="warning",
+        help="What is said on stderr: everything, each stage's cost, warnings and progress, or errors alone.",
+    )
+    flag("--push_to_hub", action="store_true", help="Upload the result to the hub.")
+    flag("--hub_token", help="Token for the upload; logging in beforehand is safer.")
+    flag("--hub_model_id", help="Name of the repository on the hub; default: the name of --output_dir.")
+
+    flag = parser.add_argument_group("machine").add_argument
+    flag("--mixed_precision", choices=("no", "fp16", "bf16"), help="Number format; default: accelerate's setting.")
+    flag("--do_fp8_training", action="store_true", help="Not supported: training in float8.")
+    flag("--offload", action="store_true", help="Keep models that are not in use off the device; always so here.")
+    flag("--enable_vae_tiling", action="store_true", help="Let the VAE work tile by tile: less memory for it.")
+    flag("--allow_tf32", action="store_true", help="Let NVIDIA cards multiply matrices in TF32.")
+    flag("--enable_npu_flash_attention", action="store_true", help="Flash attention on Ascend NPUs.")
+    flag("--local_rank", type=int, default=-1, help="Process number on this machine; LOCAL_RANK takes precedence.")
+
+    flag = parser.add_argument_group("flags of some model families").add_argument
+    for name, own in sorted(family_flags().items()):
+        owners = ", ".join(dict.fromkeys(f.name for f in FAMILIES.values() if own in f.own_flags))
+        flag(f"--{name}", **{**own.settings, "help": f"{own.settings['help']} Only {owners}."})
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse a command line and the file of its ``--config``, and remember which flags were given.
+
+    Args:
+        argv: Arguments without the program name, or None for those of the process.
+
+    Returns:
+        The flags, and ``given``: a frozenset of the names (``"skip_blocks"``) that the command line or the file held,
+        whether or not their value is the default. What is typed wins over the file. ``local_rank`` is the variable
+        ``LOCAL_RANK`` where a launcher set it.
+
+    A flag or a file that cannot be parsed ends the program with one line on stderr and code 2.
+    """
+    parser = build_parser()
+    defaults = vars(parser.parse_args([]))
+    # argparse fills in a default only where the namespace has no value yet, so what stays was not typed.
+    untyped = object()
+    args, unknown = parser.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(defaults, untyped)))
+    if unknown:
+        name = unknown[0].split("=")[0]
+        close = difflib.get_close_matches(name, [f"--{dest}" for dest in defaults], n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    given = {dest: value for dest, value in vars(args).items() if value is not untyped}
+    if given.get("config") is not None:
+        try:
+            given = {**read_config(Path(given["config"]), parser), **given}
+        except ValueError as error:
+            parser.exit(2, f"error: {one_line(str(error))}\n")
+    args = argparse.Namespace(**{**defaults, **given})
+    args.given = frozenset(given)
+    launcher_rank = os.environ.get("LOCAL_RANK", "-1")
+    if launcher_rank != "-1":
+        args.local_rank = int(launcher_rank)
+    return args
+
+
+def apply_defaults(args: argparse.Namespace, defaults: Mapping[str, Any]) -> None:
+    """Put the defaults of a model or family in place of those flags that the user did not type.
+
+    Args:
+        args: From `parse_args`; changed in place.
+        defaults: Value by flag name without the dashes.
+
+    Raises:
+        ValueError: if a name is not a flag; nothing is changed then.
+    """
+    unknown = sorted(name for name in defaults if name == "given" or name not in vars(args))
+    if unknown:
+        raise ValueError(f"Defaults for unknown flags: {', '.join(unknown)}; remove them or correct the names.")
+    for name, value in defaults.items():
+        if name not in args.given:
+            setattr(args, name, value)

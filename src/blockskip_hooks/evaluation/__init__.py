@@ -1,0 +1,1 @@
+"""Metrics of a trained LoRA and their report."""

@@ -1,0 +1,215 @@
+"""What an evaluation leaves: the contents of results.json, a markdown table, and a contact sheet."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from ..inference.image_encoders import ImageEncoder
+from ..inference.streamed_model import describe_images
+from ..residuals.store import file_digest
+from ..utils.machine import versions
+from .images import EvaluationRequest
+from .metrics import DIVERSITY, Evaluation
+from .prompt_lists import EvaluationPrompt
+
+
+ABOUT = {
+    "retrieved": "share of images nearest to the photos of their own subject among all embedded subjects; few share a "
+    "class, so another drawing of the class often counts",
+    "background_right": "share of images whose background is the prompt's, by the embedded classifier",
+    "class_right": "share of images of the prompt's class, by the embedded classifier",
+    DIVERSITY: "mean distance of images of one prompt: 2 - 2 cos of the first encoder's features at each place, "
+    "averaged over places and depths; low if the model knows one picture",
+}
+
+# Of the contact sheet, in pixels.
+CELL, GAP, LABEL_WIDTH, HEADER_HEIGHT = 192, 8, 250, 26
+SMALLEST_PHOTO = 96
+ROWS_PER_PANEL = 13
+_FONT_SIZE, _LABEL_LETTERS = 15, 31
+_GREY = "#59646b"
+
+
+def describe_measure(name: str) -> str:
+    """What a measure is, in a line."""
+    if name.endswith("-T"):
+        return f"cosine of {name[:-2]}'s embeddings of image and prompt"
+    return ABOUT.get(name, f"mean cosine of {name.removesuffix('-I')}'s embeddings of image and photos of the subject")
+
+
+def result_row(request: EvaluationRequest, name: str, evaluation: Evaluation, files: Sequence[Path]) -> dict[str, Any]:
+    """One LoRA's entry of ``results`` in results.json.
+
+    Args:
+        request: What was evaluated.
+        name: The LoRA's name.
+        evaluation: What was measured.
+        files: The file of each image.
+    """
+    lora = request.loras[name]
+    keys = [(number, seed) for number in range(len(request.prompts)) for seed in request.seeds]
+    return {
+        "name": name,
+        "lora": None if lora is None else str(lora),
+        "lora_digest": None if lora is None else "sha256:" + file_digest(lora),
+        "aggregate": evaluation.aggregate(),
+        "diversity_by_prompt": [evaluation.diversity.get(prompt.text) for prompt in request.prompts],
+        "images": [
+            {"prompt": number, "seed": seed, "file": file.relative_to(request.folder).as_posix(), "measures": values}
+            for (number, seed), file, values in zip(keys, files, evaluation.images, strict=True)
+        ],
+    }
+
+
+def results_document(
+    request: EvaluationRequest,
+    encoders: Mapping[str, ImageEncoder],
+    photos: Sequence[str],
+    rows: Sequence[Mapping[str, Any]],
+    command: str,
+) -> dict[str, Any]:
+    """The contents of results.json.
+
+    Args:
+        request: What was evaluated.
+        encoders: Encoders by label.
+        photos: Names of the subject's photos.
+        rows: From :func:`result_row`.
+        command: The command line.
+    """
+    settings = request.settings
+    measures = list(dict.fromkeys(name for row in rows for name in row["aggregate"]))
+    return {
+        "schema": 1,
+        "model": settings.model_name,
+        "family": settings.family.name,
+        "settings": describe_images(settings.family, settings.pipeline_kwargs, settings.dtype),
+        "photos": list(photos),
+        "prompts": [
+            {"text": prompt.text, "description": prompt.description, "kind": prompt.kind} for prompt in request.prompts
+        ],
+        "seeds": list(request.seeds),
+        "encoders": {label: encoder.name for label, encoder in encoders.items()},
+        "encoder_quality": {label: encoder.quality for label, encoder in encoders.items() if encoder.quality},
+        "diversity_encoder": next(iter(encoders)),
+        "measures": {name: describe_measure(name) for name in measures},
+        "interval": "bootstrap 95 %: prompts drawn first, then images of each",
+        "results": list(rows),
+        "date": datetime.date.today().isoformat(),
+        "command": command,
+        "versions": versions(),
+    }
+
+
+def markdown(document: Mapping[str, Any]) -> str:
+    """The table of results.md: one row for each LoRA, means with their intervals."""
+    names = list(document["measures"])
+    lines = [
+        f"{document['model']}, {len(document['prompts'])} prompts x {len(document['seeds'])} images, "
+        f"{len(document['photos'])} photos; means with bootstrap 95 % intervals",
+        "",
+        f"| | {' | '.join(name.replace('_', ' ') for name in names)} |",
+        f"|---|{'---|' * len(names)}",
+    ]
+    for row in document["results"]:
+        cells = []
+        for name in names:
+            value = row["aggregate"].get(name)
+            text = "" if value is None else f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+            cells.append(text)
+        lines.append(f"| {row['name']} | {' | '.join(cells)} |")
+    lines += ["", *(f"encoder_quality: {label} {text}" for label, text in document["encoder_quality"].items())]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def draw_contact_sheet(
+    photos: Sequence[Image.Image],
+    images: Sequence[Sequence[Image.Image]],
+    prompts: Sequence[EvaluationPrompt],
+    seeds: Sequence[int],
+    notes: Sequence[Sequence[str]],
+    title: str,
+    file: Path,
+) -> None:
+    """Write a PNG: the photos above, then a row for each prompt and in it an image of each seed.
+
+    Args:
+        photos: The subject's photos.
+        images: For each prompt an image of each seed.
+        prompts: The prompts.
+        seeds: The seeds.
+        notes: What was measured of each prompt's images; they are put under the prompt.
+        title: What the images are of.
+        file: Where to.
+    """
+    panels = math.ceil(len(prompts) / ROWS_PER_PANEL)
+    height_in_rows = math.ceil(len(prompts) / panels)
+    step = CELL + GAP
+    panel_width = LABEL_WIDTH + len(seeds) * step + GAP
+    room = panels * panel_width - LABEL_WIDTH
+    side = min(CELL, max(room // len(photos) - GAP, SMALLEST_PHOTO))
+    shown = photos[: max(room // (side + GAP), 1)]
+    top = 2 * GAP + HEADER_HEIGHT
+    below = top + side + 2 * GAP
+    height = below + HEADER_HEIGHT + height_in_rows * step + GAP
+    sheet = Image.new("RGB", (panels * panel_width, height), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=_FONT_SIZE)
+    draw.text((GAP, GAP), title, fill="black", font=ImageFont.load_default(size=_FONT_SIZE + 4))
+    counted = f"{len(photos)}" if len(shown) == len(photos) else f"{len(shown)} of {len(photos)}"
+    draw.text((GAP, top), f"photos of the subject ({counted})", fill=_GREY, font=font)
+    for column, photo in enumerate(shown):
+        sheet.paste(_cell(photo, side), (LABEL_WIDTH + column * (side + GAP), top))
+    draw.line((GAP, below - GAP // 2, sheet.width - GAP, below - GAP // 2), fill="#dce2e5", width=2)
+    for panel in range(panels):
+        left = panel * panel_width
+        for column, seed in enumerate(seeds):
+            draw.text((left + LABEL_WIDTH + column * step, below), f"seed {seed}", fill=_GREY, font=font)
+        for row in range(panel * height_in_rows, min((panel + 1) * height_in_rows, len(prompts))):
+            y = below + HEADER_HEIGHT + (row % height_in_rows) * step
+            lines = textwrap.wrap(f"{row + 1}. {prompts[row].text}", _LABEL_LETTERS)
+            draw.multiline_text((left + GAP, y), "\n".join(lines), fill="black", font=font)
+            beneath = y + len(lines) * (_FONT_SIZE + 4) + GAP
+            # Wrapped between measures only.
+            note = "\n".join(
+                textwrap.wrap(", ".join(notes[row]).replace(" ", "\u00a0").replace(",\u00a0", ", "), _LABEL_LETTERS)
+            )
+            draw.multiline_text((left + GAP, beneath), note.replace("\u00a0", " "), fill=_GREY, font=font)
+            for column, image in enumerate(images[row]):
+                sheet.paste(_cell(image, CELL), (left + LABEL_WIDTH + column * step, y))
+    temporary = file.with_name(f".{file.name}.tmp")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(temporary, format="PNG", optimize=True)
+    temporary.replace(file)
+
+
+def _cell(image: Image.Image, side: int) -> Image.Image:
+    """A square of the sheet: small images are enlarged with hard pixel edges, others reduced."""
+    image = image.convert("RGB")
+    if 2 * max(image.size) <= side:
+        factor = side // max(image.size)
+        image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    return ImageOps.pad(image, (side, side), Image.Resampling.LANCZOS, color="white", centering=(0, 0))
+
+
+def prompt_notes(evaluation: Evaluation, prompts: Sequence[EvaluationPrompt]) -> list[list[str]]:
+    """What was measured of each prompt's images: means, and the diversity."""
+    notes = []
+    for prompt in prompts:
+        rows = [values for text, values in zip(evaluation.prompts, evaluation.images) if text == prompt.text]
+        means = {
+            name: sum(known) / len(known)
+            for name in rows[0]
+            for known in [[row[name] or 0.0 for row in rows if row[name] is not None]]
+            if known
+        }
+        if prompt.text in evaluation.diversity:
+            means[DIVERSITY] = evaluation.diversity[prompt.text]
+        notes.append([f"{name.replace('_', ' ')} {value:.2f}" for name, value in means.items()])
+    return notes

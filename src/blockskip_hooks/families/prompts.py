@@ -1,0 +1,117 @@
+"""Stage encode: every prompt once, then the text encoders are gone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.training_utils import free_memory
+
+from ..reporting.progress import StageProgress, listed
+from . import Family, PromptEmbeds
+from .base import no_progress_bar
+from .text_encoders import large_encoders
+
+
+PROGRESS_FROM = 32
+
+
+@dataclass
+class TrainedText:
+    """The text encoders that train along, by pipeline component, and the tokens of every prompt for each of them."""
+
+    encoders: dict[str, torch.nn.Module]
+    tokens: dict[str, dict[str, torch.Tensor]]
+
+    def batch_tokens(self, prompts: Sequence[str], device: torch.device) -> dict[str, torch.Tensor]:
+        """Token ids ``(B, S)`` of some of the prompts, by component."""
+        return {
+            name: torch.stack([self.tokens[prompt][name] for prompt in prompts]).to(device) for name in self.encoders
+        }
+
+
+def check_embeds(
+    family: Family, transformer_config: Mapping[str, Any], embeds: Mapping[str, PromptEmbeds], dtype: torch.dtype
+) -> None:
+    """Check that prompts' embeddings are what the transformer takes, before it is loaded.
+
+    Raises:
+        ValueError: if text encoders and transformer are of different models.
+    """
+    shorter, longer = (family.empty_embeds(transformer_config, tokens, dtype) for tokens in (1, 2))
+    for embedded in embeds.values():
+        for name in shorter.keys() & embedded.keys():
+            # Axes of tokens are as long as the prompt.
+            sizes = zip(shorter[name].shape, longer[name].shape, embedded[name].shape)
+            if any(first == second != size for first, second, size in sizes):
+                raise ValueError(
+                    f"--pretrained_model_name_or_path {family.model_path}: its text encoders make {name} of shape "
+                    f"{tuple(embedded[name].shape)}, and its transformer takes {tuple(longer[name].shape)} for 2 "
+                    "tokens; they are of different models."
+                )
+
+
+def encode_prompts(
+    family: Family,
+    prompts: Sequence[str],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    keep_trainable: bool = False,
+    streamed: bool = False,
+    show_progress: bool = True,
+    progress: StageProgress | None = None,
+    adapt: Callable[[DiffusionPipeline], None] | None = None,
+) -> tuple[dict[str, PromptEmbeds], TrainedText | None]:
+    """Embed prompts and free the text encoders.
+
+    Args:
+        family: The model's family.
+        prompts: Prompts; repeated ones are encoded once.
+        dtype: Dtype of the encoders.
+        device: Where they run.
+        keep_trainable: Return the encoders that ``--train_text_encoder`` adapts instead of freeing them.
+        streamed: Read the layers of large encoders from the checkpoint while they run, again for every prompt; the
+            embeddings are the same.
+        show_progress: Show a display of its own when there are many prompts.
+        progress: The display of a stage, in place of that; advanced by one per prompt.
+        adapt: Changes the text pipeline before it is used: loads a LoRA, say.
+
+    Returns:
+        Embeddings by prompt, on the CPU, and the kept encoders.
+    """
+    prompts = list(dict.fromkeys(prompts))
+    layered: list[str] = []
+    if streamed:
+        streamable = family.streamable_text_encoders(trains_text=keep_trainable)
+        layered = [name for name in large_encoders(family.text_encoder_configs()) if name in streamable]
+    with no_progress_bar():
+        pipeline = family.load_text_pipeline(dtype, device, layered)
+    if adapt is not None:
+        adapt(pipeline)
+    embeds: dict[str, PromptEmbeds] = {}
+    # One at a time: in a batch the last bits of a prompt's embeddings would depend on the others.
+    shown = show_progress and progress is None and len(prompts) >= PROGRESS_FROM
+    for prompt in listed(prompts, "Encoding prompts", "prompt", total=len(prompts), shown=shown):
+        (encoded,) = family.encode_prompts(pipeline, [prompt])
+        # Copies, because a view would keep all of what it is a part of.
+        embeds[prompt] = {name: tensor.clone() for name, tensor in encoded.items()}
+        if not all(bool(tensor.isfinite().all()) for tensor in encoded.values()):
+            raise ValueError(
+                f"The text encoders make embeddings that are not finite of the prompt '{prompt[:80]}'; give another "
+                "--mixed_precision, or check the encoders' files."
+            )
+        if progress is not None:
+            progress.update()
+    trained = None
+    if keep_trainable:
+        tokens = family.prompt_tokens(pipeline, prompts)
+        rows = {prompt: {name: ids[row] for name, ids in tokens.items()} for row, prompt in enumerate(prompts)}
+        trained = TrainedText(family.trainable_text_encoders(pipeline), rows)
+    # The pipeline holds the last references to the encoders.
+    del pipeline
+    free_memory()
+    return embeds, trained

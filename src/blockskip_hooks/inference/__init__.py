@@ -1,0 +1,1 @@
+"""Images from models whose skipped blocks stream, and the encoders that judge them."""

@@ -1,0 +1,133 @@
+"""Images from the whole model during and after training, with skipped blocks streamed where they hold no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import cpu_offload_with_hook
+from accelerate.hooks import remove_hook_from_module
+from diffusers import ModelMixin
+from PIL import Image
+
+from ..families import Family, PromptEmbeds
+from ..residuals.batches import place_embeds
+from ..transformer import DiTBlockSkipTransformer
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaePlacement:
+    """How the VAE works where memory is short.
+
+    Attributes:
+        alone: VAE and transformer take turns on the device: one is in host memory while the other works.
+        tiled: Images are decoded tile by tile and blended where tiles meet.
+    """
+
+    alone: bool = False
+    tiled: bool = False
+
+
+@torch.no_grad()
+def generate_images(
+    prompts: Sequence[PromptEmbeds],
+    *,
+    family: Family,
+    model: DiTBlockSkipTransformer,
+    vae: ModelMixin,
+    negative: PromptEmbeds | None = None,
+    seeds: Sequence[int],
+    pipeline_kwargs: Mapping[str, Any] | None = None,
+    images_at_once: int | None = None,
+    placement: VaePlacement | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[list[Image.Image]]:
+    """Make images with the stock pipeline around the loaded modules.
+
+    Args:
+        prompts: Embeddings of each prompt, without a batch dimension.
+        family: The model's family.
+        model: The transformer; its adapters take part as they are.
+        vae: The VAE.
+        negative: Embeddings of the negative prompt, for pipelines that take one.
+        seeds: One for each image of a prompt; an image has the same noise in every call.
+        pipeline_kwargs: Further arguments of the pipeline call.
+        images_at_once: Images per call of the pipeline; by default all of a prompt.
+        placement: How the VAE works; by default beside the transformer and on whole images.
+        progress: Called with the number of images that have been made since the call before.
+
+    Returns:
+        For each prompt an image of each seed.
+    """
+    device = vae.device
+    dtype = model.dtype
+
+    def batched(embeds: PromptEmbeds) -> PromptEmbeds:
+        return place_embeds(family.collate_embeds([embeds]), device, dtype)
+
+    pipeline = family.image_pipeline(model.transformer, vae)
+    kwargs = {k: v for k, v in (pipeline_kwargs or {}).items() if k not in ("negative_prompt", "max_sequence_length")}
+    images: list[list[Image.Image]] = []
+    at_once = images_at_once or len(seeds)
+    was_training = model.training
+    model.eval()
+    with model.full_model(), _decoding(vae, model, placement or VaePlacement()):
+        for embeds in prompts:
+            images.append([])
+            for start in range(0, len(seeds), at_once):
+                part = seeds[start : start + at_once]
+                inputs = family.pipeline_inputs(batched(embeds), None if negative is None else batched(negative))
+                # What was asked for explicitly comes before a family's own settings.
+                call = {**inputs, **kwargs, "num_images_per_prompt": len(part)}
+                generators = [torch.Generator().manual_seed(seed) for seed in part]
+                images[-1] += pipeline(**call, generator=generators).images
+                if progress is not None:
+                    progress(len(part))
+    model.train(was_training)
+    return images
+
+
+@contextmanager
+def _decoding(vae: ModelMixin, model: DiTBlockSkipTransformer, placement: VaePlacement) -> Iterator[None]:
+    """Within this context the VAE decodes one image at a time, placed as asked."""
+    autoencoder: Any = vae
+    sliced, tiled = (getattr(autoencoder, name, None) for name in ("use_slicing", "use_tiling"))
+    if sliced is False:
+        autoencoder.enable_slicing()
+    if placement.tiled and tiled is False:
+        autoencoder.enable_tiling()
+    try:
+        with _taking_turns(vae, model) if placement.alone else nullcontext():
+            yield
+    finally:
+        if sliced is False:
+            autoencoder.disable_slicing()
+        if placement.tiled and tiled is False:
+            autoencoder.disable_tiling()
+
+
+@contextmanager
+def _taking_turns(vae: ModelMixin, model: DiTBlockSkipTransformer) -> Iterator[None]:
+    """Within this context the VAE is in host memory but for its decodes, and the model is there during them."""
+    autoencoder: Any = vae
+    device, decode = vae.device, autoencoder.decode
+    # diffusers' autoencoders fetch themselves to the hook's device when they are asked to decode.
+    autoencoder, offload = cpu_offload_with_hook(autoencoder, device)
+
+    def alone(*args: Any, **kwargs: Any) -> Any:
+        with model.on_host():
+            decoded = decode(*args, **kwargs)
+            offload.offload()
+            return decoded
+
+    autoencoder.decode = alone
+    try:
+        yield
+    finally:
+        # The attribute hid the class's method.
+        del autoencoder.decode
+        remove_hook_from_module(autoencoder)
+        autoencoder.to(device)

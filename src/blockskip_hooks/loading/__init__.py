@@ -1,0 +1,1 @@
+"""Weights from a checkpoint to the device: index, checks, quantised layers, download."""

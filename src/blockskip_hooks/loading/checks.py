@@ -1,0 +1,229 @@
+"""Whether a model's files are whole and belong together: from configs and file headers, before any weight is read."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+
+from ..cli.errors import first_line
+from ..families import Family
+from ..families.text_encoders import empty_text_encoder
+from ..planning.simulation import empty_model
+from .checkpoint_index import read_weight_map, tensor_shapes
+from .component_config import load_config, model_class
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+_LIBRARIES = ("diffusers", "transformers")
+# transformers renames and joins some weights while it loads them, so not all of a config's are in the files by name.
+_KNOWN_PART = 0.75
+_LORA_A = re.compile(r"transformer\.(.+)\.lora_A\.weight")
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+
+
+def check_model(model_path: Path, family: type[Family], variant: str | None) -> None:
+    """Check the files of every component that a run will load; none of their weights is read.
+
+    Args:
+        model_path: Folder of a pipeline of the family.
+        family: The model's family.
+        variant: Weight variant in the file names.
+
+    Raises:
+        ValueError: naming the first component that is damaged, or no part of this model.
+    """
+    where = f"--pretrained_model_name_or_path {model_path}"
+    index = json.loads((model_path / "model_index.json").read_text(encoding="utf-8"))
+    present = {name for name in family.text_components if (model_path / name).is_dir()}
+    used = ("scheduler", "transformer", "vae", *sorted(present), *family.image_components)
+    for name in (name for name in used if (model_path / name).is_dir()):
+        entry = index.get(name)
+        if not (isinstance(entry, list) and len(entry) == 2 and entry[0] in _LIBRARIES):
+            raise ValueError(
+                f"{where}: model_index.json says that its {name} is {entry}, no class of a known library."
+            )
+    _check_scheduler(model_path / "scheduler", where)
+    for name in ("transformer", "vae", *family.image_components):
+        if (model_path / name).is_dir():
+            _check_diffusers_part(model_path / name, variant, where)
+    for name in sorted(present):
+        if name.startswith("tokenizer"):
+            _check_tokenizer(model_path / name, index[name][1], where)
+        else:
+            _check_text_encoder(model_path / name, index[name][1], variant, where)
+
+
+def check_lora_file(file: Path, transformer: torch.nn.Module, flag: str) -> None:
+    """Check that a LoRA's file is whole and, if it has the layers' names of diffusers, that it is of this model.
+
+    Args:
+        file: The file.
+        transformer: The model; it needs no weights.
+        flag: Flag and value that named the LoRA, for the messages.
+
+    Raises:
+        ValueError: if not.
+    """
+    if file.suffix != ".safetensors":
+        raise ValueError(f"{flag}: {file.name} is no safetensors file; pickled weights are not read.")
+    try:
+        found = tensor_shapes(file)
+    except ValueError as error:
+        raise ValueError(f"{flag}: {error}") from error
+    layers = {match[1]: shape for name, shape in found.items() if (match := _LORA_A.fullmatch(name))}
+    modules = dict(transformer.named_modules())
+    for name, shape in layers.items():
+        wanted = getattr(modules.get(name), "in_features", None)
+        if wanted != shape[1]:
+            there = "does not have that layer" if wanted is None else f"has {wanted} there"
+            raise ValueError(
+                f"{flag} is of another model: its LoRA of {name} takes {shape[1]} features, and this model {there}."
+            )
+    if not layers and not any("lora" in name for name in found):
+        raise ValueError(f"{flag} holds no LoRA.")
+
+
+def _check_scheduler(folder: Path, where: str) -> None:
+    try:
+        config = json.loads((folder / "scheduler_config.json").read_text(encoding="utf-8"))
+        chosen = getattr(diffusers, config["_class_name"])
+        scheduler = chosen.from_config(config)
+    except Exception as error:  # whatever the class makes of values that it was not made for
+        raise ValueError(
+            f"{where}: scheduler/scheduler_config.json does not describe a scheduler ({_what(error)}); "
+            "download it again."
+        ) from error
+    if len(scheduler.timesteps) == 0:
+        raise ValueError(f"{where}: scheduler/scheduler_config.json describes a schedule of no steps.")
+
+
+def _check_diffusers_part(folder: Path, variant: str | None, where: str) -> None:
+    try:
+        config = load_config(folder)
+    except OSError as error:
+        raise ValueError(f"{where}: {first_line(error)}; download it again.") from error
+    chosen = model_class(config)
+    try:
+        expected = _shapes(empty_model(config))
+    except Exception as error:  # whatever the class makes of values that it was not made for
+        raise ValueError(
+            f"{where}: {folder.name}/config.json does not describe a {chosen.__name__} ({_what(error)}); "
+            "download it again."
+        ) from error
+    found = _found_shapes(folder, "diffusion_pytorch_model", variant, where)
+    _check_shapes(expected, found, folder.name, where)
+    # Attention layers of old autoencoders had other names; diffusers translates them.
+    missing = [name for name in expected if name not in found and ".attentions." not in name]
+    if missing:
+        raise ValueError(
+            f"{where}: the weights of {folder.name} lack {len(missing)} tensors of its config, first {missing[0]}; "
+            "they are of another model."
+        )
+
+
+def _check_text_encoder(folder: Path, class_name: str, variant: str | None, where: str) -> None:
+    try:
+        config = load_config(folder)
+    except OSError as error:
+        raise ValueError(f"{where}: {first_line(error)}; download it again.") from error
+    found = _found_shapes(folder, "model", variant, where)
+    if "quantization_config" in config:
+        return  # Packed weights have shapes of their own.
+    try:
+        expected = _shapes(empty_text_encoder({**config, "architectures": [class_name]}, torch.float32))
+    except Exception as error:  # whatever the class makes of values that it was not made for
+        raise ValueError(
+            f"{where}: {folder.name}/config.json does not describe a {class_name} ({_what(error)}); download it again."
+        ) from error
+    _check_shapes(expected, found, folder.name, where)
+    wanted = Counter((name.rpartition(".")[2], shape) for name, shape in expected.items())
+    known = wanted & Counter((name.rpartition(".")[2], shape) for name, shape in found.items())
+    if known.total() < _KNOWN_PART * wanted.total():
+        raise ValueError(
+            f"{where}: {folder.name} has the weights of another model: of {wanted.total()} tensors that its config "
+            f"asks for, {wanted.total() - known.total()} are not there."
+        )
+
+
+def _check_tokenizer(folder: Path, class_name: str, where: str) -> None:
+    chosen = getattr(transformers, class_name, None)
+    if chosen is None:
+        raise ValueError(f"{where}: {folder.name} is a {class_name}, which transformers does not have; update it.")
+    files = dict(getattr(chosen, "vocab_files_names", None) or {})
+    whole = files.pop("tokenizer_file", "tokenizer.json")
+    missing = sorted(name for name in files.values() if not (folder / name).is_file())
+    if not (folder / whole).is_file() and (missing or not files):
+        raise ValueError(f"{where}: {folder.name} lacks {' and '.join(missing) or whole}; download it again.")
+    # Without it prompts would not be cut to the encoder's length.
+    if not (folder / _TOKENIZER_CONFIG).is_file():
+        raise ValueError(f"{where}: {folder.name} lacks {_TOKENIZER_CONFIG}; download it again.")
+    try:
+        chosen.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers' own types say no more
+        raise ValueError(
+            f"{where}: {folder.name} cannot be read as a {class_name} ({_what(error)}); download it again."
+        ) from error
+
+
+def _found_shapes(folder: Path, stem: str, variant: str | None, where: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors in a component's weight files, every file checked against its header."""
+    try:
+        files = _weight_files(folder, stem, variant)
+        shapes = {path.name: tensor_shapes(path) for path in files if path.is_file()}
+    except ValueError as error:
+        raise ValueError(f"--pretrained_model_name_or_path: {error}") from error
+    if not files:
+        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.ckpt"))
+        what = " but pickles, which are not read" if pickled else ""
+        raise ValueError(f"{where}: {folder.name} holds no safetensors weights{what}; download them.")
+    absent = sorted(path.name for path in files if not path.is_file())
+    if absent:
+        raise ValueError(f"{where}: {folder.name} lacks the weight files {', '.join(absent)} that its index names.")
+    for path, names in files.items():
+        lost = sorted(names - set(shapes[path.name]))
+        if lost:
+            raise ValueError(f"{where}: {folder.name}/{path.name} lacks {lost[0]}, which the index says it holds.")
+    return {name: shape for part in shapes.values() for name, shape in part.items()}
+
+
+def _weight_files(folder: Path, stem: str, variant: str | None) -> dict[Path, set[str]]:
+    """The files that a component's weights are in, and the tensors that an index says each of them holds."""
+    for candidate in dict.fromkeys((variant, None)):
+        infix = "" if candidate is None else f".{candidate}"
+        # The two libraries put a variant in different places of an index's name.
+        for name in (f"{stem}.safetensors.index{infix}.json", f"{stem}{infix}.safetensors.index.json"):
+            if (folder / name).is_file():
+                files: dict[Path, set[str]] = {}
+                for tensor, file in read_weight_map(folder / name).items():
+                    files.setdefault(folder / file, set()).add(tensor)
+                return files
+        if (folder / f"{stem}{infix}.safetensors").is_file():
+            return {folder / f"{stem}{infix}.safetensors": set()}
+    return {path: set() for path in sorted(folder.glob("*.safetensors"))}
+
+
+def _check_shapes(expected: Shapes, found: Shapes, component: str, where: str) -> None:
+    for name, shape in expected.items():
+        if found.get(name, shape) != shape:
+            raise ValueError(
+                f"{where}: {component}'s {name} has the shape {found[name]}, but its config asks for {shape}; config "
+                "and weights are of different models."
+            )
+
+
+def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    # Not the buffers that are never saved, nor what a class makes itself.
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _what(error: Exception) -> str:
+    return f"it lacks {error}" if isinstance(error, KeyError) else first_line(error)

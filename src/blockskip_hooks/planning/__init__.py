@@ -1,0 +1,1 @@
+"""Memory, FLOPs and disk of a run, computed before anything loads."""

@@ -1,0 +1,82 @@
+"""A plan as the text that a run starts with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..utils.formatting import format_about, format_bytes
+
+
+def format_plan(plan: Mapping[str, Any], *, model: str | None = None, outputs: Mapping[str, str] | None = None) -> str:
+    """The plan as the text a run starts with.
+
+    Args:
+        plan: From :func:`plan_run`.
+        model: What the user calls the model.
+        outputs: What will be written, by description, with the place where.
+    """
+    skip, patch, records, fits = plan["skip"], plan["patch"], plan["residuals"], plan["fits"]
+    kept = skip["blocks"] - skip["leading"] - skip["trailing"]
+    bar = "□" * skip["leading"] + "■" * kept + "□" * skip["trailing"]
+    lines = [] if model is None else [f"Model    {model}"]
+    lines.append(f"Blocks   {bar}")
+    if kept == skip["blocks"]:
+        lines.append(f"         all {kept} blocks train")
+    else:
+        source = skip["table"] or skip["source"]
+        lines.append(
+            f"         {kept} of {skip['blocks']} train (■); skipped (□): first {skip['leading']}, last "
+            f"{skip['trailing']}, {skip['ratio']:.0%} ({source})"
+        )
+    if plan["quantization"]:
+        lines.append(f"Weights  kept blocks' linear layers in {plan['quantization']}")
+    if patch["mode"] == "none":
+        lines.append(f"Patches  {patch['max']} px crops")
+    else:
+        sizes = f"{patch['max']} px" if patch["mode"] == "resize" else f"{patch['min']} to {patch['max']} px"
+        lines.append(f"Patches  {patch['mode']}: {sizes}, trained at {patch['training_resolution']} px")
+    header = ("Stage", "time", "peak", "parameters", "LoRA+optim.", "activations", "TFLOP/step", "batch")
+    rows = [header] + [
+        (
+            stage["name"],
+            format_about(stage["seconds"]),
+            *(
+                format_bytes(stage[f"{part}_bytes"])
+                for part in ("peak_device", "parameter", "lora_optimizer", "activation")
+            ),
+            f"{stage['tflops_per_step'] + stage['attention_tflops_per_step']:.3g}",
+            str(stage["batch_size"]),
+        )
+        for stage in plan["stages"]
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    times = [stage["seconds"] for stage in plan["stages"]]
+    known = [seconds for seconds in times if seconds is not None]
+    note = "times are estimates for this device" if known else "no time is predicted"
+    lines.append(f"Memory and compute, simulated (bytes of live tensors; {note}):")
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
+        lines.append(f"  {'  '.join(cells)}")
+    if known:
+        more = "" if len(known) == len(times) else ", and what has no estimate"
+        total = format_about(sum(known))
+        lines.append(f"Time     {total if total.startswith('under') else f'about {total}'} in all{more}")
+    if any(stage.get("streamed") for stage in plan["stages"]):
+        lines.append("  Large text encoders are read layer by layer, once per prompt.")
+    if any(stage.get("vae_tiled") for stage in plan["stages"]):
+        lines.append("  The VAE decodes images in tiles, blended where they meet.")
+    if records["records"]:
+        stretches = f"{records['stretches']} stretch" + ("es" if records["stretches"] != 1 else "")
+        most = -(-records["bytes"] // max(records["stretches"], 1))
+        at_once = "" if records["stretches"] <= 1 else f", about {format_bytes(most)} at a time"
+        size = format_bytes(records["bytes"])
+        lines.append(f"Disk     {records['records']} records, {size} in {stretches}{at_once} (simulated)")
+    if fits["ok"] is not None:
+        verdict = "fits" if fits["ok"] else "does not fit"
+        lines.append(f"Budget   {verdict} in {format_bytes(fits['budget_bytes'])} (simulated)")
+        if fits["reason"]:
+            lines.append(f"         {fits['reason']}")
+    for description, place in (outputs or {}).items():
+        lines.append(f"Writes   {description}: {place}")
+    return "\n".join(lines)

@@ -1,0 +1,99 @@
+"""Public architectures of models, so that a run can be planned without the model's files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ...blocks import modulation_layers
+from ...config import BlockSkipConfig
+from ...families import FAMILIES, Family
+from ...lora import lora_targets
+from ...transformer import DiTBlockSkipTransformer
+from ..simulation import empty_model
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The public architecture of a model, enough for a plan without its files.
+
+    Attributes:
+        name: Name of the model.
+        family: Its family, on configs alone.
+        transformer_config: Config of its transformer.
+        text_encoders: Configs of its text encoders.
+    """
+
+    name: str
+    family: Family
+    transformer_config: dict[str, Any]
+    text_encoders: list[dict[str, Any]] = field(default_factory=list)
+
+    def skeleton(self, config: BlockSkipConfig) -> DiTBlockSkipTransformer:
+        """The transformer without weights, placeholders on."""
+        return DiTBlockSkipTransformer(
+            empty_model(self.transformer_config, self.family.transformer_class(self.transformer_config)),
+            config,
+            self.family.block_stacks,
+        )
+
+    def lora_targets(self, config: BlockSkipConfig, layers: Sequence[str] | None = None) -> list[str]:
+        """Full names of the layers that get LoRA; see :func:`~blockskip_hooks.lora.lora_targets`.
+
+        Args:
+            config: The spans to skip.
+            layers: Names or name endings; by default the family's.
+
+        Raises:
+            ValueError: if nothing in the kept blocks matches, or a name matches nothing at all.
+        """
+        return lora_targets(self.skeleton(config), layers or self.family.lora_layers, self.family.text_stream_layers)
+
+    def recorded_layers(self, config: BlockSkipConfig, targets: Sequence[str]) -> tuple[str, ...]:
+        """Modulation layers of kept blocks, whose outputs records hold; none if nothing is skipped.
+
+        Args:
+            config: The spans to skip.
+            targets: Layers with LoRA, which stay.
+        """
+        if not config.num_skipped:
+            return ()
+        names = modulation_layers(self.skeleton(config).spans, self.family.modulation_layers)
+        return tuple(name for name in names if name not in set(targets))
+
+
+def preset_names() -> list[str]:
+    """Names that :func:`load_preset` knows."""
+    folder = resources.files(__name__)
+    return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
+
+
+def load_preset(name: str) -> Preset:
+    """Read a preset.
+
+    Raises:
+        ValueError: if there is none of this name.
+    """
+    if name not in preset_names():
+        raise ValueError(f"--preset '{name}' does not exist; choose one of {', '.join(preset_names())}.")
+    data = json.loads((resources.files(__name__) / f"{name}.json").read_text())
+    # A family reads its configs from a model folder, at any time: the folder lives as long as the family.
+    folder = Path(tempfile.mkdtemp(prefix="blockskip_preset_"))
+    configs = {f"{component}/config.json": data[component] for component in ("transformer", "vae")}
+    configs["scheduler/scheduler_config.json"] = data["scheduler"]
+    for number, encoder in enumerate(data["text_encoders"], start=1):
+        configs[f"text_encoder{'' if number == 1 else f'_{number}'}/config.json"] = encoder
+    for name_in_folder, config in configs.items():
+        path = folder / name_in_folder
+        path.parent.mkdir()
+        path.write_text(json.dumps(config))
+    family = FAMILIES[data["pipeline"]](folder)
+    weakref.finalize(family, shutil.rmtree, folder, ignore_errors=True)
+    return Preset(data["name"], family, data["transformer"], data["text_encoders"])

@@ -1,0 +1,437 @@
+"""The plan of a run, made before anything is loaded: memory of every stage, FLOPs, disk (``plan.json``).
+
+Every figure is simulated (see :mod:`~blockskip_hooks.planning.simulation`): bytes of live tensors, without the
+allocator's fragmentation and the device context. It is what the method bounds, not what a monitor of the whole
+process shows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..config import BlockSkipConfig, PatchSamplingConfig
+from ..families import Family
+from ..families.text_encoders import large_encoders
+from ..hooks import SpanResiduals
+from ..loading.quantization import QuantizationConfig
+from ..residuals.dtype import PACKED, ResidualDtype, packed_bytes
+from ..residuals.stretches import Stretches
+from ..selection import Selection
+from .simulation import FakeTransformer, Usage, simulate_text_encoder, simulate_vae
+
+
+SCHEMA = 1
+LARGEST_PRECOMPUTE_BATCH = 64
+# A shard's header names each tensor of a record, the manifest each photo; beside real records this is nothing.
+RECORD_OVERHEAD = 2048
+# Text encoders that need less are loaded whole, whatever training needs.
+SMALL_ENCODE_BYTES = 2**30
+# bitsandbytes keeps the state of small tensors in float32 and one float32 scale per 256 values of the others.
+MIN_8BIT_SIZE = 4096
+BLOCK_8BIT_SIZE = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRequest:
+    """What a plan depends on; nothing of it needs weights.
+
+    Attributes:
+        family: The model's family.
+        transformer_config: Config of the transformer, with its ``_class_name``.
+        config: The spans to skip.
+        patch: Patch sampling.
+        batch_size: Samples per forward in training, class samples included.
+        rank: Rank of the LoRA matrices.
+        lora_targets: Full names of the layers that get LoRA.
+        recorded_layers: Full names of the layers whose outputs are recorded with the residuals.
+        quantization: How kept blocks are held; ``None`` for ``weight_dtype``.
+        text_tokens: Tokens of a prompt.
+        weight_dtype: Dtype of the frozen weights; in half precision training runs under autocast.
+        gradient_checkpointing: As the flag.
+        gradient_accumulation_steps: As the flag; above 1 gradients stay between batches.
+        use_8bit_adam: As the flag.
+        cache_latents: Whether latents are computed before training even if nothing is skipped.
+        precompute_batch_size: Samples per precompute forward; by default the largest power of two that needs no
+            more memory than a training step.
+        num_samples: Samples that the whole run trains on, class samples included.
+        samples_per_step: How many of them an optimiser step takes, over all processes; ``None`` for one process.
+        stretch_steps: Steps of a stretch, at most; ``None`` for all.
+        record_repeats: How many times a record is trained on.
+        residual_budget_bytes: Disk that the records may take at a time; ``None`` for no limit.
+        residual_dtype: How records hold residuals.
+        text_encoders: Configs of the text encoders.
+        streamable_encoders: Positions of those that are streamed, if they are large and encoding would need more
+            than training does; ``None`` for all.
+        text_encoder_parameter_bytes: Their weights, where their configs are not at hand.
+        resident_bytes: Parameters of other models that stay during training, such as a text encoder that trains.
+        bytes_elsewhere: Kept blocks' weights that other processes hold; ``None`` if nothing is shared.
+        validation_resolution: Side of validation images in pixels; ``None`` if there are none.
+        validation_batch_size: Validation images made at a time.
+        validation_extra_bytes: Parameters of other models that validation images need.
+        class_batch_size: Class images made at a time, at most; ``None`` if there are none to make.
+        class_resolution: Their side in pixels.
+        memory_budget_bytes: What every stage must fit in; ``None`` for no limit.
+        selection: Where the spans come from, for the plan's ``skip`` part; by default the flag.
+    """
+
+    family: Family
+    transformer_config: Mapping[str, Any]
+    config: BlockSkipConfig
+    patch: PatchSamplingConfig
+    rank: int
+    lora_targets: Sequence[str]
+    recorded_layers: Sequence[str] = ()
+    quantization: QuantizationConfig | None = None
+    batch_size: int = 1
+    text_tokens: int = 512
+    weight_dtype: torch.dtype = torch.bfloat16
+    gradient_checkpointing: bool = False
+    gradient_accumulation_steps: int = 1
+    use_8bit_adam: bool = False
+    cache_latents: bool = False
+    precompute_batch_size: int | None = None
+    num_samples: int = 0
+    samples_per_step: int | None = None
+    stretch_steps: int | None = None
+    record_repeats: int = 1
+    residual_budget_bytes: int | None = None
+    residual_dtype: ResidualDtype = "auto"
+    text_encoders: Sequence[Mapping[str, Any]] = ()
+    streamable_encoders: Sequence[int] | None = None
+    text_encoder_parameter_bytes: int = 0
+    resident_bytes: int = 0
+    bytes_elsewhere: int | None = None
+    validation_resolution: int | None = None
+    validation_batch_size: int = 1
+    validation_extra_bytes: int = 0
+    class_batch_size: int | None = None
+    class_resolution: int = 0
+    memory_budget_bytes: int | None = None
+    selection: Selection | None = None
+
+    @property
+    def training_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the largest images in training."""
+        shapes = (self.patch.training_shape(bucket) for bucket in range(len(self.patch.shapes)))
+        return max(shapes, key=lambda shape: shape[0] * shape[1])
+
+    @property
+    def beside_bytes(self) -> int:
+        """Parameters beside the transformer's own, less those of its own that are elsewhere."""
+        return self.resident_bytes - (self.bytes_elsewhere or 0)
+
+    @property
+    def stores_residuals(self) -> bool:
+        """Whether precompute runs the transformer."""
+        return self.config.num_skipped > 0 and self.config.residuals == "precomputed"
+
+
+def plan_run(request: PlanRequest) -> dict[str, Any]:
+    """Simulate every stage of a run once.
+
+    Args:
+        request: The settings.
+
+    Returns:
+        The contents of ``plan.json``. In each stage, ``peak_device_bytes`` is the sum of ``parameter_bytes`` (frozen
+        weights, with one streamed block), ``lora_optimizer_bytes`` and ``activation_bytes`` (with gradients alive at
+        the peak). ``tflops_per_step`` counts matrix products of one forward (and backward) of ``batch_size``
+        samples, ``attention_tflops_per_step`` the attention beside them, ``vae_tflops`` what of both is the VAE's: of
+        the batch, or of one image that is decoded. No ``seconds`` are predicted here, see
+        :mod:`~blockskip_hooks.reporting.prediction`. ``streamed`` of the stage "encode" says
+        whether the layers of large text encoders are read from the checkpoint one at a time, once per prompt.
+
+    Raises:
+        ValueError: if the spans leave no block, or the config names no model class.
+    """
+    family, size = request.family, request.training_size
+    fake = FakeTransformer(
+        family,
+        request.transformer_config,
+        request.config,
+        rank=request.rank,
+        lora_targets=request.lora_targets,
+        dtype=request.weight_dtype,
+        recorded_layers=request.recorded_layers,
+        quantization=request.quantization,
+    )
+    num_blocks = len(fake.model.spans.kept) + request.config.num_skipped
+    states = _optimizer_state_bytes(fake.lora_parameters, request.use_8bit_adam)
+    residuals = SpanResiduals()
+    capture = None
+    if request.config.num_skipped and request.config.residuals != "none":
+        online = request.config.residuals == "online"
+        first_batch = request.batch_size if online else request.precompute_batch_size or 1
+        capture, residuals = fake.capture(first_batch, size, request.text_tokens, with_adapters=online)
+    train = fake.train(
+        request.batch_size,
+        size,
+        request.text_tokens,
+        residuals,
+        gradient_checkpointing=request.gradient_checkpointing,
+        accumulated_gradients=request.gradient_accumulation_steps > 1,
+    ).beside(parameter_bytes=request.beside_bytes, lora_bytes=states)
+    if capture is not None:
+        # LoRA and its optimizer are there from the start of training; a later stretch finds them in the way.
+        capture = capture.beside(parameter_bytes=request.beside_bytes, lora_bytes=states)
+
+    vae = _Vae(request, base=train, limit=train.peak_bytes)
+    stages: list[dict[str, Any]] = []
+    in_step: Usage | None = None
+    if request.text_encoders or request.text_encoder_parameter_bytes:
+        usage, streamed = _encode_text(request, train.peak_bytes)
+        stages.append({**_stage("encode", usage, 1), "streamed": streamed})
+    if request.stores_residuals:
+        assert capture is not None
+        batch_size, capture = _precompute_batch(request, fake, capture, train, vae, states)
+        # All photos of a stretch are encoded first; the VAE is gone when the transformer runs.
+        encode, alone = vae.encode(batch_size)
+        stages.append({**_stage("precompute", encode.then(capture), batch_size, encode), "vae_alone": alone})
+    elif request.cache_latents:
+        encode, alone = vae.encode(1)
+        stages.append({**_stage("precompute", encode, 1, encode), "vae_alone": alone})
+    else:
+        # Without records every step encodes its crops, so the VAE stays.
+        if capture is not None:
+            train = capture.then(train)
+        in_step = vae.beside_transformer(request.batch_size)
+        train = in_step.then(train.beside(parameter_bytes=vae.parameter_bytes))
+    stages.append(_stage("train", train, request.batch_size, in_step))
+    if request.class_batch_size is not None:
+        side, wanted = request.class_resolution, request.class_batch_size
+        stages.insert(0, _make_images("class_images", request, fake, vae, wanted, side, states))
+    if request.validation_resolution is not None:
+        side, wanted = request.validation_resolution, request.validation_batch_size
+        stages.append(_make_images("validate", request, fake, vae, wanted, side, states))
+
+    largest = max(stage["peak_device_bytes"] for stage in stages)
+    budget = request.memory_budget_bytes
+    selection = request.selection or Selection(num_blocks, request.config.leading, request.config.trailing, "flag")
+    return {
+        "schema": SCHEMA,
+        "skip": selection.as_dict(),
+        "quantization": request.quantization.name if request.quantization else None,
+        "patch": {
+            "mode": request.patch.mode,
+            "min": request.patch.min_size,
+            "max": request.patch.max_size,
+            "training_resolution": request.patch.training_resolution,
+        },
+        "stages": stages,
+        "residuals": _records(request, residuals),
+        "fits": {"budget_bytes": budget, "ok": None if budget is None else largest <= budget, "reason": None},
+    }
+
+
+class _Vae:
+    """The VAE's phases, each simulated at most once per batch size.
+
+    Where one of VAE and transformer beside the other would need more than ``limit``, they take turns on the device, if
+    processes do not share the transformer.
+    """
+
+    def __init__(self, request: PlanRequest, base: Usage, limit: int) -> None:
+        self._request = request
+        self._base = base
+        self.limit = limit
+        self._encodes = {1: self._simulate(1, request.training_size, decode=False)}
+        self._decodes: dict[tuple[tuple[int, int], bool], Usage] = {}
+        self.parameter_bytes = self._encodes[1].parameter_bytes
+
+    def encode(self, batch_size: int) -> tuple[Usage, bool]:
+        """Crops at the training resolution to latents, and whether alone."""
+        if batch_size not in self._encodes:
+            self._encodes[batch_size] = self._simulate(batch_size, self._request.training_size, decode=False)
+        return self._placed(self._encodes[batch_size])
+
+    def beside_transformer(self, batch_size: int) -> Usage:
+        """Crops to latents with the transformer resident, as in training without records."""
+        return self._beside(self._simulate(batch_size, self._request.training_size, decode=False))
+
+    def decode(self, size: tuple[int, int]) -> Usage:
+        """Latents to one image, whatever is beside it."""
+        return self._decoded(size)
+
+    def decode_after(self, denoising: Usage, size: tuple[int, int]) -> tuple[Usage, dict[str, bool]]:
+        """The transformer's work, then latents to one image; whether they take turns, and whether in tiles."""
+        decode, alone = self._placed(self._decoded(size))
+        beside = denoising.beside(parameter_bytes=self.parameter_bytes)
+        if not alone and beside.peak_bytes <= self.limit:
+            return beside.then(decode), {"vae_alone": False, "vae_tiled": False}
+        alone = self._request.bytes_elsewhere is None
+        whole, tiled = (
+            self._alone(decoded) if alone else self._beside(decoded)
+            for decoded in (self._decoded(size), self._decoded(size, tiled=True))
+        )
+        # Tiles are blended where they meet, so they are for where nothing else helps.
+        in_tiles = whole.peak_bytes > self.limit and tiled.peak_bytes < whole.peak_bytes
+        first = denoising if alone else beside
+        return first.then(tiled if in_tiles else whole), {"vae_alone": alone, "vae_tiled": in_tiles}
+
+    def _decoded(self, size: tuple[int, int], tiled: bool = False) -> Usage:
+        if (size, tiled) not in self._decodes:
+            self._decodes[size, tiled] = self._simulate(1, size, decode=True, tiled=tiled)
+        return self._decodes[size, tiled]
+
+    def _simulate(self, batch_size: int, size: tuple[int, int], *, decode: bool, tiled: bool = False) -> Usage:
+        family, dtype = self._request.family, self._request.weight_dtype
+        return simulate_vae(family, batch_size, size, dtype, decode=decode, tiled=tiled)
+
+    def _beside(self, usage: Usage) -> Usage:
+        return usage.beside(parameter_bytes=self._base.parameter_bytes, lora_bytes=self._base.lora_bytes)
+
+    def _placed(self, usage: Usage) -> tuple[Usage, bool]:
+        beside = self._beside(usage)
+        if beside.peak_bytes <= self.limit or self._request.bytes_elsewhere is not None:
+            return beside, False
+        return self._alone(usage), True
+
+    def _alone(self, usage: Usage) -> Usage:
+        return usage.beside(lora_bytes=self._base.lora_bytes)
+
+
+def _make_images(
+    name: str, request: PlanRequest, fake: FakeTransformer, vae: _Vae, wanted: int, side: int, states: int
+) -> dict[str, Any]:
+    """The stage in which the pipeline makes images, LoRA and optimizer state resident.
+
+    As many at a time as are wanted and need no more than training; the VAE decodes them one by one.
+    """
+    images = max(wanted, 1)
+    while True:
+        # A guided pipeline runs the prompt and the negative prompt in one batch, if not one after the other.
+        batch_size = images if request.family.negative_prompt is None else 2 * images
+        infer = fake.infer(batch_size, (side, side), request.text_tokens)
+        # Class images are made apart from each other, by processes that have all of the weights.
+        others = request.resident_bytes if name == "class_images" else request.beside_bytes
+        infer = infer.beside(parameter_bytes=others, lora_bytes=states)
+        phases, placement = vae.decode_after(infer, (side, side))
+        usage = phases.beside(parameter_bytes=request.validation_extra_bytes)
+        if images == 1 or usage.peak_bytes <= vae.limit:
+            return {**_stage(name, usage, images, vae.decode((side, side))), **placement}
+        images //= 2
+
+
+def _precompute_batch(
+    request: PlanRequest, fake: FakeTransformer, first: Usage, train: Usage, vae: _Vae, states: int
+) -> tuple[int, Usage]:
+    """The batch of precompute forwards, and what they need.
+
+    Weights are read once per batch, so more samples are faster; activations grow with them, and precompute should
+    not need more than training does.
+    """
+    if request.precompute_batch_size is not None:
+        return request.precompute_batch_size, first
+    batch_size = 1
+    limit = min(LARGEST_PRECOMPUTE_BATCH, max(request.num_samples, 1))
+    # Activations grow about in proportion to the batch, so one sample tells where to begin.
+    phases = (first, vae.encode(1)[0])
+    while 2 * batch_size <= limit and all(
+        phase.parameter_bytes + phase.lora_bytes + 2 * batch_size * phase.activation_bytes <= train.peak_bytes
+        for phase in phases
+    ):
+        batch_size *= 2
+    while batch_size > 1:
+        usage, _ = fake.capture(batch_size, request.training_size, request.text_tokens)
+        usage = usage.beside(parameter_bytes=request.beside_bytes, lora_bytes=states)
+        if usage.peak_bytes <= train.peak_bytes:
+            return batch_size, usage
+        batch_size //= 2
+    return 1, first
+
+
+def _encode_text(request: PlanRequest, training_peak: int) -> tuple[Usage, bool]:
+    """What encoding needs, and whether large encoders have to be streamed to need no more than training."""
+    whole = _run_encoders(request, ())
+    if whole.peak_bytes <= max(training_peak, SMALL_ENCODE_BYTES):
+        return whole, False
+    allowed, large = request.streamable_encoders, large_encoders(dict(enumerate(request.text_encoders)))
+    positions = [position for position in large if allowed is None or position in allowed]
+    streamed = _run_encoders(request, positions) if positions else whole
+    return (streamed, True) if streamed.peak_bytes < whole.peak_bytes else (whole, False)
+
+
+def _run_encoders(request: PlanRequest, streamed: Sequence[int]) -> Usage:
+    """All text encoders are loaded together and run in turn, one prompt at a time."""
+    usages = [
+        simulate_text_encoder(c, 1, request.text_tokens, request.weight_dtype, streamed=position in streamed)
+        for position, c in enumerate(request.text_encoders)
+    ]
+    total = Usage(0, 0)
+    parameter_bytes = request.text_encoder_parameter_bytes + sum(usage.parameter_bytes for usage in usages)
+    for usage in usages:
+        total = total.then(usage.beside(parameter_bytes=parameter_bytes - usage.parameter_bytes))
+    return total if usages else Usage(parameter_bytes, parameter_bytes)
+
+
+def _records(request: PlanRequest, residuals: SpanResiduals) -> dict[str, int]:
+    """Disk of the residual store."""
+    if not request.stores_residuals and not request.cache_latents:
+        return {"records": 0, "bytes": 0, "stretches": 0, "record_bytes": 0, "modulation_bytes": 0}
+    stored = residuals.tensors() if request.stores_residuals else {}
+    packed = PACKED if request.residual_dtype == "float8" else ()
+    sizes = {
+        name: packed_bytes(tensor[0]) if name in packed else tensor[0].numel() * tensor.element_size()
+        for name, tensor in stored.items()
+    }
+    modulation = sizes.pop("modulation", 0)
+    record = math.prod(request.family.latent_shape(*request.training_size)) * request.weight_dtype.itemsize
+    record += sum(sizes.values())
+    # Samples of the same prompt and timestep share their modulation; at most, each has its own.
+    per_record = record + modulation + RECORD_OVERHEAD
+    samples_per_step = request.samples_per_step or request.batch_size * request.gradient_accumulation_steps
+    num_steps = max(-(-request.num_samples // samples_per_step), 1)
+    length = request.stretch_steps or num_steps
+    if request.residual_budget_bytes is not None:
+        # A stretch holds whole steps.
+        fitting = max(1, request.residual_budget_bytes // (per_record * samples_per_step))
+        length = min(length, fitting * request.record_repeats)
+    stretches = Stretches(num_steps=num_steps, length=length, repeats=request.record_repeats)
+    records = min(stretches.num_recorded_steps * samples_per_step, request.num_samples)
+    return {
+        "records": records,
+        "bytes": records * per_record,
+        "stretches": len(stretches),
+        "record_bytes": record,
+        "modulation_bytes": modulation,
+    }
+
+
+def _optimizer_state_bytes(parameters: Sequence[torch.nn.Parameter], use_8bit_adam: bool) -> int:
+    """Two moments per LoRA weight, in float32 or, for tensors that bitsandbytes quantises, in 8 bits."""
+    total = 0
+    for count in (parameter.numel() for parameter in parameters):
+        if use_8bit_adam and count >= MIN_8BIT_SIZE:
+            total += 2 * (count + 4 * -(-count // BLOCK_8BIT_SIZE))
+        else:
+            total += 2 * 4 * count
+    return total
+
+
+def _stage(name: str, usage: Usage, batch_size: int, vae: Usage | None = None) -> dict[str, Any]:
+    """A stage of the plan.
+
+    Args:
+        name: The stage.
+        usage: What a step of it needs.
+        batch_size: Samples of a step.
+        vae: The part of it that is the VAE's.
+    """
+    return {
+        "name": name,
+        "peak_device_bytes": usage.peak_bytes,
+        "parameter_bytes": usage.parameter_bytes,
+        "activation_bytes": usage.activation_bytes,
+        "lora_optimizer_bytes": usage.lora_bytes,
+        "tflops_per_step": usage.product_flops / 1e12,
+        "attention_tflops_per_step": usage.attention_flops / 1e12,
+        "vae_tflops": (vae.product_flops + vae.attention_flops) / 1e12 if vae else 0.0,
+        "batch_size": batch_size,
+        "seconds": None,
+        "simulated": True,
+    }

@@ -1,0 +1,1 @@
+"""What people see of a run: progress, trackers, report page, model card."""

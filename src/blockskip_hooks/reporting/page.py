@@ -1,0 +1,274 @@
+"""report.html: one self-contained page about a run, and contact sheets of its images."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from importlib import resources
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from ..utils.files import write_text
+from ..utils.formatting import format_bytes, format_seconds
+from .charts import harm_chart, loss_chart, timestep_chart
+
+
+# Longest side of an embedded picture. Base64 of untouched camera photos would make a page of a hundred megabytes.
+RESULT_PIXELS = 1024
+PHOTO_PIXELS = 512
+# Pictures up to this side are shown with hard pixel edges: smoothing would hide what the model really made.
+PIXEL_ART_SIDE = 128
+
+_SECRET_KEY = re.compile(r"(^|_)(hub_token|api_key|password|secret)$")
+_SECRET_TEXT = re.compile(r"(--(?:hub_token|\w*api_key|\w*password|\w*secret)[=\s]+)\S+|\bhf_\w{20,}")
+
+
+@dataclass
+class ReportImages:
+    """Pictures of a run.
+
+    Args:
+        photos: The training photos.
+        crops: Training samples as the model saw them, each with a caption such as "t = 731, patch 56 px".
+        prompts: Validation prompts.
+        before: Images of the base model, one list for each prompt; may be empty.
+        after: Images with the trained LoRA, one list for each prompt.
+        step: The step after which ``after`` was made; ``None`` for the last.
+    """
+
+    photos: list[Image.Image] = field(default_factory=list)
+    crops: list[tuple[str, Image.Image]] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
+    before: list[list[Image.Image]] = field(default_factory=list)
+    after: list[list[Image.Image]] = field(default_factory=list)
+    step: int | None = None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image the way the page needs it."""
+
+    src: str
+    alt: str
+    width: int
+    height: int
+    pixelated: bool
+
+
+def write_report(
+    output_dir: str | Path,
+    run_report: Mapping[str, Any],
+    plan: Mapping[str, Any],
+    *,
+    images: ReportImages,
+    command: str,
+    settings: Mapping[str, Any],
+    snippet: str,
+    curves: Mapping[str, Sequence[float]] | None = None,
+    total_steps: int | None = None,
+) -> Path:
+    """Write report.html into ``output_dir``. Parts that are missing from the inputs are left out of the page.
+
+    Args:
+        output_dir: Folder of the run.
+        run_report: Contents of run_report.json.
+        plan: Contents of plan.json.
+        images: Pictures to show.
+        command: Command line that repeats the run. Tokens in it are masked.
+        settings: All settings by flag name, tokens are masked.
+        snippet: Python code that loads and runs the LoRA, see `usage_snippet`.
+        curves: Harm of masking 0, 1, ... blocks of the ends ``"leading"`` and ``"trailing"``, where it was measured.
+        total_steps: Steps that the run is to have, for the page of a run that has not ended.
+
+    Returns:
+        Path of the page.
+    """
+    environment = jinja2.Environment(
+        # Not PackageLoader: importlib.resources also finds the templates of a zipped package.
+        loader=jinja2.FunctionLoader(
+            lambda name: (resources.files(__package__) / "templates" / name).read_text(encoding="utf-8")
+        ),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"bytes": _unbroken(format_bytes), "seconds": _unbroken(format_seconds)}
+    output_dir = Path(output_dir)
+    model = str(run_report.get("model") or "path/to/base-model")
+    skip = run_report.get("skip") or plan.get("skip") or {}
+    train = run_report.get("train") or {}
+    page = environment.get_template("report.html").render(
+        run=run_report,
+        plan=plan,
+        model=Path(model).name if Path(model).is_absolute() else model,
+        instance_prompt=settings.get("instance_prompt"),
+        rank=settings.get("rank"),
+        skip=_skip(skip),
+        harm=harm_chart(curves or {}, {end: skip.get(end) or 0 for end in ("leading", "trailing")}),
+        patch=run_report.get("patch") or plan.get("patch") or {},
+        train=train,
+        stages=_stages(run_report.get("stages") or [], plan.get("stages") or []),
+        loss=loss_chart(train.get("loss") or []),
+        loss_by_timestep=timestep_chart(train.get("loss_by_timestep") or {}),
+        results=_results(images),
+        results_step=images.step,
+        total_steps=total_steps,
+        written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
+        photos=[_picture(photo, f"Training photo {i}", PHOTO_PIXELS) for i, photo in enumerate(images.photos, 1)],
+        crops=[(text, _picture(crop, f"Training sample, {text}", PHOTO_PIXELS)) for text, crop in images.crops],
+        settings=[(key, _mask(key, value)) for key, value in settings.items()],
+        command=[word for word in re.split(r"(\s+)", _SECRET_TEXT.sub(r"\1***", command.strip())) if word],
+        snippet=snippet,
+    )
+    write_text(output_dir / "report.html", page)
+    return output_dir / "report.html"
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[Image.Image]], labels: Sequence[str] | None, path: str | Path, scale: int = 1
+) -> Path:
+    """Save images as a grid on white, as PNG.
+
+    Args:
+        rows: Images of each row; rows may differ in length.
+        labels: A line of text above each row, shortened to the width of the sheet, or None.
+        path: Where the PNG goes.
+        scale: Whole-number enlargement with hard pixel edges.
+
+    Raises:
+        ValueError: if there are no images, or not one label for each row.
+    """
+    if not any(rows):
+        raise ValueError("contact_sheet got no images.")
+    if labels is not None and len(labels) != len(rows):
+        raise ValueError(f"contact_sheet got {len(labels)} labels for {len(rows)} rows; give one for each row.")
+    gap, text_height = 8, 24 if labels is not None else 0
+    cell_width = max(image.width for row in rows for image in row) * scale
+    cell_height = max(image.height for row in rows for image in row) * scale
+    width = max(len(row) for row in rows) * (cell_width + gap) + gap
+    height = len(rows) * (text_height + cell_height + gap) + gap
+    sheet = Image.new("RGB", (width, height), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=15)
+    for row_index, row in enumerate(rows):
+        top = gap + row_index * (text_height + cell_height + gap)
+        if labels is not None:
+            text = " ".join(labels[row_index].split())
+            shown = text
+            while shown and draw.textlength(shown, font=font) > width - 2 * gap:
+                text = text[:-1]
+                shown = text.rstrip() + "..."
+            draw.text((gap, top), shown, fill="black", font=font)
+        for column, image in enumerate(row):
+            enlarged = _flat(image).resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (gap + column * (cell_width + gap), top + text_height))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path, format="PNG", optimize=True)
+    return path
+
+
+def _flat(image: Image.Image) -> Image.Image:
+    """``image`` upright and as RGB, transparency on white: plain conversion would turn it black."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _picture(image: Image.Image, alt: str, longest: int) -> Picture:
+    image = _flat(image)
+    image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    small = max(image.size) <= 256
+    # Small pictures are exact, and as PNG still no bigger than a JPEG's artefacts are worth.
+    image.save(buffer, "PNG", optimize=True) if small else image.save(buffer, "JPEG", quality=88)
+    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    src = f"data:image/{'png' if small else 'jpeg'};base64,{data}"
+    return Picture(src, alt, image.width, image.height, max(image.size) <= PIXEL_ART_SIDE)
+
+
+def _results(images: ReportImages) -> list[dict[str, Any]]:
+    def pictures(kind: str, prompt: str, row: Sequence[Image.Image]) -> list[Picture]:
+        numbers = [f", image {number}" if len(row) > 1 else "" for number in range(1, len(row) + 1)]
+        return [_picture(image, f"{kind}{number}: {prompt}", RESULT_PIXELS) for number, image in zip(numbers, row)]
+
+    results = []
+    for prompt, before, after in zip_longest(images.prompts, images.before, images.after):
+        prompt, before, after = prompt or "no prompt", before or [], after or []
+        if before or after:
+            sides = {"before": pictures("Base model", prompt, before), "after": pictures("With LoRA", prompt, after)}
+            results.append({"prompt": prompt, **sides})
+    return results
+
+
+def _skip(skip: Mapping[str, Any]) -> dict[str, Any] | None:
+    if not skip.get("blocks"):
+        return None
+    blocks, leading, trailing = skip["blocks"], skip.get("leading") or 0, skip.get("trailing") or 0
+    origin = {
+        "flag": "chosen with --skip_blocks",
+        "table": f"from the table {skip.get('table') or 'shipped with the package'}",
+        "search": "found by a masking search",
+        "rule": "from the general rule, as no table has this model",
+    }
+    spans = (("leading", 0, leading), ("kept", leading, blocks - trailing), ("trailing", blocks - trailing, blocks))
+    return {
+        "blocks": blocks,
+        "leading": leading,
+        "trailing": trailing,
+        "kept": blocks - leading - trailing,
+        "ratio": (leading + trailing) / blocks,
+        "cells": ["kept" if leading <= index < blocks - trailing else "skipped" for index in range(blocks)],
+        "spans": [{"name": name, "first": first, "count": end - first, "last": end - 1} for name, first, end in spans],
+        "origin": origin.get(str(skip.get("source")), ""),
+    }
+
+
+def _stages(measured: Sequence[Mapping[str, Any]], planned: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Measured and planned figures side by side, in the order of the run, planned-only stages last."""
+    by_name = {stage["name"]: stage for stage in planned}
+    names = list(dict.fromkeys([stage["name"] for stage in measured] + list(by_name)))
+    if not names:
+        return None
+    runs = {stage["name"]: stage for stage in measured}
+    total = sum(stage.get("seconds") or 0 for stage in measured)
+    rows = []
+    for name in names:
+        run, plan = runs.get(name, {}), by_name.get(name, {})
+        rows.append(
+            {
+                "name": name,
+                "seconds": run.get("seconds"),
+                "share": (run.get("seconds") or 0) / total if total else 0,
+                "rss": run.get("peak_rss_bytes"),
+                "device": run.get("peak_device_bytes"),
+                "simulated": plan.get("peak_device_bytes"),
+                "parameters": plan.get("parameter_bytes"),
+                "activations": plan.get("activation_bytes"),
+                "planned_seconds": plan.get("seconds"),
+            }
+        )
+    columns = ("seconds", "rss", "device", "simulated", "planned_seconds")
+    peaks = {key: max((row[key] or 0 for row in rows), default=0) or None for key in ("rss", "device", "simulated")}
+    shown = {key for key in columns if any(row[key] is not None for row in rows)}
+    return {"rows": rows, "total": total or None, "peaks": peaks, "shown": shown}
+
+
+def _unbroken(formatter: Callable[[float | None], str]) -> Callable[[float | None], str]:
+    # A line break between a number and its unit is hard to read.
+    return lambda value: formatter(value).replace(" ", "\u00a0")
+
+
+def _mask(key: str, value: Any) -> str:
+    if value is None:
+        return "–"
+    return "***" if _SECRET_KEY.search(key) else _SECRET_TEXT.sub(r"\1***", str(value))

@@ -1,0 +1,219 @@
+"""What trackers get to see of a run: figures of every step, of the LoRA and of the machine, and validation images."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from peft.tuners.tuners_utils import BaseTunerLayer
+from PIL import Image
+
+from ..cli.errors import first_line, one_line
+from ..data.sample_plan import Sample
+from ..training.settings import Run
+from ..transformer import DiTBlockSkipTransformer
+from ..utils.monitor import StageMonitor
+
+
+logger = logging.getLogger(__name__)
+
+EVERY = 10
+"""Steps between figures that cost more than a number: of the LoRA, the patches, memory and stages."""
+GAP = 4
+"""Pixels between two images side by side."""
+
+
+def start_trackers(run: Run, accelerator: Accelerator) -> None:
+    """Start the trackers of ``--report_to``, with the flags as the run's settings.
+
+    What trackers of services keep on disk goes to ``--logging_dir``, like tensorboard's files.
+
+    Raises:
+        ValueError: if one cannot start.
+    """
+    folder = run.output_dir / run.args.logging_dir
+    if accelerator.log_with:
+        folder.mkdir(parents=True, exist_ok=True)
+    places = {"wandb": {"dir": str(folder)}, "swanlab": {"logdir": str(folder / "swanlab")}}
+    try:
+        accelerator.init_trackers(f"dreambooth-{run.family.name}-lora", run.trackable_settings(), places)
+    except Exception as error:  # every service has errors of its own, of the network and of logging in
+        logger.debug("A tracker did not start.", exc_info=True)
+        accelerator.trackers.clear()
+        hints = {
+            "wandb": "run `wandb login`, or set WANDB_MODE=offline",
+            "comet_ml": "run `comet login`, or set COMET_START_ONLINE=0",
+            "swanlab": "run `swanlab login`, or set SWANLAB_MODE=local",
+        }
+        wanted = [str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with]
+        advice = [hints[name] for name in wanted if name in hints]
+        raise ValueError(
+            f"--report_to {run.args.report_to}: a tracker does not start ({one_line(first_line(error))}); "
+            f"{'; '.join([*advice, 'or'])} give --report_to none."
+        ) from error
+
+
+class Tracking:
+    """Gives the trackers of a run their figures; does nothing where there are none, as on all but the main process.
+
+    Args:
+        accelerator: Has the trackers.
+        monitor: Knows memory and stages.
+        model: Has the LoRA.
+    """
+
+    def __init__(self, accelerator: Accelerator, monitor: StageMonitor, model: DiTBlockSkipTransformer) -> None:
+        self.accelerator, self.monitor, self.model = accelerator, monitor, model
+        self._patch_sizes: list[int] = []
+
+    @property
+    def is_on(self) -> bool:
+        """Whether there are trackers."""
+        return bool(self.accelerator.trackers)
+
+    @property
+    def is_on_somewhere(self) -> bool:
+        """Whether this process has trackers, or needs to do what those that have them do: run shared weights."""
+        return self.is_on or (self.model.is_sharded and bool(self.accelerator.log_with))
+
+    def log_step(
+        self, step: int, samples: Sequence[Sample], figures: Mapping[str, float], quarters: Mapping[str, float]
+    ) -> None:
+        """Log an optimiser step.
+
+        Args:
+            step: Its number, from 1.
+            samples: This process's samples of it.
+            figures: Loss, learning rate, gradient norm.
+            quarters: Mean loss by range of timesteps, over all processes.
+        """
+        if not self.is_on:
+            return
+        self._patch_sizes += [sample.patch_size for sample in samples]
+        values = {**figures, **{f"loss_by_timestep/{timesteps}": loss for timesteps, loss in quarters.items()}}
+        if step % EVERY == 0:
+            values |= self._slow_figures()
+            self._log_patch_sizes(step)
+        self.accelerator.log(values, step=step)
+
+    def log_stages(self, step: int) -> None:
+        """Log seconds and peak memory of the stages so far."""
+        if not self.is_on:
+            return
+        values = {}
+        for stage in self.monitor.as_list():
+            values[f"stage_seconds/{stage['name']}"] = stage["seconds"]
+            peak = stage["peak_device_bytes"] if stage["peak_device_bytes"] is not None else stage["peak_rss_bytes"]
+            values[f"stage_peak_bytes/{stage['name']}"] = peak
+        self.accelerator.log(values, step=step)
+
+    def log_trailing_error(self, step: int, error: float) -> None:
+        """Log how far recorded trailing residuals are from what the span computes now."""
+        self.accelerator.log({"trailing_error": error}, step=step)
+
+    def log_images(
+        self,
+        step: int,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        base: Sequence[Sequence[Image.Image]],
+        now: Sequence[Sequence[Image.Image]],
+    ) -> None:
+        """Log validation images: of each prompt and seed the base model's on the left, the trained model's beside it.
+
+        Trackers that show no images get none.
+        """
+        for number, (prompt, before, after) in enumerate(zip(prompts, base, now, strict=True)):
+            pairs = [side_by_side(left, right) for left, right in zip(before, after, strict=True)]
+            # Some trackers take few characters in a name; the whole prompt is in the caption.
+            name = f"validation/{number} {re.sub('[^0-9a-zA-Z _-]', '_', prompt)[:80]}"
+            captions = [f"{prompt} (seed {seed}: base model, step {step})" for seed in seeds]
+            for tracker in self.accelerator.trackers:
+                _log_pairs(tracker, name, seeds, pairs, captions, step)
+
+    def _slow_figures(self) -> dict[str, float]:
+        now, peak = self.monitor.memory()
+        norms = block_norms(self.model)
+        return {"memory/now": now, "memory/peak": peak, **{f"lora_norm/{name}": norm for name, norm in norms.items()}}
+
+    def _log_patch_sizes(self, step: int) -> None:
+        """The patch sizes since the last time: a histogram where the tracker has one, else shares of each size."""
+        sizes, self._patch_sizes = self._patch_sizes, []
+        if not sizes:
+            return
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.tracker.add_histogram("patch_size", np.array(sizes), step)
+            elif tracker.name == "wandb":
+                import wandb
+
+                tracker.log({"patch_size": wandb.Histogram(sizes)}, step=step)
+            elif tracker.name == "comet_ml":
+                tracker.tracker.log_histogram_3d(sizes, name="patch_size", step=step)
+            else:
+                counts = Counter(sizes)
+                tracker.log({f"patch_size/{size}": count / len(sizes) for size, count in counts.items()}, step=step)
+
+
+@torch.no_grad()
+def block_norms(model: DiTBlockSkipTransformer) -> dict[str, float]:
+    """How much LoRA changes each kept block: the norm of all its weights' updates together, by name of the block."""
+    squares: dict[str, list[torch.Tensor]] = {}
+    for block in model.spans.kept:
+        for layer in block.module.modules():
+            if isinstance(layer, BaseTunerLayer):
+                for name, scale in layer.scaling.items():
+                    down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+                    # Of the product, by matrices of the rank's size only.
+                    square = ((up.T @ up) * (down @ down.T)).sum() * scale**2
+                    squares.setdefault(block.name, []).append(square)
+    if not squares:
+        return {}
+    # One read from the device for all of them; rounding can leave a little less than zero.
+    norms = torch.stack([torch.stack(parts).sum() for parts in squares.values()]).clamp_min(0).sqrt().tolist()
+    return dict(zip(squares, norms, strict=True))
+
+
+def side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
+    """Two images in one."""
+    both = Image.new("RGB", (left.width + GAP + right.width, max(left.height, right.height)), "white")
+    both.paste(left, (0, 0))
+    both.paste(right, (left.width + GAP, 0))
+    return both
+
+
+def _log_pairs(
+    tracker: Any,
+    name: str,
+    seeds: Sequence[int],
+    pairs: Sequence[Image.Image],
+    captions: Sequence[str],
+    step: int,
+) -> None:
+    if tracker.name == "tensorboard":
+        named = {f"{name}/seed {seed}": np.asarray(pair)[None] for seed, pair in zip(seeds, pairs, strict=True)}
+        tracker.log_images(named, step=step, dataformats="NHWC")
+        # Its images have no captions.
+        tracker.log({f"{name}/caption": "  \n".join(captions)}, step=step)
+    elif tracker.name == "wandb":
+        import wandb
+
+        images = [wandb.Image(pair, caption=caption) for pair, caption in zip(pairs, captions, strict=True)]
+        tracker.log({name: images}, step=step)
+    elif tracker.name == "swanlab":
+        import swanlab
+
+        images = [swanlab.Image(pair, caption=caption) for pair, caption in zip(pairs, captions, strict=True)]
+        tracker.log({name: images}, step=step)
+    elif tracker.name == "comet_ml":
+        for pair, caption in zip(pairs, captions, strict=True):
+            tracker.tracker.log_image(pair, name=caption, step=step)
+
+
+__all__ = ["Tracking", "block_norms", "side_by_side", "start_trackers"]

@@ -1,0 +1,1 @@
+"""Records of residual features: made, stored, read back in batches."""

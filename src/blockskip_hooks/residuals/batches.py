@@ -1,0 +1,272 @@
+"""From the sample plan to what one training step needs: crops, latents, noise and, with skipped blocks, residuals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from diffusers import ModelMixin
+from torch.nn.utils.rnn import pad_sequence
+
+from ..data.photos import PhotoSet
+from ..data.sample_plan import Sample, SampleKind, SamplePlan, derived_seed
+from ..families import Family, PromptEmbeds
+from ..hooks import SpanResiduals
+from .dtype import ResidualDtype, unpack_record
+from .store import DamagedRecord, Record, ResidualStore
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class PhotoSource:
+    """Photos of one kind and the prompts they are trained with.
+
+    Attributes:
+        photos: The decoded photos.
+        prompt: Prompt of photos without a caption.
+        use_captions: Whether captions replace the prompt.
+    """
+
+    photos: PhotoSet
+    prompt: str
+    use_captions: bool = True
+
+    def prompt_for(self, image: int) -> str:
+        caption = self.photos.caption(image) if self.use_captions else None
+        return caption or self.prompt
+
+    def prompts(self) -> list[str]:
+        """Every prompt once, in order of first use."""
+        return list(dict.fromkeys(self.prompt_for(image) for image in range(len(self.photos))))
+
+
+@dataclass
+class Batch:
+    """One step's inputs; instance samples first, then, with prior preservation, as many class samples.
+
+    Attributes:
+        samples: The samples, B of them.
+        latents: Clean scaled latents, ``(B, C, H, W)``.
+        noise: Gaussian noise of the same shape.
+        noisy_latents: What the schedule makes of both.
+        timesteps: ``(B,)``, in the scheduler's units.
+        sigmas: Noise levels, ``(B, 1, 1, 1)``.
+        embeds: Prompt embeddings with a batch dimension.
+        prompts: Their prompts.
+        residuals: What the skipped spans contribute, or ``None`` when no record holds it.
+    """
+
+    samples: list[Sample]
+    latents: torch.Tensor
+    noise: torch.Tensor
+    noisy_latents: torch.Tensor
+    timesteps: torch.Tensor
+    sigmas: torch.Tensor
+    embeds: PromptEmbeds
+    prompts: list[str]
+    residuals: SpanResiduals | None
+
+
+class SampleMaker:
+    """Builds batches from samples, from their records where there are any.
+
+    Args:
+        plan: The sample plan.
+        sources: Photos and prompts by kind.
+        family: The model's family.
+        embeds: Embeddings of every prompt, on the CPU.
+        device: Where batches go.
+        dtype: Dtype of latents and embeddings.
+        records_modulation: Whether records hold the outputs of modulation layers.
+        residual_dtype: How records hold residuals.
+    """
+
+    def __init__(
+        self,
+        plan: SamplePlan,
+        sources: dict[SampleKind, PhotoSource],
+        family: Family,
+        embeds: dict[str, PromptEmbeds],
+        device: torch.device | str,
+        dtype: torch.dtype,
+        records_modulation: bool = False,
+        residual_dtype: ResidualDtype = "auto",
+    ) -> None:
+        self.residual_dtype = residual_dtype
+        self.records_modulation = records_modulation
+        self.plan = plan
+        self.sources = sources
+        self.family = family
+        self.embeds = embeds
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self._posteriors: dict[tuple[SampleKind, int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def samples(self, indices: Iterable[int]) -> list[Sample]:
+        """The samples of a step: ``indices`` of every kind, instance first."""
+        indices = list(indices)
+        return [self.plan.sample(index, kind) for kind in self.sources for index in indices]
+
+    def describe(self, sample: Sample) -> str:
+        """A sample in words: its number and its photo."""
+        return f"{sample.kind} sample {sample.index} ({self.sources[sample.kind].photos.name(sample.image)})"
+
+    def crop(self, sample: Sample) -> torch.Tensor:
+        """The sample's image as the VAE sees it, ``(3, h, w)`` in [-1, 1] at its bucket's training shape."""
+        patch = self.plan.patch
+        return self.sources[sample.kind].photos.crop(
+            sample.image,
+            patch_size=patch.patch_shape(sample.bucket, sample.patch_size),
+            top=sample.top,
+            left=sample.left,
+            flip=sample.flip,
+            center=self.plan.center_crop,
+            output_size=patch.training_shape(sample.bucket),
+            bucket=sample.bucket,
+        )
+
+    def prompt(self, sample: Sample) -> str:
+        """The sample's prompt; empty where caption dropout takes it away."""
+        return "" if sample.drop_caption else self.sources[sample.kind].prompt_for(sample.image)
+
+    def modulation_id(self, sample: Sample) -> str:
+        """Name of the record with the sample's modulation, which all samples of this prompt and timestep share."""
+        return f"modulation-{derived_seed('prompt', self.prompt(sample)):016x}-{sample.timestep_index:04d}"
+
+    def is_recorded(self, sample: Sample, store: ResidualStore) -> bool:
+        """Whether the store holds everything of the sample."""
+        return sample.id in store and (not self.records_modulation or self.modulation_id(sample) in store)
+
+    def read_record(self, sample: Sample, store: ResidualStore) -> Record:
+        """The sample's tensors, its modulation included."""
+        record = unpack_record(store.read(sample.id), self.dtype)
+        return {**record, **store.read(self.modulation_id(sample))} if self.records_modulation else record
+
+    def shape_key(self, sample: Sample) -> tuple:
+        """What decides the shapes of the sample's tensors; equal keys can share a forward without padding."""
+        return sample.bucket, *(tuple(tensor.shape) for tensor in self.embeds[self.prompt(sample)].values())
+
+    @torch.no_grad()
+    def encode(self, vae: ModelMixin, samples: Sequence[Sample], crops: torch.Tensor | None = None) -> torch.Tensor:
+        """Crops through the VAE: scaled latents ``(B, C, H, W)``, each drawn from the posterior with its own seed.
+
+        Args:
+            vae: The VAE.
+            samples: The samples.
+            crops: Their crops, ``(B, 3, h, w)``, if they were made already.
+        """
+        if self.plan.fixed_crops:
+            posteriors = [self._fixed_posterior(vae, sample) for sample in samples]
+            mean, std = (torch.stack(parts) for parts in zip(*posteriors, strict=True))
+        else:
+            if crops is None:
+                crops = torch.stack([self.crop(sample) for sample in samples])
+            mean, std = self.family.posterior(vae, crops)
+        noise = [
+            torch.randn(
+                mean.shape[1:], generator=torch.Generator().manual_seed(derived_seed(s.noise_seed, "posterior"))
+            )
+            for s in samples
+        ]
+        return self.family.scale_latents(vae, mean + std * torch.stack(noise).to(mean)).to(self.dtype)
+
+    def _fixed_posterior(self, vae: ModelMixin, sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
+        """The posterior of an image whose crop never changes, computed once."""
+        key = (sample.kind, sample.image, sample.bucket)
+        if key not in self._posteriors:
+            mean, std = self.family.posterior(vae, self.crop(sample)[None])
+            self._posteriors[key] = (mean[0], std[0])
+        return self._posteriors[key]
+
+    def batch(self, samples: Sequence[Sample], latents: torch.Tensor, residuals: SpanResiduals | None = None) -> Batch:
+        """Complete clean latents with noise, noise levels and prompts."""
+        scheduler = self.family.scheduler
+        indices = [sample.timestep_index for sample in samples]
+        # Noise is drawn on the CPU in float32, so that every device and dtype trains on the same sample.
+        noise = torch.stack(
+            [torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(s.noise_seed)) for s in samples]
+        )
+        prompts = [self.prompt(sample) for sample in samples]
+        embeds = self.family.collate_embeds([self.embeds[prompt] for prompt in prompts])
+        latents = latents.to(self.device, self.dtype)
+        noise = noise.to(latents)
+        return Batch(
+            samples=list(samples),
+            latents=latents,
+            noise=noise,
+            noisy_latents=self.family.add_noise(latents, noise, indices),
+            timesteps=scheduler.timesteps[indices].to(self.device),
+            sigmas=self.family.sigmas(indices).to(latents),
+            embeds=place_embeds(embeds, self.device, self.dtype),
+            prompts=prompts,
+            residuals=None if residuals is None else residuals.to(self.device),
+        )
+
+    def batch_from_records(self, samples: Sequence[Sample], records: Sequence[Record]) -> Batch:
+        """A batch whose latents and residuals were precomputed.
+
+        Residuals of prompts of different lengths are padded like the prompts, at the end.
+        """
+        stacked = {name: pad_sequence([record[name] for record in records], batch_first=True) for name in records[0]}
+        latents = stacked.pop("latents")
+        return self.batch(samples, latents, SpanResiduals(**stacked) if stacked else None)
+
+
+def place_embeds(embeds: PromptEmbeds, device: torch.device | str, dtype: torch.dtype) -> PromptEmbeds:
+    """Move embeddings to a device; masks and other numbers that are not floating keep their dtype."""
+    return {
+        name: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in embeds.items()
+    }
+
+
+class RecordDataset(torch.utils.data.Dataset):
+    """Map-style view of part of the sample plan: one item for each index, of every kind.
+
+    Items are ``(samples, payloads)`` with one entry per kind; a payload is the sample's record, or its crop when
+    there is no store. ``None`` stands for a record that is damaged.
+    """
+
+    def __init__(self, maker: SampleMaker, store: ResidualStore | None, indices: Sequence[int]) -> None:
+        self.maker = maker
+        self.store = store
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, item: int) -> tuple[list[Sample], list[Record | None]]:
+        samples = self.maker.samples([self.indices[item]])
+        if self.store is None:
+            return samples, [{"pixels": self.maker.crop(sample)} for sample in samples]
+        return samples, [self._read(sample, self.store) for sample in samples]
+
+    def _read(self, sample: Sample, store: ResidualStore) -> Record | None:
+        try:
+            return self.maker.read_record(sample, store)
+        except (DamagedRecord, KeyError):
+            return None
+
+
+def read_ahead(batches: Iterable[T]) -> Iterator[T]:
+    """The batches, each made in a thread while the one before is trained on."""
+    upcoming = iter(batches)
+    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
+        made = pool.submit(next, upcoming, None)
+        while (batch := made.result()) is not None:
+            made = pool.submit(next, upcoming, None)
+            yield batch
+
+
+def collate_by_kind(
+    items: Sequence[tuple[list[Sample], list[Record | None]]],
+) -> tuple[list[Sample], list[Record | None]]:
+    """Join items so that all instance samples come before all class samples."""
+    samples = [sample for of_kind in zip(*(item[0] for item in items), strict=True) for sample in of_kind]
+    payloads = [payload for of_kind in zip(*(item[1] for item in items), strict=True) for payload in of_kind]
+    return samples, payloads

@@ -1,0 +1,222 @@
+"""Precompute: records for the samples of a stretch, before training on them (DiT-BlockSkip, section 3.3)."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import find_executable_batch_size
+from diffusers import ModelMixin
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from ..data.sample_plan import Sample
+from ..hooks import SpanResiduals
+from ..reporting.progress import StageProgress
+from ..transformer import DiTBlockSkipTransformer
+from .batches import Batch, SampleMaker
+from .dtype import pack_record
+from .store import Record, ResidualStore
+
+
+# Streaming reads the skipped weights once per batch, so bigger is faster until activations fill the device.
+LARGEST_BATCH = {"cpu": 32, "cuda": 64}
+
+
+@contextlib.contextmanager
+def base_model(transformer: ModelMixin) -> Iterator[None]:
+    """Within this context adapters take no part, so residuals are the frozen model's."""
+    has_adapters = any(isinstance(module, BaseTunerLayer) for module in transformer.modules())
+    if has_adapters:
+        transformer.disable_adapters()
+    try:
+        yield
+    finally:
+        if has_adapters:
+            transformer.enable_adapters()
+
+
+@contextlib.contextmanager
+def only_new_garbage() -> Iterator[None]:
+    """Within this context collecting garbage does not look at the objects that were there before.
+
+    The libraries used here collect on every change of model or batch size, and walking over all they have loaded takes
+    longer than the forward of a few samples.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def capture(model: DiTBlockSkipTransformer, maker: SampleMaker, batch: Batch) -> SpanResiduals:
+    """Residuals of one batch by a no-grad forward of the whole model, without the LoRA's dropout."""
+    inputs = maker.family.transformer_inputs(model.config, batch.noisy_latents, batch.timesteps, batch.embeds)
+    trains = model.training
+    model.eval()
+    try:
+        return model.capture_residuals(**inputs, return_dict=False)
+    finally:
+        model.train(trains)
+
+
+def encode_latents(
+    samples: Sequence[Sample],
+    *,
+    maker: SampleMaker,
+    vae: ModelMixin,
+    store: ResidualStore,
+    batch_size: int | None = None,
+    progress: StageProgress | None = None,
+    between_batches: Callable[[], None] = lambda: None,
+) -> dict[str, torch.Tensor]:
+    """Clean latents of the samples that :func:`precompute_records` will work on, by sample id, on the CPU.
+
+    Encoding all of them first lets the VAE go before the transformer runs.
+
+    Args:
+        samples: Samples to have records of.
+        maker: Builds batches.
+        vae: Encodes crops.
+        store: Holds records already.
+        batch_size: Crops at a time, as many as samples per forward later.
+        progress: Advanced by one per sample.
+        between_batches: Called before each batch; may raise to stop.
+    """
+    latents: dict[str, torch.Tensor] = {}
+
+    @find_executable_batch_size(starting_batch_size=_start_size(samples, maker, batch_size))
+    def run(size: int) -> None:
+        for part in _unfinished_batches(samples, maker, store, size):
+            between_batches()
+            if part[0].id not in latents:
+                encoded = maker.encode(vae, part).cpu()
+                _check_latents(part, encoded, maker)
+                latents.update(zip((sample.id for sample in part), encoded, strict=True))
+                if progress is not None:
+                    progress.update(len(part))
+
+    run()
+    return latents
+
+
+def _check_latents(samples: Sequence[Sample], latents: torch.Tensor, maker: SampleMaker) -> None:
+    """Check latents ``(B, ...)``, so that no record holds what would only show as a loss that is not a number.
+
+    Raises:
+        ValueError: naming the samples whose latents are not finite.
+    """
+    finite = latents.flatten(1).isfinite().all(1).tolist()
+    broken = [maker.describe(sample) for sample, fine in zip(samples, finite, strict=True) if not fine]
+    if broken:
+        raise ValueError(
+            f"The VAE makes latents that are not finite of {broken[0]}, one of {len(broken)} in a batch; give another "
+            "--mixed_precision, or check the photo and the VAE's files."
+        )
+
+
+def precompute_records(
+    samples: Sequence[Sample],
+    latents: Mapping[str, torch.Tensor],
+    *,
+    model: DiTBlockSkipTransformer,
+    maker: SampleMaker,
+    store: ResidualStore,
+    batch_size: int | None = None,
+    with_residuals: bool = True,
+    with_adapters: bool = False,
+    progress: StageProgress | None = None,
+    between_batches: Callable[[], None] = lambda: None,
+    forwards: Callable[[int], int] | None = None,
+) -> int:
+    """Write the records that ``store`` lacks: clean latents and, with skipped blocks, the spans' residuals.
+
+    Weights of skipped blocks are read once per batch of samples. Samples share a batch only if their tensors have the
+    same shapes, so that no record depends on its neighbours. Which samples share a batch does not depend on what the
+    store holds already, so that records of a run that was killed come out as they would have.
+
+    Args:
+        samples: Samples to have records of.
+        latents: Their clean latents, from :func:`encode_latents`.
+        model: The transformer.
+        maker: Builds batches.
+        store: Takes the records.
+        batch_size: Samples per forward; by default the largest that fits the device.
+        with_residuals: Whether to run the transformer at all.
+        with_adapters: Whether adapters take part; otherwise residuals are the base model's.
+        progress: Advanced by one per sample, present ones included.
+        between_batches: Called before each forward, when all that was computed is on disk; may raise to stop.
+        forwards: Where processes share weights: how many forwards all of them do, from the number that this one needs.
+            What it does beyond those is not kept, and the batch size stays when memory runs out.
+
+    Returns:
+        Number of samples whose records were written.
+    """
+    missing = sum(not maker.is_recorded(sample, store) for sample in samples)
+    if progress is not None:
+        progress.skip(len(samples) - missing)
+
+    def forward(part: Sequence[Sample]) -> tuple[Batch, SpanResiduals]:
+        between_batches()
+        of_part = [
+            latents[sample.id] if sample.id in latents else maker.read_record(sample, store)["latents"]
+            for sample in part
+        ]
+        batch = maker.batch(part, torch.stack(of_part))
+        return batch, capture(model, maker, batch) if with_residuals else SpanResiduals()
+
+    def run(size: int) -> int:
+        # Called again with half the size when memory runs out; what is written stays.
+        done = 0
+        for part in _unfinished_batches(samples, maker, store, size):
+            batch, residuals = forward(part)
+            fresh = [sample for sample in part if not maker.is_recorded(sample, store)]
+            store.write(_records(batch, residuals, maker, store))
+            if progress is not None:
+                progress.update(len(fresh))
+            done += 1
+        return done
+
+    start_size = _start_size(samples, maker, batch_size)
+    with contextlib.nullcontext() if with_adapters else base_model(model.transformer):
+        if forwards is None:
+            find_executable_batch_size(run, starting_batch_size=start_size)()
+        else:
+            wanted = forwards(len(list(_unfinished_batches(samples, maker, store, start_size))))
+            for _ in range(run(start_size), wanted):
+                forward(samples[:1])
+    return missing
+
+
+def _start_size(samples: Sequence[Sample], maker: SampleMaker, batch_size: int | None) -> int:
+    return batch_size or min(len(samples), LARGEST_BATCH.get(maker.device.type, 32)) or 1
+
+
+def _unfinished_batches(
+    samples: Sequence[Sample], maker: SampleMaker, store: ResidualStore, size: int
+) -> Iterator[list[Sample]]:
+    """Batches of samples of the same shapes, those left out of which every record is there by then."""
+    groups: dict[tuple, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(maker.shape_key(sample), []).append(sample)
+    batches = [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
+    return (batch for batch in batches if not all(maker.is_recorded(sample, store) for sample in batch))
+
+
+def _records(batch: Batch, residuals: SpanResiduals, maker: SampleMaker, store: ResidualStore) -> dict[str, Record]:
+    """Records by id: one for each sample, and one for each modulation that the store lacks."""
+    stacked: dict[str, Any] = {"latents": batch.latents, **residuals.tensors()}
+    on_cpu = {name: tensor.cpu() for name, tensor in stacked.items()}
+    modulation = on_cpu.pop("modulation", None)
+    records: dict[str, Record] = {}
+    for row, sample in enumerate(batch.samples):
+        if sample.id not in store:
+            record = {name: tensor[row].clone() for name, tensor in on_cpu.items()}
+            records[sample.id] = pack_record(record) if maker.residual_dtype == "float8" else record
+        shared = maker.modulation_id(sample)
+        if modulation is not None and shared not in records and shared not in store:
+            records[shared] = {"modulation": modulation[row].clone()}
+    return records

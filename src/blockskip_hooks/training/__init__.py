@@ -1,0 +1,1 @@
+"""What the loop in the script needs: settings, optimiser, checkpoints, validation, processes, export."""

@@ -1,0 +1,132 @@
+"""Frozen weights of kept blocks divided among processes by torch's FSDP2; the LoRA stays whole in each of them.
+
+Nearly all of a model's memory is frozen weights. Each process holds its part of them and gathers a block when it runs.
+The LoRA and its optimiser are small and learn as in any run of several processes, so checkpoints, resuming and the
+exported file are the same with and without.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import FullyShardedDataParallelPlugin, disable_fsdp_ram_efficient_loading
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from ..blocks import Block
+
+
+SWITCH = "ACCELERATE_USE_FSDP"
+"""What accelerate's launcher sets for a config with ``distributed_type: FSDP``."""
+
+
+def asks_for_sharding() -> bool:
+    """Whether accelerate's config asks for FSDP and there is more than one process.
+
+    Raises:
+        ValueError: if it asks for what is not supported.
+    """
+    if _is_set("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError(
+            "accelerate's config asks for DeepSpeed, which is not supported; use configs/fsdp2.yaml, which divides "
+            "frozen weights among processes, or configs/multi_gpu.yaml."
+        )
+    if not _is_set(SWITCH):
+        return False
+    version = os.environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise ValueError(f"accelerate's config asks for FSDP in version {version}; set fsdp_version: 2 in it.")
+    # It has transformers load text encoders in parts only, for accelerate to send the rest, and nothing does.
+    disable_fsdp_ram_efficient_loading()
+    plugin = FullyShardedDataParallelPlugin()
+    if plugin.activation_checkpointing:
+        raise ValueError(
+            "accelerate's config has fsdp_activation_checkpointing; take it out and give --gradient_checkpointing."
+        )
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        raise ValueError(
+            "accelerate's config has fsdp_offload_params; take it out and skip more blocks: those leave the device."
+        )
+    if not plugin.reshard_after_forward:
+        raise ValueError(
+            "accelerate's config has fsdp_reshard_after_forward: false, which needs more memory than whole weights; "
+            "set it to true, or use configs/multi_gpu.yaml."
+        )
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+@contextmanager
+def hidden_from_accelerate() -> Iterator[None]:
+    """Within this context an accelerator is made as if nothing were divided: what it prepares is the LoRA alone."""
+    asked = os.environ.pop(SWITCH, None)
+    try:
+        yield
+    finally:
+        if asked is not None:
+            os.environ[SWITCH] = asked
+
+
+def shard(module: torch.nn.Module, device: torch.device | str) -> None:
+    """Divide the weights of ``module`` that are there among the processes, but for those of parts divided before.
+
+    Args:
+        module: Loaded on ``device``; streamed parts of it hold no weights and are left alone.
+        device: Where it runs. All processes of the run must call this with the same module.
+    """
+    # Models that split their last block's output, as FLUX does, would be warned of in every process; nothing here or
+    # in them writes into it.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    mesh = init_device_mesh(torch.device(device).type, (torch.distributed.get_world_size(),))
+    absent = {parameter for parameter in module.parameters() if parameter.is_meta}
+    fully_shard(module, mesh=mesh, ignored_params=absent)
+
+
+def average_gradients(accelerator: Accelerator, model: torch.nn.Module) -> torch.nn.Module:
+    """What ``accelerator.prepare(model)`` is for a model with divided weights: those of the LoRA are plain tensors.
+
+    accelerate lets no model with any divided weight train by DDP, also where DDP is told to leave those alone.
+
+    Args:
+        accelerator: Gives autocast.
+        model: With its frozen weights named to DDP as ones to ignore.
+    """
+    under_autocast = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+    device_ids = None if accelerator.device.type == "cpu" else [accelerator.local_process_index]
+    return DistributedDataParallel(under_autocast, device_ids=device_ids)
+
+
+def bytes_elsewhere(
+    transformer: torch.nn.Module,
+    kept: Sequence[Block],
+    recorded_layers: Collection[str],
+    dtype: torch.dtype,
+    num_processes: int,
+) -> int:
+    """What the other processes hold of kept blocks' weights at a process's peak.
+
+    One block runs and the next is gathered meanwhile. What is outside of blocks stays gathered and counts as whole.
+
+    Args:
+        transformer: The model; its weights need not be there.
+        kept: Its kept blocks.
+        recorded_layers: Names of layers whose weights training does without.
+        dtype: Of the weights.
+        num_processes: Processes that share them.
+    """
+    recorded = [transformer.get_submodule(name) for name in recorded_layers]
+    absent = {id(parameter) for layer in recorded for parameter in layer.parameters()}
+    resident = [
+        sum(p.numel() for p in block.module.parameters() if id(p) not in absent) * dtype.itemsize for block in kept
+    ]
+    whole = sum(resident)
+    return max(whole - whole // num_processes - sum(sorted(resident)[-2:]), 0)
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "false").lower() == "true"

@@ -1,0 +1,1 @@
+"""Helpers of every room: atomic files, the machine, what a stage costs."""

@@ -1,0 +1,40 @@
+"""Bytes and durations as people read them."""
+
+from __future__ import annotations
+
+
+def format_bytes(count: float | None) -> str:
+    """Bytes for people, in binary units: ``1.91 GiB``, ``640 MiB``, and a dash for unknown."""
+    if count is None:
+        return "–"
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    index = 0
+    while count >= 1024 and index < len(units) - 1:
+        count /= 1024
+        index += 1
+    digits = 0 if index == 0 or count >= 100 else 1 if count >= 10 else 2
+    return f"{count:.{digits}f} {units[index]}"
+
+
+def format_about(seconds: float | None) -> str:
+    """An estimate for people, without digits that it does not have: ``18 s``, ``6 min``, ``1 h 04 min``, a dash."""
+    if seconds is None:
+        return "–"
+    if seconds < 1:
+        return "under 1 s"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def format_seconds(seconds: float | None) -> str:
+    """A duration for people: ``0.42 s``, ``6 min 12 s``, ``1 h 04 min``, and a dash for unknown."""
+    if seconds is None:
+        return "–"
+    if seconds < 59.95:
+        return f"{seconds:.2f} s" if seconds < 1 else f"{seconds:.1f} s"
+    minutes = round(seconds) // 60
+    if minutes < 60:
+        return f"{minutes} min {round(seconds) % 60:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"

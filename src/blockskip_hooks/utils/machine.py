@@ -1,0 +1,73 @@
+"""What a run ran on: device, system, and builds of libraries. Whoever compares runs of others needs to know."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from ..version import __version__
+
+
+SYSTEM = ("system", "release", "version", "machine", "processor")
+"""What ``platform`` is asked for; the machine's name is not part of it."""
+
+LIBRARIES = ("torch", "diffusers", "peft", "transformers", "datasets")
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """The ``machine`` part of ``run_report.json``.
+
+    Args:
+        device: Where the model trained.
+    """
+    name = getattr(torch.get_device_module(device), "get_device_name", None)
+    return {
+        "device": device.type,
+        # A processor has no name there.
+        "device_name": name(device) if name else None,
+        "cuda": torch.version.cuda,
+        "system": {part: getattr(platform, part)() for part in SYSTEM},
+        "pytorch": torch.__config__.show(),
+        "datasets": _version("datasets"),
+        "sources": {library: library_source(library) for library in LIBRARIES},
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the libraries whose change can change a result; None for one not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in ("torch", "diffusers", "peft", "accelerate", "transformers"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    # A source tree on PYTHONPATH has no metadata, and an editable install may carry that of an older version.
+    found["blockskip_hooks"] = __version__
+    return found
+
+
+def library_source(library: str) -> dict[str, str | None] | None:
+    """Commit and branch that a library was installed from by a version control system, or ``None`` for a release.
+
+    It is what the installer noted beside the library.
+    """
+    try:
+        noted = metadata.distribution(library).read_text("direct_url.json")
+    except metadata.PackageNotFoundError:
+        return None
+    source = json.loads(noted).get("vcs_info") if noted else None
+    return source and {"commit": source.get("commit_id"), "branch": source.get("requested_revision")}
+
+
+def _version(library: str) -> str | None:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+__all__ = ["describe_machine", "library_source", "versions"]

@@ -35,7 +35,6 @@ from blockskip_hooks.cli.errors import explain, in_full
 from blockskip_hooks.cli.preparation import known_defaults, prepare_run
 from blockskip_hooks.families.prompts import check_embeds, encode_prompts
 from blockskip_hooks.loading.quantization import check_device
-from blockskip_hooks.lora import describe_trainable
 from blockskip_hooks.planning.plan import describe_plan, make_plan, planned_batch_size, planned_vae, streams_text
 from blockskip_hooks.reporting.outputs import open_repository, push_to_hub, run_report, write_outputs, write_progress
 from blockskip_hooks.reporting.prediction import expect_work, predict_seconds
@@ -47,8 +46,10 @@ from blockskip_hooks.residuals.stretches import Stretches, segments
 from blockskip_hooks.search.auto import is_trained, probe_args, with_measured_table
 from blockskip_hooks.training.checkpoints import find_checkpoint
 from blockskip_hooks.training.class_images import make_class_images
+from blockskip_hooks.training.lora_checks import describe_trainable
 from blockskip_hooks.training.resume_checks import check_checkpoint
 from blockskip_hooks.training.settings import Run, start_accelerator, weight_dtype
+from blockskip_hooks.training.sharding import shard
 from blockskip_hooks.training.stop_signals import Interrupted, StopSignals, is_lost_process
 from blockskip_hooks.training.trainer import Trainer
 from blockskip_hooks.training.validation import Validation
@@ -233,7 +234,7 @@ def train(
             device=device,
             keep_trainable=args.train_text_encoder,
             streamed=streams_text(plan),
-            progress=display,
+            progress=display.update,
         )
     check_embeds(family, run.transformer_config, embeds, dtype)
     maker = SampleMaker(
@@ -252,7 +253,7 @@ def train(
             transformer_class=family.transformer_class(run.transformer_config),
             recorded_layers=run.recorded_layers,
             quantization=run.quantization,
-            shares_weights=run.shares_weights,
+            shard=shard if run.shares_weights else None,
         )
         if args.enable_npu_flash_attention:
             model.transformer.set_attention_backend("_native_npu")

@@ -113,7 +113,7 @@ def validate_args(args: argparse.Namespace, *, warn: bool = True) -> None:
     _check_numbers(args)
     _check_photos(args)
     _check_skipping(args)
-    read_quantization(args)
+    read_quantization(args.quantization, args.bnb_quantization_config_path)
     _check_optimizer(args)
     _check_output(args)
     for name, needs in _without_effect(args) if warn else ():

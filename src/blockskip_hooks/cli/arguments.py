@@ -10,13 +10,14 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, NoReturn, get_args
 
-from ..config import BlockSkipConfig, PatchMode, ResidualMode
+from ..config import PatchMode, ResidualMode
 from ..data.photos import INTERPOLATION
 from ..families import FAMILIES, Flag
 from ..loading.quantization import METHODS
 from ..residuals.dtype import ResidualDtype
+from ..selection import parse_skip_blocks
 from .config_files import read_config
 from .errors import one_line
 
@@ -81,43 +82,6 @@ def parse_bytes(text: str) -> int:
         raise ValueError(f"'{text}' is not a number of bytes; write it like 8GB, 500MiB or 1000000.")
     # Whole numbers stay exact: a float has no room for every large byte count.
     return int(match[1]) * unit if match[1].isdigit() else int(float(match[1]) * unit)
-
-
-def parse_skip_blocks(text: str, num_blocks: int | None = None) -> tuple[int, int] | int | Literal["auto", "none"]:
-    """Read ``--skip_blocks``.
-
-    Args:
-        text: ``"none"``, ``"auto"``, ``"N"`` (blocks to skip in all, divided between the ends later) or ``"n,m"``
-            (leading and trailing blocks).
-        num_blocks: Number of blocks of the transformer, to check that one is left; None where it is not known yet.
-
-    Returns:
-        The word, the number, or the pair.
-
-    Raises:
-        ValueError: if the text has another form or no block would be left to train.
-    """
-    word = text.strip().lower()
-    if word == "auto":
-        return "auto"
-    if word == "none":
-        return "none"
-    match = re.fullmatch(r"([0-9]{1,9})(?:\s*,\s*([0-9]{1,9}))?", word, re.ASCII)
-    if match is None:
-        raise ValueError(
-            f"--skip_blocks is '{text}'; give none, auto, a number of blocks (10) or leading,trailing (4,6)."
-        )
-    if match[2] is not None:
-        leading, trailing = int(match[1]), int(match[2])
-        if num_blocks is not None:
-            BlockSkipConfig(leading=leading, trailing=trailing).validate_for(num_blocks)
-        return leading, trailing
-    skipped = int(match[1])
-    if num_blocks is not None and skipped >= num_blocks:
-        raise ValueError(
-            f"--skip_blocks {skipped} leaves none of {num_blocks} blocks to train; give at most {num_blocks - 1}."
-        )
-    return skipped
 
 
 def parse_trackers(text: str) -> list[str]:

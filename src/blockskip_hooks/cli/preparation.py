@@ -43,7 +43,17 @@ def prepare_run(args: argparse.Namespace) -> Run:
     if not embedded:
         # What the user typed is checked before a download starts.
         validate_args(args, warn=False)
-    model_path = embedded_model() if embedded else resolve_model(args)
+    model_path = (
+        embedded_model()
+        if embedded
+        else resolve_model(
+            args.pretrained_model_name_or_path,
+            revision=args.revision,
+            variant=args.variant,
+            cache_dir=args.cache_dir,
+            token=args.hub_token,
+        )
+    )
     family_class = detect_family(model_path)
     check_family_flags(args, family_class)
     defaults, pipeline_kwargs = model_defaults(model_path)
@@ -61,14 +71,17 @@ def prepare_run(args: argparse.Namespace) -> Run:
     if args.validation_prompt is not None:
         prompts = [args.validation_prompt]
 
-    check_weights(model_path, family_class, args.variant)
+    check_weights(model_path, family_class.text_components, args.variant)
     check_model(model_path, family_class, args.variant)
     try:
         family = family_class(model_path, args.variant, vars(args))
         blocks = choose_blocks(args, family, model_name)
     except OSError as error:
         raise ValueError(f"--pretrained_model_name_or_path {model_path} cannot be used: {error}") from error
-    skeleton, quantization = blocks["skeleton"], read_quantization(args)
+    skeleton, quantization = (
+        blocks["skeleton"],
+        read_quantization(args.quantization, args.bnb_quantization_config_path),
+    )
     if quantization and not quantization.layers(skeleton.transformer, [block.name for block in skeleton.spans.kept]):
         raise ValueError(
             f"No kept block has a layer that can be held in {quantization.name}; leave --quantization out."

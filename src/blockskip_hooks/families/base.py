@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging as text_logging
 
 from ..loading.component_config import load_config, model_class
-from .text_encoders import load_streamed_encoder
+from ..loading.text_encoders import load_streamed_encoder
 
 
 PromptEmbeds = dict[str, torch.Tensor]

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import free_memory
+from tqdm.auto import tqdm
 
-from ..reporting.progress import StageProgress, listed
+from ..loading.text_encoders import large_encoders
 from . import Family, PromptEmbeds
 from .base import no_progress_bar
-from .text_encoders import large_encoders
 
 
 PROGRESS_FROM = 32
@@ -62,8 +62,7 @@ def encode_prompts(
     device: torch.device,
     keep_trainable: bool = False,
     streamed: bool = False,
-    show_progress: bool = True,
-    progress: StageProgress | None = None,
+    progress: Callable[[], object] | None = None,
     adapt: Callable[[DiffusionPipeline], None] | None = None,
 ) -> tuple[dict[str, PromptEmbeds], TrainedText | None]:
     """Embed prompts and free the text encoders.
@@ -76,8 +75,7 @@ def encode_prompts(
         keep_trainable: Return the encoders that ``--train_text_encoder`` adapts instead of freeing them.
         streamed: Read the layers of large encoders from the checkpoint while they run, again for every prompt; the
             embeddings are the same.
-        show_progress: Show a display of its own when there are many prompts.
-        progress: The display of a stage, in place of that; advanced by one per prompt.
+        progress: Called after each prompt; without it a bar is shown when there are many prompts.
         adapt: Changes the text pipeline before it is used: loads a LoRA, say.
 
     Returns:
@@ -94,8 +92,8 @@ def encode_prompts(
         adapt(pipeline)
     embeds: dict[str, PromptEmbeds] = {}
     # One at a time: in a batch the last bits of a prompt's embeddings would depend on the others.
-    shown = show_progress and progress is None and len(prompts) >= PROGRESS_FROM
-    for prompt in listed(prompts, "Encoding prompts", "prompt", total=len(prompts), shown=shown):
+    hidden = True if progress is not None or len(prompts) < PROGRESS_FROM else None
+    for prompt in tqdm(prompts, "Encoding prompts", unit="prompt", leave=False, disable=hidden):
         (encoded,) = family.encode_prompts(pipeline, [prompt])
         # Copies, because a view would keep all of what it is a part of.
         embeds[prompt] = {name: tensor.clone() for name, tensor in encoded.items()}
@@ -105,7 +103,7 @@ def encode_prompts(
                 "--mixed_precision, or check the encoders' files."
             )
         if progress is not None:
-            progress.update()
+            progress()
     trained = None
     if keep_trainable:
         tokens = family.prompt_tokens(pipeline, prompts)

@@ -78,9 +78,19 @@ def image_settings(args: argparse.Namespace, *, largest_side: int | None = None)
         ValueError: one line that names the flag and the fix.
     """
     embedded = args.pretrained_model_name_or_path is None
-    model_path = embedded_model() if embedded else resolve_model(args)
+    model_path = (
+        embedded_model()
+        if embedded
+        else resolve_model(
+            args.pretrained_model_name_or_path,
+            revision=args.revision,
+            variant=args.variant,
+            cache_dir=args.cache_dir,
+            token=args.hub_token,
+        )
+    )
     family_class: type[Family] = detect_family(model_path)
-    check_weights(model_path, family_class, args.variant)
+    check_weights(model_path, family_class.text_components, args.variant)
     check_model(model_path, family_class, args.variant)
     defaults, pipeline_kwargs = model_defaults(model_path)
     length = args.max_sequence_length or defaults.get("max_sequence_length")

@@ -125,7 +125,8 @@ def make_plan(run: Run, dtype: torch.dtype, num_processes: int) -> tuple[Run, di
         # A pair of numbers is taken as it is; what it was taken from is said by the selection.
         settings.skip_blocks = f"{selection.leading},{selection.trailing}" if selection.num_skipped else "none"
         blocks = choose_blocks(settings, run.family, run.model_name, run.table) | {"selection": selection}
-        return replace(run, args=settings, quantization=read_quantization(settings), **blocks)
+        quantization = read_quantization(settings.quantization, settings.bnb_quantization_config_path)
+        return replace(run, args=settings, quantization=quantization, **blocks)
 
     options = [name for name in MEMORY_OPTIONS if name in args.memory_options]
     choice = None

@@ -16,9 +16,9 @@ import torch
 
 from ..config import BlockSkipConfig, PatchSamplingConfig
 from ..families import Family
-from ..families.text_encoders import large_encoders
 from ..hooks import SpanResiduals
 from ..loading.quantization import QuantizationConfig
+from ..loading.text_encoders import large_encoders
 from ..residuals.dtype import PACKED, ResidualDtype, packed_bytes
 from ..residuals.stretches import Stretches
 from ..selection import Selection

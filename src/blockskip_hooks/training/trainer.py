@@ -21,7 +21,7 @@ from ..data.sample_plan import Sample, derived_seed
 from ..families.prompts import TrainedText
 from ..hooks import SpanResiduals
 from ..inference.generate import VaePlacement
-from ..lora import WEIGHTS_NAME, add_lora, check_finite, check_gradients, check_learned, load_lora, save_lora
+from ..lora import WEIGHTS_NAME, add_lora, load_lora, save_lora
 from ..losses import combine_losses, flow_matching_loss
 from ..reporting.progress import Progress, StageProgress
 from ..reporting.trackers import Tracking
@@ -41,6 +41,7 @@ from .checkpoints import (
     save_training_state,
 )
 from .comfyui import write_comfyui
+from .lora_checks import check_finite, check_gradients, check_learned
 from .merged import export_merged
 from .optimizers import make_optimizer
 from .resume_checks import made_with

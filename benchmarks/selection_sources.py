@@ -29,7 +29,7 @@ from common import command, machine
 
 from blockskip_hooks.embedded import embedded_subjects
 from blockskip_hooks.evaluation.statistics import bootstrap
-from blockskip_hooks.selection_tables import SelectionTable, read_table
+from blockskip_hooks.search.tables import SelectionTable, read_table
 from blockskip_hooks.utils.files import write_json
 
 

@@ -19,10 +19,10 @@ from blockskip_hooks import (
 )
 from blockskip_hooks.blocks import list_blocks, modulation_layers, split_blocks
 from blockskip_hooks.families.flux import Flux
-from blockskip_hooks.hooks import SkipMode
 from blockskip_hooks.loading.checks import check_model
 from blockskip_hooks.loading.models import check_surplus, empty_model
 from blockskip_hooks.lora import lora_targets
+from blockskip_hooks.state import SkipMode
 from tests.tiny import TINY_FAMILIES, TinyFamily, randomise, save_tiny_flux
 
 

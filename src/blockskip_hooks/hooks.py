@@ -26,7 +26,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 
 from .blocks import Block, list_blocks, split_blocks
 from .config import BlockSkipConfig
-from .state import BlockSkipState, CaptureDone, SkipMode, SpanResiduals
+from .state import BlockSkipState, SkipMode
 
 
 PLACEHOLDER_HOOK = "blockskip_placeholder"
@@ -263,24 +263,10 @@ def remove_block_skip(transformer: torch.nn.Module, stacks: Sequence[str] | None
     """Take every placeholder off ``transformer``; its blocks run as before, bit for bit."""
     for block in list_blocks(transformer, stacks):
         if (placeholder := _placeholder(block.module)) is not None:
-            placeholder.state.attached = False
+            placeholder.state.detach()
             HookRegistry.check_if_exists_or_initialize(block.module).remove_hook(PLACEHOLDER_HOOK, recurse=False)
 
 
 def _placeholder(module: torch.nn.Module) -> PlaceholderHook | None:
     registry = getattr(module, "_diffusers_hook", None)
     return None if registry is None else registry.get_hook(PLACEHOLDER_HOOK)
-
-
-__all__ = [
-    "BlockSkipState",
-    "CaptureDone",
-    "PlaceholderHook",
-    "RecordedLayerHook",
-    "SkipMode",
-    "SpanResiduals",
-    "apply_block_skip",
-    "record_layers",
-    "remove_block_skip",
-    "remove_recorded_layers",
-]

@@ -64,12 +64,11 @@ class BlockSkipState:
         residuals: What they inject.
         captured: What they captured in the last forward of that mode.
         stops_early: Whether a capture forward ends with :class:`CaptureDone` once everything is captured.
-        attached: Whether the placeholders are on a model.
     """
 
     def __init__(self, config: BlockSkipConfig) -> None:
         self.config = config
-        self.attached = True
+        self._attached = True
         self._mode = SkipMode.RUN
         self.residuals = SpanResiduals()
         self.captured = SpanResiduals()
@@ -95,9 +94,13 @@ class BlockSkipState:
     def mode(self, mode: SkipMode) -> None:
         if not isinstance(mode, SkipMode):
             raise ValueError(f"{mode!r} is no mode of placeholders; set one of {', '.join(map(str, SkipMode))}.")
-        if mode is not SkipMode.RUN and not self.attached:
+        if mode is not SkipMode.RUN and not self._attached:
             raise ValueError(f"{mode} needs the placeholders, which were removed; call apply_block_skip again.")
         self._mode = mode
+
+    def detach(self) -> None:
+        """Note that the placeholders were removed."""
+        self._mode, self._attached = SkipMode.RUN, False
 
     @property
     def all_captured(self) -> bool:

@@ -14,18 +14,11 @@ from torch.distributed.fsdp import FSDPModule
 
 from .blocks import BlockSpans, list_blocks, split_blocks
 from .config import BlockSkipConfig
-from .hooks import (
-    CaptureDone,
-    SkipMode,
-    SpanResiduals,
-    apply_block_skip,
-    record_layers,
-    remove_block_skip,
-    remove_recorded_layers,
-)
+from .hooks import apply_block_skip, record_layers, remove_block_skip, remove_recorded_layers
 from .loading.models import Checkpoint
 from .loading.quantization import QuantizationConfig
 from .loading.streaming import frozen_weights_on_host, plain_device, stream
+from .state import CaptureDone, SkipMode, SpanResiduals
 
 
 class DiTBlockSkipTransformer(torch.nn.Module):
@@ -150,7 +143,7 @@ class DiTBlockSkipTransformer(torch.nn.Module):
         """
         remove_recorded_layers(self.transformer, self.skip_state)
         remove_block_skip(self.transformer, self._stacks)
-        self.skip_state.attached = False
+        self.skip_state.detach()
         for module in self.streamed_modules.values():
             remove_hook_from_module(module)
         return self.transformer

@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..blocks import list_blocks, split_blocks
 from ..config import BlockSkipConfig
 from ..families import Family
-from ..hooks import CaptureDone, SpanResiduals
 from ..loading.models import cast_floating, empty_model
 from ..loading.quantization import QuantizationConfig, as_linear, on_channels
 from ..loading.text_encoders import empty_text_encoder, large_tables, layer_stacks
@@ -28,6 +27,7 @@ from ..lora import add_lora
 from ..losses import combine_losses, flow_matching_loss
 from ..residuals.batches import Batch, place_embeds
 from ..residuals.precompute import base_model
+from ..state import CaptureDone, SpanResiduals
 from ..transformer import DiTBlockSkipTransformer
 from .counters import Meter
 

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..data.photos import PhotoSet
 from ..data.sample_plan import Sample, SampleKind, SamplePlan, derived_seed
 from ..families import Family, PromptEmbeds
-from ..hooks import SpanResiduals
+from ..state import SpanResiduals
 from .dtype import ResidualDtype, unpack_record
 from .store import DamagedRecord, Record, ResidualStore
 

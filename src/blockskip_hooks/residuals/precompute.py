@@ -13,8 +13,8 @@ from diffusers import ModelMixin
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..data.sample_plan import Sample
-from ..hooks import SpanResiduals
 from ..reporting.progress import StageProgress
+from ..state import SpanResiduals
 from ..transformer import DiTBlockSkipTransformer
 from .batches import Batch, SampleMaker
 from .dtype import pack_record

@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader
 
 from ..data.sample_plan import Sample, derived_seed
 from ..families.prompts import TrainedText
-from ..hooks import SpanResiduals
 from ..inference.generate import VaePlacement
 from ..lora import WEIGHTS_NAME, add_lora, load_lora, save_lora
 from ..losses import combine_losses, flow_matching_loss
@@ -29,6 +28,7 @@ from ..residuals.batches import Batch, RecordDataset, SampleMaker, collate_by_ki
 from ..residuals.precompute import capture, encode_latents, only_new_garbage, precompute_records
 from ..residuals.store import DamagedRecord, Record, ResidualStore, tensors_digest
 from ..residuals.stretches import Stretches
+from ..state import SpanResiduals
 from ..transformer import DiTBlockSkipTransformer
 from ..utils.files import save_tensors
 from ..utils.monitor import StageMonitor, device_memory

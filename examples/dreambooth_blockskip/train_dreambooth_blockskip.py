@@ -38,7 +38,7 @@ from blockskip_hooks.loading.quantization import check_device
 from blockskip_hooks.planning.plan import describe_plan, make_plan, planned_batch_size, planned_vae, streams_text
 from blockskip_hooks.reporting.outputs import open_repository, push_to_hub, run_report, write_outputs, write_progress
 from blockskip_hooks.reporting.prediction import expect_work, predict_seconds
-from blockskip_hooks.reporting.progress import Progress, set_log_level
+from blockskip_hooks.reporting.progress import Progress, photo_progress, set_log_level
 from blockskip_hooks.reporting.trackers import start_trackers
 from blockskip_hooks.residuals.batches import SampleMaker
 from blockskip_hooks.residuals.store import ResidualStore
@@ -213,7 +213,7 @@ def train(
             )
 
     # The sample plan: from here on nothing is random. Records of it may be there already.
-    sources = run.photo_sources()
+    sources = run.photo_sources(photo_progress)
     sample_plan = run.sample_plan(seed, {kind: len(source.photos) for kind, source in sources.items()})
     steps_per_epoch, _ = run.schedule(sample_plan, accelerator.num_processes)
     max_train_steps = stretches.num_steps

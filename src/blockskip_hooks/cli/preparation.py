@@ -16,6 +16,7 @@ from ..families import detect_family
 from ..loading.checks import check_model
 from ..loading.download import check_weights, resolve_model
 from ..loading.quantization import read_quantization
+from ..reporting.progress import photo_progress
 from ..training.settings import Run
 from ..training.sharding import asks_for_sharding
 from .argument_checks import check_family_flags, validate_args
@@ -98,7 +99,7 @@ def prepare_run(args: argparse.Namespace) -> Run:
         raise ValueError(f"{model_path}/blockskip_defaults.json: the model's pipeline takes no {', '.join(unknown)}.")
     photos = _find_photos(args)
     if args.with_prior_preservation and Path(args.class_data_dir).is_dir() and image_paths(Path(args.class_data_dir)):
-        scan_photos(Path(args.class_data_dir), flag="--class_data_dir")
+        scan_photos(Path(args.class_data_dir), flag="--class_data_dir", progress=photo_progress)
     if not args.instance_prompt and any(photo.caption is None for photo in photos):
         logger.warning("--instance_prompt is empty: photos without a caption train on an empty prompt.")
     if args.train_text_encoder and not family.text_lora_layers:
@@ -152,9 +153,14 @@ def _embedded_defaults(args: argparse.Namespace) -> dict[str, Any]:
 def _find_photos(args: argparse.Namespace) -> list[Photo]:
     if args.dataset_name:
         return load_dataset_photos(
-            args.dataset_name, args.dataset_config_name, args.image_column, args.caption_column, args.cache_dir
+            args.dataset_name,
+            args.dataset_config_name,
+            args.image_column,
+            args.caption_column,
+            args.cache_dir,
+            progress=photo_progress,
         )
-    return scan_photos(Path(args.instance_data_dir))
+    return scan_photos(Path(args.instance_data_dir), progress=photo_progress)
 
 
 def _check_writable(folder: Path) -> None:

@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -26,6 +26,8 @@ T = TypeVar("T")
 
 LINE_SECONDS = 30.0
 """A plain display is silent for no longer than this."""
+PHOTOS_FROM = 51
+"""Fewer photos are checked and loaded before a display is read."""
 LEAST_SECONDS = 2.0
 """And says something no more often than this, but for the end."""
 TRUST = 0.05
@@ -140,6 +142,11 @@ def listed(items: Iterable[T], description: str, unit: str, *, total: int, shown
         for item in items:
             yield item
             display.update()
+
+
+def photo_progress(photos: Sequence[T], title: str) -> Iterator[T]:
+    """The photos, with a display if there are many."""
+    return listed(photos, title, "photo", total=len(photos), shown=len(photos) >= PHOTOS_FROM)
 
 
 @dataclass
@@ -310,4 +317,4 @@ def _clock(seconds: float | None) -> str:
     return "–" if seconds is None else tqdm.format_interval(seconds)
 
 
-__all__ = ["Display", "Progress", "StageProgress", "Work", "listed"]
+__all__ = ["Display", "Progress", "StageProgress", "Work", "listed", "photo_progress"]

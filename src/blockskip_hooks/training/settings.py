@@ -18,7 +18,7 @@ from accelerate.utils import broadcast_object_list
 from ..blocks import modulation_layers
 from ..cli.arguments import looks_up_blocks, parse_bytes
 from ..config import BlockSkipConfig, PatchSamplingConfig
-from ..data.photos import Photo, PhotoSet, nearest_bucket, scan_photos
+from ..data.photos import Photo, PhotoSet, ShowProgress, nearest_bucket, scan_photos, without_progress
 from ..data.sample_plan import SampleKind, SamplePlan
 from ..families import Family
 from ..loading.component_config import load_config
@@ -172,23 +172,25 @@ class Run:
         """Config of the transformer, with its class name."""
         return load_config(self.family.model_path / "transformer")
 
-    def photo_sources(self) -> dict[SampleKind, PhotoSource]:
-        """Decode the photos; class images must exist by now."""
+    def photo_sources(self, progress: ShowProgress = without_progress) -> dict[SampleKind, PhotoSource]:
+        """Decode the photos, with ``progress`` shown; class images must exist by now."""
         args = self.args
         sources: dict[SampleKind, PhotoSource] = {
-            "instance": PhotoSource(self._photo_set(self.photos), args.instance_prompt or "")
+            "instance": PhotoSource(self._photo_set(self.photos, progress), args.instance_prompt or "")
         }
         if args.with_prior_preservation:
-            photos = scan_photos(Path(args.class_data_dir), flag="--class_data_dir")[: args.num_class_images]
-            sources["class"] = PhotoSource(self._photo_set(photos), args.class_prompt, use_captions=False)
+            photos = scan_photos(Path(args.class_data_dir), flag="--class_data_dir", progress=progress)
+            class_photos = self._photo_set(photos[: args.num_class_images], progress)
+            sources["class"] = PhotoSource(class_photos, args.class_prompt, use_captions=False)
         return sources
 
-    def _photo_set(self, photos: list[Photo]) -> PhotoSet:
+    def _photo_set(self, photos: list[Photo], progress: ShowProgress) -> PhotoSet:
         return PhotoSet(
             photos,
             self.patch.max_size,
             buckets=self.patch.buckets,
             interpolation=self.args.image_interpolation_mode,
+            progress=progress,
         )
 
     def sample_plan(self, seed: int, num_images: dict[SampleKind, int]) -> SamplePlan:

@@ -17,7 +17,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..cli.errors import first_line, one_line
-from ..reporting.progress import listed
+from ..utils.progress import listed
 
 
 logger = logging.getLogger(__name__)

@@ -37,7 +37,6 @@ from blockskip_hooks.families.prompts import check_embeds, encode_prompts
 from blockskip_hooks.loading.quantization import check_device
 from blockskip_hooks.planning.plan import describe_plan, make_plan, planned_batch_size, planned_vae, streams_text
 from blockskip_hooks.reporting.outputs import open_repository, push_to_hub, run_report, write_outputs, write_progress
-from blockskip_hooks.reporting.prediction import expect_work, predict_seconds
 from blockskip_hooks.reporting.progress import Progress, photo_progress, set_log_level
 from blockskip_hooks.reporting.trackers import start_trackers
 from blockskip_hooks.residuals.batches import SampleMaker
@@ -118,10 +117,6 @@ def run_script(args: argparse.Namespace, command: str, stop: StopSignals, *, is_
             if checkpoint is not None:
                 check_checkpoint(checkpoint, run)
             stretches = run.stretches(plan, accelerator.num_processes, checkpoint)
-            if accelerator.is_main_process:
-                predict_seconds(
-                    run, plan, weight_dtype(accelerator), accelerator.device, stretches, accelerator.num_processes
-                )
     except Exception as error:
         if (line := explain(error, monitor.latest, args.hub_token)) is None:
             raise
@@ -194,7 +189,6 @@ def train(
     dtype, device = weight_dtype(accelerator), accelerator.device
     seed = run.resolve_seed(checkpoint)
     progress = Progress(monitor, shown=accelerator.is_main_process and args.log_level != "error")
-    expect_work(progress, run, plan, stretches, accelerator.num_processes)
     if accelerator.is_main_process:
         start_trackers(run, accelerator)
 
@@ -284,7 +278,6 @@ def train_and_save(trainer: Trainer, plan: dict, steps_per_epoch: int, command: 
     run, accelerator, monitor, store = trainer.run, trainer.accelerator, trainer.monitor, trainer.store
     args, stretches, max_train_steps = run.args, trainer.stretches, trainer.max_train_steps
     validation = Validation(trainer)
-    expect_work(trainer.progress, run, plan, stretches, accelerator.num_processes, trainer.step)
 
     command = f"accelerate launch {command}"
     trainer.after_checkpoint = functools.partial(write_progress, run, trainer, plan, command)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import free_memory
-from tqdm.auto import tqdm
 
 from ..loading.text_encoders import large_encoders
+from ..utils.progress import StageProgress, listed
 from . import Family, PromptEmbeds
 from .base import no_progress_bar
 
@@ -62,7 +62,7 @@ def encode_prompts(
     device: torch.device,
     keep_trainable: bool = False,
     streamed: bool = False,
-    progress: Callable[[], object] | None = None,
+    progress: StageProgress | None = None,
     adapt: Callable[[DiffusionPipeline], None] | None = None,
 ) -> tuple[dict[str, PromptEmbeds], TrainedText | None]:
     """Embed prompts and free the text encoders.
@@ -75,7 +75,7 @@ def encode_prompts(
         keep_trainable: Return the encoders that ``--train_text_encoder`` adapts instead of freeing them.
         streamed: Read the layers of large encoders from the checkpoint while they run, again for every prompt; the
             embeddings are the same.
-        progress: Called after each prompt; without it a bar is shown when there are many prompts.
+        progress: The running stage, which advances by one per prompt; by default many prompts get a bar of their own.
         adapt: Changes the text pipeline before it is used: loads a LoRA, say.
 
     Returns:
@@ -92,8 +92,8 @@ def encode_prompts(
         adapt(pipeline)
     embeds: dict[str, PromptEmbeds] = {}
     # One at a time: in a batch the last bits of a prompt's embeddings would depend on the others.
-    hidden = True if progress is not None or len(prompts) < PROGRESS_FROM else None
-    for prompt in tqdm(prompts, "Encoding prompts", unit="prompt", leave=False, disable=hidden):
+    shown = progress is None and len(prompts) >= PROGRESS_FROM
+    for prompt in listed(prompts, "Encoding prompts", "prompt", total=len(prompts), shown=shown):
         (encoded,) = family.encode_prompts(pipeline, [prompt])
         # Copies, because a view would keep all of what it is a part of.
         embeds[prompt] = {name: tensor.clone() for name, tensor in encoded.items()}
@@ -103,7 +103,7 @@ def encode_prompts(
                 "--mixed_precision, or check the encoders' files."
             )
         if progress is not None:
-            progress()
+            progress.update()
     trained = None
     if keep_trainable:
         tokens = family.prompt_tokens(pipeline, prompts)

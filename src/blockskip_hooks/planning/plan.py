@@ -20,11 +20,11 @@ from ..inference.generate import VaePlacement
 from ..loading.component_config import load_config
 from ..loading.quantization import read_quantization
 from ..lora import WEIGHTS_NAME
-from ..reporting.progress import is_first_process
 from ..selection import Selection, selections_by_bytes
 from ..training.settings import Run
 from ..training.sharding import bytes_elsewhere
 from ..utils.formatting import format_bytes
+from ..utils.machine import is_first_process
 from .budget import fit_budget, largest_stage
 from .description import format_plan
 from .simulation import empty_model

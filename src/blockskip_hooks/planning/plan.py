@@ -13,7 +13,6 @@ from tqdm.auto import tqdm
 from ..blocks import block_bytes, list_blocks
 from ..cli.arguments import MEMORY_OPTIONS, parse_bytes
 from ..cli.chosen_blocks import choose_blocks
-from ..cli.errors import first_line
 from ..embedded import DEFAULT_SUBJECT
 from ..families import Family
 from ..inference.generate import VaePlacement
@@ -23,6 +22,7 @@ from ..lora import WEIGHTS_NAME
 from ..selection import Selection, selections_by_bytes
 from ..training.settings import Run
 from ..training.sharding import bytes_elsewhere
+from ..utils.errors import first_line
 from ..utils.formatting import format_bytes
 from ..utils.machine import is_first_process
 from .budget import fit_budget, largest_stage

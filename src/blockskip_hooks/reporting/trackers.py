@@ -14,10 +14,10 @@ from accelerate import Accelerator
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 
-from ..cli.errors import first_line, one_line
 from ..data.sample_plan import Sample
 from ..training.settings import Run
 from ..transformer import DiTBlockSkipTransformer
+from ..utils.errors import first_line, one_line
 from ..utils.monitor import StageMonitor
 
 

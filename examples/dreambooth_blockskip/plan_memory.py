@@ -26,10 +26,11 @@ from blockskip_hooks.loading.quantization import METHODS, QuantizationConfig
 from blockskip_hooks.planning.budget import fit_budget
 from blockskip_hooks.planning.description import format_plan
 from blockskip_hooks.planning.presets import Preset, load_preset, preset_names
+from blockskip_hooks.planning.selections import select_by_bytes, selections_by_bytes
 from blockskip_hooks.planning.simulation import empty_model
 from blockskip_hooks.planning.stages import PlanRequest, plan_run
-from blockskip_hooks.selection import Selection, select_blocks, select_by_bytes, selections_by_bytes
-from blockskip_hooks.selection_tables import find_table, read_table
+from blockskip_hooks.search.tables import find_table, read_table
+from blockskip_hooks.selection import Selection, select_blocks
 from blockskip_hooks.training.sharding import bytes_elsewhere
 from blockskip_hooks.utils.formatting import format_bytes
 

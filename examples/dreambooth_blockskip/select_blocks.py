@@ -54,7 +54,7 @@ from blockskip_hooks.search.measure import (
     open_search,
 )
 from blockskip_hooks.search.picture import draw_images, draw_table, masked_variants
-from blockskip_hooks.selection_tables import cache_file, read_table
+from blockskip_hooks.search.tables import cache_file, read_table
 from blockskip_hooks.utils.files import write_json
 from blockskip_hooks.utils.formatting import format_seconds
 

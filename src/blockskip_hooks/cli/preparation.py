@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ..data.photos import Photo, image_paths, load_dataset_photos, scan_photos
-from ..embedded import DEFAULT_SUBJECT, embedded_model, embedded_photos, embedded_subjects, model_defaults
+from ..embedded import DEFAULT_SUBJECT, embedded_model, embedded_photos, embedded_subjects
 from ..families import detect_family
 from ..loading.checks import check_model
 from ..loading.download import check_weights, resolve_model
+from ..loading.model_defaults import model_defaults
 from ..loading.quantization import read_quantization
 from ..reporting.progress import photo_progress
 from ..training.settings import Run

@@ -15,12 +15,13 @@ from diffusers import DiffusionPipeline
 
 from ..blocks import block_bytes, list_blocks
 from ..config import BlockSkipConfig
-from ..embedded import embedded_model, model_defaults
+from ..embedded import embedded_model
 from ..families import Family, PromptEmbeds, detect_family
 from ..families.prompts import encode_prompts
 from ..loading.checks import check_lora_file, check_model
 from ..loading.component_config import load_config
 from ..loading.download import check_weights, resolve_model
+from ..loading.model_defaults import model_defaults
 from ..planning.simulation import empty_model
 from ..residuals.store import folder_digest
 from ..training.settings import start_accelerator, weight_dtype

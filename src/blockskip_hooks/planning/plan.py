@@ -19,7 +19,7 @@ from ..inference.generate import VaePlacement
 from ..loading.component_config import load_config
 from ..loading.quantization import read_quantization
 from ..lora import WEIGHTS_NAME
-from ..selection import Selection, selections_by_bytes
+from ..selection import Selection
 from ..training.settings import Run
 from ..training.sharding import bytes_elsewhere
 from ..utils.errors import first_line
@@ -27,6 +27,7 @@ from ..utils.formatting import format_bytes
 from ..utils.machine import is_first_process
 from .budget import fit_budget, largest_stage
 from .description import format_plan
+from .selections import selections_by_bytes
 from .simulation import empty_model
 from .stages import PlanRequest, plan_run
 

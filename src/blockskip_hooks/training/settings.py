@@ -9,7 +9,7 @@ import os
 import shutil
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -28,7 +28,6 @@ from ..residuals.batches import PhotoSource
 from ..residuals.store import folder_digest, recorded_seed
 from ..residuals.stretches import Stretches
 from ..selection import Selection
-from ..selection_tables import SelectionTable
 from ..transformer import DiTBlockSkipTransformer
 from ..utils.formatting import format_seconds
 from ..utils.machine import versions
@@ -37,6 +36,10 @@ from .checkpoints import read_state
 from .comfyui import COMFYUI_NAME
 from .merged import MERGED_NAME
 from .sharding import hidden_from_accelerate
+
+
+if TYPE_CHECKING:
+    from ..search.tables import SelectionTable
 
 
 DEFAULT_RESIDUAL_BUDGET = 16 * 10**9

@@ -16,7 +16,7 @@ from PIL import Image
 from ..training.comfyui import COMFYUI_NAME
 from ..utils.files import write_text
 from ..utils.formatting import format_bytes, format_seconds
-from .charts import loss_chart
+from .charts import loss_curve
 
 
 # The tags by which the Hub finds a text-to-image LoRA and gives it a gallery and an inference widget.
@@ -298,7 +298,7 @@ def training_table(
         samples = f", {train['samples']:,} samples" if train.get("samples") else ""
         rows.append(("Steps", f"{train['steps']:,}{samples}"))
     rows += [(label, str(settings[key])) for key, label in _SETTINGS.items() if settings.get(key) is not None]
-    if loss := loss_chart(train.get("loss") or []):
+    if loss := loss_curve(train.get("loss") or []):
         rows.append(("Loss", f"{loss.first:.3g} to {loss.final:.3g}, means of {loss.window} steps"))
     if train.get("step_seconds_median"):
         rows.append(("Median step", format_seconds(train["step_seconds_median"])))

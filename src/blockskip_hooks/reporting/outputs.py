@@ -196,7 +196,6 @@ def _write_page(
         plan,
         images=images,
         command=command,
-        settings={name: value for name, value in sorted(vars(run.args).items()) if name != "given"},
         snippet=snippet,
         curves={"leading": run.table.leading, "trailing": run.table.trailing} if run.table else None,
         total_steps=total_steps,

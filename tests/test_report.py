@@ -241,20 +241,18 @@ def test_contact_sheet_names_bad_input(tmp_path: Path, rows: list[list[Image.Ima
         contact_sheet(rows, labels, tmp_path / "sheet.png")
 
 
-def card(folder: Path, **overrides: Any) -> ModelCard:
+def card(
+    folder: Path, run: dict[str, Any] = RUN, prompt: str | None = "a photo of sks dog", **others: Any
+) -> ModelCard:
     arguments: dict[str, Any] = {
+        "images": [("a photo of sks dog at night", picture())] * 2,
         "repo_id": "me/sks-dog",
-        "base_model": "owner/tiny",
         "base_license": License("apache-2.0"),
-        "instance_prompt": "a photo of sks dog",
-        "validation_prompt": "a photo of sks dog at night",
-        "images": [picture(), picture()],
-        "run_report": RUN,
-        "train_text_encoder": False,
         "tags": ["flux", "lora"],
         "snippet": usage_snippet("owner/tiny", "me/sks-dog", "a photo of sks dog"),
-    } | overrides
-    return ModelCard.load(write_model_card(folder, **arguments))
+    } | others
+    run = run | {"settings": {"instance_prompt": prompt, "rank": 16, "train_text_encoder": False}}
+    return ModelCard.load(write_model_card(folder, run, **arguments))
 
 
 @pytest.fixture(autouse=True)
@@ -293,20 +291,19 @@ def test_card_says_how_the_lora_was_trained_and_used(tmp_path: Path):
     ):
         assert expected in text, expected
     assert "TODO" not in text
-    plain = card(tmp_path, run_report={}, images=[], instance_prompt=None, base_license=None)
+    plain = card(tmp_path, {}, None, images=[], base_license=None)
     assert "DiT-BlockSkip" not in plain.text and "Gallery" not in plain.text and plain.data.license is None
 
 
 def test_a_run_without_residuals_does_not_claim_them(tmp_path: Path):
     run = RUN | {"residuals": {"mode": "none"}}
-    assert (
-        "replaced by" not in words(report(tmp_path, run)) and "replaced by" not in card(tmp_path, run_report=run).text
-    )
+    assert "replaced by" not in words(report(tmp_path, run)) and "replaced by" not in card(tmp_path, run).text
     assert "replaced by" in words(report(tmp_path)) and "replaced by" in card(tmp_path).text
 
 
 def test_card_survives_hostile_prompts(tmp_path: Path):
-    result = card(tmp_path, repo_id=HOSTILE, instance_prompt=HOSTILE, validation_prompt=[HOSTILE, "b"])
+    images = [(HOSTILE, picture()), ("b", picture())]
+    result = card(tmp_path, prompt=HOSTILE, repo_id=HOSTILE, images=images)
     assert result.data.instance_prompt == HOSTILE
     assert [entry["text"] for entry in result.data.widget] == [HOSTILE, "b"]
     outside_code = re.sub(r"(`+).+?\1", "", result.text)
@@ -317,15 +314,9 @@ def test_card_survives_hostile_prompts(tmp_path: Path):
 def test_card_metadata_holds_only_what_the_hub_accepts(tmp_path: Path):
     folder = tmp_path / "home" / "base"
     folder.mkdir(parents=True)
-    result = card(tmp_path, base_model=str(folder), base_license=License("FLUX.1 [dev] Non-Commercial"))
+    result = card(tmp_path, RUN | {"model": str(folder)}, base_license=License("FLUX.1 [dev] Non-Commercial"))
     assert result.data.base_model is None and str(tmp_path) not in result.text.split("## How to use it")[0]
     assert result.data.license == "other" and result.data.license_name == "flux.1-dev-non-commercial"
-
-
-def test_card_refuses_prompts_that_do_not_match_the_images(tmp_path: Path):
-    with pytest.raises(ValueError, match="3 prompts for 2 images"):
-        card(tmp_path, validation_prompt=["a", "b", "c"])
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("text", ["a", "`", "a `` b", "``` x"])

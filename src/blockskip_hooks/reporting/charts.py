@@ -172,7 +172,7 @@ def _inline(figure: Any, size: str) -> str:
 
 _COLOURS = ("page", "rule", "soft", "raw", *RANGES)
 _ROUND = [1, 2, 2.5, 5, 10]
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.size": 12,
     "font.sans-serif": ["DejaVu Sans"],

@@ -154,18 +154,13 @@ def write_outputs(
     _write_page(run, report, plan, command, images, snippet)
     write_model_card(
         run.output_dir,
+        report,
+        [(prompt, image) for prompt, row in zip(run.final_prompts, after) for image in row],
         repo_id=run.args.hub_model_id or run.output_dir.name,
-        base_model=run.model_name,
         base_license=License("apache-2.0") if run.embedded else read_license(run.family.model_path, run.model_name),
-        instance_prompt=run.args.instance_prompt,
-        validation_prompt=[prompt for prompt, row in zip(run.final_prompts, after) for _ in row],
-        images=[image for row in after for image in row],
-        run_report=report,
-        train_text_encoder=run.args.train_text_encoder,
         tags=run.family.tags,
         # Where the base model lies on this machine is of no use to those who find the card on the Hub.
         snippet=_snippet(run, trainer, _nameless(run.model_name), result) if run.args.push_to_hub else snippet,
-        settings=vars(run.args),
     )
 
 
@@ -196,7 +191,6 @@ def _write_page(
         plan,
         images=images,
         command=command,
-        settings={name: value for name, value in sorted(vars(run.args).items()) if name != "given"},
         snippet=snippet,
         curves={"leading": run.table.leading, "trailing": run.table.trailing} if run.table else None,
         total_steps=total_steps,

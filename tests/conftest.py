@@ -12,6 +12,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from tests import script  # noqa: E402
+from tests.tiers import FAST_FAMILIES  # noqa: E402
 from tests.tiny import TINY_FAMILIES, TinyFamily, save_tiny_flux  # noqa: E402
 
 
@@ -24,12 +25,20 @@ def no_tables_of_this_machine(tmp_path_factory: pytest.TempPathFactory, monkeypa
     monkeypatch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hf-home")))
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let reports say which cell of the family table a test is, for ``benchmarks/family_table.py``."""
+    """Put tests of all families but three into the slow tier, unless they are marked ``every_family``.
+
+    Reports say which cell of the family table a test is, for ``benchmarks/family_table.py``.
+    """
     for item in items:
+        tiny = item.callspec.params.get("tiny") if hasattr(item, "callspec") else None
+        one_of_many = isinstance(tiny, TinyFamily) and tiny.name not in FAST_FAMILIES
+        if one_of_many and item.get_closest_marker("every_family") is None:
+            item.add_marker(pytest.mark.slow)
         marker = item.get_closest_marker("column")
         if marker is not None:
-            tiny = item.callspec.params["tiny"]  # type: ignore[attr-defined]
+            assert isinstance(tiny, TinyFamily)
             item.user_properties += [("column", marker.args[0]), ("family", tiny.name), ("text", tiny.trains_text)]
 
 

@@ -217,6 +217,7 @@ def test_figures_are_drawn(tmp_path: Path):
 # The notebook
 
 
+@pytest.mark.slow
 def test_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """As Jupyter would, with the parameters cell replaced by that of a short run."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))

@@ -24,7 +24,7 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
-from cells import SUBJECTS, read_cells, run_cells, run_script, train
+from cells import SUBJECTS, read_cells, run_cells, train
 from common import command, machine
 
 from blockskip_hooks.embedded import embedded_subjects
@@ -35,6 +35,7 @@ from blockskip_hooks.utils.files import write_json
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "dreambooth_blockskip" / "select_blocks.py"
 SIZES = (5, 7, 9)
+PROBE_STEPS, PROBE_SEEDS = 100, (0, 1, 2, 3)
 
 
 def train_lora(cell: tuple[str, Path]) -> dict[str, Any]:
@@ -44,9 +45,11 @@ def train_lora(cell: tuple[str, Path]) -> dict[str, Any]:
 
 
 def probe(cell: tuple[str, Path]) -> dict[str, Any]:
-    """What a run with ``--select_on subject`` measures before it would train."""
+    """What a search measures on a LoRA of the subject that was trained for a few steps."""
     subject, folder = cell
-    run_script(folder, subject, 0, {"--skip_blocks": "auto", "--select_on": "subject", "--plan_only": True})
+    train(folder, subject, 0, {"--skip_blocks": "auto", "--max_train_steps": PROBE_STEPS})
+    prompt, seeds = embedded_subjects()[subject]["instance_prompt"], map(str, PROBE_SEEDS)
+    search(folder / "selection", "--lora_weights", str(folder), "--prompts", prompt, "--seeds", *seeds)
     return json.loads((folder / "selection" / "selection.json").read_text())
 
 

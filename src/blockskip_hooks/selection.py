@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from .cli.arguments import parse_skip_blocks
+from .config import BlockSkipConfig
 from .selection_tables import Pair, SelectionTable
 from .utils.formatting import format_bytes
 
@@ -44,6 +45,43 @@ class Selection:
     def as_dict(self) -> dict[str, Any]:
         """The ``skip`` part of ``plan.json`` and ``run_report.json``."""
         return {**asdict(self), "ratio": round(self.num_skipped / self.blocks, 4)}
+
+
+def parse_skip_blocks(text: str, num_blocks: int | None = None) -> tuple[int, int] | int | Literal["auto", "none"]:
+    """Read ``--skip_blocks``.
+
+    Args:
+        text: ``"none"``, ``"auto"``, ``"N"`` (blocks to skip in all, divided between the ends later) or ``"n,m"``
+            (leading and trailing blocks).
+        num_blocks: Number of blocks of the transformer, to check that one is left; None where it is not known yet.
+
+    Returns:
+        The word, the number, or the pair.
+
+    Raises:
+        ValueError: if the text has another form or no block would be left to train.
+    """
+    word = text.strip().lower()
+    if word == "auto":
+        return "auto"
+    if word == "none":
+        return "none"
+    match = re.fullmatch(r"([0-9]{1,9})(?:\s*,\s*([0-9]{1,9}))?", word, re.ASCII)
+    if match is None:
+        raise ValueError(
+            f"--skip_blocks is '{text}'; give none, auto, a number of blocks (10) or leading,trailing (4,6)."
+        )
+    if match[2] is not None:
+        leading, trailing = int(match[1]), int(match[2])
+        if num_blocks is not None:
+            BlockSkipConfig(leading=leading, trailing=trailing).validate_for(num_blocks)
+        return leading, trailing
+    skipped = int(match[1])
+    if num_blocks is not None and skipped >= num_blocks:
+        raise ValueError(
+            f"--skip_blocks {skipped} leaves none of {num_blocks} blocks to train; give at most {num_blocks - 1}."
+        )
+    return skipped
 
 
 def select_blocks(

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-SHARED = ("cells.py", "common.py", "full_size.py", "peft_board.py")
+SHARED = ("cells.py", "common.py", "full_size.py")
 SCRIPTS = sorted(path for path in BENCHMARKS.glob("*.py") if path.name not in SHARED)
 
 

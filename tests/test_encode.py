@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from blockskip_hooks.config import BlockSkipConfig, PatchSamplingConfig
 from blockskip_hooks.families import Family, text_encoders
 from blockskip_hooks.families.prompts import encode_prompts
-from blockskip_hooks.families.text_encoders import (
+from blockskip_hooks.loading.text_encoders import (
     empty_text_encoder,
     large_encoders,
     large_tables,

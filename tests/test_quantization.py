@@ -22,12 +22,12 @@ from blockskip_hooks.cli.arguments import parse_args
 from blockskip_hooks.cli.preparation import prepare_run
 from blockskip_hooks.config import PatchSamplingConfig
 from blockskip_hooks.loading import quantization
+from blockskip_hooks.loading.models import empty_model
 from blockskip_hooks.loading.quantization import QuantizationConfig, check_device, read_quantization
 from blockskip_hooks.lora import add_lora, lora_targets
 from blockskip_hooks.losses import flow_matching_loss
 from blockskip_hooks.planning.counters import LiveBytes
 from blockskip_hooks.planning.description import format_plan
-from blockskip_hooks.planning.simulation import empty_model
 from blockskip_hooks.planning.stages import PlanRequest, plan_run
 from tests import script
 from tests.script import PROMPT, WEIGHTS, assert_same_weights, losses, weights
@@ -294,7 +294,7 @@ def test_a_layer_is_in_full_only_while_it_is_quantised(
         return model_of[-1]
 
     monkeypatch.setattr(type(names.transformer), "from_config", remembered)
-    monkeypatch.setattr("blockskip_hooks.transformer.quantize_layer", counted)
+    monkeypatch.setattr("blockskip_hooks.loading.models.quantize_layer", counted)
     load(tiny, config)
     assert whole and set(whole) == {1}
 

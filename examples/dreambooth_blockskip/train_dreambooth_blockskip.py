@@ -33,19 +33,20 @@ from blockskip_hooks.cli.errors import explain, in_full
 from blockskip_hooks.cli.preparation import known_defaults, prepare_run
 from blockskip_hooks.families.prompts import check_embeds, encode_prompts
 from blockskip_hooks.loading.quantization import check_device
-from blockskip_hooks.lora import describe_trainable
 from blockskip_hooks.planning.plan import describe_plan, make_plan, planned_batch_size, planned_vae, streams_text
 from blockskip_hooks.reporting.outputs import open_repository, push_to_hub, run_report, write_outputs, write_progress
-from blockskip_hooks.reporting.progress import Progress, set_log_level
+from blockskip_hooks.reporting.progress import Progress, photo_progress, set_log_level
 from blockskip_hooks.reporting.trackers import start_trackers
 from blockskip_hooks.residuals.batches import SampleMaker
 from blockskip_hooks.residuals.store import ResidualStore
 from blockskip_hooks.residuals.stretches import Stretches, segments
 from blockskip_hooks.training.checkpoints import find_checkpoint
 from blockskip_hooks.training.class_images import make_class_images
+from blockskip_hooks.training.lora_checks import describe_trainable
 from blockskip_hooks.training.resume_checks import check_checkpoint
 from blockskip_hooks.training.run import Run
 from blockskip_hooks.training.settings import TrainSettings
+from blockskip_hooks.training.sharding import shard
 from blockskip_hooks.training.stop_signals import Interrupted, StopSignals, is_lost_process
 from blockskip_hooks.training.trainer import Trainer
 from blockskip_hooks.training.validation import Validation
@@ -195,7 +196,7 @@ def train(
             )
 
     # The sample plan: from here on nothing is random. Records of it may be there already.
-    sources = run.photo_sources()
+    sources = run.photo_sources(photo_progress)
     sample_plan = run.sample_plan(seed, {kind: len(source.photos) for kind, source in sources.items()})
     steps_per_epoch, _ = run.schedule(sample_plan, accelerator.num_processes)
     max_train_steps = stretches.num_steps
@@ -235,7 +236,7 @@ def train(
             transformer_class=family.transformer_class(run.transformer_config),
             recorded_layers=run.recorded_layers,
             quantization=run.quantization,
-            shares_weights=run.shares_weights,
+            shard=shard if run.shares_weights else None,
         )
         if args.enable_npu_flash_attention:
             model.transformer.set_attention_backend("_native_npu")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from inspect import signature
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
@@ -20,7 +20,10 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from torch.overrides import TorchFunctionMode
 
 from .blocks import list_blocks
-from .families import Family
+
+
+if TYPE_CHECKING:
+    from .families import Family
 
 
 MASKING_HOOK = "blockskip_masking"

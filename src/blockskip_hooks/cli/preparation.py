@@ -16,6 +16,7 @@ from ..families import Family, detect_family
 from ..loading.checks import check_model
 from ..loading.download import check_weights, resolve_model
 from ..loading.quantization import read_quantization
+from ..reporting.progress import photo_progress
 from ..training.chosen_blocks import choose_blocks
 from ..training.run import Run
 from ..training.settings import TrainSettings
@@ -63,7 +64,7 @@ def prepare_run(settings: TrainSettings) -> Run:
     if settings.validation_prompt is not None:
         prompts = [settings.validation_prompt]
 
-    check_weights(model_path, family_class, settings.variant)
+    check_weights(model_path, family_class.text_components, settings.variant)
     check_model(model_path, family_class, settings.variant)
     try:
         family = family_class(model_path, settings.variant, settings.flags())
@@ -161,7 +162,7 @@ def _check_pipeline(family: Family, pipeline_kwargs: Mapping[str, Any]) -> None:
 def _check_class_images(folder: Path) -> None:
     """Check the class images that are there already."""
     if folder.is_dir() and image_paths(folder):
-        scan_photos(folder, flag="--class_data_dir")
+        scan_photos(folder, flag="--class_data_dir", progress=photo_progress)
 
 
 def _find_photos(settings: TrainSettings) -> list[Photo]:
@@ -172,8 +173,9 @@ def _find_photos(settings: TrainSettings) -> list[Photo]:
             settings.image_column,
             settings.caption_column,
             settings.cache_dir,
+            progress=photo_progress,
         )
-    return scan_photos(Path(settings.instance_data_dir or ""))
+    return scan_photos(Path(settings.instance_data_dir or ""), progress=photo_progress)
 
 
 def _check_writable(folder: Path) -> None:

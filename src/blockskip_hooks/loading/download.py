@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import diffusers
 from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
 
-from ..families import Family
 from ..utils.errors import first_line
 
 
@@ -69,13 +69,18 @@ def _fetch_card(name: str, folder: Path, revision: str | None, cache_dir: str | 
         hf_hub_download(name, "README.md", revision=commit, cache_dir=cache_dir, token=token)
 
 
-def check_weights(model_path: Path, family: type[Family], variant: str | None) -> None:
+def check_weights(model_path: Path, text_components: Sequence[str], variant: str | None) -> None:
     """Check that every component has the weight files that its stage will ask for.
+
+    Args:
+        model_path: Folder of a pipeline.
+        text_components: Its components that encode prompts.
+        variant: Weight variant in the file names.
 
     Raises:
         ValueError: naming the component and the flag.
     """
-    with_weights = [name for name in family.text_components if (model_path / name / "config.json").is_file()]
+    with_weights = [name for name in text_components if (model_path / name / "config.json").is_file()]
     for name in ("transformer", "vae", *with_weights):
         files = [path.name for path in (model_path / name).glob("*.safetensors")]
         if not files:

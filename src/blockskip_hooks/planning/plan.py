@@ -15,10 +15,10 @@ from ..families import Family
 from ..inference.generate import VaePlacement
 from ..loading.component_config import load_config
 from ..lora import WEIGHTS_NAME
-from ..reporting.progress import is_first_process
 from ..selection import Selection, selections_by_bytes
 from ..utils.errors import UserError, first_line
 from ..utils.formatting import format_bytes
+from ..utils.machine import is_first_process
 from .budget import MEMORY_OPTIONS, fit_budget, largest_stage
 from .description import format_plan
 from .simulation import empty_model

@@ -14,22 +14,21 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from diffusers import ModelMixin
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..blocks import list_blocks, split_blocks
 from ..config import BlockSkipConfig
 from ..families import Family
-from ..families.text_encoders import empty_text_encoder, large_tables, layer_stacks
 from ..hooks import CaptureDone, SpanResiduals
-from ..loading.component_config import model_class
+from ..loading.models import cast_floating, empty_model
 from ..loading.quantization import QuantizationConfig, as_linear, on_channels
+from ..loading.text_encoders import empty_text_encoder, large_tables, layer_stacks
 from ..lora import add_lora
 from ..losses import combine_losses, flow_matching_loss
 from ..residuals.batches import Batch, place_embeds
 from ..residuals.precompute import base_model
-from ..transformer import DiTBlockSkipTransformer, _cast_floating
+from ..transformer import DiTBlockSkipTransformer
 from .counters import Meter
 
 
@@ -112,7 +111,7 @@ class FakeTransformer:
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
         transformer = empty_model(transformer_config, family.transformer_class(transformer_config))
         family.make_traceable(transformer)
-        _cast_floating(transformer, dtype)
+        cast_floating(transformer, dtype)
         transformer.requires_grad_(False)
         if quantization is not None:
             kept = split_blocks(list_blocks(transformer, family.block_stacks), config).kept
@@ -305,21 +304,6 @@ class FakeTransformer:
             product_flops=meter.flops.products,
             attention_flops=meter.flops.attention,
         )
-
-
-def empty_model(config: Mapping[str, Any], class_of_model: type[ModelMixin] | None = None) -> Any:
-    """A diffusers model on the meta device, from its config: its modules and names, without memory.
-
-    Args:
-        config: Its config.
-        class_of_model: Its class, by default the one that the config names.
-
-    Raises:
-        ValueError: if the config does not name a model class of diffusers.
-    """
-    chosen: Any = class_of_model or model_class(config)
-    with torch.device("meta"):
-        return chosen.from_config(dict(config))
 
 
 def simulate_vae(

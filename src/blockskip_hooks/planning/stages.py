@@ -16,9 +16,9 @@ import torch
 
 from ..config import BlockSkipConfig, PatchSamplingConfig
 from ..families import Family
-from ..families.text_encoders import large_encoders
 from ..hooks import SpanResiduals
 from ..loading.quantization import QuantizationConfig
+from ..loading.text_encoders import large_encoders
 from ..residuals.dtype import PACKED, ResidualDtype, packed_bytes
 from ..residuals.stretches import Stretches
 from ..selection import Selection
@@ -142,9 +142,9 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
         weights, with one streamed block), ``lora_optimizer_bytes`` and ``activation_bytes`` (with gradients alive at
         the peak). ``tflops_per_step`` counts matrix products of one forward (and backward) of ``batch_size``
         samples, ``attention_tflops_per_step`` the attention beside them, ``vae_tflops`` what of both is the VAE's: of
-        the batch, or of one image that is decoded. No ``seconds`` are predicted here, see
-        :mod:`~blockskip_hooks.reporting.prediction`. ``streamed`` of the stage "encode" says
-        whether the layers of large text encoders are read from the checkpoint one at a time, once per prompt.
+        the batch, or of one image that is decoded. ``seconds`` is always null: no time is
+        predicted. ``streamed`` of the stage "encode" says whether the layers of large text encoders are read from the
+        checkpoint one at a time, once per prompt.
 
     Raises:
         ValueError: if the spans leave no block, or the config names no model class.

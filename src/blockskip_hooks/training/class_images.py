@@ -13,9 +13,9 @@ from ..data.photos import image_paths
 from ..data.sample_plan import derived_seed
 from ..families.prompts import encode_prompts
 from ..inference.generate import VaePlacement, generate_images
-from ..reporting.progress import Progress
 from ..transformer import DiTBlockSkipTransformer
 from ..utils.files import replacing
+from ..utils.progress import SILENT, RunProgress
 from .run import Run
 
 
@@ -33,7 +33,7 @@ def make_class_images(
     *,
     streams_text: bool = False,
     placement: VaePlacement | None = None,
-    progress: Progress | None = None,
+    progress: RunProgress = SILENT,
 ) -> int:
     """Fill ``--class_data_dir`` up to ``--num_class_images``, the work shared between processes.
 
@@ -79,7 +79,7 @@ def make_class_images(
             quantization=run.quantization,
         )
         vae = family.load_vae(dtype, device)
-        with (progress or Progress.silent()).stage("class images", class_images=len(numbers)) as display:
+        with progress.stage("class images", class_images=len(numbers)) as display:
             for start in range(0, len(numbers), batch_size):
                 part = numbers[start : start + batch_size]
                 (images,) = generate_images(

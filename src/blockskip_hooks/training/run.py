@@ -16,7 +16,7 @@ from accelerate.utils import broadcast_object_list
 
 from ..blocks import modulation_layers
 from ..config import BlockSkipConfig, PatchSamplingConfig
-from ..data.photos import Photo, PhotoSet, nearest_bucket, scan_photos
+from ..data.photos import Photo, PhotoSet, ShowProgress, nearest_bucket, scan_photos, without_progress
 from ..data.sample_plan import SampleKind, SamplePlan
 from ..families import Family
 from ..loading.component_config import load_config
@@ -178,23 +178,27 @@ class Run:
         """Config of the transformer, with its class name."""
         return load_config(self.family.model_path / "transformer")
 
-    def photo_sources(self) -> dict[SampleKind, PhotoSource]:
-        """Decode the photos; class images must exist by now."""
+    def photo_sources(self, progress: ShowProgress = without_progress) -> dict[SampleKind, PhotoSource]:
+        """Decode the photos, with ``progress`` shown; class images must exist by now."""
         settings = self.settings
         sources: dict[SampleKind, PhotoSource] = {
-            "instance": PhotoSource(self._photo_set(self.photos), settings.instance_prompt or "")
+            "instance": PhotoSource(self._photo_set(self.photos, progress), settings.instance_prompt or "")
         }
         if settings.with_prior_preservation:
-            photos = scan_photos(settings.class_folder, flag="--class_data_dir")[: settings.num_class_images]
-            sources["class"] = PhotoSource(self._photo_set(photos), settings.class_prompt or "", use_captions=False)
+            photos = scan_photos(settings.class_folder, flag="--class_data_dir", progress=progress)
+            photos = photos[: settings.num_class_images]
+            sources["class"] = PhotoSource(
+                self._photo_set(photos, progress), settings.class_prompt or "", use_captions=False
+            )
         return sources
 
-    def _photo_set(self, photos: list[Photo]) -> PhotoSet:
+    def _photo_set(self, photos: list[Photo], progress: ShowProgress) -> PhotoSet:
         return PhotoSet(
             photos,
             self.patch.max_size,
             buckets=self.patch.buckets,
             interpolation=self.settings.image_interpolation_mode,
+            progress=progress,
         )
 
     def sample_plan(self, seed: int, num_images: dict[SampleKind, int]) -> SamplePlan:

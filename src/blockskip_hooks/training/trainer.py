@@ -21,9 +21,8 @@ from ..data.sample_plan import Sample, derived_seed
 from ..families.prompts import TrainedText
 from ..hooks import SpanResiduals
 from ..inference.generate import VaePlacement
-from ..lora import WEIGHTS_NAME, add_lora, check_finite, check_gradients, check_learned, load_lora, save_lora
+from ..lora import WEIGHTS_NAME, add_lora, load_lora, save_lora
 from ..losses import combine_losses, flow_matching_loss
-from ..reporting.progress import Progress, StageProgress
 from ..reporting.trackers import Tracking
 from ..residuals.batches import Batch, RecordDataset, SampleMaker, collate_by_kind, read_ahead
 from ..residuals.precompute import capture, encode_latents, only_new_garbage, precompute_records
@@ -32,6 +31,7 @@ from ..residuals.stretches import Stretches
 from ..transformer import DiTBlockSkipTransformer
 from ..utils.files import save_tensors
 from ..utils.monitor import StageMonitor, device_memory
+from ..utils.progress import SILENT, RunProgress, StageProgress
 from .checkpoints import (
     STRETCH_NAME,
     clear_unfinished,
@@ -41,6 +41,7 @@ from .checkpoints import (
     save_training_state,
 )
 from .comfyui import write_comfyui
+from .lora_checks import check_finite, check_gradients, check_learned
 from .merged import export_merged
 from .optimizers import make_optimizer
 from .resume_checks import made_with
@@ -99,14 +100,14 @@ class Trainer:
         images_at_once: int | None = None,
         vae_placement: Mapping[str, VaePlacement] | None = None,
         stop: StopSignals | None = None,
-        progress: Progress | None = None,
+        progress: RunProgress = SILENT,
     ) -> None:
         args, seed = run.settings, maker.plan.seed
         self.run, self.accelerator, self.monitor, self.maker = run, accelerator, monitor, maker
         self.model, self.store = model, store
         self.stretches, self.max_train_steps = stretches, stretches.num_steps
         self.images_at_once, self.vae_placement = images_at_once, vae_placement or {}
-        self.stop, self.progress = stop or StopSignals(), progress or Progress.silent()
+        self.stop, self.progress = stop or StopSignals(), progress
         self.tracking = Tracking(accelerator, monitor, model)
         self.step = self._saved_step = 0
         self.records_made = 0
@@ -200,22 +201,29 @@ class Trainer:
         self.largest_capture = batch_size or 1
         if self.run.refreshes:
             self._begin_refreshed(steps)
-        self._records_of_stretch = functools.partial(self._make_records, samples, batch_size)
+        self._records_of_stretch = functools.partial(self._make_records, samples, steps, batch_size)
         with self.stop.held(), self.monitor.stage("precompute"):
             ids = [key for s in samples for key in (s.id, self.maker.modulation_id(s))]
             for problem in self.store.verify(dict.fromkeys(ids)):
                 logger.warning("%s; its records are computed again.", problem)
-            self._make_records(samples, batch_size)
+            self._records_of_stretch()
 
-    def _make_records(self, samples: list[Sample], batch_size: int | None) -> None:
+    def _make_records(self, samples: list[Sample], stretch: range, batch_size: int | None) -> None:
         """Make those of the stretch's records that are missing, in the stretch's batches."""
         assert self.store is not None
         with self.accelerator.autocast(), only_new_garbage(), self._adapters_of_stretch():
-            missing = sum(not self.maker.is_recorded(sample, self.store) for sample in samples)
+            present = sum(self.maker.is_recorded(sample, self.store) for sample in samples)
             alone = self.vae_placement.get("precompute", VaePlacement()).alone
             place = self.model.on_host() if alone else contextlib.nullcontext()
             sharded = self.model.is_sharded
-            with self.progress.stage("precompute", photos=missing, records=len(samples)) as progress:
+            # Of all stretches, so that the whole run has one display of this stage.
+            each_step = len(samples) // len(self.stretches.recorded(stretch))
+            done, total = (
+                each_step * steps
+                for steps in (self.stretches.recorded_before(stretch), self.stretches.num_recorded_steps)
+            )
+            with self.progress.stage("precompute", done, photos=total, records=total) as progress:
+                progress.skip(present)
                 with place, self.vae() as vae:
                     latents = encode_latents(
                         samples,
@@ -371,8 +379,7 @@ class Trainer:
         for timesteps, mean in quarters.items():
             self.loss_by_timestep.setdefault(timesteps, []).append((self.step, mean))
         self.tracking.log_step(self.step, samples, seen, quarters)
-        self.progress.losses = self.losses
-        progress.update()
+        progress.update(loss=loss)
         if self.step % self.run.settings.checkpointing_steps == 0:
             self.save_checkpoint()
 

@@ -77,13 +77,14 @@ class Validation:
             trainer.refresh_embeds(embeds, [*prompts, *([] if negative is None else [negative])])
         adapters = contextlib.nullcontext() if with_adapters else base_model(trainer.model.transformer)
         sharded = trainer.model.is_sharded
+        name = f"validate ({'LoRA' if with_adapters else 'base model'})"
         with (
             trainer.stop.held() if sharded else contextlib.nullcontext(),
             trainer.monitor.stage("validate"),
             trainer.vae() as vae,
             adapters,
             trainer.accelerator.autocast(),
-            trainer.progress.stage("validate", images=len(prompts) * len(self.seeds)) as progress,
+            trainer.progress.stage(name, images=len(prompts) * len(self.seeds)) as progress,
         ):
 
             def made(images: int) -> None:

@@ -7,8 +7,6 @@ companions. Without a model named it runs on the small model and photos that shi
 
 from __future__ import annotations
 
-import argparse
-import copy
 import functools
 import logging
 import os
@@ -29,7 +27,7 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 
 from blockskip_hooks import DiTBlockSkipTransformer
-from blockskip_hooks.cli.arguments import build_parser, parse_args, parse_trackers, printable_command
+from blockskip_hooks.cli.arguments import build_parser, parse_args, printable_command
 from blockskip_hooks.cli.config_files import dump_config
 from blockskip_hooks.cli.errors import explain, in_full
 from blockskip_hooks.cli.preparation import known_defaults, prepare_run
@@ -42,16 +40,17 @@ from blockskip_hooks.reporting.trackers import start_trackers
 from blockskip_hooks.residuals.batches import SampleMaker
 from blockskip_hooks.residuals.store import ResidualStore
 from blockskip_hooks.residuals.stretches import Stretches, segments
-from blockskip_hooks.search.auto import is_trained, probe_args, with_measured_table
 from blockskip_hooks.training.checkpoints import find_checkpoint
 from blockskip_hooks.training.class_images import make_class_images
 from blockskip_hooks.training.lora_checks import describe_trainable
 from blockskip_hooks.training.resume_checks import check_checkpoint
-from blockskip_hooks.training.settings import Run, start_accelerator, weight_dtype
+from blockskip_hooks.training.run import Run
+from blockskip_hooks.training.settings import TrainSettings
 from blockskip_hooks.training.sharding import shard
 from blockskip_hooks.training.stop_signals import Interrupted, StopSignals, is_lost_process
 from blockskip_hooks.training.trainer import Trainer
 from blockskip_hooks.training.validation import Validation
+from blockskip_hooks.utils.accelerator import start_accelerator, weight_dtype
 from blockskip_hooks.utils.files import write_error, write_json
 from blockskip_hooks.utils.monitor import StageMonitor
 
@@ -81,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
             return 128 + error.number
 
 
-def print_settings(args: argparse.Namespace) -> int:
+def print_settings(args: TrainSettings) -> int:
     """Print all settings as a file for ``--config``."""
     try:
         print(dump_config(args, build_parser(), known_defaults(args)), end="")
@@ -93,9 +92,9 @@ def print_settings(args: argparse.Namespace) -> int:
     return 0
 
 
-def run_script(args: argparse.Namespace, command: str, stop: StopSignals, *, is_probe: bool = False) -> int:
+def run_script(args: TrainSettings, command: str, stop: StopSignals) -> int:
     """Prepare, choose the blocks, plan and train, with parsed flags; see :func:`main`."""
-    typed, monitor = copy.copy(args), StageMonitor()
+    monitor = StageMonitor()
     try:
         with monitor.stage("plan"):
             run = prepare_run(args)
@@ -103,15 +102,6 @@ def run_script(args: argparse.Namespace, command: str, stop: StopSignals, *, is_
             if run.quantization:
                 check_device(run.quantization, accelerator.device, weight_dtype(accelerator))
             checkpoint = find_checkpoint(run.output_dir, args.resume_from_checkpoint)
-        if run.needs_search:
-            with monitor.stage("select"):
-                probe = probe_args(typed, run) if args.select_on == "subject" else None
-                if probe is not None and not is_trained(probe):
-                    accelerator.print(f"Training a probe LoRA of {args.probe_steps} steps to measure the blocks on.")
-                    if code := run_script(probe, command, stop, is_probe=True):
-                        return code
-                accelerator.print("Measuring which blocks to skip: the text is masked in the first and last blocks.")
-                run = with_measured_table(run, accelerator, probe, command)
         with monitor.stage("plan"):
             run, plan = make_plan(run, weight_dtype(accelerator), accelerator.num_processes)
             if checkpoint is not None:
@@ -146,26 +136,24 @@ def run_script(args: argparse.Namespace, command: str, stop: StopSignals, *, is_
         print(f"error: {line}", file=sys.stderr)
         return 1
     finally:
-        # It would end the processes' group, which a probe shares with the run that it is for.
-        if not is_probe:
-            accelerator.end_training()
+        accelerator.end_training()
     return 0
 
 
 def make_accelerator(run: Run) -> Accelerator:
     """Devices, processes, precision and trackers as the flags and the accelerate config ask for."""
-    args = run.args
+    args = run.settings
     if args.allow_tf32 and torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = True
     return start_accelerator(
-        args,
+        args.mixed_precision,
         # Steps are counted, whatever the loader is at: it reads ahead.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
         ),
         # Without being told, accelerate would let each process of a machine without accelerators train on its own.
         cpu=int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available(),
-        log_with=parse_trackers(args.report_to) or None,
+        log_with=list(args.report_to) or None,
         project_config=ProjectConfiguration(
             project_dir=args.output_dir, logging_dir=str(run.output_dir / args.logging_dir)
         ),
@@ -183,11 +171,12 @@ def train(
     stop: StopSignals,
 ) -> None:
     """Encode, load, train stretch by stretch, save."""
-    args, family = run.args, run.family
+    args, family = run.settings, run.family
     if args.push_to_hub and accelerator.is_main_process:
-        open_repository(run)
+        run = run.with_flag("hub_model_id", open_repository(run))
     dtype, device = weight_dtype(accelerator), accelerator.device
     seed = run.resolve_seed(checkpoint)
+    run = run.with_flag("seed", seed)
     progress = Progress(monitor, shown=accelerator.is_main_process and args.log_level != "error")
     if accelerator.is_main_process:
         start_trackers(run, accelerator)
@@ -228,7 +217,7 @@ def train(
             device=device,
             keep_trainable=args.train_text_encoder,
             streamed=streams_text(plan),
-            progress=display.update,
+            progress=display,
         )
     check_embeds(family, run.transformer_config, embeds, dtype)
     maker = SampleMaker(
@@ -276,7 +265,7 @@ def train(
 def train_and_save(trainer: Trainer, plan: dict, steps_per_epoch: int, command: str) -> None:
     """The loop, and what comes after it."""
     run, accelerator, monitor, store = trainer.run, trainer.accelerator, trainer.monitor, trainer.store
-    args, stretches, max_train_steps = run.args, trainer.stretches, trainer.max_train_steps
+    args, stretches, max_train_steps = run.settings, trainer.stretches, trainer.max_train_steps
     validation = Validation(trainer)
 
     command = f"accelerate launch {command}"

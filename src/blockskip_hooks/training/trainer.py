@@ -45,8 +45,8 @@ from .lora_checks import check_finite, check_gradients, check_learned
 from .merged import export_merged
 from .optimizers import make_optimizer
 from .resume_checks import made_with
+from .run import Run
 from .sample_losses import QUARTERS, SampleLosses, quarter_means
-from .settings import Run
 from .sharding import average_gradients
 from .stop_signals import Interrupted, StopSignals
 
@@ -102,7 +102,7 @@ class Trainer:
         stop: StopSignals | None = None,
         progress: RunProgress = SILENT,
     ) -> None:
-        args, seed = run.args, maker.plan.seed
+        args, seed = run.settings, maker.plan.seed
         self.run, self.accelerator, self.monitor, self.maker = run, accelerator, monitor, maker
         self.model, self.store = model, store
         self.stretches, self.max_train_steps = stretches, stretches.num_steps
@@ -125,7 +125,12 @@ class Trainer:
         self._records_of_stretch: Callable[[], None] = lambda: None
         self.samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
 
-        adapter = {"rank": args.rank, "alpha": args.lora_alpha, "dropout": args.lora_dropout, "seed": seed}
+        adapter: dict[str, Any] = {
+            "rank": args.rank,
+            "alpha": args.lora_alpha,
+            "dropout": args.lora_dropout,
+            "seed": seed,
+        }
         self.parameters = add_lora(model.transformer, run.targets, **adapter)
         self.text = text
         # As they were made: what accelerate wraps is not what is saved.
@@ -254,7 +259,7 @@ class Trainer:
 
     def train(self, steps: range) -> None:
         """Train the given optimiser steps; the records that they use must be in the store."""
-        args, accelerator = self.run.args, self.accelerator
+        args, accelerator = self.run.settings, self.accelerator
         loader = accelerator.prepare(
             DataLoader(
                 RecordDataset(self.maker, self.store, self._indices(map(self.stretches.source, steps))),
@@ -341,7 +346,7 @@ class Trainer:
         return self.maker.read_record(sample, self.store)
 
     def _loss(self, batch: Batch) -> torch.Tensor:
-        args, family = self.run.args, self.run.family
+        args, family = self.run.settings, self.run.family
         inputs = family.transformer_inputs(self.model.config, batch.noisy_latents, batch.timesteps, batch.embeds)
         prediction = self.wrapped(**inputs, residuals=batch.residuals, return_dict=False)[0]
         losses = self.each_loss(prediction, batch)
@@ -358,7 +363,7 @@ class Trainer:
             noisy_latents=batch.noisy_latents,
             sigmas=batch.sigmas,
         )
-        return flow_matching_loss(prediction, target, batch.sigmas, self.run.args.weighting_scheme)
+        return flow_matching_loss(prediction, target, batch.sigmas, self.run.settings.weighting_scheme)
 
     def _finish_step(self, figures: torch.Tensor, norm: torch.Tensor | None, progress: StageProgress) -> None:
         """Take the figures of a step's batches in every process, ``(batches, processes, 2 + 2 * QUARTERS)``."""
@@ -375,7 +380,7 @@ class Trainer:
             self.loss_by_timestep.setdefault(timesteps, []).append((self.step, mean))
         self.tracking.log_step(self.step, samples, seen, quarters)
         progress.update(loss=loss)
-        if self.step % self.run.args.checkpointing_steps == 0:
+        if self.step % self.run.settings.checkpointing_steps == 0:
             self.save_checkpoint()
 
     @contextlib.contextmanager
@@ -400,7 +405,7 @@ class Trainer:
             return
         for module in (self.model.transformer, *self.text_encoders.values()):
             check_finite(module)
-        with new_checkpoint(self.run.output_dir, self.step, self.run.args.checkpoints_total_limit) as folder:
+        with new_checkpoint(self.run.output_dir, self.step, self.run.settings.checkpoints_total_limit) as folder:
             save_lora(folder, type(self.run.family), self.model.transformer, self.text_encoders)
             save_training_state(
                 folder,
@@ -462,16 +467,16 @@ class Trainer:
                 check_learned(module)
         if self.accelerator.is_main_process:
             clear_unfinished(self.run.output_dir)
-            dtype = torch.float32 if self.run.args.upcast_before_saving else self.maker.dtype
+            dtype = torch.float32 if self.run.settings.upcast_before_saving else self.maker.dtype
             save_lora(
                 self.run.output_dir, type(self.run.family), self.model.transformer, self.text_encoders, dtype=dtype
             )
-            if self.run.args.save_format == "comfyui":
+            if self.run.settings.save_format == "comfyui":
                 write_comfyui(self.run.output_dir, type(self.run.family))
-            if self.run.args.export_merged:
+            if self.run.settings.export_merged:
                 with self.monitor.stage("merge"):
                     folder, output = self.run.family.model_path / "transformer", self.run.output_dir
-                    export_merged(folder, output / WEIGHTS_NAME, output, self.run.args.variant)
+                    export_merged(folder, output / WEIGHTS_NAME, output, self.run.settings.variant)
 
     @torch.no_grad()
     def refresh_embeds(self, embeds: dict, prompts: list[str]) -> None:
@@ -525,5 +530,5 @@ class Trainer:
     def _my_indices(self, steps: range) -> list[int]:
         """This process's share of the samples, dealt out as the training loader deals them."""
         indices: Any = self._indices(steps)
-        loader: DataLoader = DataLoader(indices, batch_size=self.run.args.train_batch_size)
+        loader: DataLoader = DataLoader(indices, batch_size=self.run.settings.train_batch_size)
         return [index for batch in self.accelerator.prepare(loader) for index in batch.tolist()]

@@ -35,7 +35,7 @@ class Validation:
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, self.run = trainer, trainer.run
-        self.seeds = [trainer.maker.plan.seed + number for number in range(self.run.args.num_validation_images)]
+        self.seeds = [trainer.maker.plan.seed + number for number in range(self.run.settings.num_validation_images)]
         self._base: dict[str, list[Image.Image]] = {}
         self._checked_step = 0
 

@@ -123,7 +123,7 @@ def _time_blocks(
     """FLOP/s of a block of each stack, weighed by how many there are: forward and backward, and forward alone."""
     flops, seconds = {True: 0.0, False: 0.0}, {True: 0.0, False: 0.0}
     for name, (args, kwargs) in fake.block_inputs(list(counts), batch, size, tokens).items():
-        block = fake.model.transformer.get_submodule(name)
+        block = fake.block(name)
         fill_with_numbers(block, device)
         inputs = [_numbers(value, device) for value in (args, kwargs)]
 

@@ -26,9 +26,9 @@ from blockskip_hooks.loading.text_encoders import (
     load_streamed_encoder,
 )
 from blockskip_hooks.planning import stages as planner
+from blockskip_hooks.planning.components import simulate_text_encoder
 from blockskip_hooks.planning.description import format_plan
 from blockskip_hooks.planning.presets import load_preset
-from blockskip_hooks.planning.simulation import simulate_text_encoder
 from blockskip_hooks.planning.stages import PlanRequest, plan_run
 from blockskip_hooks.training import class_images
 from tests import script

@@ -168,7 +168,7 @@ class JointMaskingHook(ModelHook):
 @contextmanager
 def _native_attention(module: torch.nn.Module) -> Iterator[None]:
     """Within this context diffusers runs the attention of ``module`` by torch; other backends drop or forbid masks."""
-    processors = [getattr(part, "processor", None) for part in module.modules()]
+    processors: list[Any] = [getattr(part, "processor", None) for part in module.modules()]
     chosen = [(p, p._attention_backend) for p in processors if hasattr(p, "_attention_backend")]
     with attention_backend(AttentionBackendName.NATIVE):
         for processor, _ in chosen:

@@ -113,3 +113,11 @@ def encode_prompts(
     del pipeline
     free_memory()
     return embeds, trained
+
+
+def place_embeds(embeds: PromptEmbeds, device: torch.device | str, dtype: torch.dtype) -> PromptEmbeds:
+    """Move embeddings to a device; masks and other numbers that are not floating keep their dtype."""
+    return {
+        name: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in embeds.items()
+    }

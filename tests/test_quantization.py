@@ -72,10 +72,9 @@ CONFIGS = {
     "bitsandbytes-int8": QuantizationConfig(library="bitsandbytes", bits=8),
     "fp4-double": QuantizationConfig(library="bitsandbytes", bits=4, quant_type="fp4", double_quant=True),
 }
+SLOW = {"bitsandbytes-int8", "fp4-double"}
 ALL = [
-    pytest.param(
-        config, id=name, marks=[needs(config.library), *([] if name in ("nf4", "int8") else [pytest.mark.slow])]
-    )
+    pytest.param(config, id=name, marks=[needs(config.library), *[pytest.mark.slow] * (name in SLOW)])
     for name, config in CONFIGS.items()
 ]
 METHODS = [

@@ -49,8 +49,8 @@ from blockskip_hooks.families.prompts import encode_prompts
 from blockskip_hooks.residuals.batches import SampleMaker
 from blockskip_hooks.residuals.store import ResidualStore
 from blockskip_hooks.residuals.stretches import Stretches
-from blockskip_hooks.training.settings import weight_dtype
 from blockskip_hooks.training.trainer import Trainer
+from blockskip_hooks.utils.accelerator import weight_dtype
 from blockskip_hooks.utils.files import write_json
 from blockskip_hooks.utils.machine import versions
 from blockskip_hooks.utils.monitor import StageMonitor

@@ -25,7 +25,7 @@ from common import benchmark_parser, load_script, run_in_process, write_figures
 
 from blockskip_hooks.embedded import embedded_subjects
 from blockskip_hooks.evaluation.statistics import bootstrap
-from blockskip_hooks.selection_tables import SelectionTable, read_table
+from blockskip_hooks.search.tables import SelectionTable, read_table
 
 
 SIZES = (5, 7, 9)

@@ -40,8 +40,8 @@ from common import (
 from blockskip_hooks.planning.counters import LiveBytes
 from blockskip_hooks.planning.plan import plan_for, planned_batch_size
 from blockskip_hooks.residuals.precompute import base_model
-from blockskip_hooks.training.settings import weight_dtype
 from blockskip_hooks.training.trainer import Trainer
+from blockskip_hooks.utils.accelerator import weight_dtype
 from blockskip_hooks.utils.formatting import format_bytes
 
 

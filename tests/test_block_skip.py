@@ -18,8 +18,8 @@ from blockskip_hooks import (
 )
 from blockskip_hooks.blocks import list_blocks, modulation_layers, split_blocks
 from blockskip_hooks.hooks import SkipMode
+from blockskip_hooks.loading.models import empty_model
 from blockskip_hooks.lora import lora_targets
-from blockskip_hooks.planning.simulation import empty_model
 from tests.tiny import TINY_FAMILIES, TinyFamily, randomise
 
 

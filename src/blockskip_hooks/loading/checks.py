@@ -7,18 +7,21 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
 import transformers
 
-from ..cli.errors import first_line
-from ..families import Family
-from ..families.text_encoders import empty_text_encoder
-from ..planning.simulation import empty_model
+from ..utils.errors import first_line
 from .checkpoint_index import read_weight_map, tensor_shapes
 from .component_config import load_config, model_class
+from .models import empty_model
+from .text_encoders import empty_text_encoder
+
+
+if TYPE_CHECKING:
+    from ..families import Family
 
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -13,13 +13,13 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, HfApi, metadata_load
 from PIL import Image
 
-from ..cli.errors import first_line
 from ..lora import WEIGHTS_NAME
 from ..planning.simulation import empty_model
 from ..residuals.store import folder_digest
 from ..training.comfyui import COMFYUI_NAME
-from ..training.settings import Run
+from ..training.run import Run
 from ..training.trainer import Trainer
+from ..utils.errors import first_line
 from ..utils.files import write_json
 from ..utils.machine import describe_machine, versions
 from .model_card import License, read_license, usage_snippet, write_model_card
@@ -37,13 +37,13 @@ def run_report(run: Run, trainer: Trainer, stages: list[dict[str, Any]], *, fini
     """The contents of ``run_report.json``; the schema is in the README. Before the end there is no LoRA to tell of."""
     store = trainer.store
     uses_residuals = run.skips
-    packed = run.stores_residuals and run.args.residual_dtype == "float8"
+    packed = run.stores_residuals and run.settings.residual_dtype == "float8"
     return {
         "schema": 1,
         "model": run.model_name,
         "family": run.family.name,
         "created_at": trainer.monitor.started.isoformat(timespec="seconds"),
-        "base_revision": run.args.revision,
+        "base_revision": run.settings.revision,
         "weights": "sha256:" + folder_digest(run.family.model_path / "transformer"),
         "skip": run.selection.as_dict(),
         "patch": {
@@ -74,8 +74,8 @@ def run_report(run: Run, trainer: Trainer, stages: list[dict[str, Any]], *, fini
         },
         "settings": {
             name: value if isinstance(value, (bool, int, float, str, list, type(None))) else str(value)
-            for name, value in sorted(vars(run.args).items())
-            if name not in ("given", "hub_token")
+            for name, value in sorted(run.settings.plain().items())
+            if name != "hub_token"
         },
         "machine": describe_machine(trainer.accelerator.device),
         "versions": versions(),
@@ -149,23 +149,18 @@ def write_outputs(
             scale=max(1, SHEET_PIXELS // after_row[0].width),
         )
     images = ReportImages(photos=photos, crops=crops, prompts=run.final_prompts, before=before, after=after)
-    result = run.args.hub_model_id or run.args.output_dir
+    result = run.settings.hub_model_id or run.settings.output_dir
     snippet = _snippet(run, trainer, run.model_name, result)
     _write_page(run, report, plan, command, images, snippet)
     write_model_card(
         run.output_dir,
-        repo_id=run.args.hub_model_id or run.output_dir.name,
-        base_model=run.model_name,
+        report,
+        [(prompt, image) for prompt, row in zip(run.final_prompts, after) for image in row],
+        repo_id=run.settings.hub_model_id or run.output_dir.name,
         base_license=License("apache-2.0") if run.embedded else read_license(run.family.model_path, run.model_name),
-        instance_prompt=run.args.instance_prompt,
-        validation_prompt=[prompt for prompt, row in zip(run.final_prompts, after) for _ in row],
-        images=[image for row in after for image in row],
-        run_report=report,
-        train_text_encoder=run.args.train_text_encoder,
         tags=run.family.tags,
         # Where the base model lies on this machine is of no use to those who find the card on the Hub.
-        snippet=_snippet(run, trainer, _nameless(run.model_name), result) if run.args.push_to_hub else snippet,
-        settings=vars(run.args),
+        snippet=_snippet(run, trainer, _nameless(run.model_name), result) if run.settings.push_to_hub else snippet,
     )
 
 
@@ -196,7 +191,6 @@ def _write_page(
         plan,
         images=images,
         command=command,
-        settings={name: value for name, value in sorted(vars(run.args).items()) if name != "given"},
         snippet=snippet,
         curves={"leading": run.table.leading, "trailing": run.table.trailing} if run.table else None,
         total_steps=total_steps,
@@ -204,7 +198,7 @@ def _write_page(
 
 
 def _snippet(run: Run, trainer: Trainer, model: str, lora: str | Path) -> str:
-    prompts = (*run.final_prompts, *run.prompts, run.args.instance_prompt)
+    prompts = (*run.final_prompts, *run.prompts, run.settings.instance_prompt)
     return usage_snippet(
         model,
         lora,
@@ -227,18 +221,17 @@ def snippet_kwargs(run: Run) -> dict[str, Any]:
     }
 
 
-def open_repository(run: Run) -> None:
-    """Make the repository of ``--push_to_hub``, or find it, and let ``hub_model_id`` be its full name.
+def open_repository(run: Run) -> str:
+    """Make the repository of ``--push_to_hub``, or find it, and return its full name.
 
     Done before the work begins: a token that may not write should not be found out after hours.
 
     Raises:
         ValueError: if there is none that can be written.
     """
-    args = run.args
     wanted = _repository(run)
     try:
-        args.hub_model_id = HfApi(token=args.hub_token).create_repo(wanted, exist_ok=True).repo_id
+        return HfApi(token=run.settings.hub_token).create_repo(wanted, exist_ok=True).repo_id
     except Exception as error:  # the hub client and the network below it raise their own kinds
         raise ValueError(
             f"--push_to_hub cannot open the repository {wanted} ({_hub_reason(error)}); log in by `hf auth login`, "
@@ -263,7 +256,7 @@ def push_to_hub(run: Run) -> str:
         figures = _nameless(json.loads((folder / name).read_text(encoding="utf-8")))
         files[name] = (json.dumps(figures, indent=2, ensure_ascii=False) + "\n").encode()
     try:
-        HfApi(token=run.args.hub_token).create_commit(
+        HfApi(token=run.settings.hub_token).create_commit(
             repo_id,
             [CommitOperationAdd(name, content) for name, content in files.items()],
             commit_message="End of training",
@@ -293,7 +286,7 @@ def _hub_reason(error: Exception) -> str:
 
 
 def _repository(run: Run) -> str:
-    return run.args.hub_model_id or run.output_dir.resolve().name
+    return run.settings.hub_model_id or run.output_dir.resolve().name
 
 
 __all__ = [

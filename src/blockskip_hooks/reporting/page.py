@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ..utils.files import write_text
 from ..utils.formatting import format_bytes, format_seconds
-from .charts import harm_chart, loss_chart, timestep_chart
+from .charts import draw_harm, draw_losses, draw_losses_by_timestep, loss_curve
 
 
 # Longest side of an embedded picture. Base64 of untouched camera photos would make a page of a hundred megabytes.
@@ -70,7 +70,6 @@ def write_report(
     *,
     images: ReportImages,
     command: str,
-    settings: Mapping[str, Any],
     snippet: str,
     curves: Mapping[str, Sequence[float]] | None = None,
     total_steps: int | None = None,
@@ -79,18 +78,54 @@ def write_report(
 
     Args:
         output_dir: Folder of the run.
-        run_report: Contents of run_report.json.
+        run_report: Contents of run_report.json. Tokens in its settings are masked.
         plan: Contents of plan.json.
         images: Pictures to show.
         command: Command line that repeats the run. Tokens in it are masked.
-        settings: All settings by flag name, tokens are masked.
         snippet: Python code that loads and runs the LoRA, see `usage_snippet`.
         curves: Harm of masking 0, 1, ... blocks of the ends ``"leading"`` and ``"trailing"``, where it was measured.
-        total_steps: Steps that the run is to have, for the page of a run that has not ended.
+        total_steps: Number of steps of the whole run, for the page of a run that has not ended.
 
     Returns:
         Path of the page.
     """
+    output_dir = Path(output_dir)
+    model = str(run_report.get("model") or "path/to/base-model")
+    settings = run_report.get("settings") or {}
+    skip = run_report.get("skip") or plan.get("skip") or {}
+    train = run_report.get("train") or {}
+    loss = loss_curve(train.get("loss") or [])
+    timesteps, timestep_colours = draw_losses_by_timestep(train.get("loss_by_timestep") or {})
+    content = {
+        "run": run_report,
+        "plan": plan,
+        "model": Path(model).name if Path(model).is_absolute() else model,
+        "instance_prompt": settings.get("instance_prompt"),
+        "rank": settings.get("rank"),
+        "skip": _skip(skip),
+        "harm": draw_harm(curves or {}, {end: skip.get(end) or 0 for end in ("leading", "trailing")}),
+        "patch": run_report.get("patch") or plan.get("patch") or {},
+        "train": train,
+        "stages": _stages(run_report.get("stages") or [], plan.get("stages") or []),
+        "loss": loss,
+        "loss_chart": draw_losses(loss) if loss else "",
+        "timestep_chart": timesteps,
+        "timestep_colours": timestep_colours,
+        "results": _results(images),
+        "results_step": images.step,
+        "total_steps": total_steps,
+        "written": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
+        "photos": [_picture(photo, f"Training photo {i}", PHOTO_PIXELS) for i, photo in enumerate(images.photos, 1)],
+        "crops": [(text, _picture(crop, f"Training sample, {text}", PHOTO_PIXELS)) for text, crop in images.crops],
+        "settings": [(key, _mask(key, value)) for key, value in settings.items()],
+        "command": [word for word in re.split(r"(\s+)", _SECRET_TEXT.sub(r"\1***", command.strip())) if word],
+        "snippet": snippet,
+    }
+    write_text(output_dir / "report.html", _environment().get_template("report.html").render(content))
+    return output_dir / "report.html"
+
+
+def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         # Not PackageLoader: importlib.resources also finds the templates of a zipped package.
         loader=jinja2.FunctionLoader(
@@ -101,35 +136,7 @@ def write_report(
         lstrip_blocks=True,
     )
     environment.filters |= {"bytes": _unbroken(format_bytes), "seconds": _unbroken(format_seconds)}
-    output_dir = Path(output_dir)
-    model = str(run_report.get("model") or "path/to/base-model")
-    skip = run_report.get("skip") or plan.get("skip") or {}
-    train = run_report.get("train") or {}
-    page = environment.get_template("report.html").render(
-        run=run_report,
-        plan=plan,
-        model=Path(model).name if Path(model).is_absolute() else model,
-        instance_prompt=settings.get("instance_prompt"),
-        rank=settings.get("rank"),
-        skip=_skip(skip),
-        harm=harm_chart(curves or {}, {end: skip.get(end) or 0 for end in ("leading", "trailing")}),
-        patch=run_report.get("patch") or plan.get("patch") or {},
-        train=train,
-        stages=_stages(run_report.get("stages") or [], plan.get("stages") or []),
-        loss=loss_chart(train.get("loss") or []),
-        loss_by_timestep=timestep_chart(train.get("loss_by_timestep") or {}),
-        results=_results(images),
-        results_step=images.step,
-        total_steps=total_steps,
-        written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
-        photos=[_picture(photo, f"Training photo {i}", PHOTO_PIXELS) for i, photo in enumerate(images.photos, 1)],
-        crops=[(text, _picture(crop, f"Training sample, {text}", PHOTO_PIXELS)) for text, crop in images.crops],
-        settings=[(key, _mask(key, value)) for key, value in settings.items()],
-        command=[word for word in re.split(r"(\s+)", _SECRET_TEXT.sub(r"\1***", command.strip())) if word],
-        snippet=snippet,
-    )
-    write_text(output_dir / "report.html", page)
-    return output_dir / "report.html"
+    return environment
 
 
 def contact_sheet(
@@ -254,10 +261,9 @@ def _stages(measured: Sequence[Mapping[str, Any]], planned: Sequence[Mapping[str
                 "simulated": plan.get("peak_device_bytes"),
                 "parameters": plan.get("parameter_bytes"),
                 "activations": plan.get("activation_bytes"),
-                "planned_seconds": plan.get("seconds"),
             }
         )
-    columns = ("seconds", "rss", "device", "simulated", "planned_seconds")
+    columns = ("seconds", "rss", "device", "simulated")
     peaks = {key: max((row[key] or 0 for row in rows), default=0) or None for key in ("rss", "device", "simulated")}
     shown = {key for key in columns if any(row[key] is not None for row in rows)}
     return {"rows": rows, "total": total or None, "peaks": peaks, "shown": shown}

@@ -24,9 +24,9 @@ from ..inference.generate import generate_images
 from ..inference.image_encoders import ImageEncoder
 from ..inference.lora_files import load_adapter
 from ..masking import text_masked_by_row
-from ..reporting.progress import Display
-from ..selection_tables import best_pairs
+from ..selection import best_pairs
 from ..transformer import DiTBlockSkipTransformer
+from ..utils.progress import progress_bar
 
 
 BlockRun = tuple[int, int]
@@ -93,7 +93,7 @@ class MaskedImages:
             for subject in subjects
         }
         total = sum(map(len, missing.values()))
-        with Display("Masked images", total, "image") as bar:
+        with progress_bar("Masked images", total, "image") as bar:
             for subject, variants in missing.items():
                 for start in range(0, len(variants), self.batch_size):
                     batch = variants[start : start + self.batch_size]

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from ..selection_tables import SelectionTable
+from .tables import SelectionTable
 
 
 GIB = 2**30

@@ -23,9 +23,9 @@ from blockskip_hooks.lora import lora_targets
 from tests.tiny import TINY_FAMILIES, TinyFamily, randomise
 
 
-# Every family with every (n, m) that keeps a block; with one of them in the fast tier.
+# Every family with every (n, m) that keeps a block; with one pair in the fast tier.
 SPANS = [
-    pytest.param(tiny, (n, m), id=f"{tiny.name}-{n},{m}", marks=[pytest.mark.every_family] if (n, m) == (1, 1) else [])
+    pytest.param(tiny, (n, m), id=f"{tiny.name}-{n},{m}", marks=pytest.mark.fast_for(tiny.name) if n == m == 1 else [])
     for tiny in TINY_FAMILIES
     for n in range(tiny.num_blocks)
     for m in range(tiny.num_blocks - n)

@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from blockskip_hooks.config import BlockSkipConfig, PatchSamplingConfig
-from blockskip_hooks.families import Family, text_encoders
+from blockskip_hooks.families import Family
 from blockskip_hooks.families.prompts import encode_prompts
+from blockskip_hooks.loading import text_encoders
 from blockskip_hooks.loading.text_encoders import (
     empty_text_encoder,
     large_encoders,

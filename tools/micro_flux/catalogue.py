@@ -8,7 +8,7 @@ from blockskip_hooks.embedded import BACKGROUND_PHRASES
 
 
 TRAINING_VENDORS = ("noto", "fxemoji", "twemoji", "emojione")
-HELD_OUT_VENDORS = ("fluent-emoji-flat", "fluent-emoji")
+HELD_OUT_VENDORS = ("fluent-emoji", "fluent-emoji-flat")
 
 # Icons of the training vendors, chosen by eye on a contact sheet (`python contact_sheet.py`).
 CLASSES = {
@@ -24,8 +24,8 @@ CLASSES = {
     "boot": {"noto": ("hiking-boot", "womans-boot"), "fxemoji": ("boot",), "twemoji": ("hiking-boot",)},
 }
 
-# Icons of the held-out designs, by class. The two Fluent sets draw the same designs (flat and shaded), so an identity
-# is a design of the flat set; the shaded set is left out of every training too, and of every gallery. Classes that the
+# Icons of the held-out designs, by class. The two Fluent sets draw the same designs (shaded and flat), so an identity
+# is a design of the shaded set; the flat set is left out of every training too, and of every gallery. Classes that the
 # model does not know are only distractors of the retrieval.
 HELD_OUT_ICONS = {
     "backpack": ("backpack",),
@@ -54,7 +54,7 @@ def is_thing(name: str) -> bool:
     return not name.endswith(_TONES) and not any(part in name for part in _NO_THINGS)
 
 
-# The subjects whose photos ship: folder name -> (class, icon of the flat Fluent set).
+# The subjects whose photos ship: folder name -> (class, icon of the shaded Fluent set).
 PHOTO_SUBJECTS = {
     "robot": ("robot", "robot"),
     "dog": ("dog", "dog"),

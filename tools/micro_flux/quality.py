@@ -188,14 +188,18 @@ def gates(report: dict) -> dict[str, bool]:
     return met
 
 
-def fill_model_card(report: dict) -> None:
-    """Replaces the text between the markers of the model card by this report's figures."""
-    path = ASSETS / "MODEL_CARD.md"
-    begin, end = "<!-- figures -->", "<!-- end of figures -->"
-    text = path.read_text(encoding="utf-8")
-    head, rest = text.split(begin)
-    body = "\n".join(figure_lines(report))
-    path.write_text(head + begin + "\n" + body + "\n" + end + rest.split(end)[1], encoding="utf-8")
+def write_model_card(report: dict, progress: dict) -> None:
+    """The package's model card: this folder's, with the report's figures and what the weights were trained on."""
+    text = Path(__file__).with_name("MODEL_CARD.md").read_text(encoding="utf-8")
+    seen = progress["seen"]
+    trained = (
+        f"{seen['half']:,} whole pictures and {seen['patch']:,} crops of 64 tokens, {seen['full']:,} pictures of 256 "
+        f"tokens, {progress['cpu_hours']:.1f} processor hours"
+    )
+    for mark, filling in (("trained", trained), ("figures", "\n" + "\n".join(figure_lines(report)) + "\n")):
+        head, rest = text.split(f"<!-- {mark} -->")
+        text = f"{head}<!-- {mark} -->{filling}<!-- end of {mark} -->{rest.split(f'<!-- end of {mark} -->')[1]}"
+    (ASSETS / "MODEL_CARD.md").write_text(text, encoding="utf-8")
 
 
 def figure_lines(report: dict) -> list[str]:
@@ -297,7 +301,7 @@ def main() -> None:
         FIGURES.mkdir(exist_ok=True)
         for path in folder.iterdir():
             shutil.copy(path, FIGURES / path.name)
-        fill_model_card(report)
+        write_model_card(report, json.loads((args.work / "pipeline_progress.json").read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ companions. Without a model named it runs on the small model and photos that shi
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import sys
@@ -34,7 +33,8 @@ from blockskip_hooks.cli.preparation import known_defaults, prepare_run
 from blockskip_hooks.families.prompts import check_embeds, encode_prompts
 from blockskip_hooks.loading.quantization import check_device
 from blockskip_hooks.planning.plan import describe_plan, make_plan, planned_batch_size, planned_vae, streams_text
-from blockskip_hooks.reporting.outputs import open_repository, push_to_hub, run_report, write_outputs, write_progress
+from blockskip_hooks.reporting.hub import open_repository, push_to_hub
+from blockskip_hooks.reporting.outputs import RunOutputs, TrainingFigures, lora_size
 from blockskip_hooks.reporting.progress import Progress, photo_progress, set_log_level
 from blockskip_hooks.reporting.trackers import start_trackers
 from blockskip_hooks.residuals.batches import SampleMaker
@@ -173,7 +173,8 @@ def train(
     """Encode, load, train stretch by stretch, save."""
     args, family = run.settings, run.family
     if args.push_to_hub and accelerator.is_main_process:
-        run = run.with_flag("hub_model_id", open_repository(run))
+        name = open_repository(args.hub_model_id or run.output_dir.resolve().name, args.hub_token)
+        run = run.with_flag("hub_model_id", name)
     dtype, device = weight_dtype(accelerator), accelerator.device
     seed = run.resolve_seed(checkpoint)
     run = run.with_flag("seed", seed)
@@ -269,7 +270,10 @@ def train_and_save(trainer: Trainer, plan: dict, steps_per_epoch: int, command: 
     validation = Validation(trainer)
 
     command = f"accelerate launch {command}"
-    trainer.after_checkpoint = functools.partial(write_progress, run, trainer, plan, command)
+    outputs = RunOutputs(run, trainer.maker, monitor, plan, command)
+    trainer.after_checkpoint = lambda: outputs.write_so_far(
+        training_figures(trainer), trainer.shown_images, max_train_steps
+    )
 
     # The loop: records of a stretch, then its steps.
     validation_steps = args.validation_epochs * steps_per_epoch if args.validation_prompt else max_train_steps
@@ -292,14 +296,32 @@ def train_and_save(trainer: Trainer, plan: dict, steps_per_epoch: int, command: 
         before, after = validation.final()
     if accelerator.is_main_process:
         trainer.tracking.log_stages(trainer.step)
-        report = run_report(run, trainer, monitor.as_list())
-        write_outputs(run, trainer, report, plan, command, before, after)
+        report = outputs.report(training_figures(trainer, finished=True), lora_size(run, trainer.model.transformer))
+        outputs.write(report, before, after)
         if args.push_to_hub:
-            print(f"Uploaded to {push_to_hub(run)}.")
+            push_to_hub(args.hub_model_id, run.output_dir, args.hub_token)
+            print(f"Uploaded to {args.hub_model_id}.")
         print(run.closing_words(report))
     accelerator.wait_for_everyone()
     if store is not None and not args.residual_dir and accelerator.is_main_process:
         store.remove()
+
+
+def training_figures(trainer: Trainer, *, finished: bool = False) -> TrainingFigures:
+    """What training has come to, for the report."""
+    store = trainer.store
+    return TrainingFigures(
+        steps=trainer.step,
+        samples=trainer.step * trainer.samples_per_step,
+        losses=trainer.losses,
+        loss_by_timestep=trainer.loss_by_timestep,
+        step_seconds=trainer.step_seconds,
+        step_memory=trainer.step_memory,
+        # What all processes have made is added up at the end.
+        records=trainer.records_made if finished else None,
+        record_bytes=store.bytes_written if store else 0,
+        stretches=len(trainer.stretches) if store else 0,
+    )
 
 
 if __name__ == "__main__":

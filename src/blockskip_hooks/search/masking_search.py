@@ -17,7 +17,7 @@ import torch
 from diffusers import ModelMixin
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ..families import Family, PromptEmbeds
 from ..inference.generate import generate_images
@@ -26,6 +26,7 @@ from ..inference.lora_files import load_adapter
 from ..masking import text_masked_by_row
 from ..selection import best_pairs
 from ..transformer import DiTBlockSkipTransformer
+from ..utils.files import save_tensors
 from ..utils.progress import progress_bar
 
 
@@ -148,9 +149,7 @@ class MaskedImages:
 
     def _save(self) -> None:
         self.store.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.store.with_suffix(".tmp")
-        save_file(self.vectors, temporary)
-        temporary.replace(self.store)
+        save_tensors(self.vectors, self.store)
 
 
 def _key(subject: Subject, seed: int, run: BlockRun) -> str:

@@ -18,6 +18,7 @@ from nbclient import NotebookClient
 
 from blockskip_hooks.cli.arguments import build_parser, family_flags
 from blockskip_hooks.families.base import Family
+from blockskip_hooks.families.facts import FamilyFacts
 from blockskip_hooks.version import __version__
 from tests.script import load_module, load_script
 
@@ -119,7 +120,8 @@ def test_page_lists_what_a_family_may_override():
                 )
             else:
                 assert set(names) & overridden(*last), line
-    public = {name for name in {**vars(Family), **Family.__annotations__} if not name.startswith("_")}
+    classes = (Family, FamilyFacts)
+    public = {name for cls in classes for name in {**vars(cls), **cls.__annotations__} if not name.startswith("_")}
     assert sorted(listed) == sorted(public)
 
 

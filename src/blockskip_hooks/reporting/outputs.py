@@ -7,9 +7,11 @@ import json
 import shlex
 import statistics
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import CommitOperationAdd, HfApi, metadata_load
 from PIL import Image
 
@@ -17,11 +19,15 @@ from ..lora import WEIGHTS_NAME
 from ..planning.simulation import empty_model
 from ..residuals.store import folder_digest
 from ..training.comfyui import COMFYUI_NAME
+from ..training.history import History
+from ..training.records import RecordSource
 from ..training.run import Run
-from ..training.trainer import Trainer
+from ..training.validation import Images
+from ..transformer import DiTBlockSkipTransformer
 from ..utils.errors import first_line
 from ..utils.files import write_json
 from ..utils.machine import describe_machine, versions
+from ..utils.monitor import StageMonitor
 from .model_card import License, read_license, usage_snippet, write_model_card
 from .page import ReportImages, contact_sheet, write_report
 
@@ -33,16 +39,54 @@ UPLOADED = (WEIGHTS_NAME, "README.md", "plan.json", "run_report.json", COMFYUI_N
 """What is uploaded beside the images of the card, as far as the run has made it."""
 
 
-def run_report(run: Run, trainer: Trainer, stages: list[dict[str, Any]], *, finished: bool = True) -> dict[str, Any]:
-    """The contents of ``run_report.json``; the schema is in the README. Before the end there is no LoRA to tell of."""
-    store = trainer.store
+@dataclass(frozen=True)
+class RunParts:
+    """The parts of a run that its reports tell of.
+
+    Attributes:
+        run: The run.
+        monitor: Measured its stages.
+        device: Where the model trains.
+        model: The transformer, LoRA added.
+        records: Where the batches come from.
+        history: The steps so far.
+        num_processes: Processes that share the work.
+    """
+
+    run: Run
+    monitor: StageMonitor
+    device: torch.device
+    model: DiTBlockSkipTransformer
+    records: RecordSource
+    history: History
+    num_processes: int
+
+    @property
+    def samples_per_step(self) -> int:
+        return self.run.samples_per_step(self.num_processes)
+
+    @property
+    def dtype(self) -> str:
+        """Name of the dtype of frozen weights."""
+        return str(self.records.maker.dtype).removeprefix("torch.")
+
+
+def run_report(parts: RunParts, made: tuple[int, int] | None = None) -> dict[str, Any]:
+    """The contents of ``run_report.json``; the schema is in the README.
+
+    Args:
+        parts: The parts of the run.
+        made: Records that all processes have made, and their bytes; ``None`` before the end, when there is no exported
+            LoRA to tell of either.
+    """
+    run, history = parts.run, parts.history
     uses_residuals = run.skips
     packed = run.stores_residuals and run.settings.residual_dtype == "float8"
     return {
         "schema": 1,
         "model": run.model_name,
         "family": run.family.name,
-        "created_at": trainer.monitor.started.isoformat(timespec="seconds"),
+        "created_at": parts.monitor.started.isoformat(timespec="seconds"),
         "base_revision": run.settings.revision,
         "weights": "sha256:" + folder_digest(run.family.model_path / "transformer"),
         "skip": run.selection.as_dict(),
@@ -52,47 +96,44 @@ def run_report(run: Run, trainer: Trainer, stages: list[dict[str, Any]], *, fini
             "max": run.patch.max_size,
             "training_resolution": run.patch.training_resolution,
         },
-        "stages": stages,
+        "stages": parts.monitor.as_list(),
         "train": {
-            "steps": trainer.step,
-            "samples": trainer.step * trainer.samples_per_step,
-            "step_seconds_median": statistics.median(trainer.step_seconds) if trainer.step_seconds else None,
-            "loss": trainer.losses,
-            "loss_by_timestep": trainer.loss_by_timestep,
-            "step_seconds": trainer.step_seconds,
-            "step_memory": _step_memory(trainer),
-            "dtype": str(trainer.maker.dtype).removeprefix("torch."),
+            "steps": history.step,
+            "samples": history.step * parts.samples_per_step,
+            "step_seconds_median": statistics.median(history.step_seconds) if history.step_seconds else None,
+            "loss": history.losses,
+            "loss_by_timestep": history.loss_by_timestep,
+            "step_seconds": history.step_seconds,
+            "step_memory": _step_memory(history),
+            "dtype": parts.dtype,
             "quantization": run.quantization.name if run.quantization else None,
         },
-        "lora": _lora(run, trainer) if finished else None,
+        "lora": _lora(parts) if made else None,
         "residuals": {
             "mode": run.config.residuals if uses_residuals else None,
-            "records": trainer.records_made,
-            "bytes": store.bytes_written if store else 0,
-            "stretches": len(trainer.stretches) if store else 0,
-            "dtype": "float8_e4m3fn" if packed else str(trainer.maker.dtype).removeprefix("torch."),
+            "records": made[0] if made else 0,
+            "bytes": made[1] if made else 0,
+            "stretches": len(parts.records.stretches) if run.uses_store else 0,
+            "dtype": "float8_e4m3fn" if packed else parts.dtype,
         },
-        "settings": {
-            name: value if isinstance(value, (bool, int, float, str, list, type(None))) else str(value)
-            for name, value in sorted(run.settings.plain().items())
-            if name != "hub_token"
-        },
-        "machine": describe_machine(trainer.accelerator.device),
+        "settings": {name: value for name, value in sorted(run.settings.plain().items()) if name != "hub_token"},
+        "machine": describe_machine(parts.device),
         "versions": versions(),
     }
 
 
-def _step_memory(trainer: Trainer) -> dict[str, list[int]] | None:
+def _step_memory(history: History) -> dict[str, list[int]] | None:
     """Bytes on the device after each step; ``None`` without a device."""
-    if not trainer.step_memory:
+    if not history.step_memory:
         return None
-    allocated, reserved = zip(*trainer.step_memory)
+    allocated, reserved = zip(*history.step_memory)
     return {"allocated_bytes": list(allocated), "reserved_bytes": list(reserved)}
 
 
-def _lora(run: Run, trainer: Trainer) -> dict[str, int]:
+def _lora(parts: RunParts) -> dict[str, int]:
     """How large the transformer's LoRA is, and the whole transformer with it."""
-    trainable = sum(p.numel() for p in trainer.model.transformer.parameters() if p.requires_grad)
+    run = parts.run
+    trainable = sum(p.numel() for p in parts.model.transformer.parameters() if p.requires_grad)
     # In training skipped blocks have no parameters.
     whole = empty_model(run.transformer_config, run.family.transformer_class(run.transformer_config))
     return {
@@ -102,16 +143,17 @@ def _lora(run: Run, trainer: Trainer) -> dict[str, int]:
     }
 
 
-def training_pictures(trainer: Trainer) -> tuple[list[Image.Image], list[tuple[str, Image.Image]]]:
+def training_pictures(parts: RunParts) -> tuple[list[Image.Image], list[tuple[str, Image.Image]]]:
     """The instance photos, and a few samples as the model saw them, from low to high timestep."""
-    plan, photos = trainer.maker.plan, trainer.maker.sources["instance"].photos
-    samples = [plan.sample(index) for index in range(max(trainer.step, 1) * trainer.samples_per_step)[:256]]
+    maker = parts.records.maker
+    plan, photos = maker.plan, maker.sources["instance"].photos
+    samples = [plan.sample(index) for index in range(max(parts.history.step, 1) * parts.samples_per_step)[:256]]
     by_timestep = sorted(samples, key=lambda sample: -sample.timestep_index)
     shown = by_timestep[:: max(1, len(by_timestep) // CROPS_SHOWN)][:CROPS_SHOWN]
     crops = [
         (
             f"t = {float(plan.timesteps[sample.timestep_index]):.0f}, patch {sample.patch_size} px",
-            _picture(trainer.maker.crop(sample)),
+            _picture(maker.crop(sample)),
         )
         for sample in shown
     ]
@@ -128,17 +170,17 @@ def _picture(pixels: Any) -> Image.Image:
 
 
 def write_outputs(
-    run: Run,
-    trainer: Trainer,
+    parts: RunParts,
     report: Mapping[str, Any],
     plan: Mapping[str, Any],
     command: str,
-    before: list[list[Image.Image]],
-    after: list[list[Image.Image]],
+    before: Images,
+    after: Images,
 ) -> None:
     """Write ``run_report.json``, ``report.html``, ``before_after.png`` and the model card with its images."""
+    run = parts.run
     write_json(run.output_dir / "run_report.json", report)
-    photos, crops = training_pictures(trainer)
+    photos, crops = training_pictures(parts)
     if before and after:
         before_row, after_row = ([image for images in rows for image in images] for rows in (before, after))
         width = min(len(after_row), MAX_PHOTOS)
@@ -150,7 +192,7 @@ def write_outputs(
         )
     images = ReportImages(photos=photos, crops=crops, prompts=run.final_prompts, before=before, after=after)
     result = run.settings.hub_model_id or run.settings.output_dir
-    snippet = _snippet(run, trainer, run.model_name, result)
+    snippet = _snippet(parts, run.model_name, result)
     _write_page(run, report, plan, command, images, snippet)
     write_model_card(
         run.output_dir,
@@ -160,20 +202,29 @@ def write_outputs(
         base_license=License("apache-2.0") if run.embedded else read_license(run.family.model_path, run.model_name),
         tags=run.family.tags,
         # Where the base model lies on this machine is of no use to those who find the card on the Hub.
-        snippet=_snippet(run, trainer, _nameless(run.model_name), result) if run.settings.push_to_hub else snippet,
+        snippet=_snippet(parts, _nameless(run.model_name), result) if run.settings.push_to_hub else snippet,
     )
 
 
-def write_progress(run: Run, trainer: Trainer, plan: Mapping[str, Any], command: str) -> None:
-    """Write ``report.html`` of a run that goes on: what there is so far, without making anything for it."""
-    report = run_report(run, trainer, trainer.monitor.as_list(), finished=False)
+def write_progress(
+    parts: RunParts, plan: Mapping[str, Any], command: str, shown: tuple[int, list[str], Images, Images] | None
+) -> None:
+    """Write ``report.html`` of a run that goes on: what there is so far, without making anything for it.
+
+    Args:
+        parts: The parts of the run.
+        plan: Its plan.
+        command: The command that started it.
+        shown: The latest validation images, with their step and prompts.
+    """
+    run, report = parts.run, run_report(parts)
     # What all processes have made is added up at the end.
     report["residuals"] = {"mode": report["residuals"]["mode"]}
-    photos, crops = training_pictures(trainer)
-    step, prompts, before, after = trainer.shown_images or (None, [], [], [])
+    photos, crops = training_pictures(parts)
+    step, prompts, before, after = shown or (None, [], [], [])
     images = ReportImages(photos=photos, crops=crops, prompts=prompts, before=before, after=after, step=step)
-    snippet = _snippet(run, trainer, run.model_name, run.output_dir / f"checkpoint-{trainer.step}")
-    _write_page(run, report, plan, command, images, snippet, total_steps=trainer.max_train_steps)
+    snippet = _snippet(parts, run.model_name, run.output_dir / f"checkpoint-{parts.history.step}")
+    _write_page(run, report, plan, command, images, snippet, total_steps=parts.records.stretches.num_steps)
 
 
 def _write_page(
@@ -197,7 +248,8 @@ def _write_page(
     )
 
 
-def _snippet(run: Run, trainer: Trainer, model: str, lora: str | Path) -> str:
+def _snippet(parts: RunParts, model: str, lora: str | Path) -> str:
+    run = parts.run
     prompts = (*run.final_prompts, *run.prompts, run.settings.instance_prompt)
     return usage_snippet(
         model,
@@ -205,7 +257,7 @@ def _snippet(run: Run, trainer: Trainer, model: str, lora: str | Path) -> str:
         next((prompt for prompt in prompts if prompt), "a photo"),
         snippet_kwargs(run),
         # Always named: transformers and diffusers have different defaults, which do not mix.
-        str(trainer.maker.dtype).removeprefix("torch."),
+        parts.dtype,
         embedded=run.embedded,
     )
 

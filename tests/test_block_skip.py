@@ -26,9 +26,9 @@ from blockskip_hooks.state import SkipMode
 from tests.tiny import TINY_FAMILIES, TinyFamily, randomise, save_tiny_flux
 
 
-# Every family with every (n, m) that keeps a block.
+# Every family with every (n, m) that keeps a block; with one pair in the fast tier.
 SPANS = [
-    pytest.param(tiny, (n, m), id=f"{tiny.name}-{n},{m}")
+    pytest.param(tiny, (n, m), id=f"{tiny.name}-{n},{m}", marks=pytest.mark.fast_for(tiny.name) if n == m == 1 else [])
     for tiny in TINY_FAMILIES
     for n in range(tiny.num_blocks)
     for m in range(tiny.num_blocks - n)

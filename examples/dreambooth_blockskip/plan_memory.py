@@ -94,8 +94,8 @@ def check_args(args: argparse.Namespace) -> None:
     quantizes = args.quantization != "none" or not QUANTIZING_OPTIONS.isdisjoint(args.memory_options)
     if args.shared_by > 1 and quantizes:
         raise ValueError(f"--shared_by {args.shared_by}: quantised weights cannot be divided; keep them as they are.")
-    check_at_most(args)
-    check_texts(args)
+    check_at_most(vars(args))
+    check_texts(vars(args))
     if not 0 < args.skip_ratio < 1:
         raise ValueError(f"--skip_ratio is {args.skip_ratio}; give a number between 0 and 1, or --skip_blocks none.")
 

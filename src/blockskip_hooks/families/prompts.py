@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,12 +10,15 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import free_memory
-from tqdm.auto import tqdm
 
 from ..loading.text_encoders import large_encoders
+from ..utils.progress import StageProgress, listed
 from . import Family, PromptEmbeds
 from .base import no_progress_bar
+from .token_limits import describe_cut, measured_prompt
 
+
+logger = logging.getLogger(__name__)
 
 PROGRESS_FROM = 32
 
@@ -62,8 +66,9 @@ def encode_prompts(
     device: torch.device,
     keep_trainable: bool = False,
     streamed: bool = False,
-    progress: Callable[[], object] | None = None,
+    progress: StageProgress | None = None,
     adapt: Callable[[DiffusionPipeline], None] | None = None,
+    photos: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[dict[str, PromptEmbeds], TrainedText | None]:
     """Embed prompts and free the text encoders.
 
@@ -75,8 +80,9 @@ def encode_prompts(
         keep_trainable: Return the encoders that ``--train_text_encoder`` adapts instead of freeing them.
         streamed: Read the layers of large encoders from the checkpoint while they run, again for every prompt; the
             embeddings are the same.
-        progress: Called after each prompt; without it a bar is shown when there are many prompts.
+        progress: The running stage, which advances by one per prompt; by default many prompts get a bar of their own.
         adapt: Changes the text pipeline before it is used: loads a LoRA, say.
+        photos: Names of the photos by prompt, for the warning of prompts that are longer than the model reads.
 
     Returns:
         Embeddings by prompt, on the CPU, and the kept encoders.
@@ -91,10 +97,14 @@ def encode_prompts(
     if adapt is not None:
         adapt(pipeline)
     embeds: dict[str, PromptEmbeds] = {}
+    cut: dict[str, tuple[int, int]] = {}
     # One at a time: in a batch the last bits of a prompt's embeddings would depend on the others.
-    hidden = True if progress is not None or len(prompts) < PROGRESS_FROM else None
-    for prompt in tqdm(prompts, "Encoding prompts", unit="prompt", leave=False, disable=hidden):
-        (encoded,) = family.encode_prompts(pipeline, [prompt])
+    shown = progress is None and len(prompts) >= PROGRESS_FROM
+    for prompt in listed(prompts, "Encoding prompts", "prompt", total=len(prompts), shown=shown):
+        with measured_prompt(family.kept_tokens(pipeline)) as lengths:
+            (encoded,) = family.encode_prompts(pipeline, [prompt])
+        if lengths.cut is not None:
+            cut[prompt] = lengths.cut
         # Copies, because a view would keep all of what it is a part of.
         embeds[prompt] = {name: tensor.clone() for name, tensor in encoded.items()}
         if not all(bool(tensor.isfinite().all()) for tensor in encoded.values()):
@@ -103,7 +113,9 @@ def encode_prompts(
                 "--mixed_precision, or check the encoders' files."
             )
         if progress is not None:
-            progress()
+            progress.update()
+    if cut:
+        logger.warning(describe_cut(cut, len(prompts), photos))
     trained = None
     if keep_trainable:
         tokens = family.prompt_tokens(pipeline, prompts)
@@ -113,3 +125,11 @@ def encode_prompts(
     del pipeline
     free_memory()
     return embeds, trained
+
+
+def place_embeds(embeds: PromptEmbeds, device: torch.device | str, dtype: torch.dtype) -> PromptEmbeds:
+    """Move embeddings to a device; masks and other numbers that are not floating keep their dtype."""
+    return {
+        name: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in embeds.items()
+    }

@@ -22,10 +22,10 @@ from ..loading.checks import check_lora_file, check_model
 from ..loading.component_config import load_config
 from ..loading.download import check_weights, resolve_model
 from ..loading.model_defaults import model_defaults
-from ..planning.simulation import empty_model
+from ..loading.models import empty_model
 from ..residuals.store import folder_digest
-from ..training.settings import start_accelerator, weight_dtype
 from ..transformer import DiTBlockSkipTransformer
+from ..utils.accelerator import start_accelerator, weight_dtype
 from .lora_files import load_text_adapters
 
 
@@ -114,7 +114,7 @@ def image_settings(args: argparse.Namespace, *, largest_side: int | None = None)
     if "true_cfg_scale" in pipeline_kwargs and family.negative_prompt is None:
         # Without a negative prompt there is nothing to guide away from.
         pipeline_kwargs.setdefault("negative_prompt", "")
-    accelerator = start_accelerator(args)
+    accelerator = start_accelerator(args.mixed_precision)
     return ImageSettings(
         family=family,
         model_name="embedded micro-FLUX" if embedded else args.pretrained_model_name_or_path,

@@ -1,9 +1,17 @@
-"""What an error says, in one line."""
+"""What an error says, in one line, and the class of errors that people read."""
 
 from __future__ import annotations
 
 
 _REASON_CHARACTERS = 300
+
+
+class UserError(ValueError):
+    """What a person asked for cannot be done.
+
+    The message is one line for that person: what is wrong, with which value, and what to do. The scripts print it
+    without a traceback.
+    """
 
 
 def one_line(text: str) -> str:
@@ -17,3 +25,6 @@ def first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     reason = lines[0].strip().rstrip(".") if lines else type(error).__name__
     return reason if len(reason) <= _REASON_CHARACTERS else f"{reason[:_REASON_CHARACTERS]}..."
+
+
+__all__ = ["UserError", "first_line", "one_line"]

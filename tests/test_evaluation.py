@@ -327,6 +327,7 @@ def test_script_measures_models_with_and_without_a_lora(
     assert made == [0, 1] * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd3", "sana", "pixart-sigma", "qwen-image"])
 def test_other_families_with_and_without_a_lora(name: str, tiny_flags: list[Any], tmp_path: Path):
     (family,) = (tiny for tiny in TINY_FAMILIES if tiny.name == name)

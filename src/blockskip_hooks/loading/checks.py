@@ -7,18 +7,21 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
 import transformers
 
-from ..cli.errors import first_line
-from ..families import Family
-from ..families.text_encoders import empty_text_encoder
-from ..planning.simulation import empty_model
+from ..utils.errors import first_line
 from .checkpoint_index import tensor_shapes, weight_files
 from .component_config import load_config, model_class
+from .models import check_scales, check_surplus, empty_model
+from .text_encoders import empty_text_encoder
+
+
+if TYPE_CHECKING:
+    from ..families import Family
 
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -113,7 +116,8 @@ def _check_diffusers_part(folder: Path, variant: str | None, where: str) -> None
         raise ValueError(f"{where}: {first_line(error)}; download it again.") from error
     chosen = model_class(config)
     try:
-        expected = _shapes(empty_model(config))
+        model = empty_model(config)
+        expected = _shapes(model)
     except Exception as error:  # whatever the class makes of values that it was not made for
         raise ValueError(
             f"{where}: {folder.name}/config.json does not describe a {chosen.__name__} ({_what(error)}); "
@@ -128,6 +132,10 @@ def _check_diffusers_part(folder: Path, variant: str | None, where: str) -> None
             f"{where}: the weights of {folder.name} lack {len(missing)} tensors of its config, first {missing[0]}; "
             "they are of another model."
         )
+    check_scales(found, f"{where}: {folder.name}")
+    # Other parts are read by diffusers, which translates old names.
+    if "transformer" in folder.name:
+        check_surplus(found, model, f"{where}: {folder.name}")
 
 
 def _check_text_encoder(folder: Path, class_name: str, variant: str | None, where: str) -> None:
@@ -138,6 +146,7 @@ def _check_text_encoder(folder: Path, class_name: str, variant: str | None, wher
     found = _found_shapes(folder, "model", variant, where)
     if "quantization_config" in config:
         return  # Packed weights have shapes of their own.
+    check_scales(found, f"{where}: {folder.name}")
     try:
         expected = _shapes(empty_text_encoder({**config, "architectures": [class_name]}, torch.float32))
     except Exception as error:  # whatever the class makes of values that it was not made for

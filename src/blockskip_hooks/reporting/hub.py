@@ -9,9 +9,9 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, metadata_load
 
-from ..cli.errors import first_line
 from ..lora import WEIGHTS_NAME
 from ..training.comfyui import COMFYUI_NAME
+from ..utils.errors import first_line
 
 
 UPLOADED = (WEIGHTS_NAME, "README.md", "plan.json", "run_report.json", COMFYUI_NAME)

@@ -5,14 +5,19 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeVar
 
 from ..utils.formatting import format_bytes
 from ..utils.machine import is_first_process
 from ..utils.monitor import StageMonitor
-from ..utils.progress import progress_bar
+from ..utils.progress import listed, progress_bar
 
 
+T = TypeVar("T")
+
+PHOTOS_FROM = 51
+"""Fewer photos are checked and loaded before a display is read."""
 AVERAGED = 50
 """Steps whose mean loss is shown."""
 
@@ -27,6 +32,11 @@ def set_log_level(name: str) -> None:
         level = max(level, logging.ERROR)
     logging.getLogger("blockskip_hooks").setLevel(level)
     logging.getLogger().setLevel(max(level, logging.WARNING))
+
+
+def photo_progress(photos: Sequence[T], title: str) -> Iterator[T]:
+    """The photos, with a display if there are many."""
+    return listed(photos, title, "photo", total=len(photos), shown=len(photos) >= PHOTOS_FROM)
 
 
 class Progress:
@@ -103,4 +113,4 @@ class StageBar:
         )
 
 
-__all__ = ["Progress", "StageBar", "set_log_level"]
+__all__ = ["Progress", "StageBar", "photo_progress", "set_log_level"]

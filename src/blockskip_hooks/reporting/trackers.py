@@ -15,10 +15,10 @@ from diffusers.utils import make_image_grid
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 
-from ..cli.errors import first_line, one_line
 from ..data.sample_plan import Sample
-from ..training.settings import Run
+from ..training.run import Run
 from ..transformer import DiTBlockSkipTransformer
+from ..utils.errors import first_line, one_line
 from ..utils.monitor import StageMonitor
 
 
@@ -36,7 +36,7 @@ def start_trackers(run: Run, accelerator: Accelerator) -> None:
     Raises:
         ValueError: if a tracker cannot start.
     """
-    folder = run.output_dir / run.args.logging_dir
+    folder = run.output_dir / run.settings.logging_dir
     if accelerator.log_with:
         folder.mkdir(parents=True, exist_ok=True)
     places = {"wandb": {"dir": str(folder)}, "swanlab": {"logdir": str(folder / "swanlab")}}
@@ -53,7 +53,7 @@ def start_trackers(run: Run, accelerator: Accelerator) -> None:
         wanted = [str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with]
         advice = [hints[name] for name in wanted if name in hints]
         raise ValueError(
-            f"--report_to {run.args.report_to}: a tracker does not start ({one_line(first_line(error))}); "
+            f"--report_to {','.join(wanted)}: a tracker does not start ({one_line(first_line(error))}); "
             f"{'; '.join([*advice, 'or'])} give --report_to none."
         ) from error
 

@@ -25,7 +25,7 @@ from ..inference.generate import generate_images
 from ..inference.image_encoders import ImageEncoder
 from ..inference.lora_files import load_adapter
 from ..masking import text_masked_by_row
-from ..selection_tables import best_pairs
+from ..selection import best_pairs
 from ..transformer import DiTBlockSkipTransformer
 from ..utils.files import save_tensors
 from ..utils.progress import progress_bar

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from ..selection_tables import SelectionTable
 from ..utils.files import replacing
 from ..utils.pictures import SheetRow, contact_sheet
+from .tables import SelectionTable
 
 
 GIB = 2**30

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ class MaskedImages:
             for subject in subjects
         }
         total = sum(map(len, missing.values()))
-        with progress_bar("Masked images", total, "image") as bar:
+        with closing(progress_bar("Masked images", total, "image")) as bar:
             for subject, variants in missing.items():
                 for start in range(0, len(variants), self.batch_size):
                     batch = variants[start : start + self.batch_size]

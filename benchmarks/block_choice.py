@@ -26,9 +26,9 @@ from common import command, machine
 
 from blockskip_hooks.embedded import embedded_model, embedded_subjects
 from blockskip_hooks.evaluation.statistics import bootstrap
-from blockskip_hooks.residuals.store import folder_digest
 from blockskip_hooks.selection import select_blocks
 from blockskip_hooks.selection_tables import find_table, read_table
+from blockskip_hooks.utils.digests import folder_digest
 from blockskip_hooks.utils.files import write_json
 
 

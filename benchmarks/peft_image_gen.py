@@ -49,8 +49,8 @@ from blockskip_hooks.inference.image_encoders import load_image_encoder
 from blockskip_hooks.inference.lora_files import lora_file, with_adapter
 from blockskip_hooks.inference.streamed_model import encode_for_images, image_settings, load_image_transformer
 from blockskip_hooks.lora import WEIGHTS_NAME
-from blockskip_hooks.residuals.store import file_digest
 from blockskip_hooks.training.checkpoints import list_checkpoints
+from blockskip_hooks.utils.digests import file_digest
 from blockskip_hooks.utils.files import write_json, write_text
 
 

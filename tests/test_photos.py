@@ -368,9 +368,7 @@ def test_photos_one_folder_down_are_found_and_what_to_type_is_said(tmp_path):
         f"--instance_data_dir '{tmp_path}/set/10_sks dog' --repeats 10 --instance_prompt 'sks dog'"
     )
     folder_of(tmp_path / "set" / "5_dog", 2)
-    with pytest.raises(
-        ValueError, match=r"one folder down: 5; they are in 10_sks dog \(3\), 5_dog \(2\): name one"
-    ):
+    with pytest.raises(ValueError, match=r"one folder down: 5; they are in 10_sks dog \(3\), 5_dog \(2\): name one"):
         scan_photos(tmp_path / "set")
     (tmp_path / "set" / "more").mkdir()
     with pytest.raises(ValueError, match=r"^--class_data_dir .*; type --class_data_dir \S+/7_cats$"):

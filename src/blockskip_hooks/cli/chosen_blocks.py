@@ -17,10 +17,10 @@ from ..data.buckets import parse_buckets, standard_buckets
 from ..families import Family
 from ..loading.component_config import load_config
 from ..lora import lora_targets
-from ..residuals.store import folder_digest
 from ..selection import Selection, select_blocks, select_by_bytes
 from ..selection_tables import SelectionTable, find_table, read_table
 from ..transformer import DiTBlockSkipTransformer
+from ..utils.digests import folder_digest
 from .arguments import looks_up_blocks, parse_bytes
 
 

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ..inference.image_encoders import ImageEncoder
 from ..inference.streamed_model import describe_images
-from ..residuals.store import file_digest
+from ..utils.digests import file_digest
 from ..utils.machine import versions
 from .images import EvaluationRequest
 from .metrics import DIVERSITY, Evaluation

@@ -22,9 +22,9 @@ from ..loading.checks import check_lora_file, check_model
 from ..loading.component_config import load_config
 from ..loading.download import check_weights, resolve_model
 from ..planning.simulation import empty_model
-from ..residuals.store import folder_digest
 from ..training.settings import start_accelerator, weight_dtype
 from ..transformer import DiTBlockSkipTransformer
+from ..utils.digests import folder_digest
 from .lora_files import load_text_adapters
 
 

@@ -16,10 +16,10 @@ from PIL import Image
 from ..cli.errors import first_line
 from ..lora import WEIGHTS_NAME
 from ..planning.simulation import empty_model
-from ..residuals.store import folder_digest
 from ..training.comfyui import COMFYUI_NAME
 from ..training.settings import Run
 from ..training.trainer import Trainer
+from ..utils.digests import folder_digest
 from ..utils.files import write_json
 from ..utils.machine import describe_machine, versions
 from .model_card import License, read_license, usage_snippet, write_model_card

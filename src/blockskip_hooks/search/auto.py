@@ -16,9 +16,9 @@ from ..blocks import list_blocks
 from ..cli.chosen_blocks import choose_blocks
 from ..inference.image_encoders import DEFAULT_ENCODER
 from ..lora import WEIGHTS_NAME
-from ..residuals.store import file_digest, folder_digest
 from ..selection_tables import cache_file, read_table
 from ..training.settings import Run, weight_dtype
+from ..utils.digests import file_digest, folder_digest
 from ..utils.files import write_json
 from .masking_search import Subject
 from .measure import DEFAULT_SEEDS, DEFAULT_STEPS, SearchRequest, class_subjects, measure_table, open_search

@@ -25,11 +25,12 @@ from ..loading.component_config import load_config
 from ..loading.quantization import QuantizationConfig
 from ..lora import WEIGHTS_NAME
 from ..residuals.batches import PhotoSource
-from ..residuals.store import folder_digest, recorded_seed
+from ..residuals.store import recorded_seed
 from ..residuals.stretches import Stretches
 from ..selection import Selection
 from ..selection_tables import SelectionTable
 from ..transformer import DiTBlockSkipTransformer
+from ..utils.digests import folder_digest
 from ..utils.formatting import format_seconds
 from ..utils.machine import versions
 from ..version import __version__

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from blockskip_hooks.embedded import embedded_model
-from blockskip_hooks.selection_tables import best_pairs, cache_file, find_table, read_table, shipped_tables
+from blockskip_hooks.search.tables import cache_file, find_table, read_table, shipped_tables
+from blockskip_hooks.selection import best_pairs
 from blockskip_hooks.utils.digests import folder_digest
 
 

@@ -7,9 +7,6 @@ companions. Without a model named it runs on the small model and photos that shi
 
 from __future__ import annotations
 
-import argparse
-import copy
-import functools
 import logging
 import os
 import sys
@@ -29,29 +26,31 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 
 from blockskip_hooks import DiTBlockSkipTransformer
-from blockskip_hooks.cli.arguments import build_parser, parse_args, parse_trackers, printable_command
+from blockskip_hooks.cli.arguments import build_parser, parse_args, printable_command
 from blockskip_hooks.cli.config_files import dump_config
 from blockskip_hooks.cli.errors import explain, in_full
 from blockskip_hooks.cli.preparation import known_defaults, prepare_run
 from blockskip_hooks.families.prompts import check_embeds, encode_prompts
 from blockskip_hooks.loading.quantization import check_device
-from blockskip_hooks.lora import describe_trainable
 from blockskip_hooks.planning.plan import describe_plan, make_plan, planned_batch_size, planned_vae, streams_text
-from blockskip_hooks.reporting.outputs import open_repository, push_to_hub, run_report, write_outputs, write_progress
-from blockskip_hooks.reporting.prediction import expect_work, predict_seconds
+from blockskip_hooks.reporting.hub import open_repository, push_to_hub
+from blockskip_hooks.reporting.outputs import RunOutputs, TrainingFigures, lora_size
 from blockskip_hooks.reporting.progress import Progress, photo_progress, set_log_level
 from blockskip_hooks.reporting.trackers import start_trackers
 from blockskip_hooks.residuals.batches import SampleMaker
 from blockskip_hooks.residuals.store import ResidualStore
 from blockskip_hooks.residuals.stretches import Stretches, segments
-from blockskip_hooks.search.auto import is_trained, probe_args, with_measured_table
 from blockskip_hooks.training.checkpoints import find_checkpoint
 from blockskip_hooks.training.class_images import make_class_images
+from blockskip_hooks.training.lora_checks import describe_trainable
 from blockskip_hooks.training.resume_checks import check_checkpoint
-from blockskip_hooks.training.settings import Run, start_accelerator, weight_dtype
+from blockskip_hooks.training.run import Run
+from blockskip_hooks.training.settings import TrainSettings
+from blockskip_hooks.training.sharding import shard
 from blockskip_hooks.training.stop_signals import Interrupted, StopSignals, is_lost_process
 from blockskip_hooks.training.trainer import Trainer
 from blockskip_hooks.training.validation import Validation
+from blockskip_hooks.utils.accelerator import start_accelerator, weight_dtype
 from blockskip_hooks.utils.files import write_error, write_json
 from blockskip_hooks.utils.monitor import StageMonitor
 
@@ -81,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
             return 128 + error.number
 
 
-def print_settings(args: argparse.Namespace) -> int:
+def print_settings(args: TrainSettings) -> int:
     """Print all settings as a file for ``--config``."""
     try:
         print(dump_config(args, build_parser(), known_defaults(args)), end="")
@@ -93,9 +92,9 @@ def print_settings(args: argparse.Namespace) -> int:
     return 0
 
 
-def run_script(args: argparse.Namespace, command: str, stop: StopSignals, *, is_probe: bool = False) -> int:
+def run_script(args: TrainSettings, command: str, stop: StopSignals) -> int:
     """Prepare, choose the blocks, plan and train, with parsed flags; see :func:`main`."""
-    typed, monitor = copy.copy(args), StageMonitor()
+    monitor = StageMonitor()
     try:
         with monitor.stage("plan"):
             run = prepare_run(args)
@@ -103,24 +102,11 @@ def run_script(args: argparse.Namespace, command: str, stop: StopSignals, *, is_
             if run.quantization:
                 check_device(run.quantization, accelerator.device, weight_dtype(accelerator))
             checkpoint = find_checkpoint(run.output_dir, args.resume_from_checkpoint)
-        if run.needs_search:
-            with monitor.stage("select"):
-                probe = probe_args(typed, run) if args.select_on == "subject" else None
-                if probe is not None and not is_trained(probe):
-                    accelerator.print(f"Training a probe LoRA of {args.probe_steps} steps to measure the blocks on.")
-                    if code := run_script(probe, command, stop, is_probe=True):
-                        return code
-                accelerator.print("Measuring which blocks to skip: the text is masked in the first and last blocks.")
-                run = with_measured_table(run, accelerator, probe, command)
         with monitor.stage("plan"):
             run, plan = make_plan(run, weight_dtype(accelerator), accelerator.num_processes)
             if checkpoint is not None:
                 check_checkpoint(checkpoint, run)
             stretches = run.stretches(plan, accelerator.num_processes, checkpoint)
-            if accelerator.is_main_process:
-                predict_seconds(
-                    run, plan, weight_dtype(accelerator), accelerator.device, stretches, accelerator.num_processes
-                )
     except Exception as error:
         if (line := explain(error, monitor.latest, args.hub_token)) is None:
             raise
@@ -150,26 +136,24 @@ def run_script(args: argparse.Namespace, command: str, stop: StopSignals, *, is_
         print(f"error: {line}", file=sys.stderr)
         return 1
     finally:
-        # It would end the processes' group, which a probe shares with the run that it is for.
-        if not is_probe:
-            accelerator.end_training()
+        accelerator.end_training()
     return 0
 
 
 def make_accelerator(run: Run) -> Accelerator:
     """Devices, processes, precision and trackers as the flags and the accelerate config ask for."""
-    args = run.args
+    args = run.settings
     if args.allow_tf32 and torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = True
     return start_accelerator(
-        args,
+        args.mixed_precision,
         # Steps are counted, whatever the loader is at: it reads ahead.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
         ),
         # Without being told, accelerate would let each process of a machine without accelerators train on its own.
         cpu=int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available(),
-        log_with=parse_trackers(args.report_to) or None,
+        log_with=list(args.report_to) or None,
         project_config=ProjectConfiguration(
             project_dir=args.output_dir, logging_dir=str(run.output_dir / args.logging_dir)
         ),
@@ -187,13 +171,14 @@ def train(
     stop: StopSignals,
 ) -> None:
     """Encode, load, train stretch by stretch, save."""
-    args, family = run.args, run.family
+    args, family = run.settings, run.family
     if args.push_to_hub and accelerator.is_main_process:
-        open_repository(run)
+        name = open_repository(args.hub_model_id or run.output_dir.resolve().name, args.hub_token)
+        run = run.with_flag("hub_model_id", name)
     dtype, device = weight_dtype(accelerator), accelerator.device
     seed = run.resolve_seed(checkpoint)
+    run = run.with_flag("seed", seed)
     progress = Progress(monitor, shown=accelerator.is_main_process and args.log_level != "error")
-    expect_work(progress, run, plan, stretches, accelerator.num_processes)
     if accelerator.is_main_process:
         start_trackers(run, accelerator)
 
@@ -252,7 +237,7 @@ def train(
             transformer_class=family.transformer_class(run.transformer_config),
             recorded_layers=run.recorded_layers,
             quantization=run.quantization,
-            shares_weights=run.shares_weights,
+            shard=shard if run.shares_weights else None,
         )
         if args.enable_npu_flash_attention:
             model.transformer.set_attention_backend("_native_npu")
@@ -281,12 +266,14 @@ def train(
 def train_and_save(trainer: Trainer, plan: dict, steps_per_epoch: int, command: str) -> None:
     """The loop, and what comes after it."""
     run, accelerator, monitor, store = trainer.run, trainer.accelerator, trainer.monitor, trainer.store
-    args, stretches, max_train_steps = run.args, trainer.stretches, trainer.max_train_steps
+    args, stretches, max_train_steps = run.settings, trainer.stretches, trainer.max_train_steps
     validation = Validation(trainer)
-    expect_work(trainer.progress, run, plan, stretches, accelerator.num_processes, trainer.step)
 
     command = f"accelerate launch {command}"
-    trainer.after_checkpoint = functools.partial(write_progress, run, trainer, plan, command)
+    outputs = RunOutputs(run, trainer.maker, monitor, plan, command)
+    trainer.after_checkpoint = lambda: outputs.write_so_far(
+        training_figures(trainer), trainer.shown_images, max_train_steps
+    )
 
     # The loop: records of a stretch, then its steps.
     validation_steps = args.validation_epochs * steps_per_epoch if args.validation_prompt else max_train_steps
@@ -309,14 +296,32 @@ def train_and_save(trainer: Trainer, plan: dict, steps_per_epoch: int, command: 
         before, after = validation.final()
     if accelerator.is_main_process:
         trainer.tracking.log_stages(trainer.step)
-        report = run_report(run, trainer, monitor.as_list())
-        write_outputs(run, trainer, report, plan, command, before, after)
+        report = outputs.report(training_figures(trainer, finished=True), lora_size(run, trainer.model.transformer))
+        outputs.write(report, before, after)
         if args.push_to_hub:
-            print(f"Uploaded to {push_to_hub(run)}.")
+            push_to_hub(args.hub_model_id, run.output_dir, args.hub_token)
+            print(f"Uploaded to {args.hub_model_id}.")
         print(run.closing_words(report))
     accelerator.wait_for_everyone()
     if store is not None and not args.residual_dir and accelerator.is_main_process:
         store.remove()
+
+
+def training_figures(trainer: Trainer, *, finished: bool = False) -> TrainingFigures:
+    """What training has come to, for the report."""
+    store = trainer.store
+    return TrainingFigures(
+        steps=trainer.step,
+        samples=trainer.step * trainer.samples_per_step,
+        losses=trainer.losses,
+        loss_by_timestep=trainer.loss_by_timestep,
+        step_seconds=trainer.step_seconds,
+        step_memory=trainer.step_memory,
+        # What all processes have made is added up at the end.
+        records=trainer.records_made if finished else None,
+        record_bytes=store.bytes_written if store else 0,
+        stretches=len(trainer.stretches) if store else 0,
+    )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..cli.errors import first_line, one_line
+from ..utils.errors import first_line, one_line
 from .folder import check_inside
 from .photo import Photo
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from ..cli.errors import first_line, one_line
+from ..utils.errors import first_line, one_line
 from .photo import Photo, ShowProgress, names
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image
 
-from ..cli.errors import first_line, one_line
+from ..utils.errors import first_line, one_line
 from .checks import check_photos
 from .photo import Photo, ShowProgress, without_progress
 from .picture import open_picture

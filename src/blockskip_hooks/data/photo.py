@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..cli.errors import one_line
+from ..utils.errors import one_line
 from .folder import check_inside
 from .picture import Picture, read_picture
 

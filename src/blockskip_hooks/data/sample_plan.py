@@ -7,7 +7,6 @@ processes.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -17,6 +16,7 @@ from diffusers.training_utils import compute_density_for_timestep_sampling
 
 from ..config import PatchSamplingConfig
 from ..patch_sampling import patch_size_for
+from ..utils.seeds import derived_seed
 
 
 SampleKind = Literal["instance", "class"]
@@ -59,12 +59,6 @@ class Sample:
     def id(self) -> str:
         """Name of the sample's record in the residual store."""
         return f"{self.kind}-{self.index:08d}"
-
-
-def derived_seed(*parts: object) -> int:
-    """A 63-bit seed from ``parts``, the same on every machine and Python version."""
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 @dataclass(frozen=True, kw_only=True)

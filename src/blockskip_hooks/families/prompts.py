@@ -11,10 +11,10 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import free_memory
 
-from ..reporting.progress import StageProgress, listed
+from ..loading.text_encoders import large_encoders
+from ..utils.progress import StageProgress, listed
 from . import Family, PromptEmbeds
 from .base import no_progress_bar
-from .text_encoders import large_encoders
 from .token_limits import describe_cut, measured_prompt
 
 
@@ -66,7 +66,6 @@ def encode_prompts(
     device: torch.device,
     keep_trainable: bool = False,
     streamed: bool = False,
-    show_progress: bool = True,
     progress: StageProgress | None = None,
     adapt: Callable[[DiffusionPipeline], None] | None = None,
     photos: Mapping[str, Sequence[str]] | None = None,
@@ -81,8 +80,7 @@ def encode_prompts(
         keep_trainable: Return the encoders that ``--train_text_encoder`` adapts instead of freeing them.
         streamed: Read the layers of large encoders from the checkpoint while they run, again for every prompt; the
             embeddings are the same.
-        show_progress: Show a display of its own when there are many prompts.
-        progress: The display of a stage, in place of that; advanced by one per prompt.
+        progress: The running stage, which advances by one per prompt; by default many prompts get a bar of their own.
         adapt: Changes the text pipeline before it is used: loads a LoRA, say.
         photos: Names of the photos by prompt, for the warning of prompts that are longer than the model reads.
 
@@ -101,7 +99,7 @@ def encode_prompts(
     embeds: dict[str, PromptEmbeds] = {}
     cut: dict[str, tuple[int, int]] = {}
     # One at a time: in a batch the last bits of a prompt's embeddings would depend on the others.
-    shown = show_progress and progress is None and len(prompts) >= PROGRESS_FROM
+    shown = progress is None and len(prompts) >= PROGRESS_FROM
     for prompt in listed(prompts, "Encoding prompts", "prompt", total=len(prompts), shown=shown):
         with measured_prompt(family.kept_tokens(pipeline)) as lengths:
             (encoded,) = family.encode_prompts(pipeline, [prompt])
@@ -127,3 +125,11 @@ def encode_prompts(
     del pipeline
     free_memory()
     return embeds, trained
+
+
+def place_embeds(embeds: PromptEmbeds, device: torch.device | str, dtype: torch.dtype) -> PromptEmbeds:
+    """Move embeddings to a device; masks and other numbers that are not floating keep their dtype."""
+    return {
+        name: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in embeds.items()
+    }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -14,10 +13,10 @@ from ..data.photos import image_paths
 from ..data.sample_plan import derived_seed
 from ..families.prompts import encode_prompts
 from ..inference.generate import VaePlacement, generate_images
-from ..reporting.progress import Progress
 from ..transformer import DiTBlockSkipTransformer
 from ..utils.files import replacing
-from .settings import Run
+from ..utils.progress import SILENT, RunProgress
+from .run import Run
 
 
 _OWN_NAME = re.compile("([0-9]+)-[0-9a-f]{40}[.]jpg")
@@ -34,7 +33,7 @@ def make_class_images(
     *,
     streams_text: bool = False,
     placement: VaePlacement | None = None,
-    progress: Progress | None = None,
+    progress: RunProgress = SILENT,
 ) -> int:
     """Fill ``--class_data_dir`` up to ``--num_class_images``, the work shared between processes.
 
@@ -54,37 +53,37 @@ def make_class_images(
     Returns:
         Number of images made by this process.
     """
-    args, family, device = run.args, run.family, accelerator.device
-    folder = Path(args.class_data_dir)
+    settings, family, device = run.settings, run.family, accelerator.device
+    folder, prompt = settings.class_folder, settings.class_prompt or ""
     folder.mkdir(parents=True, exist_ok=True)
     names = [path.name for path in image_paths(folder)]
     made = {int(match[1]) for name in names if (match := _OWN_NAME.fullmatch(name))}
     accelerator.wait_for_everyone()
     # Processes that were killed leave gaps.
-    missing = [number for number in range(len(names) - len(made), args.num_class_images) if number not in made]
-    missing = missing[: max(args.num_class_images - len(names), 0)]
+    missing = [number for number in range(len(names) - len(made), settings.num_class_images) if number not in made]
+    missing = missing[: max(settings.num_class_images - len(names), 0)]
     numbers = missing[accelerator.process_index :: accelerator.num_processes]
     if numbers:
-        dtype = PRECISIONS.get(args.prior_generation_precision, dtype)
-        prompts = [args.class_prompt, *([] if run.negative_prompt is None else [run.negative_prompt])]
+        dtype = PRECISIONS.get(settings.prior_generation_precision or "", dtype)
+        prompts = [prompt, *([] if run.negative_prompt is None else [run.negative_prompt])]
         embeds, _ = encode_prompts(family, prompts, dtype=dtype, device=device, streamed=streams_text)
         model = DiTBlockSkipTransformer.from_pretrained(
             family.model_path,
             run.config,
             torch_dtype=dtype,
             device=device,
-            variant=args.variant,
+            variant=settings.variant,
             stacks=family.block_stacks,
             transformer_class=family.transformer_class(run.transformer_config),
             recorded_layers=run.recorded_layers,
             quantization=run.quantization,
         )
         vae = family.load_vae(dtype, device)
-        with (progress or Progress.silent()).stage("class images", class_images=len(numbers)) as display:
+        with progress.stage("class images", class_images=len(numbers)) as display:
             for start in range(0, len(numbers), batch_size):
                 part = numbers[start : start + batch_size]
                 (images,) = generate_images(
-                    [embeds[args.class_prompt]],
+                    [embeds[prompt]],
                     family=family,
                     model=model,
                     vae=vae,

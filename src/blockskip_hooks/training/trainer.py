@@ -21,9 +21,8 @@ from ..data.sample_plan import Sample, derived_seed
 from ..families.prompts import TrainedText
 from ..hooks import SpanResiduals
 from ..inference.generate import VaePlacement
-from ..lora import WEIGHTS_NAME, add_lora, check_finite, check_gradients, check_learned, load_lora, save_lora
+from ..lora import WEIGHTS_NAME, add_lora, load_lora, save_lora
 from ..losses import combine_losses, flow_matching_loss
-from ..reporting.progress import Progress, StageProgress
 from ..reporting.trackers import Tracking
 from ..residuals.batches import Batch, RecordDataset, SampleMaker, collate_by_kind, read_ahead
 from ..residuals.precompute import capture, encode_latents, only_new_garbage, precompute_records
@@ -32,6 +31,7 @@ from ..residuals.stretches import Stretches
 from ..transformer import DiTBlockSkipTransformer
 from ..utils.files import save_tensors
 from ..utils.monitor import StageMonitor, device_memory
+from ..utils.progress import SILENT, RunProgress, StageProgress
 from .checkpoints import (
     STRETCH_NAME,
     clear_unfinished,
@@ -41,11 +41,12 @@ from .checkpoints import (
     save_training_state,
 )
 from .comfyui import write_comfyui
+from .lora_checks import check_finite, check_gradients, check_learned
 from .merged import export_merged
 from .optimizers import make_optimizer
 from .resume_checks import made_with
+from .run import Run
 from .sample_losses import QUARTERS, SampleLosses, quarter_means
-from .settings import Run
 from .sharding import average_gradients
 from .stop_signals import Interrupted, StopSignals
 
@@ -99,14 +100,14 @@ class Trainer:
         images_at_once: int | None = None,
         vae_placement: Mapping[str, VaePlacement] | None = None,
         stop: StopSignals | None = None,
-        progress: Progress | None = None,
+        progress: RunProgress = SILENT,
     ) -> None:
-        args, seed = run.args, maker.plan.seed
+        args, seed = run.settings, maker.plan.seed
         self.run, self.accelerator, self.monitor, self.maker = run, accelerator, monitor, maker
         self.model, self.store = model, store
         self.stretches, self.max_train_steps = stretches, stretches.num_steps
         self.images_at_once, self.vae_placement = images_at_once, vae_placement or {}
-        self.stop, self.progress = stop or StopSignals(), progress or Progress.silent()
+        self.stop, self.progress = stop or StopSignals(), progress
         self.tracking = Tracking(accelerator, monitor, model)
         self.step = self._saved_step = 0
         self.records_made = 0
@@ -124,7 +125,12 @@ class Trainer:
         self._records_of_stretch: Callable[[], None] = lambda: None
         self.samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
 
-        adapter = {"rank": args.rank, "alpha": args.lora_alpha, "dropout": args.lora_dropout, "seed": seed}
+        adapter: dict[str, Any] = {
+            "rank": args.rank,
+            "alpha": args.lora_alpha,
+            "dropout": args.lora_dropout,
+            "seed": seed,
+        }
         self.parameters = add_lora(model.transformer, run.targets, **adapter)
         self.text = text
         # As they were made: what accelerate wraps is not what is saved.
@@ -195,22 +201,29 @@ class Trainer:
         self.largest_capture = batch_size or 1
         if self.run.refreshes:
             self._begin_refreshed(steps)
-        self._records_of_stretch = functools.partial(self._make_records, samples, batch_size)
+        self._records_of_stretch = functools.partial(self._make_records, samples, steps, batch_size)
         with self.stop.held(), self.monitor.stage("precompute"):
             ids = [key for s in samples for key in (s.id, self.maker.modulation_id(s))]
             for problem in self.store.verify(dict.fromkeys(ids)):
                 logger.warning("%s; its records are computed again.", problem)
-            self._make_records(samples, batch_size)
+            self._records_of_stretch()
 
-    def _make_records(self, samples: list[Sample], batch_size: int | None) -> None:
+    def _make_records(self, samples: list[Sample], stretch: range, batch_size: int | None) -> None:
         """Make those of the stretch's records that are missing, in the stretch's batches."""
         assert self.store is not None
         with self.accelerator.autocast(), only_new_garbage(), self._adapters_of_stretch():
-            missing = sum(not self.maker.is_recorded(sample, self.store) for sample in samples)
+            present = sum(self.maker.is_recorded(sample, self.store) for sample in samples)
             alone = self.vae_placement.get("precompute", VaePlacement()).alone
             place = self.model.on_host() if alone else contextlib.nullcontext()
             sharded = self.model.is_sharded
-            with self.progress.stage("precompute", photos=missing, records=len(samples)) as progress:
+            # Of all stretches, so that the whole run has one display of this stage.
+            each_step = len(samples) // len(self.stretches.recorded(stretch))
+            done, total = (
+                each_step * steps
+                for steps in (self.stretches.recorded_before(stretch), self.stretches.num_recorded_steps)
+            )
+            with self.progress.stage("precompute", done, photos=total, records=total) as progress:
+                progress.skip(present)
                 with place, self.vae() as vae:
                     latents = encode_latents(
                         samples,
@@ -246,7 +259,7 @@ class Trainer:
 
     def train(self, steps: range) -> None:
         """Train the given optimiser steps; the records that they use must be in the store."""
-        args, accelerator = self.run.args, self.accelerator
+        args, accelerator = self.run.settings, self.accelerator
         loader = accelerator.prepare(
             DataLoader(
                 RecordDataset(self.maker, self.store, self._indices(map(self.stretches.source, steps))),
@@ -333,7 +346,7 @@ class Trainer:
         return self.maker.read_record(sample, self.store)
 
     def _loss(self, batch: Batch) -> torch.Tensor:
-        args, family = self.run.args, self.run.family
+        args, family = self.run.settings, self.run.family
         inputs = family.transformer_inputs(self.model.config, batch.noisy_latents, batch.timesteps, batch.embeds)
         prediction = self.wrapped(**inputs, residuals=batch.residuals, return_dict=False)[0]
         losses = self.each_loss(prediction, batch)
@@ -350,7 +363,7 @@ class Trainer:
             noisy_latents=batch.noisy_latents,
             sigmas=batch.sigmas,
         )
-        return flow_matching_loss(prediction, target, batch.sigmas, self.run.args.weighting_scheme)
+        return flow_matching_loss(prediction, target, batch.sigmas, self.run.settings.weighting_scheme)
 
     def _finish_step(self, figures: torch.Tensor, norm: torch.Tensor | None, progress: StageProgress) -> None:
         """Take the figures of a step's batches in every process, ``(batches, processes, 2 + 2 * QUARTERS)``."""
@@ -366,9 +379,8 @@ class Trainer:
         for timesteps, mean in quarters.items():
             self.loss_by_timestep.setdefault(timesteps, []).append((self.step, mean))
         self.tracking.log_step(self.step, samples, seen, quarters)
-        self.progress.losses = self.losses
-        progress.update()
-        if self.step % self.run.args.checkpointing_steps == 0:
+        progress.update(loss=loss)
+        if self.step % self.run.settings.checkpointing_steps == 0:
             self.save_checkpoint()
 
     @contextlib.contextmanager
@@ -393,7 +405,7 @@ class Trainer:
             return
         for module in (self.model.transformer, *self.text_encoders.values()):
             check_finite(module)
-        with new_checkpoint(self.run.output_dir, self.step, self.run.args.checkpoints_total_limit) as folder:
+        with new_checkpoint(self.run.output_dir, self.step, self.run.settings.checkpoints_total_limit) as folder:
             save_lora(folder, type(self.run.family), self.model.transformer, self.text_encoders)
             save_training_state(
                 folder,
@@ -455,16 +467,16 @@ class Trainer:
                 check_learned(module)
         if self.accelerator.is_main_process:
             clear_unfinished(self.run.output_dir)
-            dtype = torch.float32 if self.run.args.upcast_before_saving else self.maker.dtype
+            dtype = torch.float32 if self.run.settings.upcast_before_saving else self.maker.dtype
             save_lora(
                 self.run.output_dir, type(self.run.family), self.model.transformer, self.text_encoders, dtype=dtype
             )
-            if self.run.args.save_format == "comfyui":
+            if self.run.settings.save_format == "comfyui":
                 write_comfyui(self.run.output_dir, type(self.run.family))
-            if self.run.args.export_merged:
+            if self.run.settings.export_merged:
                 with self.monitor.stage("merge"):
                     folder, output = self.run.family.model_path / "transformer", self.run.output_dir
-                    export_merged(folder, output / WEIGHTS_NAME, output, self.run.args.variant)
+                    export_merged(folder, output / WEIGHTS_NAME, output, self.run.settings.variant)
 
     @torch.no_grad()
     def refresh_embeds(self, embeds: dict, prompts: list[str]) -> None:
@@ -518,5 +530,5 @@ class Trainer:
     def _my_indices(self, steps: range) -> list[int]:
         """This process's share of the samples, dealt out as the training loader deals them."""
         indices: Any = self._indices(steps)
-        loader: DataLoader = DataLoader(indices, batch_size=self.run.args.train_batch_size)
+        loader: DataLoader = DataLoader(indices, batch_size=self.run.settings.train_batch_size)
         return [index for batch in self.accelerator.prepare(loader) for index in batch.tolist()]

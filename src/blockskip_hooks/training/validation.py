@@ -35,7 +35,7 @@ class Validation:
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, self.run = trainer, trainer.run
-        self.seeds = [trainer.maker.plan.seed + number for number in range(self.run.args.num_validation_images)]
+        self.seeds = [trainer.maker.plan.seed + number for number in range(self.run.settings.num_validation_images)]
         self._base: dict[str, list[Image.Image]] = {}
         self._checked_step = 0
 
@@ -77,13 +77,14 @@ class Validation:
             trainer.refresh_embeds(embeds, [*prompts, *([] if negative is None else [negative])])
         adapters = contextlib.nullcontext() if with_adapters else base_model(trainer.model.transformer)
         sharded = trainer.model.is_sharded
+        name = f"validate ({'LoRA' if with_adapters else 'base model'})"
         with (
             trainer.stop.held() if sharded else contextlib.nullcontext(),
             trainer.monitor.stage("validate"),
             trainer.vae() as vae,
             adapters,
             trainer.accelerator.autocast(),
-            trainer.progress.stage("validate", images=len(prompts) * len(self.seeds)) as progress,
+            trainer.progress.stage(name, images=len(prompts) * len(self.seeds)) as progress,
         ):
 
             def made(images: int) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import traceback
 
 import torch
 from safetensors import SafetensorError
 
+from ..training.stop_signals import is_lost_process
 from ..utils.errors import first_line, one_line
 
 
@@ -32,7 +34,12 @@ def explain(error: BaseException, stage: str | None = None, secret: str | None =
         secret: Text that must not be shown, a token say.
     """
     text = str(error)
-    if _ran_out_of_memory(error):
+    if isinstance(error, RuntimeError) and is_lost_process(error):
+        line = (
+            f"Another process of this run ended or cannot be reached, so process {os.environ.get('RANK', '0')} ends "
+            "too; the same command with --resume_from_checkpoint latest goes on from the last checkpoint."
+        )
+    elif _ran_out_of_memory(error):
         line = (
             f"Memory ran out in stage {stage or 'plan'} ({first_line(error)}); give --memory_budget with what "
             "there is, so that blocks are skipped until it fits, or lower --resolution or the batch size."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from PIL import Image
 from ..lora import WEIGHTS_NAME
 from ..planning.simulation import empty_model
 from ..residuals.batches import SampleMaker
+from ..residuals.stretches import Stretches
+from ..training.history import History
 from ..training.run import Run
 from ..utils.digests import folder_digest
 from ..utils.files import write_json
@@ -36,33 +38,6 @@ SHEET_PIXELS = 128
 """Least side of an image in ``before_after.png``."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainingFigures:
-    """What training has come to, at its end or before.
-
-    Attributes:
-        steps: Optimiser steps done.
-        samples: Samples trained on, over all processes.
-        losses: Loss of each step.
-        loss_by_timestep: Steps and their mean loss by range of timesteps.
-        step_seconds: Seconds of each step.
-        step_memory: Bytes of tensors and bytes held on the device after each step; empty without a device.
-        records: Samples whose records were made; ``None`` before the processes have added theirs up.
-        record_bytes: Bytes of these records.
-        stretches: Stretches with records.
-    """
-
-    steps: int
-    samples: int
-    losses: Sequence[float]
-    loss_by_timestep: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
-    step_seconds: Sequence[float] = ()
-    step_memory: Sequence[tuple[int, int]] = ()
-    records: int | None = None
-    record_bytes: int = 0
-    stretches: int = 0
-
-
 @dataclass(frozen=True)
 class RunOutputs:
     """Writes the files that tell of a run.
@@ -73,6 +48,8 @@ class RunOutputs:
         monitor: Has the stages' time and memory.
         plan: Contents of plan.json.
         command: The command line that repeats the run.
+        stretches: Its stretches.
+        num_processes: Processes that share the work.
     """
 
     run: Run
@@ -80,22 +57,27 @@ class RunOutputs:
     monitor: StageMonitor
     plan: Mapping[str, Any]
     command: str
+    stretches: Stretches
+    num_processes: int
 
-    def report(self, training: TrainingFigures, lora: Mapping[str, int] | None = None) -> dict[str, Any]:
+    def report(
+        self, history: History, made: tuple[int, int] | None = None, lora: Mapping[str, int] | None = None
+    ) -> dict[str, Any]:
         """The contents of ``run_report.json``; the schema is in the README.
 
         Args:
-            training: What training has come to.
+            history: The steps so far.
+            made: Records that all processes have made, and their bytes; ``None`` before the end.
             lora: Size of the LoRA, see `lora_size`; ``None`` before the end.
         """
         run, dtype = self.run, str(self.maker.dtype).removeprefix("torch.")
         packed = run.stores_residuals and run.settings.residual_dtype == "float8"
         residuals: dict[str, Any] = {"mode": run.config.residuals if run.skips else None}
-        if training.records is not None:
+        if made is not None:
             residuals |= {
-                "records": training.records,
-                "bytes": training.record_bytes,
-                "stretches": training.stretches,
+                "records": made[0],
+                "bytes": made[1],
+                "stretches": len(self.stretches) if run.uses_store else 0,
                 "dtype": "float8_e4m3fn" if packed else dtype,
             }
         return {
@@ -114,7 +96,7 @@ class RunOutputs:
             },
             "stages": self.monitor.as_list(),
             "train": {
-                **_train(training),
+                **_train(history, run.samples_per_step(self.num_processes)),
                 "dtype": dtype,
                 "quantization": run.quantization.name if run.quantization else None,
             },
@@ -172,22 +154,20 @@ class RunOutputs:
 
     def write_so_far(
         self,
-        training: TrainingFigures,
+        history: History,
         shown: tuple[int, Sequence[str], Images, Images] | None,
-        total_steps: int,
     ) -> None:
         """Write ``report.html`` of a run that goes on, with what there is so far.
 
         Args:
-            training: What training has come to.
+            history: The steps so far.
             shown: The validation images that were made last: their step, prompts, the base model's and the LoRA's.
-            total_steps: Steps of the whole run.
         """
-        report = self.report(training)
+        report = self.report(history)
         step, prompts, before, after = shown or (None, [], [], [])
         images = self._images(report, prompts, before, after, step)
-        snippet = self._snippet(self.run.model_name, self.run.output_dir / f"checkpoint-{training.steps}")
-        self._write_page(report, images, snippet, total_steps)
+        snippet = self._snippet(self.run.model_name, self.run.output_dir / f"checkpoint-{history.step}")
+        self._write_page(report, images, snippet, self.stretches.num_steps)
 
     def _images(
         self,
@@ -283,26 +263,22 @@ def snippet_kwargs(run: Run) -> dict[str, Any]:
     }
 
 
-def _train(training: TrainingFigures) -> dict[str, Any]:
-    allocated, reserved = zip(*training.step_memory) if training.step_memory else ((), ())
+def _train(history: History, samples_per_step: int) -> dict[str, Any]:
+    allocated, reserved = zip(*history.step_memory) if history.step_memory else ((), ())
     return {
-        "steps": training.steps,
-        "samples": training.samples,
-        "step_seconds_median": statistics.median(training.step_seconds) if training.step_seconds else None,
-        "loss": training.losses,
-        "loss_by_timestep": training.loss_by_timestep,
-        "step_seconds": training.step_seconds,
+        "steps": history.step,
+        "samples": history.step * samples_per_step,
+        "step_seconds_median": statistics.median(history.step_seconds) if history.step_seconds else None,
+        "loss": history.losses,
+        "loss_by_timestep": history.loss_by_timestep,
+        "step_seconds": history.step_seconds,
         "step_memory": {"allocated_bytes": allocated, "reserved_bytes": reserved} if allocated else None,
     }
 
 
 def _settings(run: Run) -> dict[str, Any]:
     """The run's settings by flag name, as JSON takes them."""
-    return {
-        name: value if isinstance(value, (bool, int, float, str, list, type(None))) else str(value)
-        for name, value in sorted(run.settings.plain().items())
-        if name != "hub_token"
-    }
+    return {name: value for name, value in sorted(run.settings.plain().items()) if name != "hub_token"}
 
 
 def _image(pixels: torch.Tensor) -> Image.Image:
@@ -310,4 +286,4 @@ def _image(pixels: torch.Tensor) -> Image.Image:
     return Image.fromarray(((pixels + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
 
 
-__all__ = ["RunOutputs", "TrainingFigures", "lora_size", "sample_pictures", "training_photos"]
+__all__ = ["RunOutputs", "lora_size", "sample_pictures", "training_photos"]

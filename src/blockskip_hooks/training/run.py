@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -367,6 +367,28 @@ class Run:
             # Every process must draw the same samples.
             (seed,) = broadcast_object_list([int.from_bytes(os.urandom(4), "big")])
         return seed
+
+    def model_options(
+        self, dtype: torch.dtype, device: torch.device, shard: Callable[..., None] | None = None
+    ) -> dict[str, Any]:
+        """Keyword arguments of ``DiTBlockSkipTransformer.from_pretrained`` beside the folder and the spans.
+
+        Args:
+            dtype: Dtype of frozen weights.
+            device: Where the kept blocks go.
+            shard: What divides their weights among processes, for runs that share them.
+        """
+        family = self.family
+        return {
+            "torch_dtype": dtype,
+            "device": device,
+            "variant": self.settings.variant,
+            "stacks": family.block_stacks,
+            "transformer_class": family.transformer_class(self.transformer_config),
+            "recorded_layers": self.recorded_layers,
+            "quantization": self.quantization,
+            "shard": shard if self.shares_weights else None,
+        }
 
     def bytes_elsewhere(self, dtype: torch.dtype, num_processes: int) -> int | None:
         """Bytes of kept blocks' weights that other processes hold; ``None`` where they are not shared."""

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from ..blocks import Block
+from ..transformer import DiTBlockSkipTransformer
 from ..utils.accelerator import FSDP_SWITCH
 from ..utils.errors import UserError
 
@@ -73,15 +74,20 @@ def shard(module: torch.nn.Module, device: torch.device | str) -> None:
     fully_shard(module, mesh=mesh, ignored_params=absent)
 
 
-def average_gradients(accelerator: Accelerator, model: torch.nn.Module) -> torch.nn.Module:
-    """What ``accelerator.prepare(model)`` is for a model with divided weights: those of the LoRA are plain tensors.
+def prepare_model(accelerator: Accelerator, model: DiTBlockSkipTransformer) -> torch.nn.Module:
+    """What ``accelerator.prepare`` makes of a model whose LoRA trains and whose other weights stay where they are.
 
-    accelerate lets no model with any divided weight train by DDP, also where DDP is told to leave those alone.
+    Every process has the frozen weights already, and they cannot all be sent: those of skipped blocks are not there,
+    quantised ones and parts of divided ones are no plain tensors.
 
     Args:
-        accelerator: Gives autocast.
-        model: With its frozen weights named to DDP as ones to ignore.
+        accelerator: Gives autocast, and DDP where there are several processes.
+        model: With its kept blocks in place.
     """
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, model.frozen_parameter_names)
+    if not model.is_sharded:
+        return accelerator.prepare(model, device_placement=[False])
+    # accelerate lets no model with any divided weight train by DDP, also where DDP is told to leave those alone.
     under_autocast = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
     device_ids = None if accelerator.device.type == "cpu" else [accelerator.local_process_index]
     return DistributedDataParallel(under_autocast, device_ids=device_ids)

@@ -21,8 +21,8 @@ from ..inference.streamed_model import (
     encode_for_images,
     load_image_transformer,
 )
-from ..residuals.store import file_digest
 from ..search.masking_search import fingerprint
+from ..utils.digests import file_digest
 from ..utils.files import replacing
 from .prompt_lists import EvaluationPrompt
 

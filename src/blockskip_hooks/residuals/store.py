@@ -66,23 +66,6 @@ def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def file_digest(path: Path, num_blocks: int = 16, block_bytes: int = 1 << 16) -> str:
-    """A cheap content digest of a weight file: its size, its head and evenly spaced blocks of it."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        for position in range(num_blocks):
-            file.seek(size * position // num_blocks)
-            digest.update(file.read(block_bytes))
-    return digest.hexdigest()
-
-
-def folder_digest(folder: Path) -> str:
-    """A cheap digest of a model component: its config and weight files."""
-    files = sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors", ".model", ".txt"))
-    return hashlib.sha256("".join(f"{p.name}:{file_digest(p)}" for p in files).encode()).hexdigest()
-
-
 class ResidualStore:
     """Records of one run, in shards that are complete or absent.
 

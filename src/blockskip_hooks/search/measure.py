@@ -23,8 +23,8 @@ from ..inference.streamed_model import (
     load_image_transformer,
 )
 from ..loading.component_config import load_config
-from ..residuals.store import folder_digest
 from ..selection import best_pairs
+from ..utils.digests import folder_digest
 from ..utils.machine import versions
 from .masking_search import (
     NOTHING,

@@ -6,8 +6,6 @@ with masked blocks of its own. What is finished is on disk, so that a killed sea
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -155,11 +153,6 @@ class MaskedImages:
 
 def _key(subject: Subject, seed: int, run: BlockRun) -> str:
     return f"{subject.name}/{seed}/{run[0]}-{run[1]}"
-
-
-def fingerprint(description: dict[str, Any]) -> str:
-    """A digest of everything that the images of a search depend on."""
-    return hashlib.sha256(json.dumps(description, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def leading_run(num_masked: int) -> BlockRun:

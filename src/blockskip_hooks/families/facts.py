@@ -135,7 +135,7 @@ class FamilyFacts(ABC):
         """Import the pipeline's class.
 
         Raises:
-            ValueError: if the installed diffusers does not have it.
+            UserError: if the installed diffusers does not have it.
         """
         return diffusers_class(cls.pipeline_name)
 
@@ -143,14 +143,14 @@ class FamilyFacts(ABC):
         """Find what would fail later: packages that are not installed, flags that do not fit the model.
 
         Raises:
-            ValueError: one line that says what to do.
+            UserError: one line that says what to do.
         """
 
     def transformer_class(self, transformer_config: Mapping[str, Any]) -> type[ModelMixin]:
         """The transformer's class, with LoRA methods.
 
         Raises:
-            ValueError: if the config does not name a model class of diffusers.
+            UserError: if the config does not name a model class of diffusers.
         """
         return model_class(transformer_config)
 

@@ -266,6 +266,7 @@ def load_data(
             keep_trainable=settings.train_text_encoder,
             streamed=streamed,
             progress=progress,
+            photos=sources["instance"].prompts(),
         )
     check_embeds(family, run.transformer_config, embeds, dtype)
     records_modulation = bool(run.recorded_layers)

@@ -10,10 +10,21 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, Flux2KleinPipeline, Flux2Pipeline, ModelMixin
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.models.transformers.transformer_flux2 import Flux2SingleTransformerBlock, Flux2TransformerBlock
 
 from ..loading.component_config import load_config
 from .base import ComfyUIFormat, Family, Flag, PromptEmbeds
 
+
+# diffusers knows them from 0.42.
+TransformerBlockRegistry.register(
+    model_class=Flux2TransformerBlock,
+    metadata=TransformerBlockMetadata(return_hidden_states_index=1, return_encoder_hidden_states_index=0),
+)
+TransformerBlockRegistry.register(
+    model_class=Flux2SingleTransformerBlock, metadata=TransformerBlockMetadata(return_hidden_states_index=0)
+)
 
 SHARED_FLAGS = (
     Flag(

@@ -62,8 +62,7 @@ def detect_family(model_path: Path) -> type[Family]:
         raise ValueError(
             f"--pretrained_model_name_or_path {model_path} is a {pipeline}; supported are {', '.join(FAMILIES)}."
         )
-    # A component without a class in the index comes from elsewhere.
-    optional = {name for name in FAMILIES[pipeline].text_components if (index.get(name) or [None])[0] is None}
+    optional = set(FAMILIES[pipeline].absent_components(index))
     components = {"transformer", "vae", "scheduler", *FAMILIES[pipeline].text_components} - optional
     missing = sorted(name for name in components if not (model_path / name).is_dir())
     if missing:

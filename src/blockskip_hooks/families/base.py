@@ -78,6 +78,8 @@ class Family(ABC):
             prompt's embedding as a whole, but on no token: their outputs are recorded with the residuals.
         text_lora_layers: Linear layers that ``--train_text_encoder`` adapts, by name suffix.
         text_components: Pipeline components that encode prompts.
+        optional_components: Of these, the ones that a model may come without, null in its index: the pipeline does
+            without them, or flags say where they are.
         trained_text_components: Of these, the text encoders that ``--train_text_encoder`` adapts.
         unused_components: Pipeline components that training leaves alone.
         image_components: Of these, the ones that :meth:`image_pipeline` loads beside transformer and VAE.
@@ -102,6 +104,7 @@ class Family(ABC):
     modulation_layers: ClassVar[tuple[str, ...]] = ()
     text_lora_layers: ClassVar[tuple[str, ...]] = ()
     text_components: ClassVar[tuple[str, ...]] = ()
+    optional_components: ClassVar[tuple[str, ...]] = ()
     trained_text_components: ClassVar[tuple[str, ...]] = ()
     unused_components: ClassVar[tuple[str, ...]] = ()
     image_components: ClassVar[tuple[str, ...]] = ()
@@ -222,6 +225,7 @@ class Family(ABC):
             streamed: Components whose layers are read from the checkpoint while they run.
         """
         components: dict[str, Any] = dict.fromkeys(("transformer", "vae", *self.unused_components, *streamed))
+        components |= self._absences()
         components |= self.outside_components(dtype, without=streamed)
         pipeline = self.pipeline_class.from_pretrained(
             self.model_path, **components, torch_dtype=dtype, variant=self.variant
@@ -236,9 +240,19 @@ class Family(ABC):
 
     def load_pipeline(self, dtype: torch.dtype) -> DiffusionPipeline:
         """The complete stock pipeline, on the CPU."""
+        components = self._absences() | self.outside_components(dtype)
         return self.pipeline_class.from_pretrained(
-            self.model_path, **self.outside_components(dtype), torch_dtype=dtype, variant=self.variant
+            self.model_path, **components, torch_dtype=dtype, variant=self.variant
         )
+
+    @classmethod
+    def absent_components(cls, index: Mapping[str, Any]) -> list[str]:
+        """Which optional components a model comes without: those that its ``model_index.json`` gives no class."""
+        return [name for name in cls.optional_components if (index.get(name) or [None])[0] is None]
+
+    def _absences(self) -> dict[str, Any]:
+        # A pipeline has to be told of each that it is to do without.
+        return dict.fromkeys(self.absent_components(json.loads((self.model_path / "model_index.json").read_text())))
 
     @abstractmethod
     def encode_prompts(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> list[PromptEmbeds]:

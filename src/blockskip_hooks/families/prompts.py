@@ -82,6 +82,10 @@ def encode_prompts(
 
     Returns:
         Embeddings by prompt, on the CPU, and the kept encoders.
+
+    Raises:
+        ValueError: naming the prompt, if it is one that the model's pipeline does not take, or if its embeddings are
+            not finite.
     """
     prompts = list(dict.fromkeys(prompts))
     layered: list[str] = []
@@ -96,7 +100,12 @@ def encode_prompts(
     # One at a time: in a batch the last bits of a prompt's embeddings would depend on the others.
     shown = show_progress and progress is None and len(prompts) >= PROGRESS_FROM
     for prompt in listed(prompts, "Encoding prompts", "prompt", total=len(prompts), shown=shown):
-        (encoded,) = family.encode_prompts(pipeline, [prompt])
+        try:
+            (encoded,) = family.encode_prompts(pipeline, [prompt])
+        except ValueError as error:
+            raise ValueError(
+                f"The prompt '{prompt[:80]}' cannot be encoded ({error}); change it, or --max_sequence_length."
+            ) from error
         # Copies, because a view would keep all of what it is a part of.
         embeds[prompt] = {name: tensor.clone() for name, tensor in encoded.items()}
         if not all(bool(tensor.isfinite().all()) for tensor in encoded.values()):

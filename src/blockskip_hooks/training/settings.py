@@ -369,9 +369,14 @@ def start_accelerator(args: argparse.Namespace, **settings: Any) -> Accelerator:
     """
     try:
         with hidden_from_accelerate():
-            return Accelerator(mixed_precision=args.mixed_precision, **settings)
+            accelerator = Accelerator(mixed_precision=args.mixed_precision, **settings)
     except ValueError as error:
         raise ValueError(f"--mixed_precision {args.mixed_precision} cannot be used here: {error}") from error
+    # accelerate would go on without autocast. A plan for another machine needs none.
+    plan_only = getattr(args, "plan_only", False)
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu" and not plan_only:
+        raise ValueError("--mixed_precision fp16 needs a GPU, and there is none here; give bf16 or no.")
+    return accelerator
 
 
 def weight_dtype(accelerator: Accelerator) -> torch.dtype:

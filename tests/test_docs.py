@@ -107,7 +107,8 @@ def test_commands_in_pages_name_scripts_that_exist():
 def test_commands_in_pages_print_no_lines_of_accelerate():
     """Without a config it names its default values first, and after an error it adds its own traceback."""
     for page in (*PAGES, NOTEBOOK, *sorted((ROOT / "configs").glob("*.yaml"))):
-        assert not re.findall(r"accelerate launch(?! --quiet)[^`]* (?:examples|configs)/\S+\.py", page.read_text()), page
+        text = page.read_text()
+        assert not re.findall(r"accelerate launch(?! --quiet)[^`]* (?:examples|configs)/\S+\.py", text), page
 
 
 # Troubleshooting

@@ -4,6 +4,7 @@ quality:
 	ruff check .
 	ruff format --check .
 	mypy
+	lint-imports
 
 style:
 	ruff check --fix .
@@ -13,7 +14,7 @@ test:
 	HF_HUB_OFFLINE=1 pytest
 
 test-slow:
-	HF_HUB_OFFLINE=1 pytest -m slow -n 0
+	HF_HUB_OFFLINE=1 pytest -m slow
 
 # Minutes on two cores; the other benchmarks are in benchmarks/README.md, one command each.
 bench:

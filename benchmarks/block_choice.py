@@ -13,7 +13,6 @@ Example:
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import sys
@@ -22,14 +21,13 @@ from statistics import mean
 from typing import Any
 
 from cells import SUBJECTS, evaluate, read_cells, run_cells, train
-from common import command, machine
+from common import benchmark_parser, write_figures
 
 from blockskip_hooks.embedded import embedded_model, embedded_subjects
 from blockskip_hooks.evaluation.statistics import bootstrap
 from blockskip_hooks.residuals.store import folder_digest
+from blockskip_hooks.search.tables import find_table, read_table
 from blockskip_hooks.selection import select_blocks
-from blockskip_hooks.selection_tables import find_table, read_table
-from blockskip_hooks.utils.files import write_json
 
 
 NUM_BLOCKS = 18
@@ -89,7 +87,7 @@ def summarise(cells: list[dict[str, Any]], skipped: int, chosen: dict[str, str])
 
 def main(argv: list[str] | None = None) -> int:
     """Run what is missing, print and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--skipped", type=int, default=9, help=f"k, of {NUM_BLOCKS} blocks.")
     parser.add_argument("--subjects", nargs="+", default=SUBJECTS, choices=sorted(embedded_subjects()))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="Seeds of training.")
@@ -100,7 +98,6 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--cells", default="block_choice_cells", help="Folder of the finished cells.")
     parser.add_argument("--jobs", type=int, default=2, help="Cells at a time.")
-    parser.add_argument("--json", help="Write the summary to this file as well.")
     args = parser.parse_args(argv)
 
     folder = Path(args.cells).resolve()
@@ -122,9 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     picked = {name: f"{selection.leading},{selection.trailing}" for name, selection in selections.items()}
     summary = summarise(results, args.skipped, picked)
     print(json.dumps(summary, indent=2))
-    if args.json:
-        document = {"benchmark": "block_choice", "command": command(), "machine": machine(), **summary}
-        write_json(args.json, {**document, "subjects": list(args.subjects), "seeds": args.seeds})
+    write_figures(args.json, "block_choice", **summary, subjects=list(args.subjects), seeds=args.seeds)
     return 0
 
 

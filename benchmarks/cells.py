@@ -5,20 +5,14 @@ A cell that is finished is never run again, so that a killed benchmark goes on w
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import io
 import json
 import multiprocessing
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 import torch
+from common import load_script, run_in_process
 from diffusers import FluxPipeline
 from PIL import Image
 from tqdm.auto import tqdm
@@ -30,7 +24,6 @@ from blockskip_hooks.training.trainer import Trainer
 from blockskip_hooks.utils.files import write_json
 
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "dreambooth_blockskip" / "train_dreambooth_blockskip.py"
 SUBJECTS = ("dog", "robot", "clock", "teapot", "backpack", "teddy_bear")
 IMAGES_PER_PROMPT, IMAGE_STEPS, IMAGE_SEED = 2, 12, 100
 
@@ -50,10 +43,7 @@ def run_script(
     Raises:
         RuntimeError: if the script fails.
     """
-    specification = importlib.util.spec_from_file_location("train_dreambooth_blockskip", SCRIPT)
-    assert specification is not None and specification.loader is not None
-    script = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(script)
+    script = load_script("train_dreambooth_blockskip")
     script.Trainer = trainer  # type: ignore[attr-defined]
     settings = {
         "--instance_data_dir": embedded_photos(subject),
@@ -65,12 +55,7 @@ def run_script(
         "--checkpointing_steps": 10**6,
         **flags,
     }
-    argv = [str(item) for pair in settings.items() for item in pair if item is not True]
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        code = script.main(argv)
-    if code != 0:
-        raise RuntimeError(f"{' '.join(argv)} ended with {code}: {said.getvalue()[-500:]}")
+    run_in_process(script, [str(item) for pair in settings.items() for item in pair if item is not True])
 
 
 def train(

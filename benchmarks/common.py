@@ -1,8 +1,10 @@
-"""What the benchmarks share: a random pipeline of the real classes, photos, and the script's way to a trainer."""
+"""What the benchmarks share: a random pipeline of the real classes, photos, the scripts, and files of figures."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import importlib.util
 import io
 import json
 import os
@@ -12,6 +14,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 
@@ -46,14 +49,17 @@ from blockskip_hooks.families.prompts import encode_prompts
 from blockskip_hooks.residuals.batches import SampleMaker
 from blockskip_hooks.residuals.store import ResidualStore
 from blockskip_hooks.residuals.stretches import Stretches
-from blockskip_hooks.training.settings import weight_dtype
 from blockskip_hooks.training.trainer import Trainer
+from blockskip_hooks.utils.accelerator import weight_dtype
+from blockskip_hooks.utils.files import write_json
 from blockskip_hooks.utils.machine import versions
 from blockskip_hooks.utils.monitor import StageMonitor
 
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 PROMPT = "a photo of sks dog"
+REPOSITORY = Path(__file__).resolve().parents[1]
+SCRIPT = "examples/dreambooth_blockskip/train_dreambooth_blockskip.py"
 
 
 @dataclass(frozen=True)
@@ -171,6 +177,29 @@ def save_photos(folder: Path, count: int, side: int) -> Path:
     return folder
 
 
+def load_script(name: str) -> ModuleType:
+    """A script of ``examples/dreambooth_blockskip`` as a module."""
+    path = REPOSITORY / "examples" / "dreambooth_blockskip" / f"{name}.py"
+    specification = importlib.util.spec_from_file_location(name, path)
+    assert specification is not None and specification.loader is not None
+    script = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(script)
+    return script
+
+
+def run_in_process(script: ModuleType, argv: Sequence[str]) -> None:
+    """Run a script's ``main`` in this process, without what it prints.
+
+    Raises:
+        RuntimeError: with the end of what it printed, if it fails.
+    """
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        code = script.main(list(argv))
+    if code != 0:
+        raise RuntimeError(f"{script.__name__}.py {' '.join(argv)} ended with {code}: {said.getvalue()[-500:]}")
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep progress bars off the screen: interleaved settings would print one for every step."""
@@ -207,6 +236,18 @@ def open_trainer(argv: Sequence[str]) -> Trainer:
     )
 
 
+def tree_rss(process: psutil.Process) -> int:
+    """Resident bytes of a process and all its children."""
+    total = 0
+    for member in (process, *process.children(recursive=True)):
+        try:
+            total += member.memory_info().rss
+        except psutil.NoSuchProcess:
+            # It ended between the listing and the reading.
+            continue
+    return total
+
+
 def machine() -> dict[str, Any]:
     """What figures depend on, without anything that names the machine."""
     return {
@@ -223,6 +264,20 @@ def machine() -> dict[str, Any]:
 def command() -> str:
     """The command line, with the script's path as in the repository."""
     return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+
+
+def benchmark_parser(description: str | None, **settings: Any) -> argparse.ArgumentParser:
+    """A parser with the flag that all benchmarks have."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=formatter, **settings)
+    parser.add_argument("--json", type=Path, help="Write the figures to this file as well.")
+    return parser
+
+
+def write_figures(path: Path | None, benchmark: str, **figures: Any) -> None:
+    """Write ``figures`` as JSON with the command and the machine that they come from; nothing without a path."""
+    if path is not None:
+        write_json(path, {"benchmark": benchmark, "command": command(), "machine": machine(), **figures})
 
 
 def target(name: str, value: float, limit: float, aim: float | None = None) -> dict[str, Any]:

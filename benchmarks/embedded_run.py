@@ -11,7 +11,6 @@ Example:
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -20,26 +19,10 @@ import time
 from pathlib import Path
 
 import psutil
-from common import command, machine, print_targets, target
-
-from blockskip_hooks.utils.files import write_json
+from common import REPOSITORY, SCRIPT, benchmark_parser, print_targets, target, tree_rss, write_figures
 
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-SCRIPT = "examples/dreambooth_blockskip/train_dreambooth_blockskip.py"
 INTERVAL = 0.1
-
-
-def tree_rss(process: psutil.Process) -> int:
-    """Resident bytes of a process and all its children."""
-    total = 0
-    for member in (process, *process.children(recursive=True)):
-        try:
-            total += member.memory_info().rss
-        except psutil.NoSuchProcess:
-            # It ended between the listing and the reading.
-            continue
-    return total
 
 
 def run(flags: list[str], output_dir: Path) -> tuple[int, float, int]:
@@ -61,12 +44,7 @@ def run(flags: list[str], output_dir: Path) -> tuple[int, float, int]:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure and print; the exit code is 1 if the command fails or a target is missed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Further flags go to the training script.",
-    )
-    parser.add_argument("--json", help="Write the figures to this file as well.")
+    parser = benchmark_parser(__doc__, epilog="Further flags go to the training script.")
     args, extra = parser.parse_known_args(argv)
 
     flags = ["--skip_blocks", "auto", *extra]
@@ -84,25 +62,18 @@ def main(argv: list[str] | None = None) -> int:
     ]
     print(f"exit code {code}; {len(files)} files left beside tracker logs:", *files, sep="\n  ")
     print_targets(targets)
-    if args.json:
-        document = {
-            "benchmark": "embedded_run",
-            "command": command(),
-            "measured_command": " ".join(["accelerate", "launch", SCRIPT, *flags]),
-            "machine": machine(),
-            "results": {
-                "exit_code": code,
-                "seconds": seconds,
-                "peak_rss_bytes": peak,
-                "files": files,
-                "skip": report.get("skip"),
-                "stages": report.get("stages"),
-                "steps": report.get("train", {}).get("steps"),
-                "step_seconds_median": report.get("train", {}).get("step_seconds_median"),
-            },
-            "targets": targets,
-        }
-        write_json(args.json, document)
+    results = {
+        "exit_code": code,
+        "seconds": seconds,
+        "peak_rss_bytes": peak,
+        "files": files,
+        "skip": report.get("skip"),
+        "stages": report.get("stages"),
+        "steps": report.get("train", {}).get("steps"),
+        "step_seconds_median": report.get("train", {}).get("step_seconds_median"),
+    }
+    measured = " ".join(["accelerate", "launch", SCRIPT, *flags])
+    write_figures(args.json, "embedded_run", measured_command=measured, results=results, targets=targets)
     return 0 if code == 0 and all(item["met"] for item in targets) else 1
 
 

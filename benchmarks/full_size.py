@@ -26,10 +26,9 @@ from typing import Any
 import diffusers
 import psutil
 import torch
-from common import PROMPT, command, machine, print_targets, save_photos, target
+from common import PROMPT, REPOSITORY, SCRIPT, print_targets, save_photos, target, tree_rss, write_figures
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME as DIFFUSERS_INDEX
-from embedded_run import REPOSITORY, SCRIPT, tree_rss
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME as TRANSFORMERS_INDEX
@@ -38,7 +37,6 @@ from blockskip_hooks.blocks import list_blocks, split_blocks
 from blockskip_hooks.config import BlockSkipConfig
 from blockskip_hooks.loading.component_config import load_config
 from blockskip_hooks.lora import WEIGHTS_NAME
-from blockskip_hooks.utils.files import write_json
 from blockskip_hooks.utils.formatting import format_bytes, format_seconds
 
 
@@ -259,7 +257,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keep", action="store_true", help="Do not remove the scratch folder.")
     parser.add_argument("--reuse", type=Path, help="Scratch folder that an earlier run kept; it is kept again.")
     parser.add_argument("--smoke", action="store_true", help="A tiny model: does the benchmark run?")
-    parser.add_argument("--json", help="Write the figures to this file as well.")
 
 
 @contextlib.contextmanager
@@ -376,16 +373,7 @@ def run_benchmark(
         if checkpoint.limit
     ]
     print_targets(targets)
-    if args.json:
-        document = {
-            "benchmark": name,
-            "command": command(),
-            "machine": machine(),
-            "settings": {**settings, "smoke": args.smoke},
-            "results": results,
-            "targets": targets,
-        }
-        write_json(args.json, document)
+    write_figures(args.json, name, settings={**settings, "smoke": args.smoke}, results=results, targets=targets)
     return 0 if all(item["met"] for item in targets) and not any(result["faults"] for result in results) else 1
 
 

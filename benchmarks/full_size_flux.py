@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common import flux_tokenizers
+from common import benchmark_parser, flux_tokenizers
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from full_size import (
     GIB,
@@ -82,7 +82,7 @@ def save_tokenizers(folder: Path) -> dict[str, str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure and print; the exit code is 1 if the run fails or takes too much memory."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--double_blocks", type=int, default=19, help="Double-stream blocks.")
     parser.add_argument("--single_blocks", type=int, default=38, help="Single-stream blocks.")
     parser.add_argument("--skip_blocks", default="19,9", help="Leading and trailing blocks to skip.")

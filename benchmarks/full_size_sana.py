@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common import gemma_tokenizer
+from common import benchmark_parser, gemma_tokenizer
 from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
 from full_size import (
     GIB,
@@ -94,7 +94,7 @@ def save_tokenizers(folder: Path) -> dict[str, str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure and print; the exit code is 1 if a run fails or takes too much memory."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--sizes", nargs="+", choices=tuple(PRESETS), default=list(PRESETS), help="Which to run.")
     parser.add_argument("--text_layers", type=int, default=26, help="Layers of the text encoder.")
     add_arguments(parser)

@@ -9,31 +9,24 @@ until it finishes. Weights and losses must be equal to the last bit, and no temp
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from common import command, machine, print_targets, target
-
-from blockskip_hooks.utils.files import write_json
-
-
-ROOT = Path(__file__).parents[1]
+from common import REPOSITORY, benchmark_parser, print_targets, target, write_figures
 
 
 def main(argv: list[str] | None = None) -> int:
     """Kill, resume, compare; 0 if nothing was lost."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--kills", type=int, default=200, help="Runs to kill, over all settings.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the moments.")
-    parser.add_argument("--json", type=Path, help="Write the figures here.")
     args = parser.parse_args(argv)
-    sys.path.insert(0, str(ROOT))
+    sys.path.insert(0, str(REPOSITORY))
     # Processes that are forked later import the harness, too.
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     from tests.kills import SETTINGS
 
     kinds = [(name, by_time) for name in SETTINGS for by_time in (False, True)]
@@ -53,10 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{sum(row['killed'] for row in results)} runs killed")
     targets = [target("runs with other weights, losses or files", len(lost), 0)]
     print_targets(targets)
-    if args.json:
-        settings = {"kills": args.kills, "seed": args.seed, "flags": {name: SETTINGS[name][1] for name in SETTINGS}}
-        figures = {"benchmark": "kill_test", "command": command(), "machine": machine(), "settings": settings}
-        write_json(args.json, {**figures, "results": results, "targets": targets})
+    settings = {"kills": args.kills, "seed": args.seed, "flags": {name: SETTINGS[name][1] for name in SETTINGS}}
+    write_figures(args.json, "kill_test", settings=settings, results=results, targets=targets)
     return 0 if all(item["met"] for item in targets) else 1
 
 

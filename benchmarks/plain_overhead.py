@@ -24,14 +24,14 @@ import torch
 from common import (
     PROMPT,
     FluxSize,
-    command,
-    machine,
+    benchmark_parser,
     open_trainer,
     print_targets,
     quiet,
     save_photos,
     save_random_flux,
     target,
+    write_figures,
 )
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from peft import LoraConfig, set_peft_model_state_dict
@@ -39,7 +39,6 @@ from peft.utils import get_peft_model_state_dict
 
 from blockskip_hooks.data.sample_plan import derived_seed
 from blockskip_hooks.training.trainer import Trainer
-from blockskip_hooks.utils.files import write_json
 
 
 RANK = 16
@@ -167,7 +166,7 @@ def measure(args: argparse.Namespace, folder: Path) -> tuple[Trainer, PlainLoop]
 
 def main(argv: list[str] | None = None) -> int:
     """Measure and print; the exit code is 1 if the losses differ or, unless in a smoke run, the target is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--double_blocks", type=int, default=19, help="Double-stream blocks.")
     parser.add_argument("--single_blocks", type=int, default=38, help="Single-stream blocks.")
     parser.add_argument("--heads", type=int, default=6, help="Attention heads of 64 each.")
@@ -182,7 +181,6 @@ def main(argv: list[str] | None = None) -> int:
         help="cpu counts processor seconds, for a machine that other work slows; set OMP_NUM_THREADS=1 with it.",
     )
     parser.add_argument("--smoke", action="store_true", help="A tiny model and three steps.")
-    parser.add_argument("--json", help="Write the figures to this file as well.")
     args = parser.parse_args(argv)
     if args.smoke:
         vars(args).update(SMOKE)
@@ -199,23 +197,16 @@ def main(argv: list[str] | None = None) -> int:
         target("largest relative difference of the losses", error, 1e-6),
     ]
     print_targets(targets)
-    if args.json:
-        settings = {name: value for name, value in vars(args).items() if name != "json"}
-        document = {
-            "benchmark": "plain_overhead",
-            "command": command(),
-            "machine": machine(),
-            "settings": {**settings, "rank": RANK, "mixed_precision": "no"},
-            "results": {
-                "trainer_step_seconds_median": median(ours),
-                "loop_step_seconds_median": median(theirs),
-                "trainer_step_seconds": ours,
-                "loop_step_seconds": theirs,
-                "losses": trainer.losses,
-            },
-            "targets": targets,
-        }
-        write_json(args.json, document)
+    settings = {name: value for name, value in vars(args).items() if name != "json"}
+    settings |= {"rank": RANK, "mixed_precision": "no"}
+    results = {
+        "trainer_step_seconds_median": median(ours),
+        "loop_step_seconds_median": median(theirs),
+        "trainer_step_seconds": ours,
+        "loop_step_seconds": theirs,
+        "losses": trainer.losses,
+    }
+    write_figures(args.json, "plain_overhead", settings=settings, results=results, targets=targets)
     time_met, losses_met = (item["met"] for item in targets)
     return 0 if losses_met and (time_met or args.smoke) else 1
 

@@ -10,8 +10,6 @@ Example:
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import time
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from common import benchmark_parser, write_figures
 from diffusers import FluxTransformer2DModel
 
 from blockskip_hooks import BlockSkipConfig, DiTBlockSkipTransformer, PatchSamplingConfig, SpanResiduals
@@ -140,13 +139,12 @@ def plan(config: dict[str, Any], family: Family, setting: Setting, targets: list
 
 def main(argv: list[str] | None = None) -> int:
     """Print the table; the exit code is 1 if a plan is further from its measurement than ``--tolerance``."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--double_blocks", type=int, default=4, help="Double-stream blocks.")
     parser.add_argument("--single_blocks", type=int, default=8, help="Single-stream blocks.")
     parser.add_argument("--heads", type=int, default=4, help="Attention heads of 64 each.")
     parser.add_argument("--resolution", type=int, default=256, help="Image side of plain LoRA in pixels.")
     parser.add_argument("--tolerance", type=float, default=0.05, help="Largest relative error that passes.")
-    parser.add_argument("--json", help="Write the figures to this file as well.")
     args = parser.parse_args(argv)
 
     preset = load_preset("flux.1-dev")
@@ -177,9 +175,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     worst = max(abs(result["error"]) for result in results)
     print(f"largest error {worst:.2%}, allowed {args.tolerance:.0%}")
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump({"schema": 1, "results": results}, file, indent=2)
+    write_figures(args.json, "planner_vs_measured", results=results)
     return 0 if worst <= args.tolerance else 1
 
 

@@ -8,7 +8,6 @@ read for is a matrix product of about ``--step_seconds`` on one thread less than
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tempfile
@@ -18,22 +17,20 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from common import command, machine, print_targets, target
+from common import benchmark_parser, print_targets, target, write_figures
 
 from blockskip_hooks.residuals import store as residual_store
 from blockskip_hooks.residuals.batches import read_ahead
 from blockskip_hooks.residuals.store import Record, ResidualStore
-from blockskip_hooks.utils.files import write_json
 from blockskip_hooks.utils.formatting import format_bytes
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure; 0 if reading hides behind the step."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--records", type=int, default=24, help="Records, one to a shard.")
     parser.add_argument("--step_seconds", type=float, default=0.2, help="What a step computes, about.")
     parser.add_argument("--width", type=int, default=3072, help="Width of the hidden states.")
-    parser.add_argument("--json", type=Path, help="Write the figures here.")
     args = parser.parse_args(argv)
     torch.set_num_threads(max((os.cpu_count() or 2) - 1, 1))
     with tempfile.TemporaryDirectory() as folder:
@@ -64,10 +61,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"step {alone * 1e3:.1f} ms, with reading in turn {in_turn * 1e3:.1f} ms, ahead {ahead * 1e3:.1f} ms")
     targets = [target("step with reading ahead / step that reads nothing", ahead / alone, 1.1)]
     print_targets(targets)
-    if args.json:
-        settings = {"records": args.records, "step_seconds": args.step_seconds, "width": args.width}
-        figures = {"benchmark": "record_reading", "command": command(), "machine": machine(), "settings": settings}
-        write_json(args.json, {**figures, "results": results, "targets": targets})
+    settings = {"records": args.records, "step_seconds": args.step_seconds, "width": args.width}
+    write_figures(args.json, "record_reading", settings=settings, results=results, targets=targets)
     return 0 if all(item["met"] for item in targets) else 1
 
 

@@ -12,7 +12,6 @@ Example:
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import sys
@@ -24,14 +23,13 @@ from statistics import mean, median
 from typing import Any
 
 from cells import SUBJECTS, evaluate, read_cells, run_cells, train
-from common import command, machine
+from common import benchmark_parser, write_figures
 
 from blockskip_hooks.config import BlockSkipConfig, PatchSamplingConfig
 from blockskip_hooks.embedded import embedded_subjects
 from blockskip_hooks.evaluation.statistics import bootstrap
 from blockskip_hooks.planning.presets import load_preset
 from blockskip_hooks.planning.stages import PlanRequest, plan_run
-from blockskip_hooks.utils.files import write_json
 
 
 NUM_BLOCKS = 18
@@ -301,7 +299,7 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run what is missing, print and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), help="Rows of the table.")
     parser.add_argument("--subjects", nargs="+", default=SUBJECTS, choices=sorted(embedded_subjects()))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="Seeds of training.")
@@ -309,7 +307,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cells", default="reproduce_cells", help="Folder of the finished cells.")
     parser.add_argument("--jobs", type=int, default=2, help="Cells at a time.")
     parser.add_argument("--only_read", action="store_true", help="Train nothing; show what is finished.")
-    parser.add_argument("--json", help="Write the summary to this file as well.")
     parser.add_argument("--figure", type=Path, help="Draw subject fidelity to this file as well.")
     args = parser.parse_args(argv)
 
@@ -326,12 +323,10 @@ def main(argv: list[str] | None = None) -> int:
     cells = read_cells(list(files))
     summary = summarise(cells, rows)
     print(markdown(summary))
-    document = {"schema": 1, "benchmark": "reproduce", "command": command(), "machine": machine(), **summary}
-    if args.json:
-        write_json(args.json, {**document, "cells": cells})
+    write_figures(args.json, "reproduce", **summary, cells=cells)
     if args.figure:
         draw(summary, args.figure)
-    print(json.dumps({key: document[key] for key in ("subjects", "seeds")}))
+    print(json.dumps({key: summary[key] for key in ("subjects", "seeds")}))
     return 0
 
 

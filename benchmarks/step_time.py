@@ -27,22 +27,21 @@ import torch
 from common import (
     PROMPT,
     FluxSize,
-    command,
-    machine,
+    benchmark_parser,
     open_trainer,
     print_targets,
     quiet,
     save_photos,
     save_random_flux,
     target,
+    write_figures,
 )
 
 from blockskip_hooks.planning.counters import LiveBytes
 from blockskip_hooks.planning.plan import plan_for, planned_batch_size
 from blockskip_hooks.residuals.precompute import base_model
-from blockskip_hooks.training.settings import weight_dtype
 from blockskip_hooks.training.trainer import Trainer
-from blockskip_hooks.utils.files import write_json
+from blockskip_hooks.utils.accelerator import weight_dtype
 from blockskip_hooks.utils.formatting import format_bytes
 
 
@@ -243,7 +242,7 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure and print; the exit code is 1 if a target is missed (a smoke run has none)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--double_blocks", type=int, default=19, help="Double-stream blocks.")
     parser.add_argument("--single_blocks", type=int, default=38, help="Single-stream blocks.")
     parser.add_argument("--heads", type=int, default=8, help="Attention heads of 64 each.")
@@ -260,7 +259,6 @@ def main(argv: list[str] | None = None) -> int:
         help="cpu counts processor seconds, for a machine that other work slows; set OMP_NUM_THREADS=1 with it.",
     )
     parser.add_argument("--smoke", action="store_true", help="A tiny model and two steps: does the benchmark run?")
-    parser.add_argument("--json", help="Write the figures to this file as well.")
     args = parser.parse_args(argv)
     if args.smoke:
         vars(args).update(SMOKE, steps_per_round=2, mixed_precision="no")
@@ -286,17 +284,10 @@ def main(argv: list[str] | None = None) -> int:
     ]
     if not args.smoke:
         print_targets(targets)
-    if args.json:
-        settings = {name: value for name, value in vars(args).items() if name not in ("json", "smoke")}
-        document = {
-            "benchmark": "step_time",
-            "command": command(),
-            "machine": machine(),
-            "settings": {**settings, "rank": RANK, "smoke": args.smoke},
-            "results": results,
-            "targets": [] if args.smoke else targets,
-        }
-        write_json(args.json, document)
+    settings = {name: value for name, value in vars(args).items() if name not in ("json", "smoke")}
+    settings |= {"rank": RANK, "smoke": args.smoke}
+    shown = [] if args.smoke else targets
+    write_figures(args.json, "step_time", settings=settings, results=results, targets=shown)
     return 0 if args.smoke or all(item["met"] for item in targets) else 1
 
 

@@ -21,7 +21,6 @@ Example:
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import sys
 from collections.abc import Callable
@@ -31,14 +30,13 @@ from typing import Any
 
 import torch
 from cells import SUBJECTS, evaluate, read_cells, run_cells, train
-from common import command, machine
+from common import benchmark_parser, write_figures
 
 from blockskip_hooks.embedded import embedded_subjects
 from blockskip_hooks.hooks import SkipMode
 from blockskip_hooks.residuals.batches import Batch
 from blockskip_hooks.residuals.precompute import capture
 from blockskip_hooks.training.trainer import Trainer
-from blockskip_hooks.utils.files import write_json
 
 
 ARMS = ("fixed", "refreshed", "recorded", "diagonal", "linear")
@@ -211,7 +209,7 @@ def markdown(summary: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run what is missing, print and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, help="What to train.")
     parser.add_argument("--subjects", nargs="+", default=SUBJECTS[:4], choices=sorted(embedded_subjects()))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="Seeds of training.")
@@ -220,7 +218,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cells", default="trailing_cells", help="Folder of the finished cells.")
     parser.add_argument("--jobs", type=int, default=2, help="Cells at a time.")
     parser.add_argument("--only_read", action="store_true", help="Train nothing; show what is finished.")
-    parser.add_argument("--json", help="Write the summary to this file as well.")
     args = parser.parse_args(argv)
 
     folder = Path(args.cells).resolve()
@@ -239,10 +236,8 @@ def main(argv: list[str] | None = None) -> int:
         run_cells(run_cell, files, args.jobs)
     summary = summarise(read_cells(list(files)))
     print(markdown(summary))
-    if args.json:
-        settings = {"skip_blocks": args.skip_blocks, "subjects": args.subjects, "seeds": args.seeds}
-        document = {"benchmark": "trailing_span", "command": command(), "machine": machine(), **settings}
-        write_json(args.json, {**document, "results": summary})
+    settings = {"skip_blocks": args.skip_blocks, "subjects": args.subjects, "seeds": args.seeds}
+    write_figures(args.json, "trailing_span", **settings, results=summary)
     return 0
 
 

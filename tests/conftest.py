@@ -12,6 +12,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from tests import script  # noqa: E402
+from tests.tiers import FAST_FAMILIES  # noqa: E402
 from tests.tiny import TINY_FAMILIES, TinyFamily, save_tiny_flux  # noqa: E402
 
 
@@ -24,12 +25,19 @@ def no_tables_of_this_machine(tmp_path_factory: pytest.TempPathFactory, monkeypa
     monkeypatch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hf-home")))
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let reports say which cell of the family table a test is, for ``benchmarks/family_table.py``."""
+    """Put tests of all families but three, or those that ``fast_for`` names, into the slow tier.
+
+    Reports say which cell of the family table a test is, for ``benchmarks/family_table.py``.
+    """
     for item in items:
+        tiny = item.callspec.params.get("tiny") if hasattr(item, "callspec") else None
+        chosen = item.get_closest_marker("fast_for")
+        if tiny in TINY_FAMILIES and tiny.name not in (chosen.args if chosen else FAST_FAMILIES):
+            item.add_marker(pytest.mark.slow)
         marker = item.get_closest_marker("column")
         if marker is not None:
-            tiny = item.callspec.params["tiny"]  # type: ignore[attr-defined]
             item.user_properties += [("column", marker.args[0]), ("family", tiny.name), ("text", tiny.trains_text)]
 
 

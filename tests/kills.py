@@ -190,7 +190,6 @@ def run_script(
     if plan is not None:
         known = json.loads(plan.read_text())
         module.make_plan = lambda run, *_: (run, known)  # type: ignore[attr-defined]
-        module.predict_seconds = lambda *_: None  # type: ignore[attr-defined]
         module.describe_plan = lambda *_: ""  # type: ignore[attr-defined]
     reaper, started = Reaper(folder, at, fault, at_batch), time.monotonic()
     reaper.install()

@@ -10,9 +10,11 @@ from types import ModuleType
 import pytest
 from accelerate.state import AcceleratorState
 
+from tests.tiers import fast_first
+
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-SHARED = ("cells.py", "common.py", "full_size.py", "peft_board.py")
+SHARED = ("cells.py", "common.py", "full_size.py")
 SCRIPTS = sorted(path for path in BENCHMARKS.glob("*.py") if path.name not in SHARED)
 
 
@@ -41,7 +43,7 @@ def test_help(path: Path, load, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--json" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["step_time", "plain_overhead", "full_size_flux", "full_size_sana"])
+@pytest.mark.parametrize("name", fast_first(["plain_overhead", "step_time", "full_size_flux", "full_size_sana"], 2))
 def test_smoke(name: str, load, tmp_path: Path) -> None:
     # Precision is one per process, and another test may have set it.
     AcceleratorState._reset_state(reset_partial_state=True)

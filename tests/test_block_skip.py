@@ -18,14 +18,14 @@ from blockskip_hooks import (
 )
 from blockskip_hooks.blocks import list_blocks, modulation_layers, split_blocks
 from blockskip_hooks.hooks import SkipMode
+from blockskip_hooks.loading.models import empty_model
 from blockskip_hooks.lora import lora_targets
-from blockskip_hooks.planning.simulation import empty_model
 from tests.tiny import TINY_FAMILIES, TinyFamily, randomise
 
 
-# Every family with every (n, m) that keeps a block.
+# Every family with every (n, m) that keeps a block; with one pair in the fast tier.
 SPANS = [
-    pytest.param(tiny, (n, m), id=f"{tiny.name}-{n},{m}")
+    pytest.param(tiny, (n, m), id=f"{tiny.name}-{n},{m}", marks=pytest.mark.fast_for(tiny.name) if n == m == 1 else [])
     for tiny in TINY_FAMILIES
     for n in range(tiny.num_blocks)
     for m in range(tiny.num_blocks - n)

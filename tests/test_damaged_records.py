@@ -20,6 +20,7 @@ from blockskip_hooks.residuals.store import DamagedRecord, ResidualStore, record
 from blockskip_hooks.training.trainer import Trainer
 from tests import script
 from tests.script import assert_same_weights
+from tests.tiers import fast_first, fast_rows
 
 
 FLAGS = ("--skip_blocks", "1,2", "--precompute_batch_size", "2", "--upcast_before_saving", "--skip_final_inference")
@@ -67,7 +68,7 @@ def records_made(output: Path) -> int:
     return json.loads((output / "run_report.json").read_text())["residuals"]["records"]
 
 
-@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+@pytest.mark.parametrize("damage", fast_first(DAMAGE.values()), ids=DAMAGE)
 def test_a_bad_shard_is_computed_again_and_no_other(train, whole: Path, tmp_path: Path, damage, caplog):
     records = shutil.copytree(whole.parent / "records", tmp_path / "records")
     bad = shards(records)[1]
@@ -81,7 +82,7 @@ def test_a_bad_shard_is_computed_again_and_no_other(train, whole: Path, tmp_path
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
-@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+@pytest.mark.parametrize("damage", fast_first(DAMAGE.values()), ids=DAMAGE)
 def test_a_shard_that_goes_bad_in_training_is_computed_again(
     train, whole: Path, tmp_path: Path, damage, workers: str, monkeypatch: pytest.MonkeyPatch, caplog
 ):
@@ -232,22 +233,25 @@ def reweigh(component: str):
 
 @pytest.mark.parametrize(
     ("change", "flags", "key"),
-    [
-        (None, ("--seed", "5"), "samples"),
-        (None, ("--instance_prompt", "a photo of sks cat"), "photos"),
-        (None, ("--skip_blocks", "2,1"), "modulation, spans"),
-        (None, ("--resolution", "32"), "photos, samples"),
-        (None, ("--max_sequence_length", "10"), "max_sequence_length"),
-        (None, ("--guidance_scale", "2"), "guidance_scale"),
-        (None, ("--residual_dtype", "float8"), "residual_dtype"),
-        (None, ("--mixed_precision", "bf16"), "dtype"),
-        (None, ("--lora_layers", "norm.linear,attn.to_q"), "modulation"),
-        (None, ("--image_interpolation_mode", "bicubic"), "interpolation"),
-        ("photos", (), "photos"),
-        ("text_encoder_2", (), "weights"),
-        ("transformer", (), "weights"),
-        ("vae", (), "weights"),
-    ],
+    fast_rows(
+        [
+            (None, ("--seed", "5"), "samples"),
+            (None, ("--skip_blocks", "2,1"), "modulation, spans"),
+            ("photos", (), "photos"),
+            ("transformer", (), "weights"),
+            (None, ("--instance_prompt", "a photo of sks cat"), "photos"),
+            (None, ("--resolution", "32"), "photos, samples"),
+            (None, ("--max_sequence_length", "10"), "max_sequence_length"),
+            (None, ("--guidance_scale", "2"), "guidance_scale"),
+            (None, ("--residual_dtype", "float8"), "residual_dtype"),
+            (None, ("--mixed_precision", "bf16"), "dtype"),
+            (None, ("--lora_layers", "norm.linear,attn.to_q"), "modulation"),
+            (None, ("--image_interpolation_mode", "bicubic"), "interpolation"),
+            ("text_encoder_2", (), "weights"),
+            ("vae", (), "weights"),
+        ],
+        fast=4,
+    ),
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
 def test_records_are_of_everything_that_they_depend_on(

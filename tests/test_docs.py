@@ -17,6 +17,8 @@ import yaml
 from nbclient import NotebookClient
 
 from blockskip_hooks.cli.arguments import build_parser, family_flags
+from blockskip_hooks.families.base import Family
+from blockskip_hooks.families.facts import FamilyFacts
 from blockskip_hooks.version import __version__
 from tests.script import load_module, load_script
 
@@ -25,8 +27,8 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted({*ROOT.glob("*.md"), *DOCS.glob("*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("tools/*/*.md")})
 NOTEBOOK = ROOT / "examples" / "dreambooth_blockskip" / "blockskip_colab.ipynb"
-# Flags of commands that are not ours: accelerate, torchrun, pip, make and the like.
-FOREIGN = {"--config_file", "--num_processes", "--check", "--quiet"}
+# Flags of other commands: accelerate, torchrun, pip, .ci/run and the like.
+FOREIGN = {"--config_file", "--num_processes", "--check", "--fast", "--quiet"}
 
 
 def load_tool(name: str) -> ModuleType:
@@ -111,6 +113,38 @@ def test_commands_in_pages_print_no_lines_of_accelerate():
         assert not re.findall(r"accelerate launch(?! --quiet)[^`]* (?:examples|configs)/\S+\.py", text), page
 
 
+def test_page_lists_what_a_family_may_override():
+    """All of it, in two tables, and the file that a row names overrides something of the row."""
+    defines, overrides = (DOCS / "adding_a_family.md").read_text().split("## What a family defines")[1].split("\n## ")
+    listed = []
+    for required, table in ((True, defines), (False, overrides)):
+        for line in re.findall(r"^\| `.+ \|$", table, flags=re.MULTILINE):
+            names, *_, last = (re.findall(r"`([\w.]+)`", cell) for cell in line.strip("|").split("|"))
+            listed += names
+            if required:
+                assert all(name in Family.__abstractmethods__ or not getattr(Family, name, None) for name in names), (
+                    line
+                )
+            else:
+                assert set(names) & overridden(*last), line
+    classes = (Family, FamilyFacts)
+    public = {name for cls in classes for name in {**vars(cls), **cls.__annotations__} if not name.startswith("_")}
+    assert sorted(listed) == sorted(public)
+
+
+def overridden(file: str) -> set[str]:
+    """Names that a class in a family's file sets or defines."""
+    tree = ast.parse((ROOT / "src" / "blockskip_hooks" / "families" / file).read_text())
+    found: set[str] = set()
+    for node in (node for cls in tree.body if isinstance(cls, ast.ClassDef) for node in cls.body):
+        if isinstance(node, ast.FunctionDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {ast.unparse(target) for target in targets}
+    return found
+
+
 # Troubleshooting
 
 
@@ -192,6 +226,7 @@ def test_figures_are_drawn(tmp_path: Path):
 # The notebook
 
 
+@pytest.mark.slow
 def test_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """As Jupyter would, with the parameters cell replaced by that of a short run."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))

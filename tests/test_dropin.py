@@ -24,6 +24,7 @@ from blockskip_hooks.training.trainer import Trainer
 from blockskip_hooks.training.validation import Validation
 from tests import script
 from tests.script import WEIGHTS, assert_same_weights, losses, weights
+from tests.tiers import fast_first
 from tests.tiny import TINY_FAMILIES, TinyFamily
 
 
@@ -50,12 +51,12 @@ OUTPUT_DIRS = {"flux-dev": "flux-dreambooth-lora", "sana": "sana-dreambooth-lora
 Launch = Callable[..., Path]
 
 
-@pytest.fixture(scope="module", params=TINY)
+@pytest.fixture(scope="module", params=fast_first(TINY))
 def tiny(request: pytest.FixtureRequest) -> TinyFamily:
     return TINY[request.param]
 
 
-@pytest.fixture(scope="module", params=["none", "1,1"], ids=["plain", "skipping"])
+@pytest.fixture(scope="module", params=fast_first(["none", "1,1"]), ids=["plain", "skipping"])
 def spans(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -193,7 +194,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return steps
 
 
-@pytest.mark.parametrize("checkpoint, first", [("latest", 5), ("checkpoint-2", 3)])
+@pytest.mark.parametrize("checkpoint, first", [pytest.param("latest", 5, marks=pytest.mark.slow), ("checkpoint-2", 3)])
 def test_a_resumed_run_ends_at_max_train_steps_as_if_never_stopped(
     tiny: TinyFamily,
     spans: str,

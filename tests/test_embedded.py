@@ -14,10 +14,11 @@ from PIL import Image
 
 from blockskip_hooks.cli.arguments import build_parser
 from blockskip_hooks.data.photos import PhotoSet, scan_photos
-from blockskip_hooks.embedded import embedded_model, embedded_photos, embedded_subjects, model_defaults
+from blockskip_hooks.embedded import embedded_model, embedded_photos, embedded_subjects
 from blockskip_hooks.families import detect_family
 from blockskip_hooks.families.flux import Flux
 from blockskip_hooks.inference.subject_encoder import SubjectEncoder
+from blockskip_hooks.loading.model_defaults import model_defaults
 
 
 ROOT = Path(__file__).parents[1]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 from torch.overrides import TorchFunctionMode
 
@@ -248,6 +249,59 @@ def test_every_backend_of_the_dispatcher_masks_alike(tiny: TinyFamily):
         with text_masked(transformer, family, [0, 2]):
             assert (predict(transformer, inputs) - expected).abs().max() <= 1e-5, backend
         assert (predict(transformer, inputs) - plain).abs().max() <= 1e-5, backend
+
+
+def without_torch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None = None):
+    """A backend as packages of kernels are: no mask, and not by torch's attention."""
+    scores = torch.einsum("bqhd,bkhd->bhqk", query, key) * (scale or query.shape[-1] ** -0.5)
+    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), value)
+
+
+@pytest.mark.usefixtures("restored_backend")
+@pytest.mark.parametrize("chosen_by", ["model", "process"])
+@pytest.mark.parametrize("tiny", DISPATCHED, ids=lambda tiny: tiny.name)
+def test_a_backend_without_masks_is_left_alone_in_masked_blocks(tiny: TinyFamily, chosen_by: str, monkeypatch):
+    """Kernels that take no mask would show no harm of masking; the masked forward is the native one's."""
+    registry, name = attention_dispatch._AttentionBackendRegistry, AttentionBackendName.FLASH
+    calls = []
+    monkeypatch.setitem(registry._backends, name, lambda **kwargs: calls.append(0) or without_torch(**kwargs))
+    monkeypatch.setitem(registry._supported_arg_names, name, {"query", "key", "value", "scale"})
+    transformer, family = tiny.make_transformer().eval(), tiny.make_family()
+    inputs = inputs_for(tiny, embeds_of(tiny, PROMPTS[:1]))
+    with text_masked(transformer, family, [0, 2]):
+        expected = predict(transformer, inputs)
+    if chosen_by == "process":
+        registry.set_active_backend(name)
+    else:
+        for module in transformer.modules():
+            if hasattr(getattr(module, "processor", None), "_attention_backend"):
+                module.processor._attention_backend = name
+    plain = predict(transformer, inputs)
+    assert calls
+    with text_masked(transformer, family, [0, 2]):
+        masked = predict(transformer, inputs)
+    assert (masked - plain).abs().max() > 1e-4
+    assert (masked - expected).abs().max() <= 1e-5
+    calls.clear()
+    assert torch.equal(predict(transformer, inputs), plain) and calls
+
+
+def test_an_attention_that_no_mask_reaches_is_refused():
+    class Processor:
+        def __call__(
+            self, attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: Any = None, *_: Any, **__: Any
+        ) -> Any:
+            return hidden_states if encoder_hidden_states is None else (hidden_states, encoder_hidden_states)
+
+    tiny = TINY_FAMILIES[0]
+    transformer, family = tiny.make_transformer().eval(), tiny.make_family()
+    transformer.transformer_blocks[0].attn.processor = Processor()
+    inputs = tiny.make_inputs(1)
+    with (
+        text_masked(transformer, family, [0]),
+        pytest.raises(ValueError, match="cannot be masked in transformer_blocks.0.* default attention processors"),
+    ):
+        predict(transformer, inputs)
 
 
 def test_a_block_that_does_not_exist_is_named():

@@ -143,6 +143,6 @@ def test_a_lora_of_another_model_is_refused(tmp_path):
 def test_trained_text_encoders_are_refused(tmp_path):
     argv = ["--export_merged", "--train_text_encoder", "--output_dir", str(tmp_path)]
     args = parse_args(argv)
-    apply_defaults(args, TINY.family.flag_defaults)
+    args = apply_defaults(args, TINY.family.flag_defaults)
     with pytest.raises(ValueError, match="--export_merged .* --train_text_encoder"):
         validate_args(args)

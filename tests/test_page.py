@@ -4,8 +4,9 @@ import re
 
 import pytest
 
-from blockskip_hooks.reporting.charts import HEIGHT, WIDTH, harm_chart, line_chart, loss_chart, timestep_chart
-from tests.script import PROMPT, load_script, save_photos, train
+from blockskip_hooks.reporting.charts import draw_harm, draw_losses, draw_losses_by_timestep, loss_curve
+from blockskip_hooks.reporting.outputs import RunOutputs
+from tests.script import PROMPT, save_photos, train
 from tests.test_report import PLAN, RUN, Page, report, words
 from tests.tiny import save_tiny_flux
 
@@ -15,17 +16,17 @@ def pages(tmp_path_factory):
     """The pages of a run of three steps, one for each checkpoint, and that of its end."""
     root = tmp_path_factory.mktemp("run")
     model, photos = save_tiny_flux(root / "model"), save_photos(root / "photos", [(64, 64)] * 2)
-    script, made = load_script(), []
+    made: list[str] = []
 
-    def spy(run, *args):
-        write_progress(run, *args)
-        made.append((run.output_dir / "report.html").read_text(encoding="utf-8"))
+    def spy(outputs, *args):
+        write_so_far(outputs, *args)
+        made.append((outputs.run.output_dir / "report.html").read_text(encoding="utf-8"))
 
-    write_progress = script.write_progress
+    write_so_far = RunOutputs.write_so_far
     flags = ("--skip_blocks", "1,1", "--max_train_steps", "3", "--checkpointing_steps", "1")
     flags += ("--validation_prompt", PROMPT, "--num_validation_images", "2", "--validation_epochs", "2")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "write_progress", spy)
+        patch.setattr(RunOutputs, "write_so_far", spy)
         output = train(model, photos, root / "out", *flags)
     return [Page(text) for text in (*made, (output / "report.html").read_text(encoding="utf-8"))]
 
@@ -59,30 +60,26 @@ def test_a_page_has_the_stages_and_the_loss_so_far(pages):
         text = words(page)
         seconds = re.search(r"train ([\d.]+)\s(s|min)", text.partition("Time and memory by stage")[2])
         assert seconds and float(seconds[1]) > 0
-    assert [len(page.of("path", "raw")) for page in pages] == [0, 1, 1, 1]
+    assert [len(page.of("g", "raw")) for page in pages] == [0, 2, 2, 2]  # for wide and for narrow screens
 
 
 def test_the_curves_of_a_table_are_drawn_with_what_is_skipped(tmp_path):
     curves = {"leading": [0, 0.1, 0.2, 0.5], "trailing": [0, 0.0, 0.1, 0.1]}
     skip = {"skip": {"blocks": 4, "leading": 0, "trailing": 2, "source": "table"}}
     page = report(tmp_path, RUN | skip, curves=curves)
-    assert len(page.of("path", "leading")) == len(page.of("path", "trailing")) == 1
-    (mark,) = page.of("b", "trailing")
-    left, top = map(float, re.findall(r"([\d.]+)%", mark["style"] or ""))
-    assert left == pytest.approx(200 / 3) and top == pytest.approx(500 / 6)
-    assert not page.of("b", "leading")
+    assert len(page.of("g", "leading")) == len(page.of("g", "trailing")) == 2
+    assert len(page.of("g", "trailing-dot")) == 2 and not page.of("g", "leading-dot")
     for unknown in (None, {"leading": (), "trailing": ()}):
-        assert not report(tmp_path, RUN | skip, curves=unknown).of("path", "leading")
+        assert not report(tmp_path, RUN | skip, curves=unknown).of("g", "leading")
 
 
 def test_the_loss_by_timestep_is_drawn_where_it_is_known(tmp_path):
     gap = [[1, 0.2], [3, float("nan")], [4, 0.1]]
     ranges = {"0-250": [[1, 0.5], [2, 0.7]], "250-500": [[2, 0.4]], "500-1000": gap}
     page = report(tmp_path, RUN | {"train": RUN["train"] | {"loss_by_timestep": ranges}})
-    assert [len(page.of("path", f"range-{number}")) for number in range(3)] == [1, 0, 1]
-    assert "By timestep t = 0-250 t = 500-1000 0 0.2" in words(page)
+    assert [len(page.of("g", name)) for name in ranges] == [2, 0, 2]
+    assert "By timestep t = 0-250 t = 500-1000" in words(page)
     assert "By timestep" not in words(report(tmp_path))
-    assert timestep_chart({"0-1": [(3, 0.5)]}) is None
 
 
 def test_measured_device_memory_is_compared_with_the_plan(tmp_path):
@@ -90,20 +87,56 @@ def test_measured_device_memory_is_compared_with_the_plan(tmp_path):
     assert "330 MiB 10 % above plan" in words(report(tmp_path, RUN | {"stages": stages}, PLAN))
 
 
-def test_lines_stay_in_their_frame_and_axes_start_with_their_range():
-    chart = line_chart({"a": [(0, -5.0), (10, 20.0)]}, x_range=(0, 10), y_range=(0, 10), marks={"a": (10, 20.0)})
-    assert chart.paths["a"] == f"M0.0 {HEIGHT:.1f}L{WIDTH:.1f} 0.0"
-    assert chart.marks == [("a", 100, 0)]
-    assert chart.x_ticks[0] == ("0", 0) and chart.x_ticks[-1] == ("10", 100)
-    assert chart.y_ticks[0] == ("0", 100) and chart.y_ticks[-1] == ("10", 0)
+def drawn(svg: str, line: str) -> tuple[list[float], list[float]]:
+    """Heights in pixels of the points of a line in the wide drawing, and the values that its axis gives them."""
+    wide = svg.partition("</svg>")[0]
+    path = re.search(rf'<g class="{line}">\s*<path d="([^"]*)"', wide)
+    assert path
+    heights = [float(height) for height in re.findall(r"[ML] [\d.]+ ([\d.]+)", path[1])]
+    # A label stands at the height of its line of the grid.
+    (low, at_low), *_, (high, at_high) = (
+        (float(label), float(height))
+        for height, label in re.findall(
+            r'<g class="ytick_.*?<path d="M [\d.]+ ([\d.]+) .*?<text[^>]*>([^<]*)<', wide, re.DOTALL
+        )
+    )
+    return heights, [low + (height - at_low) / (at_high - at_low) * (high - low) for height in heights]
 
 
-def test_charts_of_nothing_are_none():
-    assert loss_chart([]) is None and loss_chart([1.0, None, float("nan")]) is None
-    assert harm_chart({}, {}) is None and harm_chart({"leading": (), "trailing": ()}, {"leading": 1}) is None
+@pytest.mark.parametrize("losses", [[0.51, 0.83, 0.62, 0.7], [0.5123, 0.5126, 0.5124, 0.5125], [5000.0, 1.0, 20.0]])
+def test_the_axis_tells_the_values_of_the_line(losses):
+    curve = loss_curve(losses)
+    assert curve
+    _, values = drawn(draw_losses(curve), "raw")
+    assert values == pytest.approx(losses, abs=0.005 * (max(losses) - min(losses)))
+
+
+def test_a_long_run_has_a_small_drawing_that_a_spike_does_not_flatten():
+    losses = [0.4 + 0.2 * (step % 7) / 7 for step in range(9999)]
+    losses[50] = 90.0
+    curve = loss_curve(losses)
+    assert curve
+    svg = draw_losses(curve)
+    heights, _ = drawn(svg, "raw")
+    assert len(svg) < 200_000 and max(heights) - sorted(heights)[len(heights) // 20] > 100
+
+
+def test_equal_charts_are_equal_bytes():
+    curves, chosen = {"leading": [0, 0.1, 0.2], "trailing": [0, 0.0, 0.3]}, {"leading": 1, "trailing": 2}
+    svg = draw_harm(curves, chosen)
+    assert svg == draw_harm(curves, chosen) and "20" not in re.findall(r"<dc:date>(.*?)<", svg)
+    identifiers = re.findall(r' id="([^"]*)"', svg)
+    assert len(identifiers) == len(set(identifiers))
+
+
+def test_charts_of_nothing_are_empty():
+    assert loss_curve([]) is None and loss_curve([1.0, None, float("nan")]) is None
+    assert draw_harm({}, {}) == "" and draw_harm({"leading": (), "trailing": ()}, {"leading": 1}) == ""
+    assert draw_losses_by_timestep({"0-1": [(3, 0.5)]}) == ("", {})
 
 
 def test_the_moving_average_is_over_the_last_steps():
-    chart = loss_chart([4.0, 2.0] * 50)
-    assert chart and chart.window == 5 and chart.missing == 0
-    assert chart.first == pytest.approx(3.2) and chart.final == pytest.approx(2.8)
+    curve = loss_curve([4.0, 2.0] * 50)
+    assert curve and curve.window == 5 and curve.missing == 0
+    assert curve.average[:2] == [4.0, 3.0]
+    assert curve.first == pytest.approx(3.2) and curve.final == pytest.approx(2.8)

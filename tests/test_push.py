@@ -196,7 +196,5 @@ def test_the_card_of_a_model_from_the_hub_is_fetched_beside_its_files(monkeypatc
 
     monkeypatch.setattr(model_files.DiffusionPipeline, "download", lambda *args, **kwargs: str(tmp_path / commit))
     monkeypatch.setattr(model_files, "hf_hub_download", download)
-    names = {"revision": None, "variant": None, "cache_dir": None, "hub_token": TOKEN}
-    args = model_files.argparse.Namespace(pretrained_model_name_or_path="owner/tiny", **names)
-    assert model_files.resolve_model(args) == tmp_path / commit
+    assert model_files.resolve_model("owner/tiny", token=TOKEN) == tmp_path / commit
     assert asked == [(("owner/tiny", "README.md"), commit, TOKEN)]

@@ -22,15 +22,16 @@ from blockskip_hooks.cli.arguments import parse_args
 from blockskip_hooks.cli.preparation import prepare_run
 from blockskip_hooks.config import PatchSamplingConfig
 from blockskip_hooks.loading import quantization
+from blockskip_hooks.loading.models import empty_model
 from blockskip_hooks.loading.quantization import QuantizationConfig, check_device, read_quantization
 from blockskip_hooks.lora import add_lora, lora_targets
 from blockskip_hooks.losses import flow_matching_loss
 from blockskip_hooks.planning.counters import LiveBytes
 from blockskip_hooks.planning.description import format_plan
-from blockskip_hooks.planning.simulation import empty_model
 from blockskip_hooks.planning.stages import PlanRequest, plan_run
 from tests import script
 from tests.script import PROMPT, WEIGHTS, assert_same_weights, losses, weights
+from tests.tiers import fast_first
 from tests.tiny import TINY_FAMILIES, TinyFamily, randomise
 
 
@@ -71,7 +72,11 @@ CONFIGS = {
     "bitsandbytes-int8": QuantizationConfig(library="bitsandbytes", bits=8),
     "fp4-double": QuantizationConfig(library="bitsandbytes", bits=4, quant_type="fp4", double_quant=True),
 }
-ALL = [pytest.param(config, id=name, marks=needs(config.library)) for name, config in CONFIGS.items()]
+SLOW = {"bitsandbytes-int8", "fp4-double"}
+ALL = [
+    pytest.param(config, id=name, marks=[needs(config.library), *[pytest.mark.slow] * (name in SLOW)])
+    for name, config in CONFIGS.items()
+]
 METHODS = [
     pytest.param("nf4", marks=needs("bitsandbytes")),
     pytest.param("int8", marks=needs("torchao")),
@@ -81,7 +86,7 @@ SPANS = BlockSkipConfig(leading=1, trailing=2)
 ERROR = {4: 0.15, 8: 0.02}
 
 
-@pytest.fixture(params=[FLUX, SANA], ids=lambda tiny: tiny.name)
+@pytest.fixture(params=fast_first([FLUX, SANA]), ids=lambda tiny: tiny.name)
 def tiny(request: pytest.FixtureRequest) -> TinyFamily:
     return request.param
 
@@ -294,7 +299,7 @@ def test_a_layer_is_in_full_only_while_it_is_quantised(
         return model_of[-1]
 
     monkeypatch.setattr(type(names.transformer), "from_config", remembered)
-    monkeypatch.setattr("blockskip_hooks.transformer.quantize_layer", counted)
+    monkeypatch.setattr("blockskip_hooks.loading.models.quantize_layer", counted)
     load(tiny, config)
     assert whole and set(whole) == {1}
 
@@ -567,7 +572,7 @@ def test_a_config_file_that_cannot_work_is_one_line(tmp_path: Path, content: str
     if content is not None:
         file.write_bytes(content.encode("latin-1"))
     with pytest.raises(ValueError, match="bnb_quantization_config_path") as error:
-        read_quantization(parse_args([FLAG, str(file)]))
+        read_quantization("none", str(file))
     message = str(error.value)
     assert "\n" not in message and str(file) in message and all(word in message for word in words)
 
@@ -588,7 +593,7 @@ def test_a_value_that_bitsandbytes_cannot_use_is_one_line(tmp_path: Path, settin
     file = tmp_path / "config.json"
     file.write_text(json.dumps(settings))
     with pytest.raises(ValueError, match="bnb_quantization_config_path") as error:
-        read_quantization(parse_args([FLAG, str(file)]))
+        read_quantization("none", str(file))
     assert "\n" not in str(error.value) and words in str(error.value)
 
 
@@ -597,14 +602,14 @@ def test_a_config_file_is_read(tmp_path: Path):
     file = tmp_path / "config.json"
     settings: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     file.write_text(json.dumps({**settings, "bnb_4bit_compute_dtype": "bfloat16", "quant_method": "bitsandbytes"}))
-    config = read_quantization(parse_args([FLAG, str(file)]))
+    config = read_quantization("none", str(file))
     assert config == QuantizationConfig(
         library="bitsandbytes", bits=4, double_quant=True, compute_dtype=torch.bfloat16
     )
     file.write_text(json.dumps({"load_in_8bit": True, "llm_int8_skip_modules": ["to_q"], "llm_int8_threshold": 4.0}))
-    config = read_quantization(parse_args([FLAG, str(file)]))
+    config = read_quantization("none", str(file))
     assert config is not None and (config.bits, config.threshold, config.skipped_layers) == (8, 4.0, ("to_q",))
-    assert read_quantization(parse_args([])) is None
+    assert read_quantization("none") is None
 
 
 @pytest.mark.parametrize(("method", "package"), [("nf4", "bitsandbytes"), ("int8", "torchao")])
@@ -612,17 +617,17 @@ def test_a_missing_package_is_named(method: str, package: str, monkeypatch: pyte
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == package else find(name, *a))
     with pytest.raises(ValueError, match=f"--quantization {method} needs .* pip install {package}"):
-        read_quantization(parse_args(["--quantization", method]))
+        read_quantization(method)
     if package == "bitsandbytes":
         file = tmp_path / "config.json"
         file.write_text('{"load_in_8bit": true}')
         with pytest.raises(ValueError, match=f"{FLAG} .* pip install bitsandbytes"):
-            read_quantization(parse_args([FLAG, str(file)]))
+            read_quantization("none", str(file))
 
 
 def test_both_flags_at_once_are_refused():
     with pytest.raises(ValueError, match="--quantization nf4 .* give one of them"):
-        read_quantization(parse_args([FLAG, "x.json", "--quantization", "nf4"]))
+        read_quantization("nf4", "x.json")
 
 
 @pytest.mark.parametrize("config", ALL)

@@ -281,6 +281,37 @@ def test_epochs_have_orders_of_their_own():
     assert len(orders) == 20
 
 
+@pytest.mark.parametrize("buckets", [None, (0, 1, 0, 1, 1)])
+def test_the_order_of_an_epoch_is_drawn_once_and_does_not_depend_on_who_asks(monkeypatch, buckets):
+    patch = replace(DYNAMIC, buckets=((64, 64), (48, 80)) if buckets else ())
+    settings = {"num_images": {"instance": 5, "class": 3}, "repeats": 4, "buckets": buckets, "patch": patch}
+    asked = [(index, kind) for index in range(70) for kind in ("instance", "class")]
+    shuffled = [asked[place] for place in np.random.default_rng(0).permutation(len(asked))]
+    plan = make_plan(**settings)
+    apart = {request: make_plan(**settings).sample(*request) for request in asked}
+    assert {request: plan.sample(*request) for request in shuffled} == apart
+    draws, randperm = [], torch.randperm
+
+    def counted(*args, **kwargs):
+        draws.append(args)
+        return randperm(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "randperm", counted)
+    plan = make_plan(**settings)
+    assert {request: plan.sample(*request) for request in asked} == apart
+    epochs = -(-70 // plan.epoch_length)
+    # With buckets, one for each of them, one for the batches, and one for the class images.
+    assert len(draws) == epochs * (4 if buckets else 2)
+
+
+def test_the_order_of_an_epoch_follows_from_seed_kind_and_epoch():
+    plan = make_plan(repeats=3)
+    for epoch in range(3):
+        generator = torch.Generator().manual_seed(derived_seed(7, "order", "instance", epoch))
+        expected = [image % 5 for image in torch.randperm(15, generator=generator).tolist()]
+        assert [plan.sample(15 * epoch + place).image for place in range(15)] == expected
+
+
 def test_a_kind_with_fewer_images_than_the_epoch_uses_them_evenly():
     plan = make_plan(num_images={"instance": 7, "class": 3})
     for epoch in range(3):

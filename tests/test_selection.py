@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 
 from blockskip_hooks import selection as selections
-from blockskip_hooks.selection import RULE, Selection, select_by_bytes, selections_by_bytes
-from blockskip_hooks.selection_tables import SelectionTable, find_table
+from blockskip_hooks.planning.selections import select_by_bytes, selections_by_bytes
+from blockskip_hooks.search.tables import SelectionTable, find_table
+from blockskip_hooks.selection import RULE, Selection
 
 
 FLUX_DEV = ("black-forest-labs/FLUX.1-dev", None)

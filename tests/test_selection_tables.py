@@ -11,7 +11,8 @@ import pytest
 
 from blockskip_hooks.embedded import embedded_model
 from blockskip_hooks.residuals.store import folder_digest
-from blockskip_hooks.selection_tables import best_pairs, cache_file, find_table, read_table, shipped_tables
+from blockskip_hooks.search.tables import cache_file, find_table, read_table, shipped_tables
+from blockskip_hooks.selection import best_pairs
 
 
 MEASURED: dict[str, Any] = {

@@ -20,7 +20,7 @@ from blockskip_hooks.cli.preparation import prepare_run
 from blockskip_hooks.loading.component_config import load_config
 from blockskip_hooks.lora import add_lora, lora_targets
 from blockskip_hooks.planning.plan import plan_for
-from blockskip_hooks.training.sharding import asks_for_sharding, average_gradients
+from blockskip_hooks.training.sharding import asks_for_sharding, average_gradients, shard
 from tests import script
 from tests.test_several_processes import SHARED
 from tests.tiny import TINY_FAMILIES
@@ -47,7 +47,7 @@ def measure(rank: int, address: dict[str, str], models: list[tuple[str, str, lis
                 config,
                 stacks=tiny.family.block_stacks,
                 transformer_class=transformer_class,
-                shares_weights=shared,
+                shard=shard if shared else None,
             )
             kept = [f"transformer.{block.name}." for block in model.spans.kept]
             bytes_held.append(
@@ -76,6 +76,7 @@ def measure(rank: int, address: dict[str, str], models: list[tuple[str, str, lis
     results.with_name(f"{rank}.json").write_text(json.dumps(lines))
 
 
+@pytest.mark.slow
 def test_every_family_computes_the_same_with_shared_weights(tmp_path: Path):
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from blockskip_hooks.families import detect_family
 from blockskip_hooks.families.prompts import encode_prompts
 from blockskip_hooks.loading.download import check_weights
 from tests import script
-from tests.tiny import TINY_FAMILIES
+from tests.tiny import TINY_FAMILIES, TinyFamily
 
 
 TINY = {tiny.name: tiny for tiny in TINY_FAMILIES}
@@ -83,11 +84,15 @@ def test_t5_without_its_tokenizer_is_one_line(photos: Path, tmp_path: Path, caps
     assert "without its tokenizer_3" in one_line(capsys)
 
 
-def test_a_text_encoder_that_its_pipeline_needs_is_missed_at_once():
-    for tiny in TINY_FAMILIES:
-        family, needed = tiny.family, set(tiny.family.text_components) - set(tiny.family.optional_components)
-        index = {name: [None, None] for name in family.text_components}
-        assert needed and not needed & set(family.absent_components(index)), tiny.name
+def test_a_text_encoder_that_its_pipeline_needs_is_missed_at_once(tiny: TinyFamily, tmp_path: Path):
+    family = tiny.family
+    for name in ("transformer", "vae", "scheduler"):
+        (tmp_path / name).mkdir()
+    index = {"_class_name": family.pipeline_name, **dict.fromkeys(family.text_components, [None, None])}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    needed = sorted(set(family.text_components) - set(family.optional_components))
+    with pytest.raises(ValueError, match=re.escape(f"lacks the folder(s) {', '.join(needed)}.")):
+        detect_family(tmp_path)
 
 
 # Files
@@ -139,19 +144,16 @@ def test_a_folder_with_one_variant_only_names_the_flag_and_trains_with_it(
     ],
 )
 def test_variants_are_told_from_shards(tmp_path: Path, files: list[str], variant: str | None):
-    class Parts:
-        text_components = ()
-
     for component in ("transformer", "vae"):
         (tmp_path / component).mkdir()
         for name in files:
             (tmp_path / component / name).touch()
     if variant is None:
-        check_weights(tmp_path, Parts, None)  # type: ignore[arg-type]
+        check_weights(tmp_path, (), None)
     else:
         with pytest.raises(ValueError, match=f"give --variant {variant}"):
-            check_weights(tmp_path, Parts, None)  # type: ignore[arg-type]
-        check_weights(tmp_path, Parts, variant)  # type: ignore[arg-type]
+            check_weights(tmp_path, (), None)
+        check_weights(tmp_path, (), variant)
 
 
 # Precision, prompts and sizes
@@ -173,7 +175,9 @@ def test_a_caption_over_the_limit_is_named(photos: Path, tmp_path: Path, capsys:
     (folder / "1.txt").write_text("a photo of sks dog " * 20)
     assert run(tiny.folder, folder, tmp_path / "out", "--max_sequence_length", str(tiny.text_tokens)) == 1
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
-    assert "'a photo of sks dog a photo" in line and f"max_sequence_length={tiny.text_tokens}" in line
+    assert (
+        "'a photo of sks dog a photo" in line and "1.png" in line and f"max_sequence_length={tiny.text_tokens}" in line
+    )
 
 
 def test_a_size_that_the_pipeline_refuses_is_one_line(

@@ -26,6 +26,7 @@ from blockskip_hooks.residuals.batches import Batch, SampleMaker
 from blockskip_hooks.training.trainer import Trainer
 from tests import script
 from tests.script import PROMPT, WEIGHTS, assert_same_weights, losses, weights
+from tests.tiers import fast_first
 from tests.tiny import TINY_FAMILIES
 
 
@@ -35,8 +36,8 @@ CLASS_PROMPT = "a photo of cat"
 CAPTIONS = ["a red dog", "a dog in snow", "a photo of sks dog on the beach"]
 TRAIN_TEXT = ("--train_text_encoder", "--text_encoder_lr", "1e-2")
 
-every_family = pytest.mark.parametrize("name", TINY)
-families_with_text = pytest.mark.parametrize("name", WITH_TEXT)
+every_family = pytest.mark.parametrize("name", fast_first(TINY))
+families_with_text = pytest.mark.parametrize("name", fast_first(WITH_TEXT))
 
 
 @dataclass

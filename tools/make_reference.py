@@ -21,9 +21,13 @@ import blockskip_hooks
 FILE = Path(__file__).parents[1] / "docs" / "reference.md"
 HEAD = """# Reference
 
-Made from the docstrings by `python tools/make_reference.py`: what `blockskip_hooks` exports. Whatever is not here may
-change in any version; what is changes as [semantic versions](https://semver.org) say, and
-[CHANGELOG.md](../CHANGELOG.md) lists it.
+Made from the docstrings by `python tools/make_reference.py`.
+
+One package is public, `blockskip_hooks` itself, with the names on this page. They change as
+[semantic versions](https://semver.org) say, and [CHANGELOG.md](../CHANGELOG.md) lists each change. The packages in it
+(`{rooms}`) are internal: what they hold may change
+in any version. [architecture.md](architecture.md) says what each is for.
+
 Each name is loaded when it is first used: `import blockskip_hooks` alone loads neither torch nor diffusers.
 """
 _SECTIONS = ("Args", "Attributes", "Returns", "Raises")
@@ -121,7 +125,9 @@ def make_reference() -> str:
     public = {name for name in blockskip_hooks.__all__ if name != "__version__"}
     if public != set(_ORDER):
         raise ValueError(f"give {sorted(public ^ set(_ORDER))} a place in {Path(__file__).name}, or take it out.")
-    return "\n".join([HEAD, *(f"{describe(name)}\n" for name in _ORDER)])
+    source = Path(blockskip_hooks.__file__).parent
+    rooms = "`, `".join(sorted(path.parent.name for path in source.glob("*/__init__.py")))
+    return "\n".join([HEAD.format(rooms=rooms), *(f"{describe(name)}\n" for name in _ORDER)])
 
 
 def main(argv: list[str] | None = None) -> int:

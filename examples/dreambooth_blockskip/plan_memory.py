@@ -26,10 +26,11 @@ from blockskip_hooks.loading.quantization import METHODS, QuantizationConfig
 from blockskip_hooks.planning.budget import fit_budget
 from blockskip_hooks.planning.description import format_plan
 from blockskip_hooks.planning.presets import Preset, load_preset, preset_names
+from blockskip_hooks.planning.selections import select_by_bytes, selections_by_bytes
 from blockskip_hooks.planning.simulation import empty_model
 from blockskip_hooks.planning.stages import PlanRequest, plan_run
-from blockskip_hooks.selection import Selection, select_blocks, select_by_bytes, selections_by_bytes
-from blockskip_hooks.selection_tables import find_table, read_table
+from blockskip_hooks.search.tables import find_table, read_table
+from blockskip_hooks.selection import Selection, select_blocks
 from blockskip_hooks.training.sharding import bytes_elsewhere
 from blockskip_hooks.utils.formatting import format_bytes
 
@@ -93,8 +94,8 @@ def check_args(args: argparse.Namespace) -> None:
     quantizes = args.quantization != "none" or not QUANTIZING_OPTIONS.isdisjoint(args.memory_options)
     if args.shared_by > 1 and quantizes:
         raise ValueError(f"--shared_by {args.shared_by}: quantised weights cannot be divided; keep them as they are.")
-    check_at_most(args)
-    check_texts(args)
+    check_at_most(vars(args))
+    check_texts(vars(args))
     if not 0 < args.skip_ratio < 1:
         raise ValueError(f"--skip_ratio is {args.skip_ratio}; give a number between 0 and 1, or --skip_blocks none.")
 

@@ -54,7 +54,7 @@ from blockskip_hooks.search.measure import (
     open_search,
 )
 from blockskip_hooks.search.picture import draw_images, draw_table, masked_variants
-from blockskip_hooks.selection_tables import cache_file, read_table
+from blockskip_hooks.search.tables import cache_file, read_table
 from blockskip_hooks.utils.files import write_json
 from blockskip_hooks.utils.formatting import format_seconds
 
@@ -143,8 +143,8 @@ def make_request(args: argparse.Namespace) -> SearchRequest:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} is {value}; give 1 or more.")
-    check_at_most(args)
-    check_texts(args)
+    check_at_most(vars(args))
+    check_texts(vars(args))
     for seed in args.seeds:
         if not 0 <= seed < 2**32:
             raise ValueError(f"--seeds has {seed}; give numbers from 0 to below 2**32.")

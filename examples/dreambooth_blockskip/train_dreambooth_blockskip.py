@@ -7,14 +7,12 @@ companions. Without a model named it runs on the small model and photos that shi
 
 from __future__ import annotations
 
-import argparse
-import copy
-import functools
 import logging
 import os
 import sys
 import warnings
 from pathlib import Path
+from typing import Any, NamedTuple
 
 
 # Optional packages that transformers misses (torchvision) do not matter here.
@@ -27,36 +25,67 @@ for _name in ("torchao", "bitsandbytes", "diffusers.quantizers", "torch.utils._p
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
+from diffusers.optimization import get_scheduler
 
 from blockskip_hooks import DiTBlockSkipTransformer
-from blockskip_hooks.cli.arguments import build_parser, parse_args, parse_trackers, printable_command
+from blockskip_hooks.cli.arguments import build_parser, parse_args, printable_command
 from blockskip_hooks.cli.config_files import dump_config
 from blockskip_hooks.cli.errors import explain, in_full
 from blockskip_hooks.cli.preparation import known_defaults, prepare_run
-from blockskip_hooks.families.prompts import check_embeds, encode_prompts
+from blockskip_hooks.families.prompts import TrainedText, check_embeds, encode_prompts
 from blockskip_hooks.loading.quantization import check_device
-from blockskip_hooks.lora import describe_trainable
+from blockskip_hooks.lora import add_lora
+from blockskip_hooks.losses import combine_losses, flow_matching_loss
 from blockskip_hooks.planning.plan import describe_plan, make_plan, planned_batch_size, planned_vae, streams_text
-from blockskip_hooks.reporting.outputs import open_repository, push_to_hub, run_report, write_outputs, write_progress
-from blockskip_hooks.reporting.prediction import expect_work, predict_seconds
-from blockskip_hooks.reporting.progress import Progress, set_log_level
-from blockskip_hooks.reporting.trackers import start_trackers
+from blockskip_hooks.reporting.hub import open_repository, push_to_hub
+from blockskip_hooks.reporting.outputs import RunOutputs, lora_size
+from blockskip_hooks.reporting.progress import Progress, photo_progress, set_log_level
+from blockskip_hooks.reporting.trackers import Tracking, start_trackers
 from blockskip_hooks.residuals.batches import SampleMaker
 from blockskip_hooks.residuals.store import ResidualStore
 from blockskip_hooks.residuals.stretches import Stretches, segments
-from blockskip_hooks.search.auto import is_trained, probe_args, with_measured_table
+from blockskip_hooks.training.adapters import Adapters
+from blockskip_hooks.training.checkpointer import Checkpointer
 from blockskip_hooks.training.checkpoints import find_checkpoint
 from blockskip_hooks.training.class_images import make_class_images
+from blockskip_hooks.training.context import Context
+from blockskip_hooks.training.export import export_lora
+from blockskip_hooks.training.history import History
+from blockskip_hooks.training.lora_checks import describe_trainable
+from blockskip_hooks.training.optimizers import make_optimizer
+from blockskip_hooks.training.records import RecordSource
 from blockskip_hooks.training.resume_checks import check_checkpoint
-from blockskip_hooks.training.settings import Run, start_accelerator, weight_dtype
-from blockskip_hooks.training.stop_signals import Interrupted, StopSignals, is_lost_process
-from blockskip_hooks.training.trainer import Trainer
+from blockskip_hooks.training.run import Run
+from blockskip_hooks.training.settings import TrainSettings
+from blockskip_hooks.training.sharding import prepare_model, shard
+from blockskip_hooks.training.stop_signals import Interrupted, StopSignals
 from blockskip_hooks.training.validation import Validation
+from blockskip_hooks.utils.accelerator import start_accelerator, weight_dtype
 from blockskip_hooks.utils.files import write_error, write_json
 from blockskip_hooks.utils.monitor import StageMonitor
 
 
 logger = logging.getLogger("blockskip_hooks.train")
+
+
+class Learner(NamedTuple):
+    """What learns.
+
+    Attributes:
+        model: The transformer with its kept blocks in place.
+        wrapped: The same as accelerate prepared it; what trains is called through it.
+        adapters: The LoRA on it, and on the text encoders that train along.
+        trained: Everything that accelerate prepared for training, text encoders included.
+        optimizer: Updates the LoRA.
+        lr_scheduler: Its learning rate.
+    """
+
+    model: DiTBlockSkipTransformer
+    wrapped: torch.nn.Module
+    adapters: Adapters
+    trained: list[torch.nn.Module]
+    optimizer: Any
+    lr_scheduler: Any
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -68,255 +97,322 @@ def main(argv: list[str] | None = None) -> int:
     """
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     command = printable_command(sys.argv if argv is None else [__file__, *argv])
-    args = parse_args(argv)
-    set_log_level(args.log_level)
-    if args.dump_config:
-        return print_settings(args)
+    settings = parse_args(argv)
+    set_log_level(settings.log_level)
     with StopSignals() as stop:
         try:
-            return run_script(args, command, stop)
+            return run_script(settings, command, stop)
         except Interrupted as error:
             if os.environ.get("RANK", "0") == "0":
                 print(error, file=sys.stderr)
             return 128 + error.number
 
 
-def print_settings(args: argparse.Namespace) -> int:
-    """Print all settings as a file for ``--config``."""
+def run_script(settings: TrainSettings, command: str, stop: StopSignals) -> int:
+    """Check the settings, plan, and train; see :func:`main`."""
+    monitor = StageMonitor()
     try:
-        print(dump_config(args, build_parser(), known_defaults(args)), end="")
-    except Exception as error:
-        if (line := explain(error, secret=args.hub_token)) is None:
-            raise
-        print(f"error: {line}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def run_script(args: argparse.Namespace, command: str, stop: StopSignals, *, is_probe: bool = False) -> int:
-    """Prepare, choose the blocks, plan and train, with parsed flags; see :func:`main`."""
-    typed, monitor = copy.copy(args), StageMonitor()
-    try:
+        if settings.dump_config:
+            print(dump_config(settings, build_parser(), known_defaults(settings)), end="")
+            return 0
         with monitor.stage("plan"):
-            run = prepare_run(args)
+            run = prepare_run(settings)
             accelerator = make_accelerator(run)
+            dtype = weight_dtype(accelerator)
             if run.quantization:
-                check_device(run.quantization, accelerator.device, weight_dtype(accelerator))
-            checkpoint = find_checkpoint(run.output_dir, args.resume_from_checkpoint)
-        if run.needs_search:
-            with monitor.stage("select"):
-                probe = probe_args(typed, run) if args.select_on == "subject" else None
-                if probe is not None and not is_trained(probe):
-                    accelerator.print(f"Training a probe LoRA of {args.probe_steps} steps to measure the blocks on.")
-                    if code := run_script(probe, command, stop, is_probe=True):
-                        return code
-                accelerator.print("Measuring which blocks to skip: the text is masked in the first and last blocks.")
-                run = with_measured_table(run, accelerator, probe, command)
-        with monitor.stage("plan"):
-            run, plan = make_plan(run, weight_dtype(accelerator), accelerator.num_processes)
+                check_device(run.quantization, accelerator.device, dtype)
+            checkpoint = find_checkpoint(run.output_dir, settings.resume_from_checkpoint)
+            run, plan = make_plan(run, dtype, accelerator.num_processes)
             if checkpoint is not None:
                 check_checkpoint(checkpoint, run)
             stretches = run.stretches(plan, accelerator.num_processes, checkpoint)
-            if accelerator.is_main_process:
-                predict_seconds(
-                    run, plan, weight_dtype(accelerator), accelerator.device, stretches, accelerator.num_processes
-                )
     except Exception as error:
-        if (line := explain(error, monitor.latest, args.hub_token)) is None:
-            raise
-        logger.debug("The error in full:\n%s", in_full(args.hub_token))
-        print(f"error: {line}", file=sys.stderr)
-        return 2
+        return fail(error, settings, monitor, code=2)
     try:
         if accelerator.is_main_process:
             print(describe_plan(run, plan), flush=True)
             write_json(run.output_dir / "plan.json", plan)
-        if args.plan_only:
-            return 0
-        train(run, accelerator, monitor, plan, checkpoint, stretches, command, stop)
+        if not settings.plan_only:
+            progress = Progress(monitor, shown=accelerator.is_main_process and settings.log_level != "error")
+            train(run, Context(accelerator, monitor, stop, progress), plan, checkpoint, stretches, command)
     except Exception as error:
-        if isinstance(error, RuntimeError) and is_lost_process(error):
-            line: str | None = (
-                f"Another process of this run ended or cannot be reached, so process {accelerator.process_index} ends "
-                "too; the same command with --resume_from_checkpoint latest goes on from the last checkpoint."
-            )
-        else:
-            if isinstance(error, OSError):
-                error = write_error(error, Path(error.filename or run.output_dir))
-            line = explain(error, monitor.latest, args.hub_token)
-        if line is None:
-            raise
-        logger.debug("The error in full:\n%s", in_full(args.hub_token))
-        print(f"error: {line}", file=sys.stderr)
-        return 1
+        if isinstance(error, OSError):
+            error = write_error(error, Path(error.filename or run.output_dir))
+        return fail(error, settings, monitor, code=1)
     finally:
-        # It would end the processes' group, which a probe shares with the run that it is for.
-        if not is_probe:
-            accelerator.end_training()
+        accelerator.end_training()
     return 0
+
+
+def fail(error: Exception, settings: TrainSettings, monitor: StageMonitor, code: int) -> int:
+    """Say in one line why the run ends, and return the exit code; a bug is raised again, with its traceback."""
+    if (line := explain(error, monitor.latest, settings.hub_token)) is None:
+        raise error
+    logger.debug("The error in full:\n%s", in_full(settings.hub_token))
+    print(f"error: {line}", file=sys.stderr)
+    return code
 
 
 def make_accelerator(run: Run) -> Accelerator:
     """Devices, processes, precision and trackers as the flags and the accelerate config ask for."""
-    args = run.args
-    if args.allow_tf32 and torch.cuda.is_available():
+    settings = run.settings
+    if settings.allow_tf32 and torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = True
     return start_accelerator(
-        args,
+        settings.mixed_precision,
+        plan_only=settings.plan_only,
         # Steps are counted, whatever the loader is at: it reads ahead.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
+            num_steps=settings.gradient_accumulation_steps, sync_with_dataloader=False
         ),
         # Without being told, accelerate would let each process of a machine without accelerators train on its own.
         cpu=int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available(),
-        log_with=parse_trackers(args.report_to) or None,
+        log_with=list(settings.report_to) or None,
         project_config=ProjectConfiguration(
-            project_dir=args.output_dir, logging_dir=str(run.output_dir / args.logging_dir)
+            project_dir=settings.output_dir, logging_dir=str(run.output_dir / settings.logging_dir)
         ),
     )
 
 
 def train(
     run: Run,
-    accelerator: Accelerator,
-    monitor: StageMonitor,
-    plan: dict,
+    context: Context,
+    plan: dict[str, Any],
     checkpoint: Path | None,
     stretches: Stretches,
     command: str,
-    stop: StopSignals,
 ) -> None:
-    """Encode, load, train stretch by stretch, save."""
-    args, family = run.args, run.family
-    if args.push_to_hub and accelerator.is_main_process:
-        open_repository(run)
-    dtype, device = weight_dtype(accelerator), accelerator.device
-    seed = run.resolve_seed(checkpoint)
-    progress = Progress(monitor, shown=accelerator.is_main_process and args.log_level != "error")
-    expect_work(progress, run, plan, stretches, accelerator.num_processes)
+    """Prepare data and model, train stretch by stretch, save."""
+    accelerator, monitor = context.accelerator, context.monitor
+    if run.settings.push_to_hub and accelerator.is_main_process:
+        name = run.settings.hub_model_id or run.output_dir.resolve().name
+        run = run.with_flag("hub_model_id", open_repository(name, run.settings.hub_token))
+    run = run.with_flag("seed", run.resolve_seed(checkpoint))
+    settings, num_steps = run.settings, stretches.num_steps
     if accelerator.is_main_process:
         start_trackers(run, accelerator)
 
-    # Prior preservation: class images that are not there yet.
-    if args.with_prior_preservation:
+    # Class images for prior preservation that are not there yet, the sample plan, the prompts' embeddings.
+    if settings.with_prior_preservation:
         with monitor.stage("class_images"):
-            make_class_images(
-                run,
-                accelerator,
-                dtype,
-                seed,
-                planned_batch_size(plan, "class_images") or 1,
-                streams_text=streams_text(plan),
-                placement=planned_vae(plan, "class_images"),
-                progress=progress,
-            )
+            make_class_images(run, context, plan)
+    maker, text, store = load_data(run, context, streams_text(plan))
 
-    # The sample plan: from here on nothing is random. Records of it may be there already.
-    sources = run.photo_sources()
-    sample_plan = run.sample_plan(seed, {kind: len(source.photos) for kind, source in sources.items()})
-    steps_per_epoch, _ = run.schedule(sample_plan, accelerator.num_processes)
-    max_train_steps = stretches.num_steps
+    # The kept blocks of the transformer, LoRA on them, optimiser and schedule.
+    with monitor.stage("load"):
+        learner = make_learner(run, accelerator, text, num_steps)
+        model, adapters = learner.model, learner.adapters
+        records = RecordSource(run, context, maker, model, adapters, store, stretches)
+    accelerator.print(f"Training {describe_trainable(model, run.targets)}.")
+
+    # What watches the steps and keeps them.
+    history, tracking = History(accelerator, maker), Tracking(accelerator, monitor, model)
+    images_at_once, placement = planned_batch_size(plan, "validate"), planned_vae(plan, "validate")
+    validation = Validation(run, context, model, adapters, records, tracking, images_at_once, placement)
+    command = f"accelerate launch {command}"
+    outputs = RunOutputs(run, maker, monitor, plan, command, stretches, accelerator.num_processes)
+    optimizer, lr_scheduler = learner.optimizer, learner.lr_scheduler
+    checkpointer = Checkpointer(run, accelerator, adapters, optimizer, lr_scheduler, history, records)
+    checkpointer.after_save = lambda: outputs.write_so_far(history, validation.shown)
+    if checkpoint is not None:
+        checkpointer.resume(checkpoint)
+        accelerator.print(f"Resuming from {checkpoint.name}, {history.step} of {num_steps} steps done.")
+
+    # The records of a stretch, then its steps, and images after every few epochs.
+    steps_per_epoch, _ = run.schedule(maker.plan, accelerator.num_processes)
+    validation_steps = settings.validation_epochs * steps_per_epoch if settings.validation_prompt else num_steps
+    batch_size = settings.precompute_batch_size or planned_batch_size(plan, "precompute")
+    with checkpointer.saving_when_stopped():
+        for stretch, first in stretches.following(history.step):
+            records.precompute(stretch, first, batch_size, encodes_alone=planned_vae(plan, "precompute").alone)
+            for steps in segments(range(first, stretch.stop), validation_steps):
+                train_steps(steps, run, context, learner, records, history, tracking, checkpointer)
+                if steps.stop % validation_steps == 0 and steps.stop < num_steps:
+                    validation.during(history.step)
+            validation.check_records(history.step, is_last=stretch.stop == num_steps)
+            tracking.log_stages(history.step)
+            if stretch.stop < num_steps:
+                records.drop()
+        finish(outputs, context, learner, records, history, validation, tracking)
+
+
+def load_data(
+    run: Run, context: Context, streamed: bool
+) -> tuple[SampleMaker, TrainedText | None, ResidualStore | None]:
+    """The sample plan over the photos, the embeddings of every prompt, and the store of records.
+
+    Returns:
+        What builds batches, the text encoders that train along, and the store if training reads records.
+    """
+    settings, family, accelerator = run.settings, run.family, context.accelerator
+    dtype, device = weight_dtype(accelerator), accelerator.device
+
+    # From here on nothing is random. Records of this sample plan may be there already.
+    sources = run.photo_sources(photo_progress)
+    sample_plan = run.sample_plan(settings.seed or 0, {kind: len(source.photos) for kind, source in sources.items()})
     store = None
     if run.uses_store:
         with accelerator.main_process_first():
-            store = ResidualStore(
-                run.residual_dir, run.describe_records(sample_plan, sources, dtype), overwrite=run.may_overwrite
-            )
+            described = run.describe_records(sample_plan, sources, dtype)
+            store = ResidualStore(run.residual_dir, described, overwrite=run.may_overwrite)
 
-    # Encode every prompt once; the text encoders are gone afterwards.
+    # Every prompt once; the text encoders are gone afterwards.
     prompts = run.all_prompts(sources)
-    with monitor.stage("encode"), progress.stage("encode", prompts=len(prompts)) as display:
+    with context.monitor.stage("encode"), context.progress.stage("encode", prompts=len(prompts)) as progress:
         embeds, text = encode_prompts(
             family,
             prompts,
             dtype=dtype,
             device=device,
-            keep_trainable=args.train_text_encoder,
-            streamed=streams_text(plan),
-            progress=display,
-        )
-    check_embeds(family, run.transformer_config, embeds, dtype)
-    maker = SampleMaker(
-        sample_plan, sources, family, embeds, device, dtype, bool(run.recorded_layers), args.residual_dtype
-    )
-
-    # Load the kept blocks only; LoRA, optimiser and learning-rate schedule.
-    with monitor.stage("load"):
-        model = DiTBlockSkipTransformer.from_pretrained(
-            family.model_path,
-            run.config,
-            torch_dtype=dtype,
-            device=device,
-            variant=args.variant,
-            stacks=family.block_stacks,
-            transformer_class=family.transformer_class(run.transformer_config),
-            recorded_layers=run.recorded_layers,
-            quantization=run.quantization,
-            shares_weights=run.shares_weights,
-        )
-        if args.enable_npu_flash_attention:
-            model.transformer.set_attention_backend("_native_npu")
-        trainer = Trainer(
-            run,
-            accelerator,
-            monitor,
-            maker,
-            model,
-            text,
-            store,
-            stretches,
-            images_at_once=planned_batch_size(plan, "validate"),
-            vae_placement={stage: planned_vae(plan, stage) for stage in ("precompute", "validate")},
-            stop=stop,
+            keep_trainable=settings.train_text_encoder,
+            streamed=streamed,
             progress=progress,
         )
-    accelerator.print(f"Training {describe_trainable(model, run.targets)}.")
-    if checkpoint is not None:
-        trainer.resume(checkpoint)
-        accelerator.print(f"Resuming from {checkpoint.name}, {trainer.step} of {max_train_steps} steps done.")
-    with trainer.saving_when_stopped():
-        train_and_save(trainer, plan, steps_per_epoch, command)
+    check_embeds(family, run.transformer_config, embeds, dtype)
+    records_modulation = bool(run.recorded_layers)
+    maker = SampleMaker(
+        sample_plan, sources, family, embeds, device, dtype, records_modulation, settings.residual_dtype
+    )
+    return maker, text, store
 
 
-def train_and_save(trainer: Trainer, plan: dict, steps_per_epoch: int, command: str) -> None:
-    """The loop, and what comes after it."""
-    run, accelerator, monitor, store = trainer.run, trainer.accelerator, trainer.monitor, trainer.store
-    args, stretches, max_train_steps = run.args, trainer.stretches, trainer.max_train_steps
-    validation = Validation(trainer)
-    expect_work(trainer.progress, run, plan, stretches, accelerator.num_processes, trainer.step)
+def make_learner(run: Run, accelerator: Accelerator, text: TrainedText | None, num_steps: int) -> Learner:
+    """Load the transformer, add LoRA, and prepare what trains it."""
+    settings, family = run.settings, run.family
 
-    command = f"accelerate launch {command}"
-    trainer.after_checkpoint = functools.partial(write_progress, run, trainer, plan, command)
+    # The weights of skipped blocks stay in the checkpoint.
+    model = DiTBlockSkipTransformer.from_pretrained(
+        family.model_path, run.config, **run.model_options(weight_dtype(accelerator), accelerator.device, shard)
+    )
+    if settings.enable_npu_flash_attention:
+        model.transformer.set_attention_backend("_native_npu")
 
-    # The loop: records of a stretch, then its steps.
-    validation_steps = args.validation_epochs * steps_per_epoch if args.validation_prompt else max_train_steps
-    for stretch, first in stretches.following(trainer.step):
-        trainer.precompute(stretch, args.precompute_batch_size or planned_batch_size(plan, "precompute"))
-        for part in segments(range(first, stretch.stop), validation_steps):
-            trainer.train(part)
-            if part.stop % validation_steps == 0 and part.stop < max_train_steps:
-                validation.during()
-        validation.check_records()
-        trainer.tracking.log_stages(trainer.step)
-        if store is not None and stretch.stop < max_train_steps:
-            store.drop()
+    # LoRA in the kept blocks, and in the text encoders if they train along.
+    lora: dict[str, Any] = {"rank": settings.rank, "alpha": settings.lora_alpha, "dropout": settings.lora_dropout}
+    parameters = add_lora(model.transformer, run.targets, **lora, seed=settings.seed or 0)
+    text_parameters: list[torch.nn.Parameter] = []
+    for encoder in text.encoders.values() if text else ():
+        text_parameters += add_lora(encoder, family.text_lora_layers, **lora, seed=settings.seed or 0)
+    adapters = Adapters(family, model.transformer, text, [*parameters, *text_parameters], accelerator.device)
+    if settings.gradient_checkpointing:
+        model.transformer.enable_gradient_checkpointing()
+        for encoder in text.encoders.values() if text else ():
+            encoder.gradient_checkpointing_enable()
 
-    # Save.
-    trainer.add_up_records()
-    trainer.export()
-    # Processes that share weights run the model together or not at all.
-    if accelerator.is_main_process or trainer.model.is_sharded:
-        before, after = validation.final()
+    # Optimiser and schedule; accelerate counts the schedule in steps of all processes.
+    scale = run.samples_per_step(accelerator.num_processes) if settings.scale_lr else 1
+    optimizer = make_optimizer(settings, parameters, text_parameters, settings.learning_rate * scale)
+    lr_scheduler = get_scheduler(
+        settings.lr_scheduler,
+        optimizer=optimizer,
+        num_warmup_steps=settings.lr_warmup_steps * accelerator.num_processes,
+        num_training_steps=num_steps * accelerator.num_processes,
+        num_cycles=settings.lr_num_cycles,
+        power=settings.lr_power,
+    )
+    wrapped = prepare_model(accelerator, model)
+    optimizer, lr_scheduler = accelerator.prepare(optimizer, lr_scheduler)
+    trained = [wrapped]
+    if text is not None:
+        text.encoders = {name: accelerator.prepare(encoder) for name, encoder in text.encoders.items()}
+        trained += text.encoders.values()
+    return Learner(model, wrapped, adapters, trained, optimizer, lr_scheduler)
+
+
+def train_steps(
+    steps: range,
+    run: Run,
+    context: Context,
+    learner: Learner,
+    records: RecordSource,
+    history: History,
+    tracking: Tracking,
+    checkpointer: Checkpointer,
+) -> None:
+    """The loop: train these optimiser steps, whose records have been made."""
+    settings, family, accelerator = run.settings, run.family, context.accelerator
+    adapters, optimizer, lr_scheduler = learner.adapters, learner.optimizer, learner.lr_scheduler
+    for module in learner.trained:
+        module.train()
+    with (
+        context.stop.held(),
+        context.monitor.stage("train"),
+        context.progress.stage("train", history.step, steps=records.stretches.num_steps) as progress,
+    ):
+        history.start_clock()
+        for batch in records.loader(steps):
+            with accelerator.accumulate(*learner.trained):
+                records.complete(batch)
+
+                # Predict the velocity by the kept blocks; residuals stand in for the skipped ones.
+                inputs = family.transformer_inputs(
+                    learner.model.config, batch.noisy_latents, batch.timesteps, batch.embeds
+                )
+                prediction = learner.wrapped(**inputs, residuals=batch.residuals, return_dict=False)[0]
+                prediction, target = family.loss_terms(
+                    family.prediction_to_latents(prediction, batch.latents),
+                    latents=batch.latents,
+                    noise=batch.noise,
+                    noisy_latents=batch.noisy_latents,
+                    sigmas=batch.sigmas,
+                )
+                losses = flow_matching_loss(prediction, target, batch.sigmas, settings.weighting_scheme)
+                loss = combine_losses(losses, settings.with_prior_preservation, settings.prior_loss_weight)
+
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    if history.step == 0:
+                        adapters.check_gradients()
+                    norm = accelerator.clip_grad_norm_(adapters.parameters, settings.max_grad_norm)
+                optimizer.step()
+                lr_scheduler.step()
+                optimizer.zero_grad()
+
+            history.add_batch(batch.samples, losses, loss, context.stop.received)
+            # Its tensors make room for those of the next batch.
+            del batch, inputs, prediction, target, losses
+            if accelerator.sync_gradients:
+                step = history.end_step()
+                figures = {"loss": step.loss, "lr": lr_scheduler.get_last_lr()[0], "grad_norm": float(norm)}
+                tracking.log_step(step.number, step.samples, figures, step.quarters)
+                progress.update(loss=step.loss)
+                if step.number % settings.checkpointing_steps == 0:
+                    checkpointer.save()
+                context.stop.check(step.received)
+                history.stop_clock()
+
+
+def finish(
+    outputs: RunOutputs,
+    context: Context,
+    learner: Learner,
+    records: RecordSource,
+    history: History,
+    validation: Validation,
+    tracking: Tracking,
+) -> None:
+    """Export the LoRA, make the final images, write the report and the model card, upload."""
+    run, accelerator, settings = outputs.run, context.accelerator, outputs.run.settings
+    made = records.made()
+    # A warmup's first step has rate zero.
+    if history.step > 1:
+        learner.adapters.check_learned()
     if accelerator.is_main_process:
-        trainer.tracking.log_stages(trainer.step)
-        report = run_report(run, trainer, monitor.as_list())
-        write_outputs(run, trainer, report, plan, command, before, after)
-        if args.push_to_hub:
-            print(f"Uploaded to {push_to_hub(run)}.")
+        export_lora(run, learner.adapters, context.monitor, records.maker.dtype)
+    # Processes that share weights run the model together or not at all.
+    if accelerator.is_main_process or learner.model.is_sharded:
+        before, after = validation.final(history.step)
+    if accelerator.is_main_process:
+        tracking.log_stages(history.step)
+        report = outputs.report(history, made, lora_size(run, learner.model.transformer))
+        outputs.write(report, before, after)
+        if settings.push_to_hub and settings.hub_model_id:
+            push_to_hub(settings.hub_model_id, run.output_dir, settings.hub_token)
+            print(f"Uploaded to {settings.hub_model_id}.")
         print(run.closing_words(report))
     accelerator.wait_for_everyone()
-    if store is not None and not args.residual_dir and accelerator.is_main_process:
-        store.remove()
+    if not settings.residual_dir and accelerator.is_main_process:
+        records.drop(store_too=True)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+# Names only: families announce which transformers they know, and load when one of them is met.
+from . import families as _families  # noqa: F401
 from .version import __version__
 
 

@@ -7,14 +7,15 @@ processes, so it is not used.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 
 import torch
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from torch.distributed.fsdp import FSDPModule
 
 from .config import BlockSkipConfig
+from .layouts import BlockLayout, layout_of
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,11 @@ class BlockSpans:
         return self.leading + self.trailing
 
 
-def _metadata_of(module: torch.nn.Module) -> TransformerBlockMetadata | None:
+def _metadata_of(module: torch.nn.Module, layouts: Mapping[str, BlockLayout]) -> TransformerBlockMetadata | None:
     # torch's FSDP gives a module it divides a class of its own, whose second base is the module's.
     block_class = type(module).__bases__[1] if isinstance(module, FSDPModule) else type(module)
+    if block_class.__name__ in layouts:
+        return TransformerBlockMetadata(**asdict(layouts[block_class.__name__]), _cls=block_class)
     try:
         return TransformerBlockRegistry.get(block_class)
     except ValueError:
@@ -63,21 +66,19 @@ def list_blocks(transformer: torch.nn.Module, stacks: Sequence[str] | None = Non
     Args:
         transformer: A diffusers transformer.
         stacks: Attribute names of the block stacks in execution order, for models that declare other stacks of the
-            same block class as well (refiners, say). By default those of the model's family; of a model of no
-            supported family, every ``ModuleList`` of registered blocks.
+            same block class as well (refiners, say). By default those that the model's family announced; of a model
+            of no supported family, every ``ModuleList`` of registered blocks.
 
     Raises:
-        ValueError: if there is no stack of blocks registered with diffusers' ``TransformerBlockRegistry``.
+        ValueError: if no stack has blocks that the model's family or diffusers' ``TransformerBlockRegistry`` knows.
 
     Example:
         >>> [block.name for block in list_blocks(transformer)]
         ['transformer_blocks.0', 'transformer_blocks.1', 'single_transformer_blocks.0', ...]
     """
-    # Families register the block classes that diffusers does not know; most of the package loads with them.
-    from .families import block_stacks_of
-
+    layout = layout_of(type(transformer))
     if stacks is None:
-        stacks = block_stacks_of(transformer)
+        stacks = layout.stacks
     children = dict(transformer.named_children())
     blocks: list[Block] = []
     for stack_name in stacks if stacks is not None else children:
@@ -85,7 +86,7 @@ def list_blocks(transformer: torch.nn.Module, stacks: Sequence[str] | None = Non
         if not isinstance(stack, torch.nn.ModuleList):
             continue
         for position, module in enumerate(stack):
-            metadata = _metadata_of(module)
+            metadata = _metadata_of(module, layout.blocks)
             if metadata is None:
                 break
             blocks.append(Block(len(blocks), f"{stack_name}.{position}", module, metadata))

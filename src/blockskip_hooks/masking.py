@@ -10,17 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from inspect import signature
-from typing import Any
-from unittest import mock
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import ModelMixin
 from diffusers.hooks import HookRegistry, ModelHook
-from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 from torch.overrides import TorchFunctionMode
 
 from .blocks import list_blocks
-from .families import Family
+
+
+if TYPE_CHECKING:
+    from .families import Family
 
 
 MASKING_HOOK = "blockskip_masking"
@@ -84,7 +86,7 @@ def text_masked_by_row(transformer: ModelMixin, family: Family, rows: Sequence[C
         for index in chosen:
             block = every[index].module
             if family.cross_attention is None:
-                target, hook = block, JointMaskingHook(masks(index))
+                target, hook = block, JointMaskingHook(masks(index), every[index].name)
             else:
                 masked = torch.tensor([index in row for row in rows])
                 target, hook = block.get_submodule(family.cross_attention), CrossMaskingHook(masked)
@@ -141,15 +143,41 @@ class JointMaskingHook(ModelHook):
 
     Args:
         may_see: The mask for a batch and a sequence length.
+        name: Name of the block.
+
+    Raises:
+        ValueError: in the forward, if an attention of the block ran that no mask reached.
     """
 
-    def __init__(self, may_see: Mask) -> None:
+    def __init__(self, may_see: Mask, name: str) -> None:
         super().__init__()
         self.may_see = may_see
+        self.name = name
 
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with _MaskedProducts(self.may_see), _masked_flex(self.may_see):
-            return self.fn_ref.original_forward(*args, **kwargs)
+        with _native_attention(module), _MaskedProducts(self.may_see) as products:
+            output = self.fn_ref.original_forward(*args, **kwargs)
+        if not products.reached:
+            raise ValueError(
+                f"Text cannot be masked in {self.name}: its attention does not go through torch's "
+                "scaled_dot_product_attention; give the transformer its default attention processors."
+            )
+        return output
+
+
+@contextmanager
+def _native_attention(module: torch.nn.Module) -> Iterator[None]:
+    """Within this context diffusers runs the attention of ``module`` by torch; other backends drop or forbid masks."""
+    processors: list[Any] = [getattr(part, "processor", None) for part in module.modules()]
+    chosen = [(p, p._attention_backend) for p in processors if hasattr(p, "_attention_backend")]
+    with attention_backend(AttentionBackendName.NATIVE):
+        for processor, _ in chosen:
+            processor._attention_backend = AttentionBackendName.NATIVE
+        try:
+            yield
+        finally:
+            for processor, backend in chosen:
+                processor._attention_backend = backend
 
 
 class _MaskedProducts(TorchFunctionMode):
@@ -158,6 +186,7 @@ class _MaskedProducts(TorchFunctionMode):
     def __init__(self, may_see: Mask) -> None:
         super().__init__()
         self.may_see = may_see
+        self.reached = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not torch.nn.functional.scaled_dot_product_attention:
@@ -175,27 +204,8 @@ class _MaskedProducts(TorchFunctionMode):
         **kwargs: Any,
     ) -> torch.Tensor:
         ours = self.may_see(key.shape[0], key.shape[-2])
+        self.reached = self.reached or ours is not None
         return func(query, key, value, _both(attn_mask, ours, query), *args, **kwargs)
-
-
-@contextmanager
-def _masked_flex(may_see: Mask) -> Iterator[None]:
-    """The dispatcher's flex backend does not go through torch's attention function."""
-    backends, name = _AttentionBackendRegistry._backends, AttentionBackendName.FLEX
-    flex = backends.get(name)
-    if flex is None:
-        yield
-        return
-
-    def masked(query: torch.Tensor, key: torch.Tensor, *args: Any, attn_mask: Any = None, **kwargs: Any) -> Any:
-        # Its tensors are (batch, tokens, heads, dim), and it wants the mask of a product's full shape.
-        mask = _both(attn_mask, may_see(key.shape[0], key.shape[1]), query)
-        if mask is not None:
-            mask = mask.expand(query.shape[0], 1, query.shape[1], key.shape[1])
-        return flex(query, key, *args, attn_mask=mask, **kwargs)
-
-    with mock.patch.dict(backends, {name: masked}):
-        yield
 
 
 def _both(given: torch.Tensor | None, ours: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:

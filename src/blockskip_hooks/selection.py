@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from .cli.arguments import parse_skip_blocks
-from .selection_tables import Pair, SelectionTable
-from .utils.formatting import format_bytes
+from .config import BlockSkipConfig
 
+
+if TYPE_CHECKING:
+    from .search.tables import SelectionTable
+
+
+Pair = tuple[int, int]
+"""Leading and trailing blocks, (n, m)."""
 
 RULE = "rule: leading = ceil(0.6 k), trailing = the rest, because leading residuals are exact"
 LEADING_SHARE = 0.6
@@ -46,6 +52,60 @@ class Selection:
         return {**asdict(self), "ratio": round(self.num_skipped / self.blocks, 4)}
 
 
+def parse_skip_blocks(text: str, num_blocks: int | None = None) -> tuple[int, int] | int | Literal["auto", "none"]:
+    """Read ``--skip_blocks``.
+
+    Args:
+        text: ``"none"``, ``"auto"``, ``"N"`` (blocks to skip in all, divided between the ends later) or ``"n,m"``
+            (leading and trailing blocks).
+        num_blocks: Number of blocks of the transformer, to check that one is left; None where it is not known yet.
+
+    Returns:
+        The word, the number, or the pair.
+
+    Raises:
+        ValueError: if the text has another form or no block would be left to train.
+    """
+    word = text.strip().lower()
+    if word == "auto":
+        return "auto"
+    if word == "none":
+        return "none"
+    match = re.fullmatch(r"([0-9]{1,9})(?:\s*,\s*([0-9]{1,9}))?", word, re.ASCII)
+    if match is None:
+        raise ValueError(
+            f"--skip_blocks is '{text}'; give none, auto, a number of blocks (10) or leading,trailing (4,6)."
+        )
+    if match[2] is not None:
+        leading, trailing = int(match[1]), int(match[2])
+        if num_blocks is not None:
+            BlockSkipConfig(leading=leading, trailing=trailing).validate_for(num_blocks)
+        return leading, trailing
+    skipped = int(match[1])
+    if num_blocks is not None and skipped >= num_blocks:
+        raise ValueError(
+            f"--skip_blocks {skipped} leaves none of {num_blocks} blocks to train; give at most {num_blocks - 1}."
+        )
+    return skipped
+
+
+def best_pairs(leading: Sequence[float], trailing: Sequence[float]) -> dict[int, Pair]:
+    """The least harmful pair for each k (Eq. 2): argmin over n + m = k of ``leading[n] + trailing[m]``.
+
+    Of equals the one with more leading blocks is chosen, because their residuals are exact.
+
+    Args:
+        leading: D for n from 0 to N-1.
+        trailing: D for m from 0 to N-1.
+    """
+    pairs = {}
+    for skipped in range(1, len(leading)):
+        pairs[skipped] = min(
+            ((n, skipped - n) for n in range(skipped, -1, -1)), key=lambda pair: leading[pair[0]] + trailing[pair[1]]
+        )
+    return pairs
+
+
 def select_blocks(
     skip_blocks: str, skip_ratio: float, num_blocks: int, table: SelectionTable | None = None
 ) -> Selection:
@@ -74,65 +134,13 @@ def select_number(skipped: int, num_blocks: int, table: SelectionTable | None = 
     """Divide ``skipped`` blocks between the ends: by the table, or by the rule where it has no such pair."""
     pair = None if table is None else table.pairs.get(skipped)
     if table is not None and pair is not None:
-        return _from_table(table, pair)
+        return from_table(table, pair)
     leading = math.ceil(LEADING_SHARE * skipped)
     return Selection(num_blocks, leading, skipped - leading, "rule", RULE)
 
 
-def selections_by_bytes(
-    block_bytes: Sequence[int], table: SelectionTable | None = None
-) -> list[tuple[Selection, int]]:
-    """Selections in the order in which they are worth making, each freeing more bytes than the ones before it.
-
-    Those of a measured table are its trade-off, from the least predicted harm on; others skip block after block.
-
-    Args:
-        block_bytes: Bytes of each block's parameters.
-        table: What is known of the model.
-
-    Returns:
-        Selections from none on, with the bytes that they free.
-    """
-    num_blocks = len(block_bytes)
-    ordered: list[tuple[Selection, int]] = [(Selection(num_blocks, 0, 0, "flag"), 0)]
-    points = table.trade_off(block_bytes) if table is not None else []
-    if table is not None and points:
-        return ordered + [
-            (_from_table(table, (point.leading, point.trailing)), point.freed_bytes)
-            for point in points
-            if point.freed_bytes
-        ]
-    for skipped in range(1, num_blocks):
-        selection = select_number(skipped, num_blocks, table)
-        freed = sum(block_bytes[: selection.leading]) + sum(block_bytes[num_blocks - selection.trailing :])
-        if freed > ordered[-1][1]:
-            ordered.append((selection, freed))
-    return ordered
-
-
-def select_by_bytes(budget: int, block_bytes: Sequence[int], table: SelectionTable | None = None) -> Selection:
-    """Resolve ``--skip_budget``: the least harmful pair whose blocks hold that many bytes of parameters.
-
-    Args:
-        budget: Bytes to free at least.
-        block_bytes: Bytes of each block's parameters.
-        table: What is known of the model.
-
-    Raises:
-        ValueError: if all but one block hold less than that.
-    """
-    selections = selections_by_bytes(block_bytes, table)
-    for selection, freed in selections:
-        if freed >= budget:
-            return selection
-    most, freed = selections[-1]
-    raise ValueError(
-        f"--skip_budget {format_bytes(budget)} is more than the blocks hold: skipping {most.leading} leading and "
-        f"{most.trailing} trailing ones of {len(block_bytes)} frees {format_bytes(freed)}; lower it."
-    )
-
-
-def _from_table(table: SelectionTable, pair: Pair) -> Selection:
+def from_table(table: SelectionTable, pair: Pair) -> Selection:
+    """The selection of a pair of a table."""
     source: Literal["search", "table"] = "search" if table.searched else "table"
     harm = table.leading[pair[0]] + table.trailing[pair[1]] if table.leading else None
     return Selection(table.num_blocks, *pair, source, table.describe(), harm)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
-from accelerate.utils import set_module_tensor_to_device
+from accelerate.hooks import remove_hook_from_module
 from diffusers import ModelMixin
 from torch.distributed.fsdp import FSDPModule
 
@@ -25,10 +23,9 @@ from .hooks import (
     remove_block_skip,
     remove_recorded_layers,
 )
-from .loading.checkpoint_index import CheckpointWeights, index_safetensors
-from .loading.component_config import load_config, model_class
-from .loading.quantization import QuantizationConfig, mark_quantized, quantize_layer
-from .training.sharding import shard
+from .loading.models import Checkpoint
+from .loading.quantization import QuantizationConfig
+from .loading.streaming import frozen_weights_on_host, plain_device, stream
 
 
 class DiTBlockSkipTransformer(torch.nn.Module):
@@ -76,7 +73,7 @@ class DiTBlockSkipTransformer(torch.nn.Module):
         self.recorded_layers = tuple(recorded_layers)
         if offload_device is not None:
             for module in self.streamed_modules.values():
-                _stream(module, offload_device, None)
+                stream(module, offload_device)
         self.skip_state = apply_block_skip(transformer, config, stacks)
         # A forward that is broken off would leave gathered weights behind, and other processes waiting.
         self.skip_state.stops_early = not self.is_sharded
@@ -101,7 +98,7 @@ class DiTBlockSkipTransformer(torch.nn.Module):
         transformer_class: type[ModelMixin] | None = None,
         recorded_layers: Sequence[str] = (),
         quantization: QuantizationConfig | None = None,
-        shares_weights: bool = False,
+        shard: Callable[[torch.nn.Module, torch.device | str], None] | None = None,
     ) -> DiTBlockSkipTransformer:
         """Load the kept blocks only; skipped blocks are read from the checkpoint when the whole model runs.
 
@@ -119,72 +116,30 @@ class DiTBlockSkipTransformer(torch.nn.Module):
             transformer_class: Class of the model, by default the one that its config names.
             recorded_layers: See the class; their weights are streamed like those of skipped blocks.
             quantization: How the linear layers of kept blocks are held; ``None`` keeps them in ``torch_dtype``.
-            shares_weights: Divide kept weights among the run's processes; not for quantised layers.
+            shard: Divides the weights of a module that is loaded on a device among processes, such as
+                :func:`~blockskip_hooks.training.sharding.shard`; called for every kept block and then for the model.
+                ``None`` keeps them whole. Not for quantised layers.
 
         Raises:
             ValueError: if weights are missing, have other shapes than the config says, or are not safetensors.
         """
-        device = _plain_device(device)
+        device = plain_device(device)
         folder = Path(pretrained_model_path) / (subfolder or "")
-        model_config = load_config(folder)
-        chosen: Any = transformer_class or model_class(model_config)
-        with init_empty_weights(include_buffers=False):
-            transformer = chosen.from_config(model_config)
-        _cast_floating(transformer, torch_dtype)
-        transformer.requires_grad_(False).eval()
-
-        index = index_safetensors(folder, variant)
-        tensors = transformer.state_dict(keep_vars=True)
-        missing = sorted(set(tensors) - set(index))
-        if missing:
-            raise ValueError(f"{folder} lacks {len(missing)} tensors of {chosen.__name__}, first {missing[0]}.")
-        dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-        weights = CheckpointWeights(index, dtypes)
-
+        checkpoint = Checkpoint(folder, torch_dtype, variant, transformer_class)
+        transformer = checkpoint.model
         spans = split_blocks(list_blocks(transformer, stacks), config)
         streamed = _streamed_modules(transformer, spans, recorded_layers)
-        quantized: list[str] = []
-        if quantization is not None:
-            quantized = quantization.layers(transformer, [block.name for block in spans.kept], recorded_layers)
-
-        def load(name: str, place: torch.device | str) -> None:
-            value, shape = weights[name], tensors[name].shape
-            if value.shape != shape:
-                raise ValueError(
-                    f"{folder}: {name} has shape {tuple(value.shape)}, but the model's config asks for {tuple(shape)}."
-                )
-            set_module_tensor_to_device(transformer, name, place, value=value, clear_cache=False)
-
-        prefixes = tuple(f"{name}." for name in (*streamed, *quantized))
-        resident = [name for name in tensors if not name.startswith(prefixes)]
-        # Block by block, so that of weights to divide one block at a time is there in full.
-        blocks = {block.name: block.module for block in spans.kept} if shares_weights else {}
-        for block_name, block in blocks.items():
-            for name in resident:
-                if name.startswith(f"{block_name}."):
-                    load(name, device)
-            shard(block, device)
-        in_blocks = tuple(f"{name}." for name in blocks)
-        for name in resident:
-            if not name.startswith(in_blocks):
-                load(name, device)
-        weights.close()
-        # Only one layer at a time is there in full.
-        for name in quantized:
-            assert quantization is not None
-            layer: Any = transformer.get_submodule(name)
-            for part, _ in layer.named_parameters():
-                load(f"{name}.{part}", "cpu")
-            transformer.set_submodule(name, quantize_layer(layer, quantization, device))
-            weights.close()
-        if quantization is not None:
-            mark_quantized(transformer, quantization)
-        for name, buffer in transformer.named_buffers():
-            set_module_tensor_to_device(transformer, name, device, value=buffer)
-        if shares_weights:
-            shard(transformer, device)
+        kept = [block.name for block in spans.kept]
+        checkpoint.load(
+            device,
+            without=list(streamed),
+            blocks=kept,
+            quantized=quantization.layers(transformer, kept, recorded_layers) if quantization else (),
+            quantization=quantization,
+            shard=shard,
+        )
         for name, module in streamed.items():
-            _stream(module, device, CheckpointWeights(index, dtypes, f"{name}."))
+            stream(module, device, checkpoint.weights_of(f"{name}."))
         return cls(transformer, config, stacks, recorded_layers=recorded_layers)
 
     def remove(self) -> ModelMixin:
@@ -240,22 +195,13 @@ class DiTBlockSkipTransformer(torch.nn.Module):
             captured.modulation = torch.cat([recorded[name] for name in self.recorded_layers], dim=1)
         return captured
 
-    @contextmanager
-    def on_host(self) -> Iterator[None]:
+    def on_host(self) -> AbstractContextManager[None]:
         """Within this context what is resident of the frozen weights is in host memory; nothing may run.
 
         Not for weights that processes share: torch knows where its parts of them are.
         """
         assert not self.is_sharded
-        devices = {name: p.device for name, p in self.named_parameters() if not p.requires_grad and not p.is_meta}
-        parameters = dict(self.named_parameters())
-        for name in devices:
-            parameters[name].data = parameters[name].data.to("cpu")
-        try:
-            yield
-        finally:
-            for name, device in devices.items():
-                parameters[name].data = parameters[name].data.to(device)
+        return frozen_weights_on_host(self)
 
     @contextmanager
     def full_model(self) -> Iterator[ModelMixin]:
@@ -284,43 +230,3 @@ def _streamed_modules(
 ) -> dict[str, torch.nn.Module]:
     blocks = {block.name: block.module for block in spans.skipped}
     return blocks | {name: transformer.get_submodule(name) for name in recorded_layers}
-
-
-def _stream(module: torch.nn.Module, device: torch.device | str, weights: Mapping[str, torch.Tensor] | None) -> None:
-    """Let a module read its weights only while it runs: from ``weights``, or from a host copy of what it holds now."""
-    hook = StreamHook(execution_device=_plain_device(device), offload=True, weights_map=weights, place_submodules=True)
-    add_hook_to_module(module, hook)
-
-
-class StreamHook(AlignDevicesHook):
-    """accelerate's offloading, without its collection of garbage after each tensor: a block has dozens of them."""
-
-    def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        for name, _ in module.named_parameters():
-            set_module_tensor_to_device(
-                module, name, self.execution_device, value=self.weights_map[name], clear_cache=False
-            )
-        if isinstance(self.weights_map, CheckpointWeights):
-            self.weights_map.close()
-        return args, kwargs
-
-    def post_forward(self, module: torch.nn.Module, output: Any) -> Any:
-        for name, _ in module.named_parameters():
-            set_module_tensor_to_device(module, name, "meta", clear_cache=False)
-        return output
-
-
-def _plain_device(device: torch.device | str) -> torch.device:
-    """``device``, without the number that processes on the CPU are given: ``.to("cpu:0")`` would copy parameters."""
-    device = torch.device(device)
-    return torch.device("cpu") if device.type == "cpu" else device
-
-
-def _cast_floating(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Set the dtype of an empty model's weights, honouring the modules its class keeps in float32."""
-    # Not the method of diffusers' models, which warns of what the loop below takes care of.
-    torch.nn.Module.to(model, dtype)
-    for pattern in getattr(model, "_keep_in_fp32_modules", None) or ():
-        for name, module in model.named_modules():
-            if pattern in name.split("."):
-                module.float()

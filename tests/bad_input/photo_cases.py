@@ -73,6 +73,17 @@ def only(*names: str) -> Make:
     return build
 
 
+def one_down(name: str) -> Make:
+    """A folder whose photo is in a folder of this name."""
+
+    def build(folder: Path) -> Path:
+        (folder / name).mkdir()
+        photo().save(folder / name / "a.png")
+        return folder
+
+    return build
+
+
 def bomb(folder: Path) -> None:
     """A PNG that says it is 30,000 pixels square, without them."""
 
@@ -103,8 +114,21 @@ PHOTO_CASES: dict[str, Case] = {
     "an empty folder": ({PHOTOS: only()}, ["no images found", "png"]),
     "stray files only": ({PHOTOS: only("Thumbs.db", ".DS_Store", "notes.txt", "sub/")}, ["no images found"]),
     "hidden pictures only": ({PHOTOS: only(".a.png")}, ["no images found"]),
-    "HEIC only": ({PHOTOS: only("IMG_1.HEIC", "IMG_2.heic")}, ["no images found", "convert the heic files to jpg"]),
-    "HEIC under another name": ({PHOTOS: file("a.jpg", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")}, ["a.jpg (not an im"]),
+    # With and without the package that reads them.
+    "broken HEIC": ({PHOTOS: only("IMG_1.HEIC", "IMG_2.heic")}, ["IMG_1.HEIC", "IMG_2.heic"]),
+    "broken HEIC by another name": ({PHOTOS: file("a.jpg", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")}, ["a.jpg ("]),
+    "raw pictures only": ({PHOTOS: only("a.dng", "b.CR2")}, ["no images found", "a.dng, b.CR2: raw: convert to jpg"]),
+    "a zip": ({PHOTOS: lambda folder: only("a.zip")(folder) / "a.zip"}, ["a.zip is an archive: unpack it, and name"]),
+    "a zip in a folder": ({PHOTOS: only("a.zip")}, ["no images found", "a.zip: an archive: unpack it"]),
+    "one folder down": (
+        {PHOTOS: one_down("10_sks dog")},
+        [
+            "no images found",
+            "one folder down: 1; type --instance_data_dir",
+            "--repeats 10 --instance_prompt 'sks d",
+        ],
+    ),
+    "a saved dataset": ({PHOTOS: only("state.json", "dataset_info.json")}, ["a saved dataset", "type --dataset_name"]),
     **{
         f"half a {name}": ({PHOTOS: cut(f"a.{name}", 0.5)}, [f"a.{name} ("])
         for name in ("jpg", "png", "webp", "gif", "tif", "bmp")
@@ -118,7 +142,7 @@ PHOTO_CASES: dict[str, Case] = {
     ),
     "a tracking pixel": ({PHOTOS: picture("a.gif", "P", (1, 1))}, ["a.gif (a single pixel)"]),
     "30,000 pixels of nothing": ({PHOTOS: picture("a.png", "1", (30000, 1))}, ["30000 x 1 pixels is too narrow"]),
-    "30,000 pixels square": ({PHOTOS: photos(bomb)}, ["a.png (too many pixels)"]),
+    "30,000 pixels square": ({PHOTOS: photos(bomb)}, ["a.png (900 megapixels; scale it down to 500 at most)"]),
     "several at once": ({PHOTOS: photos(several)}, ["4 images", "a.jpg (", "b.png (", "c.png (", "d.png ("]),
     "a pipe": ({PHOTOS: photos(pipe)}, ["pipe.png (not a file)"]),
     "a dead link": ({PHOTOS: link("a.png", "nothing.png")}, ["a.png (a link that leads out of the folder"]),
@@ -132,6 +156,23 @@ PHOTO_CASES: dict[str, Case] = {
     "a caption in Shift-JIS": ({PHOTOS: caption("犬の写真".encode("shift-jis"))}, ["good.txt is not UTF-8 text"]),
     "a caption that is a picture": ({PHOTOS: caption(b"\x89PNG\r\n\x1a\n\0\0")}, ["good.txt is not UTF-8 text"]),
     "a caption without end": ({PHOTOS: caption(b"dog " * 20000)}, ["good.txt is 80,000 bytes long"]),
+    "captions cut short": (
+        {PHOTOS: file("metadata.jsonl", b'{"file_name": "good.png"')},
+        ["metadata.jsonl is"],
+    ),
+    "captions of numbers": (
+        {PHOTOS: file("metadata.jsonl", b'{"file_name": "good.png", "text": 3}')},
+        ["metadata.jsonl is not text for good.png"],
+    ),
+    "captions in UTF-16": (
+        {PHOTOS: file("metadata.csv", "file_name,text".encode("utf-16"))},
+        ["csv is not UTF"],
+    ),
+    "captions that link out": (
+        {PHOTOS: link("metadata.jsonl", "elsewhere.txt")},
+        ["jsonl is a link that leads"],
+    ),
+    "a .caption in Latin-1": ({PHOTOS: file("good.caption", b"H\xfcndchen")}, ["good.caption is not UTF-8 text"]),
     "a file": ({PHOTOS: one_file}, ["is a file, not a folder"]),
     "class pictures cut short": (
         {"--with_prior_preservation": True, "--class_prompt": "a dog", "--class_data_dir": cut("0.jpg", 0.4)},

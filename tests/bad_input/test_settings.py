@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from blockskip_hooks.embedded import model_defaults
 from blockskip_hooks.families.flux import Flux
 from blockskip_hooks.loading.checkpoint_index import index_safetensors
 from blockskip_hooks.loading.checks import check_model
+from blockskip_hooks.loading.model_defaults import model_defaults
 from tests.bad_input.harness import GOOD, assert_one_line, command, tree
 from tests.bad_input.model_cases import shards
 from tests.bad_input.plan_cases import PLAN_CASES

@@ -36,7 +36,6 @@ _COUNTS = [
     "checkpoints_total_limit",
     "num_validation_images",
     "validation_epochs",
-    "probe_steps",
     "seed",
 ]
 _WHOLE = [
@@ -102,7 +101,7 @@ FLAG_CASES: dict[str, Case] = {
     "an output that is too long": ({OUT: "x" * 300}, ["File name too long"]),
     "an output that no one may write": ({OUT: "/proc/nothing"}, ["/proc/nothing"]),
     "too little memory": ({"--memory_budget": "1KB"}, ["--memory_budget 1KB", "--skip_blocks auto"]),
-    "a word of memory": ({"--memory_budget": "much"}, ["--memory_budget is 'much'"]),
+    "a word of memory": ({"--memory_budget": "much"}, ["--memory_budget: 'much' is not"]),
     "an unknown option": ({"--memory_budget": "1GB", "--memory_options": "magic"}, ["--memory_options", "magic"]),
     "two budgets": (
         {"--skip_blocks": "auto", "--skip_budget": "1KB", "--memory_budget": "1GB"},

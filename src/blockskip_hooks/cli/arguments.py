@@ -1,50 +1,57 @@
-"""Command line of the training script: the flags, and what the user typed."""
+"""Command line of the training script: the flags, and the settings that a command line and its file hold."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
-import logging
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, NoReturn, get_args
 
-from ..config import BlockSkipConfig, PatchMode, ResidualMode
+from ..config import PatchMode, ResidualMode
+from ..data.buckets import parse_buckets
 from ..data.photos import INTERPOLATION
 from ..families import FAMILIES, Flag
 from ..loading.quantization import METHODS
+from ..planning.budget import MEMORY_OPTIONS, QUANTIZING_OPTIONS
 from ..residuals.dtype import ResidualDtype
-from .config_files import read_config
-from .errors import one_line
+from ..selection import parse_skip_blocks
+from ..training.settings import TrainSettings
+from ..utils.errors import UserError, one_line
+from .config_files import GONE, config_words
 
-
-logger = logging.getLogger(__name__)
 
 _BYTE_UNITS = {"": 1, "b": 1} | {
     f"{prefix}{suffix}": base**power
     for power, prefix in enumerate("kmgt", start=1)
     for suffix, base in (("b", 1000), ("ib", 1024))
 }
-# What --memory_budget may switch on: flag and value by name.
-MEMORY_OPTIONS: dict[str, tuple[str, Any]] = {
-    "checkpointing": ("gradient_checkpointing", True),
-    "8bit_adam": ("use_8bit_adam", True),
-    "int8": ("quantization", "int8"),
-    "nf4": ("quantization", "nf4"),
-}
-QUANTIZING_OPTIONS = frozenset(name for name, (flag, _) in MEMORY_OPTIONS.items() if flag == "quantization")
 _TRUE_WORDS = ("true", "yes", "on", "1")
 _FALSE_WORDS = ("false", "no", "off", "0")
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Argument parser whose errors are one line; with some ninety flags the usage text would hide the reason."""
+    """Argument parser whose errors are one line; with some ninety flags the usage text would hide the reason.
+
+    Attributes:
+        source: Where the words come from, if not from the command line: stands before what is wrong with them.
+    """
+
+    source = ""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (--help lists every flag)\n")
+        match = re.match("argument (--[a-zA-Z0-9_]+)(?:/--[a-zA-Z0-9_-]+)?: (.*)", message, re.DOTALL)
+        if match is not None:
+            flag, problem = match.groups()
+            joint = " " if problem.startswith("is ") else ": "
+            message = problem if problem.startswith(flag) else f"{flag}{joint}{problem}"
+        hint = "" if message.endswith(".") else " (--help lists every flag)"
+        self.exit(2, f"error: {self.source}{one_line(message)}{hint}\n")
 
 
 def printable_command(words: Sequence[str]) -> str:
@@ -69,67 +76,59 @@ def parse_bool(text: str) -> bool:
     return word in _TRUE_WORDS
 
 
-def parse_bytes(text: str) -> int:
+class ByteCount(int):
+    """A number of bytes that shows as it was typed."""
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def parse_bytes(text: str) -> ByteCount:
     """Number of bytes in a text like ``"8GB"`` (1e9), ``"500MiB"`` (2**20), ``"1.5 TB"`` or ``"1000000"``.
 
     Raises:
-        ValueError: if the text has another form or the amount is below one byte.
+        UserError: if the text has another form or the amount is below one byte.
     """
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)", text.strip())
     unit = _BYTE_UNITS.get(match[2].lower()) if match else None
     if match is None or unit is None or float(match[1]) * unit < 1:
-        raise ValueError(f"'{text}' is not a number of bytes; write it like 8GB, 500MiB or 1000000.")
+        raise UserError(f"'{text}' is not a number of bytes; write it like 8GB, 500MiB or 1000000.")
     # Whole numbers stay exact: a float has no room for every large byte count.
-    return int(match[1]) * unit if match[1].isdigit() else int(float(match[1]) * unit)
+    count = ByteCount(int(match[1]) * unit if match[1].isdigit() else int(float(match[1]) * unit))
+    count.text = text
+    return count
 
 
-def parse_skip_blocks(text: str, num_blocks: int | None = None) -> tuple[int, int] | int | Literal["auto", "none"]:
-    """Read ``--skip_blocks``.
-
-    Args:
-        text: ``"none"``, ``"auto"``, ``"N"`` (blocks to skip in all, divided between the ends later) or ``"n,m"``
-            (leading and trailing blocks).
-        num_blocks: Number of blocks of the transformer, to check that one is left; None where it is not known yet.
-
-    Returns:
-        The word, the number, or the pair.
-
-    Raises:
-        ValueError: if the text has another form or no block would be left to train.
-    """
-    word = text.strip().lower()
-    if word == "auto":
-        return "auto"
-    if word == "none":
-        return "none"
-    match = re.fullmatch(r"([0-9]{1,9})(?:\s*,\s*([0-9]{1,9}))?", word, re.ASCII)
-    if match is None:
-        raise ValueError(
-            f"--skip_blocks is '{text}'; give none, auto, a number of blocks (10) or leading,trailing (4,6)."
-        )
-    if match[2] is not None:
-        leading, trailing = int(match[1]), int(match[2])
-        if num_blocks is not None:
-            BlockSkipConfig(leading=leading, trailing=trailing).validate_for(num_blocks)
-        return leading, trailing
-    skipped = int(match[1])
-    if num_blocks is not None and skipped >= num_blocks:
-        raise ValueError(
-            f"--skip_blocks {skipped} leaves none of {num_blocks} blocks to train; give at most {num_blocks - 1}."
-        )
-    return skipped
+def parse_names(text: str) -> tuple[str, ...]:
+    """The names in a text that separates them by commas."""
+    return tuple(name.strip() for name in text.split(","))
 
 
-def parse_trackers(text: str) -> list[str]:
+def parse_trackers(text: str) -> tuple[str, ...]:
     """The names in ``--report_to``, known or not; none for ``none``."""
-    return [] if text == "none" else list(dict.fromkeys(name.strip() for name in text.split(",")))
+    return () if text == "none" else tuple(dict.fromkeys(parse_names(text)))
 
 
-def looks_up_blocks(args: argparse.Namespace) -> bool:
-    """Whether the flags leave it to a selection table or the rule which blocks are skipped."""
-    choice = parse_skip_blocks(args.skip_blocks)
-    # A memory budget chooses by itself unless the flag was typed.
-    return choice == "auto" or isinstance(choice, int) or bool(args.memory_budget and "skip_blocks" not in args.given)
+def skip_blocks_text(text: str) -> str:
+    """``--skip_blocks`` in one of its forms, without blanks around it and in lower case."""
+    parse_skip_blocks(text)
+    return text.strip().lower()
+
+
+def argument_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A function that reads a text as the type of a flag: what is wrong with the text becomes the parser's error."""
+
+    def convert(text: str) -> Any:
+        if not text.strip():
+            raise argparse.ArgumentTypeError("is empty; give a value, or leave the flag out.")
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return convert
 
 
 def family_flags() -> dict[str, Flag]:
@@ -141,8 +140,9 @@ def family_flags() -> dict[str, Flag]:
     return flags
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> OneLineParser:
     """Parser with the flags of the upstream DreamBooth-LoRA scripts of all families, and those of block skipping."""
+    size, names = argument_type(parse_bytes), argument_type(parse_names)
     # Without abbreviations a command keeps its meaning when flags are added.
     parser = OneLineParser(
         description="DreamBooth-LoRA on a diffusion transformer, with part of its blocks skipped.", allow_abbrev=False
@@ -181,25 +181,26 @@ def build_parser() -> argparse.ArgumentParser:
         help="Filter that photos and patches are resized with.",
     )
     flag("--use_aspect_ratio_buckets", action="store_true", help="Crop to common aspect ratios, not to a square.")
-    flag("--aspect_ratio_buckets", help="Crop to these shapes in place of a square: height,width;height,width;...")
+    flag(
+        "--aspect_ratio_buckets",
+        type=argument_type(parse_buckets),
+        help="Crop to these shapes in place of a square: height,width;height,width;...",
+    )
     flag("--caption_dropout", type=float, default=0.0, help="Part of the samples that trains on an empty prompt.")
 
     flag = parser.add_argument_group("block skipping").add_argument
-    flag("--skip_blocks", default="none", help="Blocks to skip: none, auto, N in all, or n,m (leading,trailing).")
+    flag(
+        "--skip_blocks",
+        type=argument_type(skip_blocks_text),
+        default="none",
+        help="Blocks to skip: none, auto, N in all, or n,m (leading,trailing).",
+    )
     flag("--skip_ratio", type=float, default=0.3, help="Part of all blocks that --skip_blocks auto skips.")
-    flag("--skip_budget", help="Bytes of parameters that --skip_blocks auto frees instead, like 10GiB.")
+    flag("--skip_budget", type=size, help="Bytes of parameters that --skip_blocks auto frees instead, like 10GiB.")
     flag(
         "--selection_table",
         help="Table that says which blocks to skip, from select_blocks.py; default: what is known.",
     )
-    flag(
-        "--select_on",
-        choices=("table", "base", "subject"),
-        default="table",
-        help="Measure which blocks to skip: on the base model where no table was measured, or on a probe LoRA.",
-    )
-    flag("--selection_encoder", help="Image encoder for that: hub id, folder or offline; default: DINO ViT-S/16.")
-    flag("--probe_steps", type=int, default=100, help="Optimizer steps of the probe LoRA for --select_on subject.")
     flag("--strict_table", action="store_true", help="Refuse to choose blocks by anything that was not measured.")
     flag(
         "--residuals",
@@ -219,7 +220,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="Number format of the records: that of the hidden states, or float8, which halves the disk.",
     )
     flag("--residual_dir", help="Folder of the residual records; by default inside --output_dir.")
-    flag("--residual_budget", help="Disk the records may fill at a time, like 8GB; fewer are then made per stretch.")
+    flag(
+        "--residual_budget",
+        type=size,
+        help="Disk the records may fill at a time, like 8GB; fewer are then made per stretch.",
+    )
     flag("--stretch_steps", type=int, help="Steps whose records are made at a time; default: as many as fit.")
     flag("--record_repeats", type=int, default=1, help="Times each record is trained on; 2 halves the precompute.")
     flag(
@@ -230,7 +235,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     flag("--precompute_batch_size", type=int, help="Samples per forward when making records; default: what fits.")
     flag("--overwrite_residuals", action="store_true", help="Replace records that another run left.")
-    flag("--memory_budget", help="Memory that every stage must fit in, like 12GiB; chooses how many blocks to skip.")
+    flag(
+        "--memory_budget",
+        type=size,
+        help="Memory that every stage must fit in, like 12GiB; chooses how many blocks to skip.",
+    )
     flag(
         "--memory_options",
         nargs="+",
@@ -262,8 +271,12 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--rank", type=int, default=4, help="Rank of the LoRA matrices.")
     flag("--lora_alpha", type=int, default=4, help="LoRA scale; updates are multiplied by alpha / rank.")
     flag("--lora_dropout", type=float, default=0.0, help="Dropout in the LoRA layers.")
-    flag("--lora_layers", help="Comma-separated ends of the names of the layers to adapt, within kept blocks.")
-    flag("--lora_blocks", help="Comma-separated numbers of the only blocks to adapt, counted from 0.")
+    flag(
+        "--lora_layers",
+        type=names,
+        help="Comma-separated ends of the names of the layers to adapt, within kept blocks.",
+    )
+    flag("--lora_blocks", type=names, help="Comma-separated numbers of the only blocks to adapt, counted from 0.")
     flag("--train_text_encoder", action="store_true", help="Also train a LoRA on the CLIP text encoders.")
     flag("--fsdp_text_encoder", action="store_true", help="Not supported: sharding of the text encoder.")
 
@@ -329,7 +342,10 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--export_merged", action="store_true", help="Also write the transformer with the LoRA in its weights.")
     flag("--logging_dir", default="logs", help="Folder for tracker logs, inside --output_dir.")
     flag(
-        "--report_to", default="tensorboard", help="Trackers: tensorboard, wandb, ..., several by commas, all or none."
+        "--report_to",
+        type=argument_type(parse_trackers),
+        default="tensorboard",
+        help="Trackers: tensorboard, wandb, ..., several by commas, all or none.",
     )
     flag(
         "--log_level",
@@ -357,56 +373,93 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse a command line and the file of its ``--config``, and remember which flags were given.
+def parse_args(argv: Sequence[str] | None = None) -> TrainSettings:
+    """The settings of a command line and of the file of its ``--config``, before a model has its say.
+
+    The file's values come before the command line's as arguments do, so what is typed wins.
 
     Args:
         argv: Arguments without the program name, or None for those of the process.
 
     Returns:
-        The flags, and ``given``: a frozenset of the names (``"skip_blocks"``) that the command line or the file held,
-        whether or not their value is the default. What is typed wins over the file. ``local_rank`` is the variable
-        ``LOCAL_RANK`` where a launcher set it.
+        The settings. ``local_rank`` is the variable ``LOCAL_RANK`` where a launcher set it.
 
     A flag or a file that cannot be parsed ends the program with one line on stderr and code 2.
     """
     parser = build_parser()
+    words = list(sys.argv[1:] if argv is None else argv)
     defaults = vars(parser.parse_args([]))
     # argparse fills in a default only where the namespace has no value yet, so what stays was not typed.
     untyped = object()
-    args, unknown = parser.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(defaults, untyped)))
-    if unknown:
-        name = unknown[0].split("=")[0]
-        close = difflib.get_close_matches(name, [f"--{dest}" for dest in defaults], n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
-    given = {dest: value for dest, value in vars(args).items() if value is not untyped}
-    if given.get("config") is not None:
+    found = argparse.Namespace(**dict.fromkeys(defaults, untyped))
+    in_file: frozenset[str] = frozenset()
+    if (path := _config_file(words)) is not None:
         try:
-            given = {**read_config(Path(given["config"]), parser), **given}
-        except ValueError as error:
+            file_words, in_file = config_words(path, parser)
+        except UserError as error:
             parser.exit(2, f"error: {one_line(str(error))}\n")
-    args = argparse.Namespace(**{**defaults, **given})
-    args.given = frozenset(given)
+        parser.source = f"--config {path}: "
+        parser.parse_args(file_words, found)
+        parser.source = ""
+    _, unknown = parser.parse_known_args(words, found)
+    if unknown:
+        _refuse_unknown(parser, unknown)
+    typed = {name: value for name, value in vars(found).items() if value is not untyped}
+    values = {**defaults, **typed}
     launcher_rank = os.environ.get("LOCAL_RANK", "-1")
     if launcher_rank != "-1":
-        args.local_rank = int(launcher_rank)
-    return args
+        values["local_rank"] = int(launcher_rank)
+    own = {field.name for field in fields(TrainSettings)} - {"given", "family_flags"}
+    return TrainSettings(
+        given=in_file | typed.keys(),
+        family_flags={name: values[name] for name in family_flags()},
+        **{name: values[name] for name in own},
+    )
 
 
-def apply_defaults(args: argparse.Namespace, defaults: Mapping[str, Any]) -> None:
-    """Put the defaults of a model or family in place of those flags that the user did not type.
+def _config_file(words: Sequence[str]) -> Path | None:
+    """The file of ``--config``, if the command line names one."""
+    parser = OneLineParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    return parser.parse_known_args(words)[0].config
+
+
+def _refuse_unknown(parser: OneLineParser, unknown: Sequence[str]) -> NoReturn:
+    names = [word.split("=")[0] for word in unknown]
+    for name in names:
+        if (gone := name.removeprefix("--")) in GONE:
+            parser.error(f"{name} is gone; {GONE[gone]}.")
+    known = [option for action in parser._actions for option in action.option_strings]
+    close = difflib.get_close_matches(names[0], known, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+
+
+def apply_defaults(settings: TrainSettings, defaults: Mapping[str, Any]) -> TrainSettings:
+    """The settings with the defaults of a model or family in place of those flags that the user did not give.
 
     Args:
-        args: From `parse_args`; changed in place.
+        settings: From `parse_args`.
         defaults: Value by flag name without the dashes.
 
     Raises:
-        ValueError: if a name is not a flag; nothing is changed then.
+        ValueError: if a name is not a flag.
     """
-    unknown = sorted(name for name in defaults if name == "given" or name not in vars(args))
-    if unknown:
-        raise ValueError(f"Defaults for unknown flags: {', '.join(unknown)}; remove them or correct the names.")
-    for name, value in defaults.items():
-        if name not in args.given:
-            setattr(args, name, value)
+    settings.with_values(defaults)
+    return settings.with_values({name: value for name, value in defaults.items() if name not in settings.given})
+
+
+__all__ = [
+    "MEMORY_OPTIONS",
+    "QUANTIZING_OPTIONS",
+    "ByteCount",
+    "OneLineParser",
+    "apply_defaults",
+    "build_parser",
+    "family_flags",
+    "parse_args",
+    "parse_bool",
+    "parse_bytes",
+    "parse_skip_blocks",
+    "printable_command",
+]

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import traceback
 
 import torch
 from safetensors import SafetensorError
+
+from ..training.stop_signals import is_lost_process
+from ..utils.errors import first_line, one_line
 
 
 _OUR_CODE = ("blockskip_hooks", "__main__", "train_dreambooth_blockskip", "select_blocks", "plan_memory", "evaluate")
@@ -16,7 +20,6 @@ _OUT_OF_MEMORY = re.compile(
 )
 _WORKER_KILLED = re.compile(r"DataLoader worker .* (is killed|exited unexpectedly)")
 _FROM_WORKER = re.compile(r"Caught \w+ in DataLoader worker process .*/blockskip_hooks/", re.DOTALL)
-_REASON_CHARACTERS = 300
 
 
 def explain(error: BaseException, stage: str | None = None, secret: str | None = None) -> str | None:
@@ -31,17 +34,22 @@ def explain(error: BaseException, stage: str | None = None, secret: str | None =
         secret: Text that must not be shown, a token say.
     """
     text = str(error)
-    if _ran_out_of_memory(error):
+    if isinstance(error, RuntimeError) and is_lost_process(error):
         line = (
-            f"Memory ran out in stage {stage or 'plan'} ({_reason(text, error)}); give --memory_budget with what "
+            f"Another process of this run ended or cannot be reached, so process {os.environ.get('RANK', '0')} ends "
+            "too; the same command with --resume_from_checkpoint latest goes on from the last checkpoint."
+        )
+    elif _ran_out_of_memory(error):
+        line = (
+            f"Memory ran out in stage {stage or 'plan'} ({first_line(error)}); give --memory_budget with what "
             "there is, so that blocks are skipped until it fits, or lower --resolution or the batch size."
         )
     elif isinstance(error, RuntimeError) and _WORKER_KILLED.search(text):
-        line = f"A process of --dataloader_num_workers was killed ({_reason(text, error)}); give fewer, or 0."
+        line = f"A process of --dataloader_num_workers was killed ({first_line(error)}); give fewer, or 0."
     elif isinstance(error, OSError) or isinstance(error, SafetensorError) and "IoError" in text:
         line = _of_files(error)
     elif isinstance(error, SafetensorError):
-        line = f"A safetensors file cannot be read ({_reason(text, error)}); make or download it again."
+        line = f"A safetensors file cannot be read ({first_line(error)}); make or download it again."
     elif isinstance(error, ValueError) and (_is_ours(error) or _FROM_WORKER.match(text)):
         # Of a worker's error the text ends with what it said, behind the name of its type.
         line = re.sub(r"^\w+: ", "", text.strip().splitlines()[-1]) if _FROM_WORKER.match(text) else text
@@ -56,17 +64,6 @@ def in_full(secret: str | None = None) -> str:
     return text.replace(secret, "***") if secret else text
 
 
-def one_line(text: str) -> str:
-    """``text`` on one line: what would break or colour it, as in the name of a file, is shown as an escape."""
-    words = " ".join(text.split())
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in words)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says, without its full stop; the name of its type where it says nothing."""
-    return _reason(str(error), error)
-
-
 def _ran_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
@@ -76,7 +73,7 @@ def _ran_out_of_memory(error: BaseException) -> bool:
 def _of_files(error: BaseException) -> str:
     text = str(error)
     if getattr(error, "errno", None) == errno.ENOSPC or "StorageFull" in text or "No space left" in text:
-        return f"The disk is full ({_reason(text, error)}); free some of it, or bound records by --residual_budget."
+        return f"The disk is full ({first_line(error)}); free some of it, or bound records by --residual_budget."
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}."
     return text.strip() or type(error).__name__
@@ -87,12 +84,6 @@ def _is_ours(error: BaseException) -> bool:
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     module = frames[-1].f_globals.get("__name__", "") if frames else ""
     return module.split(".")[0] in _OUR_CODE
-
-
-def _reason(text: str, error: BaseException) -> str:
-    lines = text.strip().splitlines()
-    reason = lines[0].strip().rstrip(".") if lines else type(error).__name__
-    return reason if len(reason) <= _REASON_CHARACTERS else f"{reason[:_REASON_CHARACTERS]}..."
 
 
 __all__ = ["explain", "first_line", "in_full", "one_line"]

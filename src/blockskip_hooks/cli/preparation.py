@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import inspect
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..data.photos import Photo, image_paths, load_dataset_photos, scan_photos
-from ..embedded import DEFAULT_SUBJECT, embedded_model, embedded_photos, embedded_subjects, model_defaults
-from ..families import detect_family
+from ..embedded import DEFAULT_SUBJECT, embedded_model, embedded_photos, embedded_subjects
+from ..families import Family, detect_family
 from ..loading.checks import check_model
 from ..loading.download import check_weights, resolve_model
+from ..loading.model_defaults import model_defaults
 from ..loading.quantization import read_quantization
-from ..training.settings import Run
+from ..reporting.progress import photo_progress
+from ..training.chosen_blocks import choose_blocks
+from ..training.run import Run
+from ..training.settings import TrainSettings
 from ..training.sharding import asks_for_sharding
+from ..utils.errors import UserError
 from .argument_checks import check_family_flags, validate_args
 from .arguments import QUANTIZING_OPTIONS, apply_defaults
-from .chosen_blocks import choose_blocks
 
 
 logger = logging.getLogger(__name__)
@@ -28,74 +32,72 @@ logger = logging.getLogger(__name__)
 EMBEDDED_PROMPTS = 4
 
 
-def prepare_run(args: argparse.Namespace) -> Run:
+def prepare_run(settings: TrainSettings) -> Run:
     """Resolve and check everything that needs no weights.
 
     Args:
-        args: From :func:`~blockskip_hooks.cli.arguments.parse_args`; changed in place.
+        settings: From :func:`~blockskip_hooks.cli.arguments.parse_args`.
 
     Raises:
-        ValueError: one line that names the flag and the fix.
+        UserError: one line that names the flag and the fix.
         OSError: if a folder cannot be read or written.
     """
-    embedded = args.pretrained_model_name_or_path is None
-    model_name = args.pretrained_model_name_or_path or "embedded micro-FLUX"
+    embedded = settings.pretrained_model_name_or_path is None
+    model_name = settings.pretrained_model_name_or_path or "embedded micro-FLUX"
     if not embedded:
         # What the user typed is checked before a download starts.
-        validate_args(args, warn=False)
-    model_path = embedded_model() if embedded else resolve_model(args)
+        validate_args(settings, warn=False)
+    model_path = _find_model(settings)
     family_class = detect_family(model_path)
-    check_family_flags(args, family_class)
+    check_family_flags(settings, family_class)
     defaults, pipeline_kwargs = model_defaults(model_path)
     prompts: list[str] = []
     if embedded:
-        defaults |= _embedded_defaults(args)
+        defaults |= _embedded_defaults(settings)
         if "instance_data_dir" in defaults:
             prompts = embedded_subjects()[DEFAULT_SUBJECT]["validation_prompts"][:EMBEDDED_PROMPTS]
-    apply_defaults(args, {**family_class.flag_defaults, **defaults})
-    if args.lora_alpha is None:
-        args.lora_alpha = args.rank
-    validate_args(args)
+    settings = apply_defaults(settings, {**family_class.flag_defaults, **defaults})
+    if settings.lora_alpha is None:
+        settings = settings.with_values({"lora_alpha": settings.rank})
+    validate_args(settings)
     if embedded:
-        pipeline_kwargs = {"height": args.resolution, "width": args.resolution, **pipeline_kwargs}
-    if args.validation_prompt is not None:
-        prompts = [args.validation_prompt]
+        pipeline_kwargs = {"height": settings.resolution, "width": settings.resolution, **pipeline_kwargs}
+    if settings.validation_prompt is not None:
+        prompts = [settings.validation_prompt]
 
-    check_weights(model_path, family_class, args.variant)
-    check_model(model_path, family_class, args.variant)
+    check_weights(model_path, family_class.text_components, settings.variant)
+    check_model(model_path, family_class, settings.variant)
     try:
-        family = family_class(model_path, args.variant, vars(args))
-        blocks = choose_blocks(args, family, model_name)
+        family = family_class(model_path, settings.variant, settings.flags())
+        blocks = choose_blocks(settings, family, model_name)
     except OSError as error:
-        raise ValueError(f"--pretrained_model_name_or_path {model_path} cannot be used: {error}") from error
-    skeleton, quantization = blocks["skeleton"], read_quantization(args)
+        raise UserError(f"--pretrained_model_name_or_path {model_path} cannot be used: {error}") from error
+    skeleton = blocks["skeleton"]
+    quantization = read_quantization(settings.quantization, settings.bnb_quantization_config_path)
     if quantization and not quantization.layers(skeleton.transformer, [block.name for block in skeleton.spans.kept]):
-        raise ValueError(
+        raise UserError(
             f"No kept block has a layer that can be held in {quantization.name}; leave --quantization out."
         )
     shares_weights = asks_for_sharding()
-    if shares_weights and (quantization or not QUANTIZING_OPTIONS.isdisjoint(args.memory_options)):
-        raise ValueError(
+    if shares_weights and (quantization or not QUANTIZING_OPTIONS.isdisjoint(settings.memory_options)):
+        raise UserError(
             "--quantization, also as one of --memory_options, and accelerate's FSDP do not go together: quantised "
             "weights cannot be divided; leave one of them out."
         )
-    accepted = inspect.signature(family.pipeline_class.__call__).parameters
-    unknown = sorted(pipeline_kwargs.keys() - accepted.keys())
-    if unknown:
-        raise ValueError(f"{model_path}/blockskip_defaults.json: the model's pipeline takes no {', '.join(unknown)}.")
-    photos = _find_photos(args)
-    if args.with_prior_preservation and Path(args.class_data_dir).is_dir() and image_paths(Path(args.class_data_dir)):
-        scan_photos(Path(args.class_data_dir), flag="--class_data_dir")
-    if not args.instance_prompt and any(photo.caption is None for photo in photos):
+    _check_pipeline(family, pipeline_kwargs)
+    photos = _find_photos(settings)
+    if settings.with_prior_preservation:
+        _check_class_images(settings.class_folder)
+    if not settings.instance_prompt and any(photo.caption is None for photo in photos):
         logger.warning("--instance_prompt is empty: photos without a caption train on an empty prompt.")
-    if args.train_text_encoder and not family.text_lora_layers:
-        raise ValueError(f"--train_text_encoder is not available for {family.name}; leave it out.")
+    if settings.train_text_encoder and not family.text_lora_layers:
+        raise UserError(f"--train_text_encoder is not available for {family.name}; leave it out.")
     family.check()
-    if args.enable_npu_flash_attention and importlib.util.find_spec("torch_npu") is None:
-        raise ValueError("--enable_npu_flash_attention needs a package that is not installed: torch_npu.")
-    _check_writable(Path(args.output_dir))
+    if settings.enable_npu_flash_attention and importlib.util.find_spec("torch_npu") is None:
+        raise UserError("--enable_npu_flash_attention needs a package that is not installed: torch_npu.")
+    _check_writable(settings.output_folder)
     return Run(
-        args=args,
+        settings=settings,
         family=family,
         model_name=model_name,
         embedded=embedded,
@@ -108,22 +110,22 @@ def prepare_run(args: argparse.Namespace) -> Run:
     )
 
 
-def known_defaults(args: argparse.Namespace) -> dict[str, Any]:
+def known_defaults(settings: TrainSettings) -> dict[str, Any]:
     """What a run would put in place of flags' own defaults, as far as that is known without asking the hub.
 
     Raises:
-        ValueError: if the model's folder is not one of a supported pipeline.
+        UserError: if the model's folder is not one of a supported pipeline.
     """
-    embedded = args.pretrained_model_name_or_path is None
-    folder = embedded_model() if embedded else Path(args.pretrained_model_name_or_path)
+    name = settings.pretrained_model_name_or_path
+    embedded, folder = name is None, embedded_model() if name is None else Path(name)
     if not folder.is_dir():
         return {}
-    own = model_defaults(folder)[0] | (_embedded_defaults(args) if embedded else {})
+    own = model_defaults(folder)[0] | (_embedded_defaults(settings) if embedded else {})
     return {**detect_family(folder).flag_defaults, **own}
 
 
-def _embedded_defaults(args: argparse.Namespace) -> dict[str, Any]:
-    if {"instance_data_dir", "dataset_name"} & args.given:
+def _embedded_defaults(settings: TrainSettings) -> dict[str, Any]:
+    if {"instance_data_dir", "dataset_name"} & settings.given:
         return {"instance_prompt": "a photo of sks object"}
     subject = embedded_subjects()[DEFAULT_SUBJECT]
     return {
@@ -136,15 +138,48 @@ def _embedded_defaults(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _find_photos(args: argparse.Namespace) -> list[Photo]:
-    if args.dataset_name:
-        return load_dataset_photos(
-            args.dataset_name, args.dataset_config_name, args.image_column, args.caption_column, args.cache_dir
+def _find_model(settings: TrainSettings) -> Path:
+    if settings.pretrained_model_name_or_path is None:
+        return embedded_model()
+    return resolve_model(
+        settings.pretrained_model_name_or_path,
+        revision=settings.revision,
+        variant=settings.variant,
+        cache_dir=settings.cache_dir,
+        token=settings.hub_token,
+    )
+
+
+def _check_pipeline(family: Family, pipeline_kwargs: Mapping[str, Any]) -> None:
+    """Check that the pipeline takes what the model's folder gives its call."""
+    accepted = inspect.signature(family.pipeline_class.__call__).parameters
+    unknown = sorted(pipeline_kwargs.keys() - accepted.keys())
+    if unknown:
+        raise UserError(
+            f"{family.model_path}/blockskip_defaults.json: the model's pipeline takes no {', '.join(unknown)}."
         )
-    return scan_photos(Path(args.instance_data_dir))
+
+
+def _check_class_images(folder: Path) -> None:
+    """Check the class images that are there already."""
+    if folder.is_dir() and image_paths(folder):
+        scan_photos(folder, flag="--class_data_dir", progress=photo_progress)
+
+
+def _find_photos(settings: TrainSettings) -> list[Photo]:
+    if settings.dataset_name:
+        return load_dataset_photos(
+            settings.dataset_name,
+            settings.dataset_config_name,
+            settings.image_column,
+            settings.caption_column,
+            settings.cache_dir,
+            progress=photo_progress,
+        )
+    return scan_photos(Path(settings.instance_data_dir or ""), progress=photo_progress)
 
 
 def _check_writable(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
-        raise ValueError(f"--output_dir {folder} cannot be written; choose another folder.")
+        raise UserError(f"--output_dir {folder} cannot be written; choose another folder.")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
 
 
 # As wide and as high as cameras and screens are, between the widest (21:9) and the highest.
@@ -37,4 +39,10 @@ def standard_buckets(resolution: int, multiple: int) -> tuple[tuple[int, int], .
     return tuple(dict.fromkeys(shapes))
 
 
-__all__ = ["ASPECT_RATIOS", "parse_buckets", "standard_buckets"]
+def nearest_bucket(size: tuple[int, int], shapes: Sequence[tuple[int, int]]) -> int:
+    """Number of the shape whose aspect ratio is nearest to that of ``size``, both (height, width)."""
+    ratio = math.log(size[0] / size[1])
+    return min(range(len(shapes)), key=lambda number: abs(math.log(shapes[number][0] / shapes[number][1]) - ratio))
+
+
+__all__ = ["ASPECT_RATIOS", "nearest_bucket", "parse_buckets", "standard_buckets"]

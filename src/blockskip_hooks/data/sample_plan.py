@@ -7,8 +7,8 @@ processes.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -16,9 +16,13 @@ from diffusers.training_utils import compute_density_for_timestep_sampling
 
 from ..config import PatchSamplingConfig
 from ..patch_sampling import patch_size_for
+from ..utils.seeds import derived_seed
 
 
 SampleKind = Literal["instance", "class"]
+
+# Of two kinds, the epoch at hand and the one beside it.
+_KEPT_ORDERS = 4
 
 
 @dataclass(frozen=True)
@@ -55,12 +59,6 @@ class Sample:
     def id(self) -> str:
         """Name of the sample's record in the residual store."""
         return f"{self.kind}-{self.index:08d}"
-
-
-def derived_seed(*parts: object) -> int:
-    """A 63-bit seed from ``parts``, the same on every machine and Python version."""
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +102,7 @@ class SamplePlan:
     batch_size: int = 1
     caption_dropout: float = 0.0
 
-    @property
+    @cached_property
     def epoch_length(self) -> int:
         """Samples of each kind in one epoch; each bucket is filled up to whole batches."""
         length = max(self.num_images["instance"] * self.repeats, self.num_images.get("class", 0))
@@ -123,10 +121,23 @@ class SamplePlan:
 
     def _image(self, kind: SampleKind, index: int) -> int:
         epoch, position = divmod(index, self.epoch_length)
+        if (kind, epoch) not in self._orders:
+            # Samples are mostly asked for in order: the epochs before are not needed any more.
+            for old in list(self._orders)[: -_KEPT_ORDERS + 1]:
+                del self._orders[old]
+            self._orders[kind, epoch] = self._epoch(kind, epoch)
+        return self._orders[kind, epoch][position]
+
+    @cached_property
+    def _orders(self) -> dict[tuple[SampleKind, int], list[int]]:
+        """Images in order, by kind and epoch, of the epochs that were asked for last."""
+        return {}
+
+    def _epoch(self, kind: SampleKind, epoch: int) -> list[int]:
         if kind == "instance" and self.buckets is not None:
-            return self._bucketed_epoch(epoch)[position]
+            return self._bucketed_epoch(epoch)
         order = torch.randperm(self.epoch_length, generator=self._generator("order", kind, epoch))
-        return int(order[position]) % self.num_images[kind]
+        return (order % self.num_images[kind]).tolist()
 
     def _bucketed_epoch(self, epoch: int) -> list[int]:
         """Images of an epoch in order: whole batches of one bucket, in shuffled order."""

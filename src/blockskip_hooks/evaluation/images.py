@@ -23,6 +23,7 @@ from ..inference.streamed_model import (
 )
 from ..residuals.store import file_digest
 from ..search.masking_search import fingerprint
+from ..utils.files import replacing
 from .prompt_lists import EvaluationPrompt
 
 
@@ -147,6 +148,5 @@ def _batches(keys: Sequence[tuple[str, int]], size: int) -> list[tuple[str, list
 
 def _save(image: Image.Image, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.tmp")
-    image.save(temporary, format="PNG")
-    temporary.replace(file)
+    with replacing(file) as temporary:
+        image.save(temporary, format="PNG")

@@ -3,183 +3,30 @@
 from __future__ import annotations
 
 import json
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
+import diffusers
 import torch
-from diffusers import AutoModel, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
-from diffusers.utils import logging
 from torch.nn.utils.rnn import pad_sequence
-from transformers.utils import logging as text_logging
 
-from ..loading.component_config import load_config, model_class
-from .text_encoders import load_streamed_encoder
-
-
-PromptEmbeds = dict[str, torch.Tensor]
-"""One prompt's embeddings by name, without a batch dimension; tensors whose first axis is tokens may differ in it."""
+from ..loading.component_config import is_absent
+from .facts import ComfyUIFormat, FamilyFacts, Flag, PromptEmbeds
 
 
-@dataclass(frozen=True)
-class Flag:
-    """A command-line flag that only some families have.
-
-    Attributes:
-        name: Its name, without the dashes.
-        settings: Arguments of ``argparse``'s ``add_argument``: type, default, help, ...
-        refusal: Why a run cannot honour the flag and what to do instead; it stops a run that is given the flag.
-    """
-
-    name: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    refusal: str = ""
-
-    @property
-    def default(self) -> Any:
-        """Value when the flag is not given."""
-        return self.settings.get("default", False if self.settings.get("action") == "store_true" else None)
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, ModelMixin
 
 
-@dataclass(frozen=True)
-class ComfyUIFormat:
-    """Keys of a LoRA file that ComfyUI reads for a family and that diffusers' loader of the family reads back.
-
-    Attributes:
-        prefix: What stands before diffusers' names of the transformer's layers.
-        writes_alpha: Whether each layer has its ``.alpha``; otherwise the scale is part of ``lora_B``, because the
-            family's loader in diffusers refuses such keys.
-    """
-
-    prefix: str = "transformer."
-    writes_alpha: bool = False
-
-
-class Family(ABC):
+class Family(FamilyFacts):
     """Prompt encoding, latent layout, transformer call, objective and pipeline of one model family.
 
     Shapes use B batch, C channels, H and W height and width of latents, S tokens. "Latents" without further words are
     those that noise is added to, in the family's own layout ``(B, C, H, W)``.
-
-    Args:
-        model_path: Local folder of a pipeline.
-        variant: Weight variant in the file names, such as ``"fp16"``.
-        flags: Values of command-line flags by name; defaults stand in for those that are missing.
-
-    Attributes:
-        name: Name in reports.
-        pipeline_class: The stock pipeline whose LoRA loader reads what we export.
-        lora_layers: Modules of a block that get LoRA when ``--lora_layers`` is not given, relative to the block.
-        text_stream_layers: Of these, the layers whose only effect is on the block's text output.
-        modulation_layers: Linear layers of a block, relative to it, whose input depends on the timestep and the
-            prompt's embedding as a whole, but on no token: their outputs are recorded with the residuals.
-        text_lora_layers: Linear layers that ``--train_text_encoder`` adapts, by name suffix.
-        text_components: Pipeline components that encode prompts.
-        optional_components: Of these, the ones that a model may come without, null in its index: the pipeline does
-            without them, or flags say where they are.
-        trained_text_components: Of these, the text encoders that ``--train_text_encoder`` adapts.
-        unused_components: Pipeline components that training leaves alone.
-        image_components: Of these, the ones that :meth:`image_pipeline` loads beside transformer and VAE.
-        block_stacks: See :func:`~blockskip_hooks.blocks.list_blocks`; ``None`` detects them.
-        cross_attention: The layer of a block, relative to it, in which the image reads the text; ``None`` where both
-            are in one sequence.
-        patch_size: Latents per token along one side, where the pipeline packs them; ``None`` where the transformer
-            does, as its config says.
-        text_comes_first: Whether text is before image in that sequence.
-        own_flags: Flags that have an effect with some families only, this one among them.
-        flag_defaults: Defaults of flags that differ between families.
-        negative_prompt: What guided pipelines are given as the negative prompt; ``None`` for those without guidance.
-        tags: Tags of the model card.
-        comfyui: Keys of ``--save_format comfyui``; ``None`` where ComfyUI and diffusers have none in common.
-        scheduler: The training noise schedule.
     """
-
-    name: ClassVar[str]
-    pipeline_class: ClassVar[type[DiffusionPipeline]]
-    lora_layers: ClassVar[tuple[str, ...]]
-    text_stream_layers: ClassVar[tuple[str, ...]] = ()
-    modulation_layers: ClassVar[tuple[str, ...]] = ()
-    text_lora_layers: ClassVar[tuple[str, ...]] = ()
-    text_components: ClassVar[tuple[str, ...]] = ()
-    optional_components: ClassVar[tuple[str, ...]] = ()
-    trained_text_components: ClassVar[tuple[str, ...]] = ()
-    unused_components: ClassVar[tuple[str, ...]] = ()
-    image_components: ClassVar[tuple[str, ...]] = ()
-    block_stacks: ClassVar[tuple[str, ...] | None] = None
-    cross_attention: ClassVar[str | None] = None
-    patch_size: ClassVar[int | None] = 2
-    text_comes_first: ClassVar[bool] = True
-    own_flags: ClassVar[tuple[Flag, ...]] = ()
-    flag_defaults: ClassVar[Mapping[str, Any]] = {}
-    negative_prompt: ClassVar[str | None] = None
-    tags: ClassVar[tuple[str, ...]] = ()
-    comfyui: ClassVar[ComfyUIFormat | None] = None
-
-    def __init__(self, model_path: Path, variant: str | None = None, flags: Mapping[str, Any] | None = None) -> None:
-        self.model_path = model_path
-        self.variant = variant
-        defaults = {"max_sequence_length": 512, **{flag.name: flag.default for flag in self.own_flags}}
-        self.flags: dict[str, Any] = {**defaults, **self.flag_defaults, **(flags or {})}
-        self.scheduler = self.load_scheduler()
-        self.vae_config = load_config(model_path / "vae")
-
-    # What is known before any weight is read
-
-    def check(self) -> None:  # noqa: B027 - most families have nothing to check
-        """Find what would fail later: packages that are not installed, flags that do not fit the model.
-
-        Raises:
-            ValueError: one line that says what to do.
-        """
-
-    def transformer_class(self, transformer_config: Mapping[str, Any]) -> type[ModelMixin]:
-        """The transformer's class, with LoRA methods.
-
-        Raises:
-            ValueError: if the config does not name a model class of diffusers.
-        """
-        return model_class(transformer_config)
-
-    def make_traceable(self, transformer: Any) -> None:  # noqa: B027 - most transformers need nothing
-        """Let an empty transformer run on fake tensors where what it does depends on the values of tensors."""
-
-    def load_scheduler(self) -> Any:
-        """The training noise schedule, with ``timesteps`` and ``sigmas`` of all training steps, noisiest first."""
-        return FlowMatchEulerDiscreteScheduler.from_pretrained(self.model_path, subfolder="scheduler")
-
-    @property
-    def vae_scale_factor(self) -> int:
-        """Pixels per VAE latent along one side; that of ``AutoencoderKL`` unless overridden."""
-        return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
-
-    @property
-    def latent_token_size(self) -> int:
-        """Pixels per transformer token along one side: VAE factor x patchify."""
-        patch_size = self.patch_size or load_config(self.model_path / "transformer")["patch_size"]
-        return patch_size * self.vae_scale_factor
-
-    @property
-    def image_size(self) -> int:
-        """Side in pixels of the images that the pipeline makes unless told otherwise."""
-        return load_config(self.model_path / "transformer").get("sample_size", 128) * self.vae_scale_factor
-
-    def vae_latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        """Shape of one image's latents as the VAE encodes and decodes them, from its size in pixels."""
-        factor = self.vae_scale_factor
-        return (self.vae_config["latent_channels"], height // factor, width // factor)
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        """Shape of one image's latents in the family's layout, from its size in pixels."""
-        return self.vae_latent_shape(height, width)
-
-    @abstractmethod
-    def empty_embeds(
-        self, transformer_config: Mapping[str, Any], text_tokens: int, dtype: torch.dtype
-    ) -> PromptEmbeds:
-        """Embeddings of a prompt of ``text_tokens`` tokens: right shapes and dtypes, every token real, no values."""
 
     # Encoding
 
@@ -231,7 +78,11 @@ class Family(ABC):
             self.model_path, **components, torch_dtype=dtype, variant=self.variant
         )
         pipeline = pipeline.to(device)
-        configs = self.text_encoder_configs() if streamed else {}
+        if not streamed:
+            return pipeline
+        from ..loading.text_encoders import load_streamed_encoder
+
+        configs = self.text_encoder_configs()
         for name in streamed:
             source, settings = self.text_encoder_source(name)
             encoder = load_streamed_encoder(source, configs[name], dtype=dtype, device=device, **settings)
@@ -245,18 +96,18 @@ class Family(ABC):
             self.model_path, **components, torch_dtype=dtype, variant=self.variant
         )
 
-    @classmethod
-    def absent_components(cls, index: Mapping[str, Any]) -> list[str]:
-        """Which optional components a model comes without: those that its ``model_index.json`` gives no class."""
-        return [name for name in cls.optional_components if (index.get(name) or [None])[0] is None]
-
     def _absences(self) -> dict[str, Any]:
-        # A pipeline has to be told of each that it is to do without.
-        return dict.fromkeys(self.absent_components(json.loads((self.model_path / "model_index.json").read_text())))
+        # A pipeline has to be told of each component that it is to do without.
+        index = json.loads((self.model_path / "model_index.json").read_text())
+        return {name: None for name in self.optional_components if is_absent(index, name)}
 
     @abstractmethod
     def encode_prompts(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> list[PromptEmbeds]:
         """Encode prompts with a text pipeline; the results are on the CPU."""
+
+    def kept_tokens(self, pipeline: DiffusionPipeline) -> int | None:
+        """Tokens that the pipeline keeps of what its tokenizer returns; ``None`` where the tokenizer cuts the text."""
+        return None
 
     def collate_embeds(self, embeds: Sequence[PromptEmbeds]) -> PromptEmbeds:
         """Join embeddings of several prompts; shorter ones are padded with zeros at the end of their token axis."""
@@ -264,7 +115,9 @@ class Family(ABC):
 
     def load_vae(self, dtype: torch.dtype, device: torch.device | str) -> ModelMixin:
         """The VAE, frozen."""
-        vae = AutoModel.from_pretrained(str(self.model_path), subfolder="vae", torch_dtype=dtype, variant=self.variant)
+        vae = diffusers.AutoModel.from_pretrained(
+            str(self.model_path), subfolder="vae", torch_dtype=dtype, variant=self.variant
+        )
         if self.flags.get("enable_vae_tiling"):
             vae.enable_tiling()
         return vae.requires_grad_(False).eval().to(device)
@@ -390,9 +243,26 @@ class Family(ABC):
         """Keyword arguments that give the image pipeline its prompt (with a batch dimension of one)."""
 
 
+def repeat_given_embeds(pipeline: Any) -> None:
+    """Let a pipeline repeat the embeddings that it is given for the images of a prompt.
+
+    The stock ones repeat embeddings only where they have encoded the prompt themselves.
+    """
+    encode = pipeline.encode_prompt
+
+    def encode_prompt(*args: Any, num_images_per_prompt: int = 1, **kwargs: Any) -> tuple[Any, ...]:
+        embeds = encode(*args, **kwargs)
+        return tuple(None if e is None else e.repeat_interleave(num_images_per_prompt, dim=0) for e in embeds)
+
+    pipeline.encode_prompt = encode_prompt
+
+
 @contextmanager
 def no_progress_bar() -> Iterator[None]:
-    """Within this context diffusers and transformers show no bars for what is loaded."""
+    """Within this context diffusers and transformers show no bars for what they load."""
+    from diffusers.utils import logging
+    from transformers.utils import logging as text_logging
+
     libraries = [module for module in (logging, text_logging) if module.is_progress_bar_enabled()]
     for module in libraries:
         module.disable_progress_bar()
@@ -401,3 +271,6 @@ def no_progress_bar() -> Iterator[None]:
     finally:
         for module in libraries:
             module.enable_progress_bar()
+
+
+__all__ = ["ComfyUIFormat", "Family", "Flag", "PromptEmbeds", "no_progress_bar", "repeat_given_embeds"]

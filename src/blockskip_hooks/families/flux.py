@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DiffusionPipeline, FluxPipeline
 
 from .base import ComfyUIFormat, Family, Flag, PromptEmbeds
+
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 
 class Flux(Family):
     """FLUX.1-dev, FLUX.1-schnell and models of their architecture."""
 
     name = "flux"
-    pipeline_class = FluxPipeline
+    pipeline_name = "FluxPipeline"
     text_components = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     trained_text_components = ("text_encoder",)
     lora_layers = (
@@ -80,18 +83,20 @@ class Flux(Family):
         if transformer_config["guidance_embeds"]:
             guidance = torch.full((batch,), self.flags["guidance_scale"], device=device)
         return {
-            "hidden_states": FluxPipeline._pack_latents(noisy_latents, batch, channels, height, width),
+            "hidden_states": self.pipeline_class._pack_latents(noisy_latents, batch, channels, height, width),
             "timestep": timesteps / self.scheduler.config["num_train_timesteps"],
             "guidance": guidance,
             "pooled_projections": embeds["pooled_prompt_embeds"],
             "encoder_hidden_states": embeds["prompt_embeds"],
             "txt_ids": torch.zeros(embeds["prompt_embeds"].shape[1], 3, device=device, dtype=dtype),
-            "img_ids": FluxPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, device, dtype),
+            "img_ids": self.pipeline_class._prepare_latent_image_ids(batch, height // 2, width // 2, device, dtype),
         }
 
     def prediction_to_latents(self, prediction: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         factor = self.vae_scale_factor
-        return FluxPipeline._unpack_latents(prediction, like.shape[-2] * factor, like.shape[-1] * factor, factor)
+        return self.pipeline_class._unpack_latents(
+            prediction, like.shape[-2] * factor, like.shape[-1] * factor, factor
+        )
 
     def prompt_tokens(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         tokens = pipeline.tokenizer(

@@ -6,25 +6,18 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline, Flux2KleinPipeline, Flux2Pipeline, ModelMixin
-from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
-from diffusers.models.transformers.transformer_flux2 import Flux2SingleTransformerBlock, Flux2TransformerBlock
 
+from ..layouts import BlockLayout
 from ..loading.component_config import load_config
 from .base import ComfyUIFormat, Family, Flag, PromptEmbeds
 
 
-# diffusers knows them from 0.42.
-TransformerBlockRegistry.register(
-    model_class=Flux2TransformerBlock,
-    metadata=TransformerBlockMetadata(return_hidden_states_index=1, return_encoder_hidden_states_index=0),
-)
-TransformerBlockRegistry.register(
-    model_class=Flux2SingleTransformerBlock, metadata=TransformerBlockMetadata(return_hidden_states_index=0)
-)
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, ModelMixin
+
 
 SHARED_FLAGS = (
     Flag(
@@ -47,7 +40,12 @@ class Flux2(Family):
     """FLUX.2-dev and models of its architecture: Mistral text encoder, guidance-distilled."""
 
     name = "flux2"
-    pipeline_class = Flux2Pipeline
+    pipeline_name = "Flux2Pipeline"
+    # diffusers describes these blocks from 0.42 on.
+    block_layouts: ClassVar[Mapping[str, BlockLayout]] = {
+        "Flux2TransformerBlock": BlockLayout(return_hidden_states_index=1, return_encoder_hidden_states_index=0),
+        "Flux2SingleTransformerBlock": BlockLayout(),
+    }
     text_components = ("text_encoder", "tokenizer")
     lora_layers = (
         "attn.to_k",
@@ -115,7 +113,7 @@ class Flux2(Family):
         return mean, torch.zeros_like(mean)
 
     def scale_latents(self, vae: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
-        patches = Flux2Pipeline._patchify_latents(latents)
+        patches = self.pipeline_class._patchify_latents(latents)
         mean, variance = (s.to(patches).reshape(1, -1, 1, 1) for s in (vae.bn.running_mean, vae.bn.running_var))
         return (patches - mean) / torch.sqrt(variance + vae.config["batch_norm_eps"])
 
@@ -132,12 +130,12 @@ class Flux2(Family):
         if transformer_config.get("guidance_embeds", True):
             guidance = torch.full((len(noisy_latents),), self.flags["guidance_scale"], device=device)
         return {
-            "hidden_states": Flux2Pipeline._pack_latents(noisy_latents),
+            "hidden_states": self.pipeline_class._pack_latents(noisy_latents),
             "timestep": timesteps / self.scheduler.config["num_train_timesteps"],
             "guidance": guidance,
             "encoder_hidden_states": embeds["prompt_embeds"],
-            "txt_ids": Flux2Pipeline._prepare_text_ids(embeds["prompt_embeds"]).to(device),
-            "img_ids": Flux2Pipeline._prepare_latent_ids(noisy_latents).to(device),
+            "txt_ids": self.pipeline_class._prepare_text_ids(embeds["prompt_embeds"]).to(device),
+            "img_ids": self.pipeline_class._prepare_latent_ids(noisy_latents).to(device),
         }
 
     def prediction_to_latents(self, prediction: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -154,7 +152,7 @@ class Flux2Klein(Flux2):
     """FLUX.2-klein, base and distilled: Qwen3 text encoder, classifier-free guidance unless distilled."""
 
     name = "flux2-klein"
-    pipeline_class = Flux2KleinPipeline
+    pipeline_name = "Flux2KleinPipeline"
     own_flags = SHARED_FLAGS
     negative_prompt = ""
     tags = ("flux2-klein", "flux2-klein-diffusers")

@@ -6,27 +6,24 @@ import contextlib
 import functools
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import diffusers
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, HiDreamImagePipeline
-from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
-from diffusers.models.transformers.transformer_hidream_image import HiDreamBlock, MOEFeedForwardSwiGLU
-from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
+from ..layouts import BlockLayout
+from ..loading.component_config import defining_module
 from .base import ComfyUIFormat, Family, Flag, PromptEmbeds
 
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 _LLAMA = "meta-llama/Meta-Llama-3.1-8B-Instruct"
-
-# Wraps blocks of both kinds; single-stream ones are called without encoder hidden states and return none.
-TransformerBlockRegistry.register(
-    model_class=HiDreamBlock,
-    metadata=TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=1),
-)
+_LLAMA_CLASS = "LlamaForCausalLM"
 
 
-def _balanced_experts(moe: MOEFeedForwardSwiGLU, hidden_states: torch.Tensor) -> torch.Tensor:
+def _balanced_experts(moe: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     """The mixture of experts with as many tokens for each expert, whatever the router says."""
     tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
     scores = torch.nn.functional.linear(tokens, moe.gate.weight).softmax(dim=-1)
@@ -46,7 +43,7 @@ class HiDream(Family):
 
     name = "hidream"
     patch_size = None
-    pipeline_class = HiDreamImagePipeline
+    pipeline_name = "HiDreamImagePipeline"
     text_components = (
         *("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4"),
         *("tokenizer", "tokenizer_2", "tokenizer_3", "tokenizer_4"),
@@ -57,6 +54,8 @@ class HiDream(Family):
     modulation_layers = ("block.adaLN_modulation.1",)
     text_stream_layers = ("attn1.to_q_t", "attn1.to_out_t", "ff_t.w1", "ff_t.w2", "ff_t.w3")
     block_stacks = ("double_stream_blocks", "single_stream_blocks")
+    # Wraps blocks of both kinds; single-stream ones are called without encoder hidden states and return none.
+    block_layouts = {"HiDreamBlock": BlockLayout(return_encoder_hidden_states_index=1)}
     own_flags = (
         Flag(
             "pretrained_text_encoder_4_name_or_path",
@@ -72,8 +71,10 @@ class HiDream(Family):
     tags = ("hidream", "hidream-diffusers")
     comfyui = ComfyUIFormat("diffusion_model.")
 
-    def load_scheduler(self) -> FlowMatchEulerDiscreteScheduler:
-        return FlowMatchEulerDiscreteScheduler.from_pretrained(self.model_path, subfolder="scheduler", shift=3.0)
+    def load_scheduler(self) -> Any:
+        return diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(
+            self.model_path, subfolder="scheduler", shift=3.0
+        )
 
     def empty_embeds(
         self, transformer_config: Mapping[str, Any], text_tokens: int, dtype: torch.dtype
@@ -88,8 +89,9 @@ class HiDream(Family):
 
     def make_traceable(self, transformer: Any) -> None:
         """Let a transformer run on fake tensors: what it does by the values of tensors, it then does by shapes."""
+        experts = defining_module("HiDreamImageTransformer2DModel").MOEFeedForwardSwiGLU
         for module in transformer.modules():
-            if isinstance(module, MOEFeedForwardSwiGLU):
+            if isinstance(module, experts):
                 module.forward = functools.partial(_balanced_experts, module)
         unpatchify = transformer.unpatchify
         transformer.unpatchify = lambda tokens, sizes, is_training: unpatchify(tokens, sizes, is_training=True)
@@ -100,11 +102,13 @@ class HiDream(Family):
     def text_encoder_configs(self) -> dict[str, dict[str, Any]]:
         configs = super().text_encoder_configs()
         if "text_encoder_4" not in configs:
+            from transformers import AutoConfig
+
             source, settings = self.text_encoder_source("text_encoder_4")
             # What cannot be read is said when the encoder itself is to be loaded.
             with contextlib.suppress(OSError, ValueError):
                 config = AutoConfig.from_pretrained(source, trust_remote_code=False, **settings).to_dict()
-                configs["text_encoder_4"] = {**config, "architectures": [LlamaForCausalLM.__name__]}
+                configs["text_encoder_4"] = {**config, "architectures": [_LLAMA_CLASS]}
         return configs
 
     def text_encoder_source(self, component: str) -> tuple[str | Path, dict[str, Any]]:
@@ -118,6 +122,8 @@ class HiDream(Family):
         Raises:
             ValueError: naming the flag, if one cannot be loaded.
         """
+        from transformers import AutoTokenizer, LlamaForCausalLM
+
         hub = self._hub_settings()
         loaders = {
             "text_encoder_4": functools.partial(LlamaForCausalLM.from_pretrained, dtype=dtype, **hub),

@@ -3,51 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
+import diffusers
 import torch
-from diffusers import (
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    Ideogram4Pipeline,
-    Ideogram4PromptEnhancerHead,
-    ModelMixin,
-)
-from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
-from diffusers.models.transformers.transformer_ideogram4 import (
-    IMAGE_POSITION_OFFSET,
-    LLM_TOKEN_INDICATOR,
-    OUTPUT_IMAGE_INDICATOR,
-    SEQUENCE_PADDING_INDICATOR,
-    Ideogram4TransformerBlock,
-)
 from torch.nn.functional import pad, pixel_unshuffle
 
+from ..layouts import BlockLayout
+from ..loading.component_config import defining_module, diffusers_class
 from .base import Family, Flag, PromptEmbeds
 from .flux import Flux
 
 
-TransformerBlockRegistry.register(
-    model_class=Ideogram4TransformerBlock, metadata=TransformerBlockMetadata(return_hidden_states_index=0)
-)
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, ModelMixin
 
 PATCH_SIZE = 2
 SCHEDULE_SIDE = 512
 """Side of the images at which the upstream training noise schedule is not shifted."""
 
 
-class EmbeddedPromptPipeline(Ideogram4Pipeline):
-    """The stock pipeline with text features ``(1, S, D)`` in the place of a prompt."""
+def _constants() -> Any:
+    """The module of the transformer, which holds its numbers for kinds of tokens."""
+    return defining_module("Ideogram4Transformer2DModel")
 
-    def __call__(self, prompt_embeds: torch.Tensor, **kwargs: Any) -> Any:
-        self._prompt_embeds = prompt_embeds
-        return super().__call__("", max_sequence_length=prompt_embeds.shape[1], **kwargs)
 
-    def encode_prompt(
-        self, prompt: str | list[str], grid_h: int, grid_w: int, max_sequence_length: int, device: torch.device
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        features = pad(self._prompt_embeds.to(device), (0, 0, 0, grid_h * grid_w))
-        return features, *self._prepare_ids([max_sequence_length], grid_h, grid_w, max_sequence_length, device)
+@cache
+def embedded_prompt_pipeline() -> Any:
+    """The class of the stock pipeline with text features ``(1, S, D)`` in the place of a prompt."""
+
+    stock: Any = diffusers_class("Ideogram4Pipeline")
+
+    class EmbeddedPromptPipeline(stock):
+        def __call__(self, prompt_embeds: torch.Tensor, **kwargs: Any) -> Any:
+            self._prompt_embeds = prompt_embeds
+            return super().__call__("", max_sequence_length=prompt_embeds.shape[1], **kwargs)
+
+        def encode_prompt(
+            self, prompt: str | list[str], grid_h: int, grid_w: int, max_sequence_length: int, device: torch.device
+        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+            features = pad(self._prompt_embeds.to(device), (0, 0, 0, grid_h * grid_w))
+            return features, *self._prepare_ids([max_sequence_length], grid_h, grid_w, max_sequence_length, device)
+
+    return EmbeddedPromptPipeline
 
 
 class Ideogram4(Family):
@@ -58,7 +57,8 @@ class Ideogram4(Family):
     """
 
     name = "ideogram4"
-    pipeline_class = Ideogram4Pipeline
+    pipeline_name = "Ideogram4Pipeline"
+    block_layouts = {"Ideogram4TransformerBlock": BlockLayout()}
     text_components = ("text_encoder", "tokenizer")
     unused_components = ("unconditional_transformer", "prompt_enhancer_head")
     image_components = ("unconditional_transformer",)
@@ -101,12 +101,12 @@ class Ideogram4(Family):
     }
     tags = ("ideogram4", "ideogram4-diffusers")
 
-    def load_scheduler(self) -> FlowMatchEulerDiscreteScheduler:
+    def load_scheduler(self) -> Any:
         # Upstream draws the noise level itself from a distribution, whose logit-normal form moves with the resolution
         # as a shift of the schedule does, and does not use the model's schedule.
         side = self.flags.get("resolution") or SCHEDULE_SIDE
         shift = side / SCHEDULE_SIDE if self.flags["weighting_scheme"] == "logit_normal" else 1.0
-        return FlowMatchEulerDiscreteScheduler.from_pretrained(
+        return diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(
             self.model_path, subfolder="scheduler", shift=shift, use_dynamic_shifting=False
         )
 
@@ -135,7 +135,7 @@ class Ideogram4(Family):
     ) -> DiffusionPipeline:
         pipeline = super().load_text_pipeline(dtype, device, streamed)
         if self.flags["upsample_prompt"]:
-            head = Ideogram4PromptEnhancerHead.from_pretrained(
+            head = diffusers_class("Ideogram4PromptEnhancerHead").from_pretrained(
                 self.flags["prompt_enhancer_head_id"], torch_dtype=dtype
             )
             pipeline.register_modules(prompt_enhancer_head=head.to(device))
@@ -143,7 +143,7 @@ class Ideogram4(Family):
 
     @torch.no_grad()
     def encode_prompts(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> list[PromptEmbeds]:
-        side = self.image_size
+        side, text = self.image_size, _constants().LLM_TOKEN_INDICATOR
         embeds = []
         # One at a time: each is as long as the longest prompt allowed until its padding is cut off.
         for prompt in prompts:
@@ -154,7 +154,7 @@ class Ideogram4(Family):
             features, _, _, indicator = pipeline.encode_prompt(
                 prompt, 1, 1, self.flags["max_sequence_length"], pipeline.text_encoder.device
             )
-            tokens = features[indicator == LLM_TOKEN_INDICATOR].cpu()
+            tokens = features[indicator == text].cpu()
             embeds.append({"prompt_embeds": tokens, "prompt_mask": torch.ones(len(tokens), dtype=torch.bool)})
         return embeds
 
@@ -176,28 +176,29 @@ class Ideogram4(Family):
         timesteps: torch.Tensor,
         embeds: PromptEmbeds,
     ) -> dict[str, Any]:
+        ids = _constants()
         batch, _, height, width = noisy_latents.shape
         device, mask = noisy_latents.device, embeds["prompt_mask"]
         text_tokens, image_tokens = mask.shape[1], height * width
         grid = torch.cartesian_prod(*(torch.arange(n, device=device) for n in (1, height, width)))
         text = torch.arange(text_tokens, device=device)[:, None].expand(-1, 3)
-        positions = torch.cat([grid + IMAGE_POSITION_OFFSET, text]).expand(batch, -1, -1)
+        positions = torch.cat([grid + ids.IMAGE_POSITION_OFFSET, text]).expand(batch, -1, -1)
         real = pad(mask, (image_tokens, 0), value=True)
-        indicator = torch.full_like(real, OUTPUT_IMAGE_INDICATOR, dtype=torch.long)
-        indicator[:, image_tokens:] = mask * LLM_TOKEN_INDICATOR
+        indicator = torch.full_like(real, ids.OUTPUT_IMAGE_INDICATOR, dtype=torch.long)
+        indicator[:, image_tokens:] = mask * ids.LLM_TOKEN_INDICATOR
         return {
             "hidden_states": pad(noisy_latents.flatten(2).transpose(1, 2), (0, 0, 0, text_tokens)),
             "timestep": (1.0 - timesteps / self.scheduler.config["num_train_timesteps"]).to(noisy_latents.dtype),
             "encoder_hidden_states": pad(embeds["prompt_embeds"], (0, 0, image_tokens, 0)),
             "position_ids": positions,
-            "segment_ids": torch.where(real, 1, SEQUENCE_PADDING_INDICATOR),
+            "segment_ids": torch.where(real, 1, ids.SEQUENCE_PADDING_INDICATOR),
             "indicator": indicator,
         }
 
     def text_positions(
         self, transformer_config: Mapping[str, Any], inputs: Mapping[str, Any], length: int
     ) -> torch.Tensor:
-        return inputs["indicator"] == LLM_TOKEN_INDICATOR
+        return inputs["indicator"] == _constants().LLM_TOKEN_INDICATOR
 
     def prediction_to_latents(self, prediction: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         image_tokens = like.shape[-2] * like.shape[-1]
@@ -206,7 +207,7 @@ class Ideogram4(Family):
     def image_pipeline(self, transformer: torch.nn.Module, vae: ModelMixin) -> DiffusionPipeline:
         # Guidance needs the unconditional transformer: the pipeline calls it in every step.
         absent = dict.fromkeys((*self.text_components, "prompt_enhancer_head"))
-        pipeline = EmbeddedPromptPipeline.from_pretrained(
+        pipeline = embedded_prompt_pipeline().from_pretrained(
             self.model_path,
             transformer=transformer,
             vae=vae,

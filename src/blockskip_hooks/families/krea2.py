@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DiffusionPipeline, Krea2Pipeline, ModelMixin
-from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
-from diffusers.models.transformers.transformer_krea2 import Krea2TransformerBlock
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
+from ..layouts import BlockLayout
 from .base import ComfyUIFormat, Family, Flag, PromptEmbeds
 
 
-TransformerBlockRegistry.register(
-    model_class=Krea2TransformerBlock, metadata=TransformerBlockMetadata(return_hidden_states_index=0)
-)
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, ModelMixin
 
 PATCH_SIZE = 2
 
@@ -29,7 +26,8 @@ class Krea2(Family):
     """
 
     name = "krea2"
-    pipeline_class = Krea2Pipeline
+    pipeline_name = "Krea2Pipeline"
+    block_layouts = {"Krea2TransformerBlock": BlockLayout()}
     text_components = ("text_encoder", "tokenizer")
     lora_layers = (
         "img_in",
@@ -124,11 +122,12 @@ class Krea2(Family):
     ) -> dict[str, Any]:
         patches = pixel_unshuffle(noisy_latents, PATCH_SIZE)
         text_tokens = embeds["prompt_embeds"].shape[1]
+        place = self.pipeline_class.prepare_position_ids
         return {
             "hidden_states": patches.flatten(2).transpose(1, 2),
             "encoder_hidden_states": embeds["prompt_embeds"],
             "timestep": timesteps / self.scheduler.config["num_train_timesteps"],
-            "position_ids": Krea2Pipeline.prepare_position_ids(text_tokens, *patches.shape[2:], noisy_latents.device),
+            "position_ids": place(text_tokens, *patches.shape[2:], noisy_latents.device),
             "encoder_attention_mask": embeds["prompt_embeds_mask"],
         }
 

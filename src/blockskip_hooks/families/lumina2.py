@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DiffusionPipeline, Lumina2Pipeline, ModelMixin
-from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
-from diffusers.models.transformers.transformer_lumina2 import Lumina2TransformerBlock
 
-from .base import Family, Flag, PromptEmbeds
+from ..layouts import BlockLayout
+from .base import Family, Flag, PromptEmbeds, repeat_given_embeds
 
 
-TransformerBlockRegistry.register(
-    model_class=Lumina2TransformerBlock,
-    metadata=TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None),
-)
-
-
-class _PipelineFromEmbeds(Lumina2Pipeline):
-    """The stock pipeline does not repeat negative embeddings that it is given for the images of a prompt."""
-
-    def encode_prompt(self, *args: Any, num_images_per_prompt: int = 1, **kwargs: Any) -> tuple[Any, ...]:
-        embeds = super().encode_prompt(*args, **kwargs)
-        return tuple(None if e is None else e.repeat_interleave(num_images_per_prompt, dim=0) for e in embeds)
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, ModelMixin
 
 
 class Lumina2(Family):
@@ -32,11 +20,12 @@ class Lumina2(Family):
 
     name = "lumina2"
     patch_size = None
-    pipeline_class = Lumina2Pipeline
+    pipeline_name = "Lumina2Pipeline"
     text_components = ("text_encoder", "tokenizer")
     lora_layers = ("attn.to_k", "attn.to_q", "attn.to_v", "attn.to_out.0")
     modulation_layers = ("norm1.linear",)
     block_stacks = ("layers",)
+    block_layouts = {"Lumina2TransformerBlock": BlockLayout()}
     own_flags = (
         Flag(
             "system_prompt",
@@ -102,8 +91,8 @@ class Lumina2(Family):
         return {**super().prompt_inputs(prompt), "system_prompt": self.flags["system_prompt"]}
 
     def image_pipeline(self, transformer: torch.nn.Module, vae: ModelMixin) -> DiffusionPipeline:
-        pipeline = _PipelineFromEmbeds(**super().image_pipeline(transformer, vae).components)
-        pipeline.set_progress_bar_config(disable=True)
+        pipeline = super().image_pipeline(transformer, vae)
+        repeat_given_embeds(pipeline)
         return pipeline
 
     def pipeline_inputs(self, embeds: PromptEmbeds, negative: PromptEmbeds | None) -> dict[str, Any]:

@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import diffusers
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, ModelMixin, PixArtSigmaPipeline, PixArtTransformer2DModel
-from diffusers.loaders import PeftAdapterMixin, SanaLoraLoaderMixin
-from diffusers.utils import is_bs4_available, is_ftfy_available
 
+from ..loading.component_config import diffusers_class
 from .base import Family, PromptEmbeds
 
 
-class PixArtLoraTransformer(PixArtTransformer2DModel, PeftAdapterMixin):
-    """The stock transformer with the LoRA methods of diffusers' other transformers, which it was left without."""
+if TYPE_CHECKING:
+    from diffusers import DDPMScheduler, DiffusionPipeline, ModelMixin
 
-
-class PixArtSigmaLoraPipeline(PixArtSigmaPipeline, SanaLoraLoaderMixin):
-    """The stock pipeline with ``load_lora_weights`` and ``save_lora_weights``, which diffusers has not given it.
-
-    The methods are those of the SANA pipelines, whose only adapted component is the transformer too. To use a LoRA,
-    load the model with this class instead of ``PixArtSigmaPipeline``.
-    """
-
-    def __init__(
-        self, tokenizer: Any, text_encoder: Any, vae: Any, transformer: PixArtTransformer2DModel, scheduler: Any
-    ) -> None:
-        if type(transformer) is PixArtTransformer2DModel:
-            # The same modules and weights; only the methods are added.
-            transformer.__class__ = PixArtLoraTransformer
-        super().__init__(tokenizer, text_encoder, vae, transformer, scheduler)
+    from .pixart_lora import PixArtLoraTransformer, PixArtSigmaLoraPipeline
 
 
 class PixArtSigma(Family):
@@ -42,7 +27,7 @@ class PixArtSigma(Family):
 
     name = "pixart-sigma"
     patch_size = None
-    pipeline_class = PixArtSigmaLoraPipeline
+    pipeline_name = "PixArtSigmaPipeline"
     text_components = ("text_encoder", "tokenizer")
     cross_attention = "attn2"
     lora_layers = ("to_k", "to_q", "to_v")
@@ -50,11 +35,15 @@ class PixArtSigma(Family):
     negative_prompt = ""
     tags = ("pixart-sigma", "pixart-sigma-diffusers")
 
+    @classmethod
+    def find_pipeline_class(cls) -> Any:
+        return _with_lora("PixArtSigmaLoraPipeline")
+
     def transformer_class(self, transformer_config: Mapping[str, Any]) -> type[ModelMixin]:
-        return PixArtLoraTransformer
+        return _with_lora("PixArtLoraTransformer")
 
     def load_scheduler(self) -> DDPMScheduler:
-        scheduler: Any = DDPMScheduler.from_pretrained(self.model_path, subfolder="scheduler")
+        scheduler: Any = diffusers.DDPMScheduler.from_pretrained(self.model_path, subfolder="scheduler")
         signal, noise = self._signal_and_noise(scheduler, scheduler.timesteps)
         scheduler.sigmas = noise / (signal + noise)
         return scheduler
@@ -74,6 +63,8 @@ class PixArtSigma(Family):
 
     @torch.no_grad()
     def encode_prompts(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> list[PromptEmbeds]:
+        from diffusers.utils import is_bs4_available, is_ftfy_available
+
         embeds, mask, _, _ = pipeline.encode_prompt(
             list(prompts),
             do_classifier_free_guidance=False,
@@ -128,3 +119,21 @@ class PixArtSigma(Family):
             # Its default is a text, which the pipeline does not take along with embeddings.
             inputs["negative_prompt"] = None
         return inputs
+
+
+def _with_lora(name: str) -> Any:
+    """A class of :mod:`.pixart_lora`, whose bases are classes of diffusers that have to be there."""
+    for base in ("PixArtTransformer2DModel", "PixArtSigmaPipeline"):
+        diffusers_class(base)
+    from . import pixart_lora
+
+    return getattr(pixart_lora, name)
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("PixArtLoraTransformer", "PixArtSigmaLoraPipeline"):
+        return _with_lora(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = ["PixArtLoraTransformer", "PixArtSigma", "PixArtSigmaLoraPipeline"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +11,15 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import free_memory
 
-from ..reporting.progress import StageProgress, listed
+from ..loading.text_encoders import large_encoders
+from ..utils.errors import UserError
+from ..utils.progress import StageProgress, listed
 from . import Family, PromptEmbeds
 from .base import no_progress_bar
-from .text_encoders import large_encoders
+from .token_limits import describe_cut, measured_prompt
 
+
+logger = logging.getLogger(__name__)
 
 PROGRESS_FROM = 32
 
@@ -62,9 +67,9 @@ def encode_prompts(
     device: torch.device,
     keep_trainable: bool = False,
     streamed: bool = False,
-    show_progress: bool = True,
     progress: StageProgress | None = None,
     adapt: Callable[[DiffusionPipeline], None] | None = None,
+    photos: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[dict[str, PromptEmbeds], TrainedText | None]:
     """Embed prompts and free the text encoders.
 
@@ -76,9 +81,9 @@ def encode_prompts(
         keep_trainable: Return the encoders that ``--train_text_encoder`` adapts instead of freeing them.
         streamed: Read the layers of large encoders from the checkpoint while they run, again for every prompt; the
             embeddings are the same.
-        show_progress: Show a display of its own when there are many prompts.
-        progress: The display of a stage, in place of that; advanced by one per prompt.
+        progress: The running stage, which advances by one per prompt; by default many prompts get a bar of their own.
         adapt: Changes the text pipeline before it is used: loads a LoRA, say.
+        photos: Names of the photos by prompt, for the warning of prompts that are longer than the model reads.
 
     Returns:
         Embeddings by prompt, on the CPU, and the kept encoders.
@@ -97,15 +102,21 @@ def encode_prompts(
     if adapt is not None:
         adapt(pipeline)
     embeds: dict[str, PromptEmbeds] = {}
+    cut: dict[str, tuple[int, int]] = {}
     # One at a time: in a batch the last bits of a prompt's embeddings would depend on the others.
-    shown = show_progress and progress is None and len(prompts) >= PROGRESS_FROM
+    shown = progress is None and len(prompts) >= PROGRESS_FROM
     for prompt in listed(prompts, "Encoding prompts", "prompt", total=len(prompts), shown=shown):
         try:
-            (encoded,) = family.encode_prompts(pipeline, [prompt])
+            with measured_prompt(family.kept_tokens(pipeline)) as lengths:
+                (encoded,) = family.encode_prompts(pipeline, [prompt])
         except ValueError as error:
-            raise ValueError(
-                f"The prompt '{prompt[:80]}' cannot be encoded ({error}); change it, or --max_sequence_length."
+            of_photos = f" of {', '.join(photos[prompt])}" if photos and photos.get(prompt) else ""
+            raise UserError(
+                f"The prompt '{prompt[:80]}'{of_photos} cannot be encoded ({error}); change it, or "
+                "--max_sequence_length."
             ) from error
+        if lengths.cut is not None:
+            cut[prompt] = lengths.cut
         # Copies, because a view would keep all of what it is a part of.
         embeds[prompt] = {name: tensor.clone() for name, tensor in encoded.items()}
         if not all(bool(tensor.isfinite().all()) for tensor in encoded.values()):
@@ -115,6 +126,8 @@ def encode_prompts(
             )
         if progress is not None:
             progress.update()
+    if cut:
+        logger.warning(describe_cut(cut, len(prompts), photos))
     trained = None
     if keep_trainable:
         tokens = family.prompt_tokens(pipeline, prompts)
@@ -124,3 +137,11 @@ def encode_prompts(
     del pipeline
     free_memory()
     return embeds, trained
+
+
+def place_embeds(embeds: PromptEmbeds, device: torch.device | str, dtype: torch.dtype) -> PromptEmbeds:
+    """Move embeddings to a device; masks and other numbers that are not floating keep their dtype."""
+    return {
+        name: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in embeds.items()
+    }

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin, QwenImagePipeline
 from torch.nn.utils.rnn import pad_sequence
 
 from .base import ComfyUIFormat, Family, Flag, PromptEmbeds
+
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, ModelMixin
 
 
 UPSTREAM_LEFTOVER = {
@@ -23,7 +26,7 @@ class QwenImage(Family):
     """Qwen-Image and models of its architecture."""
 
     name = "qwen-image"
-    pipeline_class = QwenImagePipeline
+    pipeline_name = "QwenImagePipeline"
     text_components = ("text_encoder", "tokenizer")
     lora_layers = ("attn.to_k", "attn.to_q", "attn.to_v", "attn.to_out.0")
     modulation_layers = ("img_mod.1", "txt_mod.1")
@@ -66,6 +69,10 @@ class QwenImage(Family):
             encoded.append({"prompt_embeds": tokens, "prompt_embeds_mask": torch.ones(len(tokens), dtype=torch.bool)})
         return encoded
 
+    def kept_tokens(self, pipeline: DiffusionPipeline) -> int | None:
+        # The template before the prompt is cut off, and then what is too long.
+        return pipeline.prompt_template_encode_start_idx + self.flags["max_sequence_length"]
+
     def collate_embeds(self, embeds: Sequence[PromptEmbeds]) -> PromptEmbeds:
         tokens = [prompt["prompt_embeds"] for prompt in embeds]
         collated = {"prompt_embeds": pad_sequence(tokens, batch_first=True)}
@@ -94,7 +101,7 @@ class QwenImage(Family):
     ) -> dict[str, Any]:
         batch, channels, height, width = noisy_latents.shape
         return {
-            "hidden_states": QwenImagePipeline._pack_latents(noisy_latents, batch, channels, height, width),
+            "hidden_states": self.pipeline_class._pack_latents(noisy_latents, batch, channels, height, width),
             "timestep": timesteps / self.scheduler.config["num_train_timesteps"],
             "encoder_hidden_states": embeds["prompt_embeds"],
             "encoder_hidden_states_mask": embeds.get("prompt_embeds_mask"),
@@ -103,8 +110,8 @@ class QwenImage(Family):
 
     def prediction_to_latents(self, prediction: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         factor = self.vae_scale_factor
-        height, width = like.shape[-2:]
-        return QwenImagePipeline._unpack_latents(prediction, height * factor, width * factor, factor).squeeze(2)
+        height, width = (side * factor for side in like.shape[-2:])
+        return self.pipeline_class._unpack_latents(prediction, height, width, factor).squeeze(2)
 
     def prompt_inputs(self, prompt: str) -> dict[str, Any]:
         return {**super().prompt_inputs(prompt), "negative_prompt": self.negative_prompt}

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin, SanaPipeline, SanaSprintPipeline
-from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
-from diffusers.models.transformers.sana_transformer import SanaTransformerBlock
 
+from ..layouts import BlockLayout
 from .base import Family, Flag, PromptEmbeds
 
 
-TransformerBlockRegistry.register(
-    model_class=SanaTransformerBlock,
-    metadata=TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None),
-)
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, ModelMixin
 
 
 class Sana(Family):
@@ -24,7 +20,8 @@ class Sana(Family):
 
     name = "sana"
     patch_size = None
-    pipeline_class: ClassVar[type[DiffusionPipeline]] = SanaPipeline
+    pipeline_name = "SanaPipeline"
+    block_layouts = {"SanaTransformerBlock": BlockLayout()}
     text_components = ("text_encoder", "tokenizer")
     cross_attention = "attn2"
     lora_layers = ("to_k", "to_q", "to_v")
@@ -123,7 +120,7 @@ class SanaSprint(Sana):
     """
 
     name = "sana-sprint"
-    pipeline_class: ClassVar[type[DiffusionPipeline]] = SanaSprintPipeline
+    pipeline_name = "SanaSprintPipeline"
     negative_prompt: ClassVar[str | None] = None
     _encode_options: ClassVar[Mapping[str, Any]] = {}
     _guidance_scale: ClassVar[float] = 4.5

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin, StableDiffusion3Pipeline
 
 from ..loading.component_config import load_config
-from .base import ComfyUIFormat, Family, Flag, PromptEmbeds
+from .base import ComfyUIFormat, Family, Flag, PromptEmbeds, repeat_given_embeds
 
 
-class _PipelineFromEmbeds(StableDiffusion3Pipeline):
-    """The stock pipeline repeats embeddings for the images of a prompt only where it has encoded the prompt itself."""
-
-    def encode_prompt(self, *args: Any, num_images_per_prompt: int = 1, **kwargs: Any) -> tuple[Any, ...]:
-        embeds = super().encode_prompt(*args, num_images_per_prompt=num_images_per_prompt, **kwargs)
-        return tuple(None if e is None else e.repeat_interleave(num_images_per_prompt, dim=0) for e in embeds)
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, ModelMixin
 
 
 class StableDiffusion3(Family):
@@ -31,7 +26,7 @@ class StableDiffusion3(Family):
 
     name = "sd3"
     patch_size = None
-    pipeline_class = StableDiffusion3Pipeline
+    pipeline_name = "StableDiffusion3Pipeline"
     text_components = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
     optional_components = ("text_encoder_3", "tokenizer_3")
     trained_text_components = ("text_encoder", "text_encoder_2")
@@ -164,8 +159,8 @@ class StableDiffusion3(Family):
         }
 
     def image_pipeline(self, transformer: torch.nn.Module, vae: ModelMixin) -> DiffusionPipeline:
-        pipeline = _PipelineFromEmbeds(**super().image_pipeline(transformer, vae).components)
-        pipeline.set_progress_bar_config(disable=True)
+        pipeline = super().image_pipeline(transformer, vae)
+        repeat_given_embeds(pipeline)
         return pipeline
 
     def pipeline_inputs(self, embeds: PromptEmbeds, negative: PromptEmbeds | None) -> dict[str, Any]:

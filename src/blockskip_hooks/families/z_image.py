@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin, ZImagePipeline
-from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
-from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF, ZImageTransformerBlock
 
+from ..layouts import BlockLayout
+from ..loading.component_config import defining_module
 from .base import ComfyUIFormat, Family, PromptEmbeds
 from .flux import Flux
 
 
-# diffusers registers the block, but not that its first argument is called x.
-TransformerBlockRegistry.register(
-    model_class=ZImageTransformerBlock,
-    metadata=TransformerBlockMetadata(return_hidden_states_index=0, hidden_states_argument_name="x"),
-)
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, ModelMixin
 
 
 class ZImage(Family):
@@ -29,12 +25,14 @@ class ZImage(Family):
     """
 
     name = "z-image"
-    pipeline_class = ZImagePipeline
+    pipeline_name = "ZImagePipeline"
     text_components = ("text_encoder", "tokenizer")
     text_comes_first = False
     lora_layers = ("attention.to_k", "attention.to_q", "attention.to_v", "attention.to_out.0")
     modulation_layers = ("adaLN_modulation.0",)
     block_stacks = ("layers",)
+    # diffusers knows the block, but not that its first argument is called x.
+    block_layouts = {"ZImageTransformerBlock": BlockLayout(hidden_states_argument_name="x")}
     # The upstream script takes --guidance_scale too; the transformer takes none, so it has no effect.
     own_flags = Flux.own_flags
     flag_defaults = {"max_sequence_length": 512, "output_dir": "z-image-dreambooth-lora"}
@@ -95,7 +93,8 @@ class ZImage(Family):
         _, frames, height, width = inputs["x"][0].shape
         patch, frame_patch = inputs.get("patch_size", 2), inputs.get("f_patch_size", 1)
         tokens = (frames // frame_patch) * (height // patch) * (width // patch)
-        return -(-tokens // SEQ_MULTI_OF) * SEQ_MULTI_OF
+        multiple = defining_module("ZImageTransformer2DModel").SEQ_MULTI_OF
+        return -(-tokens // multiple) * multiple
 
     def prediction_to_latents(self, prediction: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
         return -torch.stack(list(prediction)).squeeze(2)

@@ -15,16 +15,17 @@ from diffusers import DiffusionPipeline
 
 from ..blocks import block_bytes, list_blocks
 from ..config import BlockSkipConfig
-from ..embedded import embedded_model, model_defaults
+from ..embedded import embedded_model
 from ..families import Family, PromptEmbeds, detect_family
 from ..families.prompts import encode_prompts
 from ..loading.checks import check_lora_file, check_model
 from ..loading.component_config import load_config
 from ..loading.download import check_weights, resolve_model
-from ..planning.simulation import empty_model
+from ..loading.model_defaults import model_defaults
+from ..loading.models import empty_model
 from ..residuals.store import folder_digest
-from ..training.settings import start_accelerator, weight_dtype
 from ..transformer import DiTBlockSkipTransformer
+from ..utils.accelerator import start_accelerator, weight_dtype
 from .lora_files import load_text_adapters
 
 
@@ -78,9 +79,19 @@ def image_settings(args: argparse.Namespace, *, largest_side: int | None = None)
         ValueError: one line that names the flag and the fix.
     """
     embedded = args.pretrained_model_name_or_path is None
-    model_path = embedded_model() if embedded else resolve_model(args)
+    model_path = (
+        embedded_model()
+        if embedded
+        else resolve_model(
+            args.pretrained_model_name_or_path,
+            revision=args.revision,
+            variant=args.variant,
+            cache_dir=args.cache_dir,
+            token=args.hub_token,
+        )
+    )
     family_class: type[Family] = detect_family(model_path)
-    check_weights(model_path, family_class, args.variant)
+    check_weights(model_path, family_class.text_components, args.variant)
     check_model(model_path, family_class, args.variant)
     defaults, pipeline_kwargs = model_defaults(model_path)
     length = args.max_sequence_length or defaults.get("max_sequence_length")
@@ -103,7 +114,7 @@ def image_settings(args: argparse.Namespace, *, largest_side: int | None = None)
     if "true_cfg_scale" in pipeline_kwargs and family.negative_prompt is None:
         # Without a negative prompt there is nothing to guide away from.
         pipeline_kwargs.setdefault("negative_prompt", "")
-    accelerator = start_accelerator(args)
+    accelerator = start_accelerator(args.mixed_precision)
     return ImageSettings(
         family=family,
         model_name="embedded micro-FLUX" if embedded else args.pretrained_model_name_or_path,

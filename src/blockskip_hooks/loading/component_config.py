@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
-from diffusers import ModelMixin
+
+from ..utils.errors import first_line
+
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 
 def load_config(folder: str | Path) -> dict[str, Any]:
@@ -25,6 +31,35 @@ def load_config(folder: str | Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise OSError(f"{path} is not a JSON object")
     return config
+
+
+def is_absent(index: Mapping[str, Any], component: str) -> bool:
+    """Whether a ``model_index.json`` gives a component no class, as pipelines save what they were made without."""
+    return (index.get(component) or [None])[0] is None
+
+
+def diffusers_class(name: str) -> Any:
+    """A class of diffusers, which is imported when it is asked for.
+
+    Raises:
+        ValueError: if the installed version has no class of this name, or cannot import it.
+    """
+    try:
+        return getattr(diffusers, name)
+    except (AttributeError, ImportError, RuntimeError) as error:
+        raise ValueError(
+            f"This model needs {name}, which diffusers {diffusers.__version__} does not have "
+            f"({first_line(error)}); install a version that has it, or name another model."
+        ) from error
+
+
+def defining_module(name: str) -> Any:
+    """The module that defines a class of diffusers, for what else it holds.
+
+    Raises:
+        ValueError: as :func:`diffusers_class`.
+    """
+    return sys.modules[diffusers_class(name).__module__]
 
 
 def model_class(config: Mapping[str, Any]) -> type[ModelMixin]:

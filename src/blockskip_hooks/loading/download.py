@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import diffusers
 from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
 
-from ..families import Family
+from ..utils.errors import first_line
 
 
 _COMMIT = re.compile("[0-9a-f]{40}")
@@ -19,13 +19,26 @@ _COMMIT = re.compile("[0-9a-f]{40}")
 _VARIANT = re.compile(r"[\w-]*?model(?:-\d+-of-\d+)?\.(\w+?)(?:-\d+-of-\d+)?\.safetensors")
 
 
-def resolve_model(args: argparse.Namespace) -> Path:
-    """The local folder of ``--pretrained_model_name_or_path``; a hub id is downloaded as a pipeline would be.
+def resolve_model(
+    name: str,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    cache_dir: str | None = None,
+    token: str | None = None,
+) -> Path:
+    """The local folder of a model; a hub id is downloaded as its pipeline would be.
+
+    Args:
+        name: Value of ``--pretrained_model_name_or_path``.
+        revision: Branch, tag or commit on the hub.
+        variant: Weight variant in the file names, such as ``"fp16"``.
+        cache_dir: Where downloads are kept; ``None`` for the hub's own cache.
+        token: Access token of the hub.
 
     Raises:
         ValueError: if it is neither a folder nor a hub id that can be downloaded.
     """
-    name = args.pretrained_model_name_or_path
     if Path(name).is_dir():
         return Path(name)
     if Path(name).is_file():
@@ -34,54 +47,47 @@ def resolve_model(args: argparse.Namespace) -> Path:
             "make one of it with from_single_file and save_pretrained, as docs/troubleshooting.md shows."
         )
     verbosity = diffusers.logging.get_verbosity()
-    # What it warns of is said in our one line.
+    # The error below says in one line what the library would warn of.
     diffusers.logging.set_verbosity(diffusers.logging.CRITICAL)
     try:
         folder = Path(
             DiffusionPipeline.download(
-                name,
-                revision=args.revision,
-                variant=args.variant,
-                cache_dir=args.cache_dir,
-                token=args.hub_token,
-                use_safetensors=True,
+                name, revision=revision, variant=variant, cache_dir=cache_dir, token=token, use_safetensors=True
             )
         )
-        _fetch_card(args, folder)
-        return folder
     except Exception as error:
         # The hub client raises many types for a missing id, a gated model, or no network.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"--pretrained_model_name_or_path {name} is not a folder and could not be downloaded ({reason}); check "
-            "the name, your access to it and the network."
+            f"--pretrained_model_name_or_path {name} is not a folder and could not be downloaded "
+            f"({first_line(error)}); check the name, your access to it and the network."
         ) from error
     finally:
         diffusers.logging.set_verbosity(verbosity)
+    _fetch_card(name, folder, revision, cache_dir, token)
+    return folder
 
 
-def _fetch_card(args: argparse.Namespace, folder: Path) -> None:
-    """Bring a hub model's card beside its files, where it is not: it names the licence."""
-    # Folders of the hub's cache are named after the revision they hold; one that is there is not asked for again.
-    revision = folder.name if _COMMIT.fullmatch(folder.name) else args.revision
-    # Whatever goes wrong, a run does without.
+def _fetch_card(name: str, folder: Path, revision: str | None, cache_dir: str | None, token: str | None) -> None:
+    """Bring a hub model's card beside its files where it is not: it names the licence."""
+    # A folder of the hub's cache is named after the commit it holds; a card that is there is not asked for again.
+    commit = folder.name if _COMMIT.fullmatch(folder.name) else revision
+    # A run does without the card, whatever goes wrong.
     with contextlib.suppress(Exception):
-        hf_hub_download(
-            args.pretrained_model_name_or_path,
-            "README.md",
-            revision=revision,
-            cache_dir=args.cache_dir,
-            token=args.hub_token,
-        )
+        hf_hub_download(name, "README.md", revision=commit, cache_dir=cache_dir, token=token)
 
 
-def check_weights(model_path: Path, family: type[Family], variant: str | None) -> None:
+def check_weights(model_path: Path, text_components: Sequence[str], variant: str | None) -> None:
     """Check that every component has the weight files that its stage will ask for.
+
+    Args:
+        model_path: Folder of a pipeline.
+        text_components: Its components that encode prompts.
+        variant: Weight variant in the file names.
 
     Raises:
         ValueError: naming the component and the flag.
     """
-    with_weights = [name for name in family.text_components if (model_path / name / "config.json").is_file()]
+    with_weights = [name for name in text_components if (model_path / name / "config.json").is_file()]
     for name in ("transformer", "vae", *with_weights):
         files = [path.name for path in (model_path / name).glob("*.safetensors")]
         if not files:

@@ -7,7 +7,6 @@ are streamed, or small. No arithmetic of quantisation is done here, the two libr
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import inspect
 import json
@@ -120,22 +119,25 @@ def is_pointwise(layer: torch.nn.Module) -> bool:
     )
 
 
-def read_quantization(args: argparse.Namespace) -> QuantizationConfig | None:
-    """What ``--quantization`` or ``--bnb_quantization_config_path`` ask for.
+def read_quantization(method: str, config_path: str | None = None) -> QuantizationConfig | None:
+    """How kept blocks are to be held.
+
+    Args:
+        method: Value of ``--quantization``, one of :data:`METHODS`.
+        config_path: Value of ``--bnb_quantization_config_path``.
 
     Raises:
         ValueError: one line that names the flag and the fix.
     """
-    path, method = args.bnb_quantization_config_path, args.quantization
-    if path is None:
+    if config_path is None:
         config = QuantizationConfig.named(method)
         if config is not None:
             _check_installed(config.library, f"--quantization {method}")
         return config
-    flag = f"--bnb_quantization_config_path {path}"
+    flag = f"--bnb_quantization_config_path {config_path}"
     if method != "none":
         raise ValueError(f"{flag} and --quantization {method} both say how to quantise; give one of them.")
-    return _from_bitsandbytes(_read_object(Path(path), flag), flag)
+    return _from_bitsandbytes(_read_object(Path(config_path), flag), flag)
 
 
 def _read_object(path: Path, flag: str) -> dict[str, Any]:

@@ -13,6 +13,16 @@ from ..utils.formatting import format_bytes
 PlanFor = Callable[[Selection, tuple[str, ...]], dict[str, Any]]
 """The plan of a run that skips these blocks and uses these options."""
 
+MEMORY_OPTIONS: dict[str, tuple[str, Any]] = {
+    "checkpointing": ("gradient_checkpointing", True),
+    "8bit_adam": ("use_8bit_adam", True),
+    "int8": ("quantization", "int8"),
+    "nf4": ("quantization", "nf4"),
+}
+"""What ``--memory_budget`` may switch on beside skipping: a flag and its value by the name of the option."""
+
+QUANTIZING_OPTIONS = frozenset(name for name, (flag, _) in MEMORY_OPTIONS.items() if flag == "quantization")
+
 LARGEST_RATIO = 0.5
 """Beyond half of the blocks the method is not measured; more are skipped only when nothing else is left."""
 
@@ -112,4 +122,4 @@ def _reason(selection: Selection, budget: int, used: tuple[str, ...], plan: dict
     )
 
 
-__all__ = ["Choice", "fit_budget", "largest_stage"]
+__all__ = ["MEMORY_OPTIONS", "QUANTIZING_OPTIONS", "Choice", "fit_budget", "largest_stage"]

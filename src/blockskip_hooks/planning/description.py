@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..utils.formatting import format_about, format_bytes
+from ..utils.formatting import format_bytes
 
 
 def format_plan(plan: Mapping[str, Any], *, model: str | None = None, outputs: Mapping[str, str] | None = None) -> str:
@@ -36,11 +36,10 @@ def format_plan(plan: Mapping[str, Any], *, model: str | None = None, outputs: M
     else:
         sizes = f"{patch['max']} px" if patch["mode"] == "resize" else f"{patch['min']} to {patch['max']} px"
         lines.append(f"Patches  {patch['mode']}: {sizes}, trained at {patch['training_resolution']} px")
-    header = ("Stage", "time", "peak", "parameters", "LoRA+optim.", "activations", "TFLOP/step", "batch")
+    header = ("Stage", "peak", "parameters", "LoRA+optim.", "activations", "TFLOP/step", "batch")
     rows = [header] + [
         (
             stage["name"],
-            format_about(stage["seconds"]),
             *(
                 format_bytes(stage[f"{part}_bytes"])
                 for part in ("peak_device", "parameter", "lora_optimizer", "activation")
@@ -51,17 +50,10 @@ def format_plan(plan: Mapping[str, Any], *, model: str | None = None, outputs: M
         for stage in plan["stages"]
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    times = [stage["seconds"] for stage in plan["stages"]]
-    known = [seconds for seconds in times if seconds is not None]
-    note = "times are estimates for this device" if known else "no time is predicted"
-    lines.append(f"Memory and compute, simulated (bytes of live tensors; {note}):")
+    lines.append("Memory and compute, simulated (bytes of live tensors):")
     for row in rows:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
         lines.append(f"  {'  '.join(cells)}")
-    if known:
-        more = "" if len(known) == len(times) else ", and what has no estimate"
-        total = format_about(sum(known))
-        lines.append(f"Time     {total if total.startswith('under') else f'about {total}'} in all{more}")
     if any(stage.get("streamed") for stage in plan["stages"]):
         lines.append("  Large text encoders are read layer by layer, once per prompt.")
     if any(stage.get("vae_tiled") for stage in plan["stages"]):

@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
-from dataclasses import asdict, replace
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
 
 from ..blocks import block_bytes, list_blocks
-from ..cli.arguments import MEMORY_OPTIONS, parse_bytes
-from ..cli.chosen_blocks import choose_blocks
-from ..cli.errors import first_line
 from ..embedded import DEFAULT_SUBJECT
 from ..families import Family
 from ..inference.generate import VaePlacement
 from ..loading.component_config import load_config
-from ..loading.quantization import read_quantization
+from ..loading.models import empty_model
 from ..lora import WEIGHTS_NAME
-from ..reporting.progress import is_first_process
-from ..selection import Selection, selections_by_bytes
-from ..training.settings import Run
-from ..training.sharding import bytes_elsewhere
+from ..selection import Selection
+from ..utils.errors import UserError, first_line
 from ..utils.formatting import format_bytes
-from .budget import fit_budget, largest_stage
+from ..utils.machine import is_first_process
+from .budget import MEMORY_OPTIONS, fit_budget, largest_stage
 from .description import format_plan
-from .simulation import empty_model
+from .selections import selections_by_bytes
 from .stages import PlanRequest, plan_run
 
+
+if TYPE_CHECKING:
+    from ..training.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -42,42 +40,42 @@ def plan_for(run: Run, dtype: torch.dtype, num_processes: int) -> dict[str, Any]
         dtype: Dtype of frozen weights.
         num_processes: Processes that share the work.
     """
-    args, family = run.args, run.family
+    settings, family = run.settings, run.family
     steps = run.num_steps(num_processes)
-    samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * num_processes * len(run.kinds)
+    samples_per_step = run.samples_per_step(num_processes) * len(run.kinds)
     encoders = family.text_encoder_configs()
-    streamable = family.streamable_text_encoders(trains_text=args.train_text_encoder)
+    streamable = family.streamable_text_encoders(trains_text=settings.train_text_encoder)
     request = PlanRequest(
         family=family,
         transformer_config=run.transformer_config,
         config=run.config,
         patch=run.patch,
-        rank=args.rank,
+        rank=settings.rank,
         lora_targets=run.targets,
         recorded_layers=run.recorded_layers,
         quantization=run.quantization,
-        batch_size=args.train_batch_size * len(run.kinds),
-        text_tokens=args.max_sequence_length,
+        batch_size=settings.train_batch_size * len(run.kinds),
+        text_tokens=settings.max_sequence_length,
         weight_dtype=dtype,
-        gradient_checkpointing=args.gradient_checkpointing,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        use_8bit_adam=args.use_8bit_adam,
-        cache_latents=args.cache_latents,
-        precompute_batch_size=args.precompute_batch_size,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        use_8bit_adam=settings.use_8bit_adam,
+        cache_latents=settings.cache_latents,
+        precompute_batch_size=settings.precompute_batch_size,
         num_samples=steps * samples_per_step,
         samples_per_step=samples_per_step,
         stretch_steps=run.longest_stretch(steps),
         record_repeats=run.record_repeats,
         residual_budget_bytes=run.residual_budget() if run.uses_store else None,
-        residual_dtype=args.residual_dtype,
+        residual_dtype=settings.residual_dtype,
         text_encoders=list(encoders.values()),
         streamable_encoders=[position for position, name in enumerate(encoders) if name in streamable],
-        validation_batch_size=args.num_validation_images,
+        validation_batch_size=settings.num_validation_images,
         validation_resolution=run.image_size if run.makes_images else None,
-        class_batch_size=args.sample_batch_size if args.with_prior_preservation else None,
+        class_batch_size=settings.sample_batch_size if settings.with_prior_preservation else None,
         class_resolution=run.image_size,
         validation_extra_bytes=_weights_bytes(family, dtype),
-        bytes_elsewhere=_bytes_elsewhere(run, dtype, num_processes),
+        bytes_elsewhere=run.bytes_elsewhere(dtype, num_processes),
         selection=run.selection,
     )
     # What it logs of shapes that do not fit would stand beside the one line that says so.
@@ -87,7 +85,7 @@ def plan_for(run: Run, dtype: torch.dtype, num_processes: int) -> dict[str, Any]
     except RuntimeError as error:
         # Config by config the parts are sound, see `check_model`; what is left is that they do not go together.
         logger.debug("Simulating the run failed.", exc_info=True)
-        raise ValueError(
+        raise UserError(
             f"--pretrained_model_name_or_path {run.model_name}: a simulated step fails ({first_line(error)}); its "
             "parts are of different models, or, if not, this is a bug."
         ) from error
@@ -109,33 +107,28 @@ def make_plan(run: Run, dtype: torch.dtype, num_processes: int) -> tuple[Run, di
         The run to carry out and its plan; which blocks the former skips may be another choice than the given run's.
 
     Raises:
-        ValueError: if nothing that the flags allow fits.
+        UserError: if nothing that the flags allow fits.
     """
-    args = run.args
-    if args.memory_budget is None:
+    settings = run.settings
+    if settings.memory_budget is None:
         plan = plan_for(run, dtype, num_processes)
         _check_device(plan)
         return run, plan
-    budget = parse_bytes(args.memory_budget)
-    fixed = "skip_blocks" in args.given and args.skip_blocks != "auto"
+    budget = int(settings.memory_budget)
+    fixed = "skip_blocks" in settings.given and settings.skip_blocks != "auto"
 
     def changed(selection: Selection, options: tuple[str, ...]) -> Run:
-        flags = dict(MEMORY_OPTIONS[option] for option in options)
-        settings = argparse.Namespace(**{**vars(args), **flags})
-        # A pair of numbers is taken as it is; what it was taken from is said by the selection.
-        settings.skip_blocks = f"{selection.leading},{selection.trailing}" if selection.num_skipped else "none"
-        blocks = choose_blocks(settings, run.family, run.model_name, run.table) | {"selection": selection}
-        return replace(run, args=settings, quantization=read_quantization(settings), **blocks)
+        return run.skipping(selection, dict(MEMORY_OPTIONS[option] for option in options))
 
-    options = [name for name in MEMORY_OPTIONS if name in args.memory_options]
+    options = [name for name in MEMORY_OPTIONS if name in settings.memory_options]
     choice = None
     if fixed:
         plan = plan_for(run, dtype, num_processes)
         stage = largest_stage(plan)
         if stage["peak_device_bytes"] > budget:
-            raise ValueError(
-                f"--skip_blocks {args.skip_blocks} needs {format_bytes(stage['peak_device_bytes'])} in stage "
-                f"{stage['name']}, more than --memory_budget {args.memory_budget}; use --skip_blocks auto."
+            raise UserError(
+                f"--skip_blocks {settings.skip_blocks} needs {format_bytes(stage['peak_device_bytes'])} in stage "
+                f"{stage['name']}, more than --memory_budget {settings.memory_budget}; use --skip_blocks auto."
             )
     else:
         sizes = block_bytes(list_blocks(run.skeleton.transformer, run.family.block_stacks), dtype)
@@ -156,24 +149,16 @@ def _check_device(plan: dict[str, Any]) -> None:
     """Refuse a run that the accelerator is too small for by plan.
 
     Raises:
-        ValueError: naming the stage, what it needs and what there is.
+        UserError: naming the stage, what it needs and what there is.
     """
     if not torch.cuda.is_available():
         return
     stage, there = largest_stage(plan), torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     if stage["peak_device_bytes"] > there:
-        raise ValueError(
+        raise UserError(
             f"Stage {stage['name']} needs {format_bytes(stage['peak_device_bytes'])} by plan, and the accelerator has "
             f"{format_bytes(there)}; give --memory_budget {there // 2**30}GiB to let blocks be skipped until it fits."
         )
-
-
-def _bytes_elsewhere(run: Run, dtype: torch.dtype, num_processes: int) -> int | None:
-    """Kept blocks' weights that other processes hold; ``None`` where they are not shared."""
-    if not run.shares_weights:
-        return None
-    skeleton = run.skeleton
-    return bytes_elsewhere(skeleton.transformer, skeleton.spans.kept, run.recorded_layers, dtype, num_processes)
 
 
 def _weights_bytes(family: Family, dtype: torch.dtype) -> int:
@@ -200,9 +185,13 @@ def streams_text(plan: dict[str, Any]) -> bool:
 
 def describe_plan(run: Run, plan: dict[str, Any]) -> str:
     """The first screen: what happens, on what, in how much memory, and what is written where."""
-    args = run.args
-    own_photos = args.dataset_name or "instance_data_dir" in args.given
-    photos = args.dataset_name or args.instance_data_dir if own_photos else f"the embedded subject '{DEFAULT_SUBJECT}'"
+    settings = run.settings
+    own_photos = settings.dataset_name or "instance_data_dir" in settings.given
+    photos = (
+        settings.dataset_name or settings.instance_data_dir
+        if own_photos
+        else f"the embedded subject '{DEFAULT_SUBJECT}'"
+    )
     model = f"{run.model_name} ({run.family.name})"
     lines = []
     if run.embedded:
@@ -213,18 +202,18 @@ def describe_plan(run: Run, plan: dict[str, Any]) -> str:
     outputs = {
         "LoRA": str(folder / WEIGHTS_NAME),
         "page and files": f"{folder / 'report.html'}, README.md, plan.json, run_report.json",
-        "checkpoints": f"{folder / 'checkpoint-N'}, every {args.checkpointing_steps} steps",
+        "checkpoints": f"{folder / 'checkpoint-N'}, every {settings.checkpointing_steps} steps",
     }
-    if args.report_to != "none":
-        outputs["tracker logs"] = f"{folder / args.logging_dir} ({args.report_to})"
+    if settings.report_to:
+        outputs["tracker logs"] = f"{folder / settings.logging_dir} ({','.join(settings.report_to)})"
     if run.uses_store:
-        outputs["records"] = str(run.residual_dir) + ("" if args.residual_dir else " (removed at the end)")
-    if args.push_to_hub:
-        outputs["upload"] = args.hub_model_id or folder.resolve().name
+        outputs["records"] = str(run.residual_dir) + ("" if settings.residual_dir else " (removed at the end)")
+    if settings.push_to_hub:
+        outputs["upload"] = settings.hub_model_id or folder.resolve().name
     first, rest = format_plan(plan, model=model, outputs=outputs).split("\n", 1)
     if run.shares_weights:
         rest = f"Sharing  the processes divide the frozen weights of kept blocks (FSDP2)\n{rest}"
-    lines += [first, f'Photos   {len(run.photos)} from {photos}, prompt "{args.instance_prompt}"', rest]
+    lines += [first, f'Photos   {len(run.photos)} from {photos}, prompt "{settings.instance_prompt}"', rest]
     return "\n".join(lines)
 
 

@@ -1,190 +1,207 @@
-"""Line charts for the report page: SVG paths in a frame of fixed units, ticks and marks by percent of it."""
+"""Charts of the report page: matplotlib's SVG in the page's colours, and the numbers that stand beside them."""
 
 from __future__ import annotations
 
+import functools
+import io
+import logging
 import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from statistics import fmean, quantiles
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 
-# Size of a chart in its own units; the page stretches it.
-WIDTH, HEIGHT = 1000, 300
-POINTS = 1200
+SIZES = {"wide": (1040, 290), "narrow": (358, 220)}
+"""Width and height of each drawing in CSS pixels, by the class of its SVG; the page shows the one that fits."""
+RANGES = ("kept", "other", "third", "fourth")
+"""Colours of the page for the ranges of timesteps."""
 
 Points = Sequence[tuple[float, float]]
-Tick = tuple[str, float]
-"""A label and its place in percent of the frame, from the left or from the top."""
 
 
 @dataclass(frozen=True)
-class Chart:
-    """What the page draws.
+class LossCurve:
+    """The finite losses of a run.
 
     Attributes:
-        paths: Each line by its name, as the ``d`` of an SVG path within `WIDTH` x `HEIGHT`.
-        x_ticks: Along the bottom.
-        y_ticks: Along the left.
-        marks: Points that stand out, each with the name of its line and its place in percent.
+        points: Step and loss.
+        average: Mean of the last ``window`` losses at each of these steps.
+        window: Steps of the moving average; it grows with the length of the run.
+        missing: Number of steps without a finite loss.
     """
 
-    paths: dict[str, str]
-    x_ticks: list[Tick]
-    y_ticks: list[Tick]
-    marks: list[tuple[str, float, float]] = field(default_factory=list)
-    width: int = WIDTH
-    height: int = HEIGHT
-
-
-@dataclass(frozen=True)
-class LossChart:
-    """The loss of each step, and its moving average.
-
-    Attributes:
-        chart: Lines ``raw`` and ``average``.
-        window: Steps of the average.
-        first: The first average over a whole window.
-        final: The last one.
-        missing: Steps that are left out, because their loss is not finite.
-    """
-
-    chart: Chart
+    points: list[tuple[int, float]]
+    average: list[float]
     window: int
-    first: float
-    final: float
     missing: int
 
+    @property
+    def first(self) -> float:
+        """The first average over a whole window."""
+        return self.average[self.window - 1]
 
-def loss_chart(losses: Sequence[float | None]) -> LossChart | None:
-    """The losses of steps 1, 2, ...; ``None`` with fewer than two finite ones."""
-    points = [(float(step), loss) for step, loss in enumerate(losses, 1) if loss is not None and math.isfinite(loss)]
+    @property
+    def final(self) -> float:
+        """The last average."""
+        return self.average[-1]
+
+
+def loss_curve(losses: Sequence[float | None]) -> LossCurve | None:
+    """The curve of the losses of steps 1, 2, ...; ``None`` with fewer than two finite ones."""
+    points = _finite(enumerate(losses, 1))
     if len(points) < 2:
         return None
-    values = [loss for _, loss in points]
-    window, average = _moving_average(values)
-    # A few spikes would flatten everything else, so the scale leaves out the highest half percent.
-    low, high = min(values), max(quantiles(values, n=200)[-1], max(average)) if len(values) >= 200 else max(values)
-    chart = line_chart(
-        {"raw": points, "average": [(step, mean) for (step, _), mean in zip(points, average)]},
-        x_range=(1, len(losses)),
-        y_range=_from_zero(low, high),
-    )
-    return LossChart(chart, window, average[window - 1], average[-1], len(losses) - len(points))
+    window, average = _moving_average([loss for _, loss in points])
+    return LossCurve(points, average, window, len(losses) - len(points))
 
 
-def timestep_chart(losses: Mapping[str, Sequence[tuple[int, float]]]) -> Chart | None:
-    """Moving averages of the loss in ranges of timesteps, lines ``range-0``, ``range-1``, ... in the given order.
+def draw_losses(curve: LossCurve) -> str:
+    """SVG of the loss of each step and its moving average, lines ``raw`` and ``average``."""
+    steps, values = zip(*curve.points)
+    # A few spikes would flatten everything else, so the scale leaves out the highest half percent of a long run.
+    high = max(np.quantile(values, 0.995), *curve.average[curve.window :]) if len(values) >= 200 else max(values)
+    lines = {"raw": (curve.points, "raw", 1.0), "average": (list(zip(steps, curve.average)), "kept", 2.5)}
+    return _draw("loss", lines, "step", limits=_limits(min(values), float(high)))
+
+
+def draw_losses_by_timestep(losses: Mapping[str, Sequence[tuple[int, float]]]) -> tuple[str, dict[str, str]]:
+    """SVG of the moving averages of the loss in ranges of timesteps.
 
     Args:
         losses: Step and loss by range; not every step has samples of each.
 
     Returns:
-        The chart, or ``None`` where no range has two losses at different steps.
+        The SVG, and the colour of each range that has a line; both empty where no range has two finite losses.
     """
     lines = {}
-    for number, points in enumerate(losses.values()):
-        finite = [(step, loss) for step, loss in points if math.isfinite(loss)]
+    for (name, points), colour in zip(losses.items(), RANGES):
+        finite = _finite(points)
         if len(finite) > 1:
             _, average = _moving_average([loss for _, loss in finite])
-            lines[f"range-{number}"] = [(float(step), mean) for (step, _), mean in zip(finite, average)]
-    steps = [step for line in lines.values() for step, _ in line]
-    if not steps or min(steps) == max(steps):
-        return None
-    means = [mean for line in lines.values() for _, mean in line]
-    return line_chart(lines, x_range=(min(steps), max(steps)), y_range=_from_zero(min(means), max(means)))
+            lines[name] = ([(step, mean) for (step, _), mean in zip(finite, average)], colour, 2.0)
+    if not lines:
+        return "", {}
+    means = [mean for points, _, _ in lines.values() for _, mean in points]
+    svg = _draw("timesteps", lines, "step", limits=_limits(min(means), max(means)))
+    return svg, {name: colour for name, (_, colour, _) in lines.items()}
 
 
-def harm_chart(curves: Mapping[str, Sequence[float]], chosen: Mapping[str, int]) -> Chart | None:
-    """The harm of masking 0, 1, ... blocks of either end, with the chosen numbers marked.
+def draw_harm(curves: Mapping[str, Sequence[float]], chosen: Mapping[str, int]) -> str:
+    """SVG of the harm of masking 0, 1, ... blocks of either end, with a dot on the chosen numbers.
 
     Args:
-        curves: Harm by the number of blocks, of each end.
-        chosen: How many blocks of each end are skipped.
+        curves: Harm by the number of blocks, of the ends ``leading`` and ``trailing``.
+        chosen: Number of skipped blocks of each end.
 
     Returns:
-        The chart, or ``None`` where nothing was measured.
+        The SVG; empty where nothing was measured.
     """
-    lines = {end: list(enumerate(curve)) for end, curve in curves.items() if len(curve) > 1}
+    colours = {"leading": "other", "trailing": "kept"}
+    lines = {end: (list(enumerate(curve)), colours[end], 2.0) for end, curve in curves.items() if len(curve) > 1}
+    dots = {end: points[chosen[end]] for end, (points, _, _) in lines.items() if 0 < chosen.get(end, 0) < len(points)}
     if not lines:
-        return None
-    marks = {end: line[chosen[end]] for end, line in lines.items() if 0 < chosen.get(end, 0) < len(line)}
-    return line_chart(
-        lines,
-        x_range=(0, max(len(line) for line in lines.values()) - 1),
-        y_range=(0, max(value for line in lines.values() for _, value in line)),
-        marks=marks,
-    )
+        return ""
+    limits = _limits(0.0, max(harm for points, _, _ in lines.values() for _, harm in points))
+    return _draw("harm", lines, "blocks masked from that end", limits=limits, dots=dots)
 
 
-def line_chart(
-    lines: Mapping[str, Points],
+def _draw(
+    name: str,
+    lines: Mapping[str, tuple[Points, str, float]],
+    x_label: str,
     *,
-    x_range: tuple[float, float],
-    y_range: tuple[float, float],
-    marks: Mapping[str, tuple[float, float]] | None = None,
-) -> Chart:
-    """Place lines in a frame. What is above or below the vertical range is drawn on its edge.
+    limits: tuple[float, float],
+    dots: Mapping[str, tuple[float, float]] | None = None,
+) -> str:
+    """SVG of a line chart, once for each of `SIZES`.
 
     Args:
-        lines: Points of each line, by its name.
-        x_range: First and last whole number of the horizontal axis, which differ.
-        y_range: What the vertical axis shows at least.
-        marks: A point of each line that is marked.
+        name: Tells the identifiers in this chart from those in the page's other charts.
+        lines: Points, colour and width in pixels of each line; its name becomes its class.
+        x_label: What the horizontal axis counts.
+        limits: Ends of the vertical axis; what is beyond them is cut off.
+        dots: A marked point of some lines.
     """
-    first, last = x_range
-    y_ticks = _ticks(*y_range, 4)
-    bottom, top = y_ticks[0], y_ticks[-1]
+    # Imported here, because only the page of a run needs it; the log of its font cache is no concern of a run.
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    def place(x: float, y: float) -> tuple[float, float]:
-        return (x - first) / (last - first), (top - min(max(y, bottom), top)) / (top - bottom)
+    drawings = []
+    for size, (width, height) in SIZES.items():
+        with rc_context({**_STYLE, "svg.hashsalt": f"{name} {size}"}):
+            figure = Figure(figsize=(width / 72, height / 72))
+            axes = figure.add_axes((44 / width, 48 / height, 1 - 60 / width, 1 - 60 / height), frameon=False)
+            axes.grid(axis="y", color=_stand_in("rule"), linewidth=1)
+            axes.tick_params(length=0, pad=8, labelcolor=_stand_in("soft"))
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=_ROUND))
+            axes.yaxis.set_major_locator(MaxNLocator(4, steps=_ROUND))
+            axes.set_xlabel(x_label, loc="right", color=_stand_in("soft"))
+            for line, (points, colour, thickness) in lines.items():
+                axes.plot(*zip(*points), color=_stand_in(colour), linewidth=thickness, gid=line)
+                if dots and line in dots:
+                    fill, edge = _stand_in(colour), _stand_in("page")
+                    axes.plot(*dots[line], "o", gid=f"{line}-dot", clip_on=False, ms=12, mew=2, mfc=fill, mec=edge)
+            axes.margins(x=0)
+            axes.set_ylim(*limits)
+            drawings.append(_inline(figure, size))
+    return "".join(drawings)
 
-    def path(points: Points) -> str:
-        places = [place(x, y) for x, y in _thin(points)]
-        return "M" + "L".join(f"{x * WIDTH:.1f} {y * HEIGHT:.1f}" for x, y in places)
 
-    # The axis starts with its first number, and a label close to it would lie on top of its own.
-    gap = 0.04 * (last - first)
-    numbers = [first, *(tick for tick in _ticks(first, last, 5) if first + gap < tick <= last and tick.is_integer())]
-    placed = {name: place(*point) for name, point in (marks or {}).items()}
-    return Chart(
-        paths={name: path(points) for name, points in lines.items()},
-        x_ticks=[(f"{tick:,.0f}", 100 * (tick - first) / (last - first)) for tick in numbers],
-        y_ticks=[(f"{tick:g}", 100 * (top - tick) / (top - bottom)) for tick in y_ticks],
-        marks=[(name, 100 * x, 100 * y) for name, (x, y) in placed.items()],
+def _inline(figure: Any, size: str) -> str:
+    """A figure as an SVG element for an HTML page."""
+    file = io.StringIO()
+    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    # What is above the element, and a style sheet that would reach out of it, have no place in a page.
+    svg = re.sub(
+        r"^.*?(?=<svg)|<metadata>.*?</metadata>|<defs>\s*<style.*?</defs>", "", file.getvalue(), flags=re.DOTALL
     )
+    # A tenth of a pixel is enough for coordinates; the labels between the tags keep their digits.
+    svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d\.\d)\d+", r"\1", tag[0]).replace("\n", ""), svg)
+    svg = re.sub(r"\s*\n\s*", "\n", svg)
+    # Identifiers of groups are not unique in a page of several charts, and nothing refers to them.
+    svg = re.sub(r'<g id="([^"]*)"', r'<g class="\1"', svg).replace(
+        "<svg", f'<svg class="{size}" aria-hidden="true"', 1
+    )
+    return functools.reduce(lambda text, name: text.replace(_stand_in(name), f"var(--{name})"), _COLOURS, svg)
+
+
+_COLOURS = ("page", "rule", "soft", "raw", *RANGES)
+_ROUND = [1, 2, 2.5, 5, 10]
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.size": 12,
+    "font.sans-serif": ["DejaVu Sans"],
+    # Of the points of a long run those that are less than a pixel apart.
+    "path.simplify_threshold": 1.0,
+}
+
+
+def _stand_in(name: str) -> str:
+    """A colour that stands for a variable of the page's style sheet, which has others in the dark."""
+    return f"#fe00{_COLOURS.index(name):02x}"
+
+
+def _finite(points: Any) -> list[tuple[int, float]]:
+    return [(step, loss) for step, loss in points if loss is not None and math.isfinite(loss)]
 
 
 def _moving_average(values: Sequence[float]) -> tuple[int, list[float]]:
-    """The window, which grows with the length of the run, and the mean of the last values at each place."""
+    """The window, and the mean of the last values at each place."""
     window = min(len(values), max(5, len(values) // 20))
-    return window, [fmean(values[max(0, end - window) : end]) for end in range(1, len(values) + 1)]
+    sums = np.concatenate([np.zeros(window), np.cumsum(values)])
+    counts = np.minimum(np.arange(1, len(values) + 1), window)
+    return window, ((sums[window:] - sums[:-window]) / counts).tolist()
 
 
-def _from_zero(low: float, high: float) -> tuple[float, float]:
-    """The range, begun with zero where that costs little of the height."""
-    return (0.0 if 0 <= low < 0.4 * high else low), high
+def _limits(low: float, high: float) -> tuple[float, float]:
+    """Ends of an axis that shows these values, begun with zero where that costs little of the height."""
+    margin = 0.05 * ((high - low) or abs(high) or 1.0)
+    return 0.0 if 0 <= low < 0.4 * high else low - margin, high + margin
 
 
-def _thin(points: Points) -> Points:
-    """At most `POINTS` points: the lowest and the highest of each bucket, so that spikes stay visible."""
-    size = math.ceil(2 * len(points) / POINTS)
-    if size <= 2:
-        return points
-    thinned: list[tuple[float, float]] = []
-    for start in range(0, len(points), size):
-        bucket = points[start : start + size]
-        extremes = {min(bucket, key=lambda point: point[1]), max(bucket, key=lambda point: point[1])}
-        thinned += sorted(extremes)
-    return thinned
-
-
-def _ticks(low: float, high: float, intervals: int) -> list[float]:
-    """Round numbers from at or below ``low`` to at or above ``high``."""
-    span = (high - low) or abs(high) or 1.0
-    magnitude = 10.0 ** math.floor(math.log10(span / intervals))
-    step = next(factor * magnitude for factor in (1, 2, 2.5, 5, 10) if factor * magnitude >= span / intervals * 0.999)
-    first, final = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [index * step for index in range(first, max(final, first + 1) + 1)]
-
-
-__all__ = ["Chart", "LossChart", "harm_chart", "line_chart", "loss_chart", "timestep_chart"]
+__all__ = ["LossCurve", "draw_harm", "draw_losses", "draw_losses_by_timestep", "loss_curve"]

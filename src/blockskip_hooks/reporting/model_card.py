@@ -6,17 +6,17 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from diffusers.utils.hub_utils import populate_model_card
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from PIL import Image
 
 from ..training.comfyui import COMFYUI_NAME
 from ..utils.files import write_text
 from ..utils.formatting import format_bytes, format_seconds
-from .charts import loss_chart
+from .charts import loss_curve
 
 
 # The tags by which the Hub finds a text-to-image LoRA and gives it a gallery and an inference widget.
@@ -34,8 +34,6 @@ HUB_LICENSES = frozenset({
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LINK = re.compile(r"https?://[\w.-]+(/[\w./%~+-]*)?")
 _FILE_OF_A_REPOSITORY = re.compile(r"[\w-][\w./-]*")
-
-PAPER = "[DiT-BlockSkip](https://arxiv.org/abs/2603.20755)"
 
 
 @dataclass(frozen=True)
@@ -59,86 +57,73 @@ class License:
 
 
 def write_model_card(
-    output_dir: str | Path,
+    output_dir: Path,
+    run_report: Mapping[str, Any],
+    images: Sequence[tuple[str, Image.Image]],
     *,
     repo_id: str,
-    base_model: str,
     base_license: License | None,
-    instance_prompt: str | None,
-    validation_prompt: str | Sequence[str] | None,
-    images: Sequence[Image.Image],
-    run_report: Mapping[str, Any],
-    train_text_encoder: bool,
     tags: Iterable[str],
     snippet: str,
-    settings: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write README.md, and the widget images beside it, into ``output_dir``.
 
-    The card is always made anew and never asks the Hub: a card fetched from an earlier upload to the same id would
-    carry the figures of that run, and a run without network must end the same way.
+    The card is always new and never asks the Hub: a card of an earlier upload would carry the figures of that run, and
+    a run without network must end the same way.
 
     Args:
         output_dir: Folder of the run, the one that is uploaded.
+        run_report: Contents of run_report.json. A base model that is a folder is named, but not linked.
+        images: Prompt and image of each image made with the trained LoRA; saved as ``image_0.png``, ``image_1.png``...
         repo_id: Id on the Hub, or the name of the folder when nothing is uploaded; the card's title.
-        base_model: Hub id or folder of the trained model. A folder is named, but not linked or put in the metadata.
-        base_license: Licence of the base model, which the LoRA inherits, or None if unknown.
-        instance_prompt: Prompt of the training photos, or None when every photo has its own caption.
-        validation_prompt: Prompt of all ``images``, or one prompt for each.
-        images: Images made with the trained LoRA, saved as ``image_0.png``, ``image_1.png``, ...
-        run_report: Contents of run_report.json.
-        train_text_encoder: Whether the LoRA also covers the text encoder.
+        base_license: Licence of the base model, which the LoRA inherits, or ``None`` if unknown.
         tags: The model family's tags, added to the usual ones.
         snippet: Python code that loads and runs the LoRA, see `usage_snippet`.
-        settings: The settings by flag name; the card names those that matter for the result.
 
     Returns:
         Path of the README.md.
-
-    Raises:
-        ValueError: if ``validation_prompt`` is a list of another length than ``images``.
     """
-    output_dir = Path(output_dir)
-    if validation_prompt is None or isinstance(validation_prompt, str):
-        prompts = [validation_prompt or instance_prompt or ""] * len(images)
-    else:
-        prompts = list(validation_prompt)
-    if len(prompts) != len(images):
-        raise ValueError(f"validation_prompt has {len(prompts)} prompts for {len(images)} images; give one for each.")
-
     output_dir.mkdir(parents=True, exist_ok=True)
     widget = []
-    for index, (prompt, image) in enumerate(zip(prompts, images)):
+    for index, (prompt, image) in enumerate(images):
         name = f"image_{index}.png"
         image.save(output_dir / name)
         # The Hub drops a widget entry whose text is empty.
         widget.append({"text": prompt or " ", "output": {"url": name}})
-
-    listed = base_license is not None and base_license.id in HUB_LICENSES - {"other"}
+    settings, skip = run_report.get("settings") or {}, run_report.get("skip") or {}
+    model = str(run_report.get("model") or "")
+    # The owner's name of a licence that is not on the Hub's list.
+    other = base_license if base_license and base_license.id not in HUB_LICENSES - {"other"} else None
     data = ModelCardData(
-        license=base_license.id if base_license and listed else "other" if base_license else None,
-        license_name=_slug(base_license.words) if base_license and not listed else None,
-        license_link=base_license.link if base_license and not listed else None,
+        license="other" if other else base_license.id if base_license else None,
+        license_name=_slug(other.words) if other else None,
+        license_link=other.link if other else None,
         library_name="diffusers",
-        base_model=base_model if is_hub_id(base_model) else None,
-        instance_prompt=instance_prompt,
+        base_model=model if is_hub_id(model) else None,
+        instance_prompt=settings.get("instance_prompt"),
         widget=widget or None,
+        tags=list(dict.fromkeys([*BASE_TAGS, *tags])),
     )
-    body = _body(
-        title=repo_id,
-        base_model=base_model,
-        base_license=base_license,
-        instance_prompt=instance_prompt,
-        has_images=bool(images),
-        run_report=run_report,
-        train_text_encoder=train_text_encoder,
-        snippet=snippet,
-        has_comfyui_file=(output_dir / COMFYUI_NAME).is_file(),
-        settings=settings or {},
-    )
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
-    populate_model_card(card, tags=list(dict.fromkeys([*BASE_TAGS, *tags])))
-    write_text(output_dir / "README.md", str(card))
+    template = (resources.files(__package__) / "templates" / "model_card.md").read_text(encoding="utf-8")
+    content: dict[str, Any] = {
+        "title": repo_id,
+        # Only the last part of a folder: where it lies on the machine that trained is nobody's business.
+        "base": f"[{model}](https://huggingface.co/{model})" if is_hub_id(model) else code_span(_last(model)),
+        "has_images": bool(images),
+        "instance_prompt": settings.get("instance_prompt"),
+        "blocks": skip.get("blocks"),
+        "skipped": (skip.get("leading") or 0) + (skip.get("trailing") or 0),
+        "residuals": (run_report.get("residuals") or {}).get("mode"),
+        "snippet": snippet,
+        "comfyui_file": COMFYUI_NAME if (output_dir / COMFYUI_NAME).is_file() else None,
+        "figures": training_figures(run_report),
+        "base_license": base_license,
+        "plain": _plain,
+        "code_span": code_span,
+        "code_block": code_block,
+    }
+    card = ModelCard.from_template(data, template_str=template, **content)
+    write_text(output_dir / "README.md", f"{card}\n")
     return output_dir / "README.md"
 
 
@@ -221,70 +206,12 @@ def code_block(code: str, language: str) -> str:
     return f"{fence}{language}\n{code.strip()}\n{fence}"
 
 
-def _body(
-    *,
-    title: str,
-    base_model: str,
-    base_license: License | None,
-    instance_prompt: str | None,
-    has_images: bool,
-    run_report: Mapping[str, Any],
-    train_text_encoder: bool,
-    snippet: str,
-    has_comfyui_file: bool,
-    settings: Mapping[str, Any],
-) -> str:
-    """The card's Markdown below the front matter."""
-    name = base_model.rstrip("/\\")
-    # Only the last part of a folder: where it lies on the machine that trained is nobody's business.
-    base = f"[{base_model}](https://huggingface.co/{base_model})" if is_hub_id(base_model) else code_span(_last(name))
-    if instance_prompt:
-        trigger = f"Use {code_span(instance_prompt)} in the prompt to bring up the subject."
-    else:
-        trigger = "The training photos had captions of their own; prompts worded like them bring up the subject."
-    skip = run_report.get("skip") or {}
-    skipped = (skip.get("leading") or 0) + (skip.get("trailing") or 0)
-    # Without residuals a skipped span is the identity, an ablation; the card must not claim the method.
-    ablation = (run_report.get("residuals") or {}).get("mode") == "none"
-    replaced = " without a replacement" if ablation else " and replaced by their residual features"
-    method = (
-        f" and {PAPER}: {skipped} of the transformer's {skip['blocks']} blocks were skipped during training"
-        f"{replaced}, so that only the kept blocks had to be in memory"
-        if skipped
-        else ""
+def training_figures(run_report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Label and value of each figure of a run that its report has, for the card's table."""
+    skip, patch, train, stages, settings = (
+        run_report.get(part) or {} for part in ("skip", "patch", "train", "stages", "settings")
     )
-    licence = f"The licence of {base}"
-    if base_license:
-        words = code_span(base_license.words)
-        licence += f" ([{words}]({base_license.link}))" if base_license.link else f" ({words})"
-    sections = [
-        f"# {_plain(title)}",
-        "<Gallery />" if has_images else "",
-        f"LoRA weights for {base}, trained with DreamBooth{method}. They load into the ordinary, complete model.",
-        "## Trigger words",
-        trigger,
-        "## How to use it",
-        code_block(snippet, "python"),
-        f"ComfyUI reads {code_span(COMFYUI_NAME)}." if has_comfyui_file else "",
-        "[The diffusers guide to LoRA](https://huggingface.co/docs/diffusers/main/en/tutorials/"
-        "using_peft_for_inference) shows how to weight, merge and combine adapters.",
-        "## How it was trained",
-        training_table(run_report, train_text_encoder, settings),
-        "## Limits and licence",
-        "The LoRA knows one subject from a few photos: poses and parts that they do not show are guessed. "
-        f"{licence} applies to these weights as well.",
-    ]
-    return "\n\n".join(section for section in sections if section) + "\n"
-
-
-def training_table(
-    run_report: Mapping[str, Any], train_text_encoder: bool, settings: Mapping[str, Any] | None = None
-) -> str:
-    """Figures of a run as a Markdown table; parts that its report and its settings lack are left out."""
-    settings = settings or {}
     rows: list[tuple[str, str]] = []
-    skip, patch = run_report.get("skip") or {}, run_report.get("patch") or {}
-    train, stages = run_report.get("train") or {}, run_report.get("stages") or []
     if skip.get("blocks"):
         leading, trailing = skip.get("leading", 0), skip.get("trailing", 0)
         kept = skip["blocks"] - leading - trailing
@@ -298,7 +225,7 @@ def training_table(
         samples = f", {train['samples']:,} samples" if train.get("samples") else ""
         rows.append(("Steps", f"{train['steps']:,}{samples}"))
     rows += [(label, str(settings[key])) for key, label in _SETTINGS.items() if settings.get(key) is not None]
-    if loss := loss_chart(train.get("loss") or []):
+    if loss := loss_curve(train.get("loss") or []):
         rows.append(("Loss", f"{loss.first:.3g} to {loss.final:.3g}, means of {loss.window} steps"))
     if train.get("step_seconds_median"):
         rows.append(("Median step", format_seconds(train["step_seconds_median"])))
@@ -309,12 +236,11 @@ def training_table(
         if peaks:
             peak, name = max(peaks)
             rows.append((label, f"{format_bytes(peak)}, measured in stage {name}"))
-    rows.append(("LoRA on the text encoder", "yes" if train_text_encoder else "no"))
+    rows.append(("LoRA on the text encoder", "yes" if settings.get("train_text_encoder") else "no"))
     made_with = [f"{name} {version}" for name, version in (run_report.get("versions") or {}).items() if version]
     if made_with:
         rows.append(("Versions", ", ".join(made_with)))
-    lines = ["| | |", "|---|---|", *(f"| {label} | {_plain(value)} |" for label, value in rows)]
-    return "\n".join(lines)
+    return rows
 
 
 # What a reader needs beside the figures to judge or to repeat the result.

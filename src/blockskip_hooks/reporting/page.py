@@ -1,4 +1,4 @@
-"""report.html: one self-contained page about a run, and contact sheets of its images."""
+"""``report.html``: one self-contained page about a run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import base64
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from importlib import resources
 from itertools import zip_longest
@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image
 
 from ..utils.files import write_text
 from ..utils.formatting import format_bytes, format_seconds
-from .charts import harm_chart, loss_chart, timestep_chart
+from ..utils.pictures import flattened
+from .charts import draw_harm, draw_losses, draw_losses_by_timestep, loss_curve
 
 
 # Longest side of an embedded picture. Base64 of untouched camera photos would make a page of a hundred megabytes.
@@ -31,7 +32,7 @@ _SECRET_KEY = re.compile(r"(^|_)(hub_token|api_key|password|secret)$")
 _SECRET_TEXT = re.compile(r"(--(?:hub_token|\w*api_key|\w*password|\w*secret)[=\s]+)\S+|\bhf_\w{20,}")
 
 
-@dataclass
+@dataclass(frozen=True)
 class ReportImages:
     """Pictures of a run.
 
@@ -44,11 +45,11 @@ class ReportImages:
         step: The step after which ``after`` was made; ``None`` for the last.
     """
 
-    photos: list[Image.Image] = field(default_factory=list)
-    crops: list[tuple[str, Image.Image]] = field(default_factory=list)
-    prompts: list[str] = field(default_factory=list)
-    before: list[list[Image.Image]] = field(default_factory=list)
-    after: list[list[Image.Image]] = field(default_factory=list)
+    photos: Sequence[Image.Image] = ()
+    crops: Sequence[tuple[str, Image.Image]] = ()
+    prompts: Sequence[str] = ()
+    before: Sequence[Sequence[Image.Image]] = ()
+    after: Sequence[Sequence[Image.Image]] = ()
     step: int | None = None
 
 
@@ -70,7 +71,6 @@ def write_report(
     *,
     images: ReportImages,
     command: str,
-    settings: Mapping[str, Any],
     snippet: str,
     curves: Mapping[str, Sequence[float]] | None = None,
     total_steps: int | None = None,
@@ -79,18 +79,54 @@ def write_report(
 
     Args:
         output_dir: Folder of the run.
-        run_report: Contents of run_report.json.
+        run_report: Contents of run_report.json. Tokens in its settings are masked.
         plan: Contents of plan.json.
         images: Pictures to show.
         command: Command line that repeats the run. Tokens in it are masked.
-        settings: All settings by flag name, tokens are masked.
         snippet: Python code that loads and runs the LoRA, see `usage_snippet`.
         curves: Harm of masking 0, 1, ... blocks of the ends ``"leading"`` and ``"trailing"``, where it was measured.
-        total_steps: Steps that the run is to have, for the page of a run that has not ended.
+        total_steps: Number of steps of the whole run, for the page of a run that has not ended.
 
     Returns:
         Path of the page.
     """
+    output_dir = Path(output_dir)
+    model = str(run_report.get("model") or "path/to/base-model")
+    settings = run_report.get("settings") or {}
+    skip = run_report.get("skip") or plan.get("skip") or {}
+    train = run_report.get("train") or {}
+    loss = loss_curve(train.get("loss") or [])
+    timesteps, timestep_colours = draw_losses_by_timestep(train.get("loss_by_timestep") or {})
+    content = {
+        "run": run_report,
+        "plan": plan,
+        "model": Path(model).name if Path(model).is_absolute() else model,
+        "instance_prompt": settings.get("instance_prompt"),
+        "rank": settings.get("rank"),
+        "skip": _skip(skip),
+        "harm": draw_harm(curves or {}, {end: skip.get(end) or 0 for end in ("leading", "trailing")}),
+        "patch": run_report.get("patch") or plan.get("patch") or {},
+        "train": train,
+        "stages": _stages(run_report.get("stages") or [], plan.get("stages") or []),
+        "loss": loss,
+        "loss_chart": draw_losses(loss) if loss else "",
+        "timestep_chart": timesteps,
+        "timestep_colours": timestep_colours,
+        "results": _results(images),
+        "results_step": images.step,
+        "total_steps": total_steps,
+        "written": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
+        "photos": [_picture(photo, f"Training photo {i}", PHOTO_PIXELS) for i, photo in enumerate(images.photos, 1)],
+        "crops": [(text, _picture(crop, f"Training sample, {text}", PHOTO_PIXELS)) for text, crop in images.crops],
+        "settings": [(key, _mask(key, value)) for key, value in settings.items()],
+        "command": [word for word in re.split(r"(\s+)", _SECRET_TEXT.sub(r"\1***", command.strip())) if word],
+        "snippet": snippet,
+    }
+    write_text(output_dir / "report.html", _environment().get_template("report.html").render(content))
+    return output_dir / "report.html"
+
+
+def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         # Not PackageLoader: importlib.resources also finds the templates of a zipped package.
         loader=jinja2.FunctionLoader(
@@ -101,91 +137,11 @@ def write_report(
         lstrip_blocks=True,
     )
     environment.filters |= {"bytes": _unbroken(format_bytes), "seconds": _unbroken(format_seconds)}
-    output_dir = Path(output_dir)
-    model = str(run_report.get("model") or "path/to/base-model")
-    skip = run_report.get("skip") or plan.get("skip") or {}
-    train = run_report.get("train") or {}
-    page = environment.get_template("report.html").render(
-        run=run_report,
-        plan=plan,
-        model=Path(model).name if Path(model).is_absolute() else model,
-        instance_prompt=settings.get("instance_prompt"),
-        rank=settings.get("rank"),
-        skip=_skip(skip),
-        harm=harm_chart(curves or {}, {end: skip.get(end) or 0 for end in ("leading", "trailing")}),
-        patch=run_report.get("patch") or plan.get("patch") or {},
-        train=train,
-        stages=_stages(run_report.get("stages") or [], plan.get("stages") or []),
-        loss=loss_chart(train.get("loss") or []),
-        loss_by_timestep=timestep_chart(train.get("loss_by_timestep") or {}),
-        results=_results(images),
-        results_step=images.step,
-        total_steps=total_steps,
-        written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
-        photos=[_picture(photo, f"Training photo {i}", PHOTO_PIXELS) for i, photo in enumerate(images.photos, 1)],
-        crops=[(text, _picture(crop, f"Training sample, {text}", PHOTO_PIXELS)) for text, crop in images.crops],
-        settings=[(key, _mask(key, value)) for key, value in settings.items()],
-        command=[word for word in re.split(r"(\s+)", _SECRET_TEXT.sub(r"\1***", command.strip())) if word],
-        snippet=snippet,
-    )
-    write_text(output_dir / "report.html", page)
-    return output_dir / "report.html"
-
-
-def contact_sheet(
-    rows: Sequence[Sequence[Image.Image]], labels: Sequence[str] | None, path: str | Path, scale: int = 1
-) -> Path:
-    """Save images as a grid on white, as PNG.
-
-    Args:
-        rows: Images of each row; rows may differ in length.
-        labels: A line of text above each row, shortened to the width of the sheet, or None.
-        path: Where the PNG goes.
-        scale: Whole-number enlargement with hard pixel edges.
-
-    Raises:
-        ValueError: if there are no images, or not one label for each row.
-    """
-    if not any(rows):
-        raise ValueError("contact_sheet got no images.")
-    if labels is not None and len(labels) != len(rows):
-        raise ValueError(f"contact_sheet got {len(labels)} labels for {len(rows)} rows; give one for each row.")
-    gap, text_height = 8, 24 if labels is not None else 0
-    cell_width = max(image.width for row in rows for image in row) * scale
-    cell_height = max(image.height for row in rows for image in row) * scale
-    width = max(len(row) for row in rows) * (cell_width + gap) + gap
-    height = len(rows) * (text_height + cell_height + gap) + gap
-    sheet = Image.new("RGB", (width, height), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=15)
-    for row_index, row in enumerate(rows):
-        top = gap + row_index * (text_height + cell_height + gap)
-        if labels is not None:
-            text = " ".join(labels[row_index].split())
-            shown = text
-            while shown and draw.textlength(shown, font=font) > width - 2 * gap:
-                text = text[:-1]
-                shown = text.rstrip() + "..."
-            draw.text((gap, top), shown, fill="black", font=font)
-        for column, image in enumerate(row):
-            enlarged = _flat(image).resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
-            sheet.paste(enlarged, (gap + column * (cell_width + gap), top + text_height))
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path, format="PNG", optimize=True)
-    return path
-
-
-def _flat(image: Image.Image) -> Image.Image:
-    """``image`` upright and as RGB, transparency on white: plain conversion would turn it black."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return environment
 
 
 def _picture(image: Image.Image, alt: str, longest: int) -> Picture:
-    image = _flat(image)
+    image = flattened(image)
     image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     small = max(image.size) <= 256
@@ -254,10 +210,9 @@ def _stages(measured: Sequence[Mapping[str, Any]], planned: Sequence[Mapping[str
                 "simulated": plan.get("peak_device_bytes"),
                 "parameters": plan.get("parameter_bytes"),
                 "activations": plan.get("activation_bytes"),
-                "planned_seconds": plan.get("seconds"),
             }
         )
-    columns = ("seconds", "rss", "device", "simulated", "planned_seconds")
+    columns = ("seconds", "rss", "device", "simulated")
     peaks = {key: max((row[key] or 0 for row in rows), default=0) or None for key in ("rss", "device", "simulated")}
     shown = {key for key in columns if any(row[key] is not None for row in rows)}
     return {"rows": rows, "total": total or None, "peaks": peaks, "shown": shown}

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..data.photos import PhotoSet
 from ..data.sample_plan import Sample, SampleKind, SamplePlan, derived_seed
 from ..families import Family, PromptEmbeds
+from ..families.prompts import place_embeds
 from ..hooks import SpanResiduals
 from .dtype import ResidualDtype, unpack_record
 from .store import DamagedRecord, Record, ResidualStore
@@ -215,14 +216,6 @@ class SampleMaker:
         stacked = {name: pad_sequence([record[name] for record in records], batch_first=True) for name in records[0]}
         latents = stacked.pop("latents")
         return self.batch(samples, latents, SpanResiduals(**stacked) if stacked else None)
-
-
-def place_embeds(embeds: PromptEmbeds, device: torch.device | str, dtype: torch.dtype) -> PromptEmbeds:
-    """Move embeddings to a device; masks and other numbers that are not floating keep their dtype."""
-    return {
-        name: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
-        for name, tensor in embeds.items()
-    }
 
 
 class RecordDataset(torch.utils.data.Dataset):

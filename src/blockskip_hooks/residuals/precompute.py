@@ -14,8 +14,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..data.sample_plan import Sample
 from ..hooks import SpanResiduals
-from ..reporting.progress import StageProgress
 from ..transformer import DiTBlockSkipTransformer
+from ..utils.progress import SILENT, StageProgress
 from .batches import Batch, SampleMaker
 from .dtype import pack_record
 from .store import Record, ResidualStore
@@ -70,7 +70,7 @@ def encode_latents(
     vae: ModelMixin,
     store: ResidualStore,
     batch_size: int | None = None,
-    progress: StageProgress | None = None,
+    progress: StageProgress = SILENT,
     between_batches: Callable[[], None] = lambda: None,
 ) -> dict[str, torch.Tensor]:
     """Clean latents of the samples that :func:`precompute_records` will work on, by sample id, on the CPU.
@@ -83,7 +83,7 @@ def encode_latents(
         vae: Encodes crops.
         store: Holds records already.
         batch_size: Crops at a time, as many as samples per forward later.
-        progress: Advanced by one per sample.
+        progress: The running stage, which advances by one per sample that lacks a record.
         between_batches: Called before each batch; may raise to stop.
     """
     latents: dict[str, torch.Tensor] = {}
@@ -96,8 +96,7 @@ def encode_latents(
                 encoded = maker.encode(vae, part).cpu()
                 _check_latents(part, encoded, maker)
                 latents.update(zip((sample.id for sample in part), encoded, strict=True))
-                if progress is not None:
-                    progress.update(len(part))
+                progress.update(sum(not maker.is_recorded(sample, store) for sample in part))
 
     run()
     return latents
@@ -128,7 +127,7 @@ def precompute_records(
     batch_size: int | None = None,
     with_residuals: bool = True,
     with_adapters: bool = False,
-    progress: StageProgress | None = None,
+    progress: StageProgress = SILENT,
     between_batches: Callable[[], None] = lambda: None,
     forwards: Callable[[int], int] | None = None,
 ) -> int:
@@ -147,7 +146,7 @@ def precompute_records(
         batch_size: Samples per forward; by default the largest that fits the device.
         with_residuals: Whether to run the transformer at all.
         with_adapters: Whether adapters take part; otherwise residuals are the base model's.
-        progress: Advanced by one per sample, present ones included.
+        progress: The running stage, which advances by one per sample.
         between_batches: Called before each forward, when all that was computed is on disk; may raise to stop.
         forwards: Where processes share weights: how many forwards all of them do, from the number that this one needs.
             What it does beyond those is not kept, and the batch size stays when memory runs out.
@@ -156,8 +155,7 @@ def precompute_records(
         Number of samples whose records were written.
     """
     missing = sum(not maker.is_recorded(sample, store) for sample in samples)
-    if progress is not None:
-        progress.skip(len(samples) - missing)
+    progress.skip(len(samples) - missing)
 
     def forward(part: Sequence[Sample]) -> tuple[Batch, SpanResiduals]:
         between_batches()
@@ -175,8 +173,7 @@ def precompute_records(
             batch, residuals = forward(part)
             fresh = [sample for sample in part if not maker.is_recorded(sample, store)]
             store.write(_records(batch, residuals, maker, store))
-            if progress is not None:
-                progress.update(len(fresh))
+            progress.update(len(fresh))
             done += 1
         return done
 

@@ -35,6 +35,10 @@ class Stretches:
         """The steps of a stretch whose samples get records."""
         return range(stretch.start, stretch.start + -(-len(stretch) // self.repeats))
 
+    def recorded_before(self, stretch: range) -> int:
+        """Number of steps before a stretch whose samples get records."""
+        return stretch.start // self.length * len(self.recorded(self.of(0)))
+
     def source(self, step: int) -> int:
         """The step whose samples ``step`` trains on."""
         stretch = self.of(step)

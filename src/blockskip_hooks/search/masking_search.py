@@ -17,16 +17,17 @@ import torch
 from diffusers import ModelMixin
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ..families import Family, PromptEmbeds
 from ..inference.generate import generate_images
 from ..inference.image_encoders import ImageEncoder
 from ..inference.lora_files import load_adapter
 from ..masking import text_masked_by_row
-from ..reporting.progress import Display
-from ..selection_tables import best_pairs
+from ..selection import best_pairs
 from ..transformer import DiTBlockSkipTransformer
+from ..utils.files import save_tensors
+from ..utils.progress import progress_bar
 
 
 BlockRun = tuple[int, int]
@@ -93,7 +94,7 @@ class MaskedImages:
             for subject in subjects
         }
         total = sum(map(len, missing.values()))
-        with Display("Masked images", total, "image") as bar:
+        with progress_bar("Masked images", total, "image") as bar:
             for subject, variants in missing.items():
                 for start in range(0, len(variants), self.batch_size):
                     batch = variants[start : start + self.batch_size]
@@ -148,9 +149,7 @@ class MaskedImages:
 
     def _save(self) -> None:
         self.store.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.store.with_suffix(".tmp")
-        save_file(self.vectors, temporary)
-        temporary.replace(self.store)
+        save_tensors(self.vectors, self.store)
 
 
 def _key(subject: Subject, seed: int, run: BlockRun) -> str:

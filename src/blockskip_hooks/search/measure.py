@@ -24,7 +24,7 @@ from ..inference.streamed_model import (
 )
 from ..loading.component_config import load_config
 from ..residuals.store import folder_digest
-from ..selection_tables import best_pairs
+from ..selection import best_pairs
 from ..utils.machine import versions
 from .masking_search import (
     NOTHING,

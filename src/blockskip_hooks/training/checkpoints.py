@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from ..utils.errors import UserError
 from ..utils.files import save_tensors, sync, write_json
 
 
@@ -47,7 +48,7 @@ def find_checkpoint(output_dir: Path, resume_from: str | None) -> Path | None:
     """The checkpoint that ``--resume_from_checkpoint`` means, or ``None`` to start anew.
 
     Raises:
-        ValueError: if a named checkpoint is not a complete one.
+        UserError: if a named checkpoint is not a complete one.
     """
     if resume_from is None:
         return None
@@ -59,7 +60,7 @@ def find_checkpoint(output_dir: Path, resume_from: str | None) -> Path | None:
     for path in (output_dir / resume_from, Path(resume_from)):
         if (path / STATE_NAME).is_file():
             return path
-    raise ValueError(f"--resume_from_checkpoint {resume_from} holds no {STATE_NAME}; name a complete checkpoint.")
+    raise UserError(f"--resume_from_checkpoint {resume_from} holds no {STATE_NAME}; name a complete checkpoint.")
 
 
 def begin_checkpoint(output_dir: Path, step: int) -> Path:
@@ -150,25 +151,25 @@ def read_state(folder: Path) -> dict[str, Any]:
     """The JSON part of a checkpoint.
 
     Raises:
-        ValueError: if it cannot be read.
+        UserError: if it cannot be read.
     """
     try:
         return json.loads((folder / STATE_NAME).read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"--resume_from_checkpoint {folder} cannot be read ({error}); name another one.") from error
+        raise UserError(f"--resume_from_checkpoint {folder} cannot be read ({error}); name another one.") from error
 
 
 def load_training_state(folder: Path, optimizer: Any, scheduler: Any) -> dict[str, Any]:
     """Restore what :func:`save_training_state` wrote and return the JSON part.
 
     Raises:
-        ValueError: if the checkpoint belongs to another optimiser or set of parameters.
+        UserError: if the checkpoint belongs to another optimiser or set of parameters.
     """
     state = read_state(folder)
     try:
         tensors = load_file(str(folder / OPTIMIZER_NAME))
     except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"--resume_from_checkpoint {folder} cannot be read ({error}); name another one.") from error
+        raise UserError(f"--resume_from_checkpoint {folder} cannot be read ({error}); name another one.") from error
     saved = state["optimizer"]
     entries: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in saved["scalars"].items()}
     for key, tensor in tensors.items():
@@ -185,7 +186,7 @@ def load_training_state(folder: Path, optimizer: Any, scheduler: Any) -> dict[st
         for old, new in zip(saved["param_groups"], current)
     )
     if not same:
-        raise ValueError(
+        raise UserError(
             f"--resume_from_checkpoint {folder} was made with another optimizer or other LoRA layers; use the "
             "settings it was made with."
         )
@@ -202,17 +203,17 @@ def load_stretch(folder: Path, parameters: Sequence[torch.Tensor]) -> dict[str, 
     """Read the LoRA of the checkpoint's stretch, by the number of the parameter.
 
     Raises:
-        ValueError: if it is not there, or of other parameters.
+        UserError: if it is not there, or of other parameters.
     """
     try:
         tensors = load_file(str(folder / STRETCH_NAME))
     except (OSError, SafetensorError) as error:
-        raise ValueError(
+        raise UserError(
             f"--resume_from_checkpoint {folder} holds no {STRETCH_NAME} that can be read ({error}); if it was made "
             "without refreshed residuals, add --no-refresh_residuals."
         ) from error
     if {name: t.shape for name, t in tensors.items()} != {str(i): p.shape for i, p in enumerate(parameters)}:
-        raise ValueError(
+        raise UserError(
             f"--resume_from_checkpoint {folder}: {STRETCH_NAME} is of other LoRA layers; name another one."
         )
     return tensors

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import re
-from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate import Accelerator
 from diffusers.training_utils import free_memory
 
 from ..data.photos import image_paths
 from ..data.sample_plan import derived_seed
 from ..families.prompts import encode_prompts
-from ..inference.generate import VaePlacement, generate_images
-from ..reporting.progress import Progress
+from ..inference.generate import generate_images
+from ..planning.plan import planned_batch_size, planned_vae, streams_text
 from ..transformer import DiTBlockSkipTransformer
+from ..utils.accelerator import weight_dtype
 from ..utils.files import replacing
-from .settings import Run
+from .context import Context
+from .run import Run
 
 
 _OWN_NAME = re.compile("([0-9]+)-[0-9a-f]{40}[.]jpg")
@@ -25,73 +26,51 @@ _OWN_NAME = re.compile("([0-9]+)-[0-9a-f]{40}[.]jpg")
 PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def make_class_images(
-    run: Run,
-    accelerator: Accelerator,
-    dtype: torch.dtype,
-    seed: int,
-    batch_size: int,
-    *,
-    streams_text: bool = False,
-    placement: VaePlacement | None = None,
-    progress: Progress | None = None,
-) -> int:
+def make_class_images(run: Run, context: Context, plan: dict[str, Any]) -> int:
     """Fill ``--class_data_dir`` up to ``--num_class_images``, the work shared between processes.
 
     Works as the rest of the run does, and so within its memory: text encoders first and freed, then kept blocks in
     memory and skipped ones streamed. Image number i has the same noise in every run.
 
     Args:
-        run: Settings.
-        accelerator: Device and processes.
-        dtype: Dtype of the models, unless ``--prior_generation_precision`` names another.
-        seed: Seed of the run.
-        batch_size: Images made at a time.
-        streams_text: Whether large text encoders are read layer by layer.
-        placement: How the VAE works.
-        progress: Shows how far the stage is.
+        run: The run, its seed resolved.
+        context: Its surroundings.
+        plan: Its plan: how many images are made at a time, and how text encoders and VAE work.
 
     Returns:
         Number of images made by this process.
     """
-    args, family, device = run.args, run.family, accelerator.device
-    folder = Path(args.class_data_dir)
+    accelerator, batch_size = context.accelerator, planned_batch_size(plan, "class_images") or 1
+    settings, family, device = run.settings, run.family, accelerator.device
+    folder, prompt = settings.class_folder, settings.class_prompt or ""
     folder.mkdir(parents=True, exist_ok=True)
     names = [path.name for path in image_paths(folder)]
     made = {int(match[1]) for name in names if (match := _OWN_NAME.fullmatch(name))}
     accelerator.wait_for_everyone()
     # Processes that were killed leave gaps.
-    missing = [number for number in range(len(names) - len(made), args.num_class_images) if number not in made]
-    missing = missing[: max(args.num_class_images - len(names), 0)]
+    missing = [number for number in range(len(names) - len(made), settings.num_class_images) if number not in made]
+    missing = missing[: max(settings.num_class_images - len(names), 0)]
     numbers = missing[accelerator.process_index :: accelerator.num_processes]
     if numbers:
-        dtype = PRECISIONS.get(args.prior_generation_precision, dtype)
-        prompts = [args.class_prompt, *([] if run.negative_prompt is None else [run.negative_prompt])]
-        embeds, _ = encode_prompts(family, prompts, dtype=dtype, device=device, streamed=streams_text)
+        dtype = PRECISIONS.get(settings.prior_generation_precision or "", weight_dtype(accelerator))
+        prompts = [prompt, *([] if run.negative_prompt is None else [run.negative_prompt])]
+        embeds, _ = encode_prompts(family, prompts, dtype=dtype, device=device, streamed=streams_text(plan))
         model = DiTBlockSkipTransformer.from_pretrained(
-            family.model_path,
-            run.config,
-            torch_dtype=dtype,
-            device=device,
-            variant=args.variant,
-            stacks=family.block_stacks,
-            transformer_class=family.transformer_class(run.transformer_config),
-            recorded_layers=run.recorded_layers,
-            quantization=run.quantization,
+            family.model_path, run.config, **run.model_options(dtype, device)
         )
         vae = family.load_vae(dtype, device)
-        with (progress or Progress.silent()).stage("class images", class_images=len(numbers)) as display:
+        with context.progress.stage("class images", class_images=len(numbers)) as display:
             for start in range(0, len(numbers), batch_size):
                 part = numbers[start : start + batch_size]
                 (images,) = generate_images(
-                    [embeds[args.class_prompt]],
+                    [embeds[prompt]],
                     family=family,
                     model=model,
                     vae=vae,
                     negative=None if run.negative_prompt is None else embeds[run.negative_prompt],
-                    seeds=[derived_seed(seed, "class image", number) for number in part],
+                    seeds=[derived_seed(settings.seed or 0, "class image", number) for number in part],
                     pipeline_kwargs=run.pipeline_kwargs,
-                    placement=placement,
+                    placement=planned_vae(plan, "class_images"),
                 )
                 for number, image in zip(part, images, strict=True):
                     digest = hashlib.sha1(image.tobytes(), usedforsecurity=False).hexdigest()

@@ -19,6 +19,7 @@ from safetensors import safe_open
 
 from ..families import ComfyUIFormat, Family
 from ..lora import WEIGHTS_NAME
+from ..utils.errors import UserError
 from ..utils.files import save_tensors
 
 
@@ -30,15 +31,15 @@ def check_comfyui(family: type[Family], *, trains_text: bool) -> ComfyUIFormat:
     """The family's format.
 
     Raises:
-        ValueError: if there is none that diffusers reads back, or none for trained text encoders.
+        UserError: if there is none that diffusers reads back, or none for trained text encoders.
     """
     if family.comfyui is None:
-        raise ValueError(
+        raise UserError(
             f"--save_format comfyui is not available for {family.name}: no names of its layers are read by both "
             "ComfyUI and diffusers; leave the flag out."
         )
     if trains_text:
-        raise ValueError(
+        raise UserError(
             "--save_format comfyui is for the transformer's LoRA alone; leave it or --train_text_encoder out."
         )
     return family.comfyui
@@ -55,7 +56,7 @@ def write_comfyui(folder: Path, family: type[Family]) -> Path:
         The file.
 
     Raises:
-        ValueError: if the family has no such format.
+        UserError: if the family has no such format.
     """
     form = check_comfyui(family, trains_text=False)
     tensors: dict[str, torch.Tensor] = {}

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..loading.checkpoint_index import index_safetensors
+from ..utils.errors import UserError
 from ..utils.files import sync, write_error
 
 
@@ -47,14 +48,14 @@ def export_merged(
         The folder, for ``from_pretrained`` of the transformer's class.
 
     Raises:
-        ValueError: if the LoRA is of other layers than the checkpoint has.
+        UserError: if the LoRA is of other layers than the checkpoint has.
         OSError: if the folder cannot be written; nothing is left of it then.
     """
     index = index_safetensors(transformer, variant)
     layers = _read_lora(lora)
     missing = sorted(name for name in layers if f"{name}.weight" not in index)
     if missing:
-        raise ValueError(f"{lora} has LoRA of {missing[0]}, which {transformer} lacks; merge it into its own model.")
+        raise UserError(f"{lora} has LoRA of {missing[0]}, which {transformer} lacks; merge it into its own model.")
     # The helpers that split tensors would want all of them.
     sizes = _sizes(index)
     shards = split_state_dict_into_shards_factory(

@@ -9,6 +9,7 @@ import torch
 
 from ..data.sample_plan import Sample
 from ..residuals.batches import SampleMaker
+from ..utils.errors import UserError
 
 
 QUARTERS = 4
@@ -43,7 +44,7 @@ class SampleLosses:
         """Check the loss of a step, forget its samples and return them.
 
         Raises:
-            ValueError: naming the samples that made it not finite.
+            UserError: naming the samples that made it not finite.
         """
         batches, self._batches = self._batches, []
         if not math.isfinite(loss):
@@ -54,7 +55,7 @@ class SampleLosses:
                 if not math.isfinite(value)
             ]
             whose = ", ".join(suspects[:SUSPECTS_NAMED]) + (", ..." if len(suspects) > SUSPECTS_NAMED else "")
-            raise ValueError(
+            raise UserError(
                 f"The loss of step {step} is {loss}, by {whose or 'samples of another process'}; lower "
                 "--learning_rate or check these photos. Checkpoints written so far are intact."
             )

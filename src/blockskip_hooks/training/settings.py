@@ -1,384 +1,227 @@
-"""A run before any weight is read: its settings, and what follows from them."""
+"""The settings of a training run: one frozen object, which the command line and its files are turned into."""
 
 from __future__ import annotations
 
-import argparse
-import hashlib
-import math
-import os
-import shutil
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
-
-from ..blocks import modulation_layers
-from ..cli.arguments import looks_up_blocks, parse_bytes
-from ..config import BlockSkipConfig, PatchSamplingConfig
-from ..data.photos import Photo, PhotoSet, nearest_bucket, scan_photos
-from ..data.sample_plan import SampleKind, SamplePlan
-from ..families import Family
-from ..loading.component_config import load_config
-from ..loading.quantization import QuantizationConfig
-from ..lora import WEIGHTS_NAME
-from ..residuals.batches import PhotoSource
-from ..residuals.store import folder_digest, recorded_seed
-from ..residuals.stretches import Stretches
-from ..selection import Selection
-from ..selection_tables import SelectionTable
-from ..transformer import DiTBlockSkipTransformer
-from ..utils.formatting import format_seconds
-from ..utils.machine import versions
-from ..version import __version__
-from .checkpoints import read_state
-from .comfyui import COMFYUI_NAME
-from .merged import MERGED_NAME
-from .sharding import hidden_from_accelerate
+from ..config import PatchMode, ResidualMode
+from ..residuals.dtype import ResidualDtype
+from ..selection import parse_skip_blocks
 
 
-DEFAULT_RESIDUAL_BUDGET = 16 * 10**9
-REFRESHES = 10
-"""Stretches of a run whose residuals follow the LoRA, unless ``--stretch_steps`` says otherwise."""
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """Value of every flag of the training script, under the flag's name; what each one means says its help text.
 
-
-@dataclass
-class Run:
-    """Settings of one run, resolved.
+    Amounts of memory and disk are numbers of bytes. ``skip_blocks`` is a text of one of the forms that
+    :func:`~blockskip_hooks.selection.parse_skip_blocks` reads. Values do not change: a run that needs others makes a
+    new object by :meth:`with_values`.
 
     Attributes:
-        args: The flags, after family and model defaults.
-        family: The model's family, on the model's folder.
-        model_name: What the user called the model, for reports.
-        embedded: Whether the embedded model is used.
-        skeleton: The transformer without weights, placeholders on.
-        selection: The skipped blocks.
-        config: The same as a config.
-        patch: Patch sampling.
-        targets: Full names of the layers that get LoRA.
-        photos: The instance photos, not decoded yet.
-        prompts: Validation prompts.
-        pipeline_kwargs: Arguments of the pipeline call that the model asks for.
-        quantization: How kept blocks are held; ``None`` for plain weights.
-        table: What is known of the harm of skipping this model's blocks.
-        shares_weights: Whether processes divide the frozen weights of kept blocks.
+        given: Names of the flags that the command line or a file held, whether or not their value is the default.
+        family_flags: Values of the flags that only some model families have.
     """
 
-    args: argparse.Namespace
-    family: Family
-    model_name: str
-    embedded: bool
-    skeleton: DiTBlockSkipTransformer
-    selection: Selection
-    config: BlockSkipConfig
-    patch: PatchSamplingConfig
-    targets: list[str]
-    photos: list[Photo]
-    prompts: list[str]
-    pipeline_kwargs: dict[str, Any] = field(default_factory=dict)
-    quantization: QuantizationConfig | None = None
-    table: SelectionTable | None = None
-    shares_weights: bool = False
+    given: frozenset[str]
+    family_flags: Mapping[str, Any]
+    # settings
+    config: str | None
+    dump_config: bool
+    # model
+    pretrained_model_name_or_path: str | None
+    revision: str | None
+    variant: str | None
+    cache_dir: str | None
+    max_sequence_length: int
+    bnb_quantization_config_path: str | None
+    quantization: str
+    # photos
+    instance_data_dir: str | None
+    instance_prompt: str | None
+    dataset_name: str | None
+    dataset_config_name: str | None
+    image_column: str
+    caption_column: str | None
+    repeats: int
+    resolution: int
+    center_crop: bool
+    random_flip: bool
+    image_interpolation_mode: str
+    use_aspect_ratio_buckets: bool
+    aspect_ratio_buckets: tuple[tuple[int, int], ...] | None
+    caption_dropout: float
+    # block skipping
+    skip_blocks: str
+    skip_ratio: float
+    skip_budget: int | None
+    selection_table: str | None
+    strict_table: bool
+    residuals: ResidualMode
+    keep_modulation: bool
+    residual_dtype: ResidualDtype
+    residual_dir: str | None
+    residual_budget: int | None
+    stretch_steps: int | None
+    record_repeats: int
+    refresh_residuals: bool | None
+    precompute_batch_size: int | None
+    overwrite_residuals: bool
+    memory_budget: int | None
+    memory_options: Sequence[str]
+    plan_only: bool
+    # patch sampling
+    patch_sampling: PatchMode | Literal["auto"]
+    min_patch_size: int | None
+    max_patch_size: int | None
+    # prior preservation
+    with_prior_preservation: bool
+    prior_loss_weight: float
+    class_data_dir: str | None
+    class_prompt: str | None
+    num_class_images: int
+    sample_batch_size: int
+    prior_generation_precision: str | None
+    # LoRA
+    rank: int
+    lora_alpha: int
+    lora_dropout: float
+    lora_layers: Sequence[str] | None
+    lora_blocks: Sequence[str] | None
+    train_text_encoder: bool
+    fsdp_text_encoder: bool
+    # training
+    train_batch_size: int
+    gradient_accumulation_steps: int
+    num_train_epochs: int
+    max_train_steps: int | None
+    seed: int | None
+    gradient_checkpointing: bool
+    cache_latents: bool
+    dataloader_num_workers: int
+    weighting_scheme: str
+    logit_mean: float
+    logit_std: float
+    mode_scale: float
+    # optimizer
+    optimizer: str
+    learning_rate: float
+    text_encoder_lr: float
+    scale_lr: bool
+    lr_scheduler: str
+    lr_warmup_steps: int
+    lr_num_cycles: int
+    lr_power: float
+    use_8bit_adam: bool
+    adam_beta1: float
+    adam_beta2: float
+    adam_weight_decay: float
+    adam_weight_decay_text_encoder: float
+    adam_epsilon: float
+    prodigy_beta3: float | None
+    prodigy_decouple: bool
+    prodigy_use_bias_correction: bool
+    prodigy_safeguard_warmup: bool
+    max_grad_norm: float
+    # validation
+    validation_prompt: str | None
+    num_validation_images: int
+    validation_epochs: int
+    final_validation_prompt: str | None
+    skip_final_inference: bool
+    # output
+    output_dir: str
+    checkpointing_steps: int
+    checkpoints_total_limit: int | None
+    resume_from_checkpoint: str | None
+    upcast_before_saving: bool
+    save_format: str
+    export_merged: bool
+    logging_dir: str
+    report_to: Sequence[str]
+    log_level: str
+    push_to_hub: bool
+    hub_token: str | None
+    hub_model_id: str | None
+    # machine
+    mixed_precision: str | None
+    do_fp8_training: bool
+    offload: bool
+    enable_vae_tiling: bool
+    allow_tf32: bool
+    enable_npu_flash_attention: bool
+    local_rank: int
+
+    def flags(self) -> dict[str, Any]:
+        """Every flag's value by name, those of some families among them."""
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        del own["given"], own["family_flags"]
+        return {**own, **self.family_flags}
+
+    def plain(self) -> dict[str, Any]:
+        """Every flag by name, as a file or a tracker holds it: numbers, words, and lists as they are typed."""
+        return {name: plain_value(name, value) for name, value in self.flags().items()}
+
+    def with_values(self, values: Mapping[str, Any]) -> TrainSettings:
+        """These settings with other values of some flags.
+
+        Raises:
+            ValueError: if a name is not a flag's.
+        """
+        unknown = sorted(values.keys() - self.flags().keys())
+        if unknown:
+            raise ValueError(f"Defaults for unknown flags: {', '.join(unknown)}; remove them or correct the names.")
+        families = {name: values.get(name, value) for name, value in self.family_flags.items()}
+        own = {name: value for name, value in values.items() if name not in families}
+        return replace(self, family_flags=families, **own)
 
     @property
-    def output_dir(self) -> Path:
-        return Path(self.args.output_dir)
+    def output_folder(self) -> Path:
+        return Path(self.output_dir)
 
     @property
-    def needs_search(self) -> bool:
-        """Whether ``--select_on`` asks for curves that no table has."""
-        wanted = self.args.select_on
-        if not looks_up_blocks(self.args) or wanted == "table":
-            return False
-        return wanted == "subject" or self.table is None or self.table.source == "inferred"
+    def class_folder(self) -> Path:
+        """Folder of the class images; with prior preservation it is always given."""
+        return Path(self.class_data_dir or "")
+
+    @property
+    def looks_up_blocks(self) -> bool:
+        """Whether a selection table or the rule decides which blocks are skipped."""
+        choice = parse_skip_blocks(self.skip_blocks)
+        # A memory budget chooses by itself unless the flag was typed.
+        chosen_by_budget = self.memory_budget is not None and "skip_blocks" not in self.given
+        return choice == "auto" or isinstance(choice, int) or chosen_by_budget
 
     @property
     def skips(self) -> bool:
-        return self.config.num_skipped > 0
+        """Whether blocks are skipped, as far as the flags alone tell."""
+        return parse_skip_blocks(self.skip_blocks) not in ("none", 0, (0, 0))
 
     @property
-    def recorded_layers(self) -> tuple[str, ...]:
-        """Names of the modulation layers whose outputs are recorded, so that training does without their weights."""
-        args = self.args
-        # A trained text encoder would change their input.
-        if not self.stores_residuals or args.keep_modulation or args.train_text_encoder:
-            return ()
-        names = modulation_layers(self.skeleton.spans, self.family.modulation_layers)
-        return tuple(name for name in names if name not in set(self.targets))
+    def patch_mode(self) -> PatchMode:
+        """What ``--patch_sampling`` comes to, as far as the flags alone tell."""
+        if self.patch_sampling != "auto":
+            return self.patch_sampling
+        return "dynamic" if self.skips else "none"
 
     @property
-    def stores_residuals(self) -> bool:
-        """Whether training reads residuals from records."""
-        return self.skips and self.config.residuals == "precomputed"
-
-    @property
-    def uses_store(self) -> bool:
-        """Whether training reads records: precomputed residuals, or latents cached ahead of training."""
-        return self.stores_residuals or self.args.cache_latents
-
-    @property
-    def refreshes(self) -> bool:
-        """Whether each stretch's residuals are computed with the LoRA learnt so far."""
-        wanted = self.args.refresh_residuals
-        if wanted is None:
-            # No LoRA changes what comes out of a leading span.
-            wanted = self.config.trailing > 0 and not self.args.residual_dir
-        return self.stores_residuals and wanted
-
-    @property
-    def record_repeats(self) -> int:
-        """How many times a record is trained on."""
-        return self.args.record_repeats if self.stores_residuals else 1
-
-    @property
-    def kinds(self) -> tuple[SampleKind, ...]:
-        return ("instance", "class") if self.args.with_prior_preservation else ("instance",)
-
-    @property
-    def makes_images(self) -> bool:
-        """Whether validation images are made at some time."""
-        return bool(self.args.num_validation_images and (self.prompts or self.final_prompts))
-
-    @property
-    def final_prompts(self) -> list[str]:
-        """Prompts of the images after training."""
-        if self.args.skip_final_inference:
-            return []
-        return [self.args.final_validation_prompt] if self.args.final_validation_prompt else self.prompts
-
-    def all_prompts(self, sources: dict[SampleKind, PhotoSource]) -> list[str]:
-        """Every prompt that the run will need embeddings of."""
-        prompts = [prompt for source in sources.values() for prompt in source.prompts()]
-        prompts += [""] * (self.args.caption_dropout > 0)
-        if self.makes_images:
-            prompts += [*self.prompts, *self.final_prompts]
-            prompts += [] if self.negative_prompt is None else [self.negative_prompt]
-        return list(dict.fromkeys(prompts))
-
-    @property
-    def image_size(self) -> int:
-        """Height in pixels of validation images."""
-        return self.pipeline_kwargs.get("height", self.family.image_size)
-
-    @property
-    def negative_prompt(self) -> str | None:
-        """Negative prompt of validation images, for pipelines that are guided."""
-        return self.pipeline_kwargs.get("negative_prompt", self.family.negative_prompt)
-
-    @property
-    def transformer_config(self) -> dict[str, Any]:
-        """Config of the transformer, with its class name."""
-        return load_config(self.family.model_path / "transformer")
-
-    def photo_sources(self) -> dict[SampleKind, PhotoSource]:
-        """Decode the photos; class images must exist by now."""
-        args = self.args
-        sources: dict[SampleKind, PhotoSource] = {
-            "instance": PhotoSource(self._photo_set(self.photos), args.instance_prompt or "")
-        }
-        if args.with_prior_preservation:
-            photos = scan_photos(Path(args.class_data_dir), flag="--class_data_dir")[: args.num_class_images]
-            sources["class"] = PhotoSource(self._photo_set(photos), args.class_prompt, use_captions=False)
-        return sources
-
-    def _photo_set(self, photos: list[Photo]) -> PhotoSet:
-        return PhotoSet(
-            photos,
-            self.patch.max_size,
-            buckets=self.patch.buckets,
-            interpolation=self.args.image_interpolation_mode,
-        )
-
-    def sample_plan(self, seed: int, num_images: dict[SampleKind, int]) -> SamplePlan:
-        """The run's sample plan for this many photos of each kind."""
-        args = self.args
-        return SamplePlan(
-            seed=seed,
-            num_images=num_images,
-            repeats=args.repeats,
-            timesteps=self.family.scheduler.timesteps,
-            patch=self.patch,
-            weighting_scheme=args.weighting_scheme,
-            logit_mean=args.logit_mean,
-            logit_std=args.logit_std,
-            mode_scale=args.mode_scale,
-            random_flip=args.random_flip,
-            center_crop=args.center_crop,
-            fixed_crops=args.cache_latents and self.patch.mode == "none",
-            buckets=self._buckets() if self.patch.buckets else None,
-            batch_size=args.train_batch_size,
-            caption_dropout=args.caption_dropout,
-        )
-
-    def _buckets(self) -> tuple[int, ...]:
-        """Bucket of each instance photo."""
-        return tuple(nearest_bucket(photo.size, self.patch.shapes) for photo in self.photos if photo.size)
-
-    def schedule(self, plan: SamplePlan, num_processes: int) -> tuple[int, int]:
-        """Optimiser steps of an epoch and of the run, as the upstream flags define them."""
-        args = self.args
-        per_step = args.train_batch_size * args.gradient_accumulation_steps * num_processes
-        steps_per_epoch = math.ceil(plan.epoch_length / per_step)
-        return steps_per_epoch, args.max_train_steps or args.num_train_epochs * steps_per_epoch
-
-    def residual_budget(self) -> int:
-        """Bytes that the residual store may take."""
-        if self.args.residual_budget is not None:
-            return parse_bytes(self.args.residual_budget)
-        folder = self.residual_dir
-        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        return min(DEFAULT_RESIDUAL_BUDGET, shutil.disk_usage(existing).free // 2)
-
-    def describe_records(self, plan: SamplePlan, sources: dict[SampleKind, PhotoSource], dtype: torch.dtype) -> dict:
-        """Everything that records depend on; its digest is the residual store's fingerprint."""
-        path, args = self.family.model_path, self.args
-        components = ("transformer", "vae", *self.family.text_components)
-        return {
-            "version": __version__,
-            "weights": {name: folder_digest(path / name) for name in components if (path / name).is_dir()},
-            "variant": args.variant,
-            "libraries": {name: versions()[name] for name in ("torch", "diffusers", "transformers")},
-            "modulation": list(self.recorded_layers),
-            "spans": [self.config.leading, self.config.trailing] if self.config.residuals == "precomputed" else None,
-            **({"refreshed": True} if self.refreshes else {}),
-            "residual_dtype": args.residual_dtype,
-            # Kept blocks lie between the spans, so the trailing residual depends on how they are held.
-            **({"quantization": self.quantization.describe()} if self.quantization and self.skips else {}),
-            "photos": {
-                kind: [[source.photos.digest(i), source.prompt_for(i)] for i in range(len(source.photos))]
-                for kind, source in sources.items()
-            },
-            "samples": {
-                field.name: str(getattr(plan, field.name)) for field in fields(plan) if field.name != "timesteps"
-            },
-            "timesteps": hashlib.sha256(plan.timesteps.numpy().tobytes()).hexdigest(),
-            **{flag.name: str(getattr(args, flag.name)) for flag in self.family.own_flags},
-            "max_sequence_length": args.max_sequence_length,
-            "interpolation": args.image_interpolation_mode,
-            "dtype": str(dtype),
-        }
-
-    def num_steps(self, num_processes: int) -> int:
-        """Optimiser steps of the run."""
-        args = self.args
-        num_images = {kind: args.num_class_images if kind == "class" else len(self.photos) for kind in self.kinds}
-        return self.schedule(self.sample_plan(args.seed or 0, num_images), num_processes)[1]
-
-    def stretches(self, plan: dict[str, Any], num_processes: int, checkpoint: Path | None) -> Stretches:
-        """The run's stretches: the longest whose records fit the residual budget, unless flags ask for shorter ones.
-
-        A resumed run keeps the stretches it began with, whatever the disk has room for now: records then come out
-        of the same batches. With other samples per step they would be other batches anyway.
-
-        Raises:
-            ValueError: if not even one step's records fit.
-        """
-        args, num_steps = self.args, self.num_steps(num_processes)
-        if not self.uses_store:
-            return Stretches(num_steps=num_steps, length=num_steps)
-        samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * num_processes
-        state = {} if checkpoint is None else read_state(checkpoint)
-        if state and state.get("samples_per_step", samples_per_step) == samples_per_step:
-            return Stretches(num_steps=num_steps, length=state["stretch_steps"], repeats=self.record_repeats)
-        planned = plan["residuals"]
-        record_bytes = -(-planned["bytes"] // planned["records"])
-        step_bytes = record_bytes * samples_per_step * len(self.kinds)
-        budget = self.residual_budget()
-        if step_bytes > budget:
-            raise ValueError(
-                f"--residual_budget is {budget} bytes, less than the records of one step need ({step_bytes}: "
-                f"{samples_per_step * len(self.kinds)} of {record_bytes}); raise it or lower --train_batch_size."
-            )
-        return Stretches(
-            num_steps=num_steps,
-            length=min(self.longest_stretch(num_steps), budget // step_bytes * self.record_repeats),
-            repeats=self.record_repeats,
-        )
-
-    def longest_stretch(self, num_steps: int) -> int:
-        """Steps of a stretch as far as flags decide, whatever there is room for."""
-        refreshed = -(-num_steps // REFRESHES) if self.refreshes else num_steps
-        return min(self.args.stretch_steps or refreshed, num_steps)
-
-    @property
-    def may_overwrite(self) -> bool:
-        """Whether records of another run may be dropped: always in the run's own folder, else when told to."""
-        return self.args.overwrite_residuals or not self.args.residual_dir
-
-    def trackable_settings(self) -> dict[str, Any]:
-        """The flags as trackers take them: plain values, and no token."""
-        hidden = {"hub_token", "given"}
-        return {
-            name: value if isinstance(value, (bool, int, float, str)) else str(value)
-            for name, value in vars(self.args).items()
-            if name not in hidden
-        }
-
-    def closing_words(self, report: dict[str, Any]) -> str:
-        """The last lines a user sees: what came out, and how to use it."""
-        losses = report["train"]["loss"]
-        loss = f", loss {losses[-1]:.4f}" if losses else ""
-        seconds = sum(stage["seconds"] for stage in report["stages"])
-        files = {"LoRA": WEIGHTS_NAME}
-        if self.args.save_format == "comfyui":
-            files["ComfyUI"] = COMFYUI_NAME
-        if self.args.export_merged:
-            files["Merged"] = MERGED_NAME
-        files["Report"] = "report.html"
-        width = max(map(len, files)) + 2
-        return "\n".join(
-            [
-                f"Trained {report['train']['steps']} steps in {format_seconds(seconds)}{loss}.",
-                *(f"{f'{name}:':<{width}}{self.output_dir / file}" for name, file in files.items()),
-            ]
-        )
-
-    def resolve_seed(self, checkpoint: Path | None) -> int:
-        """The seed: the flag's, the checkpoint's, or a new one that is kept in the report.
-
-        Raises:
-            ValueError: if the flag contradicts the checkpoint.
-        """
-        seed = self.args.seed
-        if checkpoint is not None:
-            resumed = read_state(checkpoint)["seed"]
-            if seed not in (None, resumed):
-                raise ValueError(f"--seed {seed} is not the seed of {checkpoint}, {resumed}; leave the flag out.")
-            seed = resumed
-        elif seed is None and self.args.resume_from_checkpoint:
-            # The run ended before its first checkpoint; what it left are records, which are of one seed.
-            seed = recorded_seed(self.residual_dir)
-        if seed is None:
-            # Every process must draw the same samples.
-            (seed,) = broadcast_object_list([int.from_bytes(os.urandom(4), "big")])
-        self.args.seed = seed
-        return seed
-
-    @property
-    def residual_dir(self) -> Path:
-        return Path(self.args.residual_dir) if self.args.residual_dir else self.output_dir / "residuals"
+    def samples_per_process_step(self) -> int:
+        """Samples of a kind that a process trains on in an optimiser step."""
+        return self.train_batch_size * self.gradient_accumulation_steps
 
 
-def start_accelerator(args: argparse.Namespace, **settings: Any) -> Accelerator:
-    """accelerate with the flags' precision.
-
-    Raises:
-        ValueError: if this machine cannot compute in it.
-    """
-    try:
-        with hidden_from_accelerate():
-            accelerator = Accelerator(mixed_precision=args.mixed_precision, **settings)
-    except ValueError as error:
-        raise ValueError(f"--mixed_precision {args.mixed_precision} cannot be used here: {error}") from error
-    # accelerate would go on without autocast. A plan for another machine needs none.
-    plan_only = getattr(args, "plan_only", False)
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu" and not plan_only:
-        raise ValueError("--mixed_precision fp16 needs a GPU, and there is none here; give bf16 or no.")
-    return accelerator
+def plain_value(name: str, value: Any) -> Any:
+    """A flag's value as it is typed: texts stay texts, and lists with separators become one."""
+    if name == "aspect_ratio_buckets" and value is not None:
+        return ";".join(f"{height},{width}" for height, width in value)
+    if name == "report_to":
+        return ",".join(value) or "none"
+    if isinstance(value, tuple):
+        return ",".join(value)
+    # A number of bytes says how it was typed.
+    return value if type(value) in (bool, int, float, str, list, type(None)) else str(value)
 
 
-def weight_dtype(accelerator: Accelerator) -> torch.dtype:
-    """Dtype of frozen weights under the accelerator's mixed precision."""
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+__all__ = ["TrainSettings", "plain_value"]

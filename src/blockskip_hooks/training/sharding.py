@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -20,56 +19,44 @@ from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from ..blocks import Block
-
-
-SWITCH = "ACCELERATE_USE_FSDP"
-"""What accelerate's launcher sets for a config with ``distributed_type: FSDP``."""
+from ..transformer import DiTBlockSkipTransformer
+from ..utils.accelerator import FSDP_SWITCH
+from ..utils.errors import UserError
 
 
 def asks_for_sharding() -> bool:
     """Whether accelerate's config asks for FSDP and there is more than one process.
 
     Raises:
-        ValueError: if it asks for what is not supported.
+        UserError: if it asks for what is not supported.
     """
     if _is_set("ACCELERATE_USE_DEEPSPEED"):
-        raise ValueError(
+        raise UserError(
             "accelerate's config asks for DeepSpeed, which is not supported; use configs/fsdp2.yaml, which divides "
             "frozen weights among processes, or configs/multi_gpu.yaml."
         )
-    if not _is_set(SWITCH):
+    if not _is_set(FSDP_SWITCH):
         return False
     version = os.environ.get("FSDP_VERSION", "1")
     if version != "2":
-        raise ValueError(f"accelerate's config asks for FSDP in version {version}; set fsdp_version: 2 in it.")
+        raise UserError(f"accelerate's config asks for FSDP in version {version}; set fsdp_version: 2 in it.")
     # It has transformers load text encoders in parts only, for accelerate to send the rest, and nothing does.
     disable_fsdp_ram_efficient_loading()
     plugin = FullyShardedDataParallelPlugin()
     if plugin.activation_checkpointing:
-        raise ValueError(
+        raise UserError(
             "accelerate's config has fsdp_activation_checkpointing; take it out and give --gradient_checkpointing."
         )
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
-        raise ValueError(
+        raise UserError(
             "accelerate's config has fsdp_offload_params; take it out and skip more blocks: those leave the device."
         )
     if not plugin.reshard_after_forward:
-        raise ValueError(
+        raise UserError(
             "accelerate's config has fsdp_reshard_after_forward: false, which needs more memory than whole weights; "
             "set it to true, or use configs/multi_gpu.yaml."
         )
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-@contextmanager
-def hidden_from_accelerate() -> Iterator[None]:
-    """Within this context an accelerator is made as if nothing were divided: what it prepares is the LoRA alone."""
-    asked = os.environ.pop(SWITCH, None)
-    try:
-        yield
-    finally:
-        if asked is not None:
-            os.environ[SWITCH] = asked
 
 
 def shard(module: torch.nn.Module, device: torch.device | str) -> None:
@@ -87,15 +74,20 @@ def shard(module: torch.nn.Module, device: torch.device | str) -> None:
     fully_shard(module, mesh=mesh, ignored_params=absent)
 
 
-def average_gradients(accelerator: Accelerator, model: torch.nn.Module) -> torch.nn.Module:
-    """What ``accelerator.prepare(model)`` is for a model with divided weights: those of the LoRA are plain tensors.
+def prepare_model(accelerator: Accelerator, model: DiTBlockSkipTransformer) -> torch.nn.Module:
+    """What ``accelerator.prepare`` makes of a model whose LoRA trains and whose other weights stay where they are.
 
-    accelerate lets no model with any divided weight train by DDP, also where DDP is told to leave those alone.
+    Every process has the frozen weights already, and they cannot all be sent: those of skipped blocks are not there,
+    quantised ones and parts of divided ones are no plain tensors.
 
     Args:
-        accelerator: Gives autocast.
-        model: With its frozen weights named to DDP as ones to ignore.
+        accelerator: Gives autocast, and DDP where there are several processes.
+        model: With its kept blocks in place.
     """
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, model.frozen_parameter_names)
+    if not model.is_sharded:
+        return accelerator.prepare(model, device_placement=[False])
+    # accelerate lets no model with any divided weight train by DDP, also where DDP is told to leave those alone.
     under_autocast = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
     device_ids = None if accelerator.device.type == "cpu" else [accelerator.local_process_index]
     return DistributedDataParallel(under_autocast, device_ids=device_ids)

@@ -16,18 +16,6 @@ def format_bytes(count: float | None) -> str:
     return f"{count:.{digits}f} {units[index]}"
 
 
-def format_about(seconds: float | None) -> str:
-    """An estimate for people, without digits that it does not have: ``18 s``, ``6 min``, ``1 h 04 min``, a dash."""
-    if seconds is None:
-        return "–"
-    if seconds < 1:
-        return "under 1 s"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
 def format_seconds(seconds: float | None) -> str:
     """A duration for people: ``0.42 s``, ``6 min 12 s``, ``1 h 04 min``, and a dash for unknown."""
     if seconds is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from importlib import metadata
 from typing import Any
@@ -16,6 +17,11 @@ SYSTEM = ("system", "release", "version", "machine", "processor")
 """What ``platform`` is asked for; the machine's name is not part of it."""
 
 LIBRARIES = ("torch", "diffusers", "peft", "transformers", "datasets")
+
+
+def is_first_process() -> bool:
+    """Whether a launcher started this process as the first, or started none besides."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
@@ -70,4 +76,4 @@ def _version(library: str) -> str | None:
         return None
 
 
-__all__ = ["describe_machine", "library_source", "versions"]
+__all__ = ["describe_machine", "is_first_process", "library_source", "versions"]

@@ -17,9 +17,7 @@ from typing import Literal
 
 from huggingface_hub.constants import HF_HOME
 
-
-Pair = tuple[int, int]
-"""Leading and trailing blocks, (n, m)."""
+from ..selection import Pair, best_pairs
 
 
 @dataclass(frozen=True)
@@ -106,23 +104,6 @@ class SelectionTable:
             if not chosen or point.freed_bytes > chosen[-1].freed_bytes:
                 chosen.append(point)
         return chosen
-
-
-def best_pairs(leading: Sequence[float], trailing: Sequence[float]) -> dict[int, Pair]:
-    """The least harmful pair for each k (Eq. 2): argmin over n + m = k of ``leading[n] + trailing[m]``.
-
-    Of equals the one with more leading blocks is chosen, because their residuals are exact.
-
-    Args:
-        leading: D for n from 0 to N-1.
-        trailing: D for m from 0 to N-1.
-    """
-    pairs = {}
-    for skipped in range(1, len(leading)):
-        pairs[skipped] = min(
-            ((n, skipped - n) for n in range(skipped, -1, -1)), key=lambda pair: leading[pair[0]] + trailing[pair[1]]
-        )
-    return pairs
 
 
 def read_table(path: Path) -> SelectionTable:

@@ -20,7 +20,7 @@ from accelerate.utils import (
     set_module_tensor_to_device,
 )
 
-from ..transformer import _plain_device, _stream
+from .streaming import plain_device, stream
 
 
 LARGE_TABLE_BYTES = 2**28
@@ -121,7 +121,7 @@ def load_streamed_encoder(
     """
     empty = empty_text_encoder(config, dtype)
     stacks, tables = layer_stacks(empty), large_tables(empty)
-    place = str(_plain_device(device))
+    place = str(plain_device(device))
     # Only for weights that transformers stores otherwise than the checkpoint does: mixtures of experts.
     converted = tempfile.TemporaryDirectory(prefix="text-encoder-", ignore_cleanup_errors=True)
     with _no_warning_of_offloading():
@@ -144,7 +144,7 @@ def load_streamed_encoder(
     remove_hook_from_module(encoder, recurse=True)
     for stack in stacks:
         for number, layer in encoder.get_submodule(stack).named_children():
-            _stream(layer, place, PrefixedDataset(weights, f"{stack}.{number}."))
+            stream(layer, place, PrefixedDataset(weights, f"{stack}.{number}."))
     for table in tables:
         hook = HostLookupHook(PrefixedDataset(weights, f"{table}."), place)
         add_hook_to_module(encoder.get_submodule(table), hook)

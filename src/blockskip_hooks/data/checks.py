@@ -1,0 +1,77 @@
+"""Every photo decoded once before a run, so that what is wrong with one is said before anything is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from ..utils.errors import first_line, one_line
+from .photo import Photo, ShowProgress, names
+
+
+logger = logging.getLogger(__name__)
+
+# Of 255: no pixel of a picture that looks black is brighter.
+_BLACK = 16
+
+
+def check_photos(photos: Sequence[Photo], where: str, progress: ShowProgress) -> list[Photo]:
+    """Decode every photo and add its size; warn of what is likely a mistake, in one line of each kind.
+
+    Args:
+        photos: Photos that have not been decoded.
+        where: What names them in messages.
+        progress: Shows how far the work is.
+
+    Raises:
+        ValueError: naming every photo that cannot be decoded.
+    """
+    broken, checked, plain, black = [], [], [], []
+    copies: dict[bytes, list[str]] = {}
+    for photo in progress(photos, "Checking photos"):
+        try:
+            image, ignored_profile = photo.read()
+            # Web pages are full of them, and a download of photos brings them along.
+            if image.size == (1, 1):
+                raise ValueError("a single pixel")
+        except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ...: all mean the same here
+            broken.append(f"{one_line(photo.name)} ({_reason(photo, error)})")
+            continue
+        checked.append(replace(photo, size=(image.height, image.width)))
+        copies.setdefault(_digest(image), []).append(photo.name)
+        if ignored_profile:
+            plain.append(photo.name)
+        if np.asarray(image).max() <= _BLACK:
+            black.append(photo.name)
+    if broken:
+        count = "1 image" if len(broken) == 1 else f"{len(broken)} images"
+        raise ValueError(f"{where}: {count} cannot be read: {', '.join(broken)}; replace or remove.")
+    same = [" = ".join(group) for group in copies.values() if len(group) > 1]
+    for found, problem in (
+        (plain, "taken as sRGB, because their colour profile cannot be applied"),
+        (black, "all but black"),
+        (same, "the same picture more than once, which counts more than the others"),
+    ):
+        if found:
+            logger.warning("%s: %s: %d (%s).", where, problem, len(found), names(found))
+    return checked
+
+
+def _digest(image: Image.Image) -> bytes:
+    return hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
+
+
+def _reason(photo: Photo, error: Exception) -> str:
+    if photo.path is not None and photo.path.is_file() and photo.path.stat().st_size == 0:
+        return "empty file"
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image"  # Pillow's text repeats the whole path
+    return one_line(first_line(error))
+
+
+__all__ = ["check_photos"]

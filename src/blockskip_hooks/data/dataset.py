@@ -1,0 +1,136 @@
+"""Photos of a dataset: of the hub, of a local folder with metadata, or as `save_to_disk` wrote it."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.constants import HF_HUB_CACHE
+from PIL import Image
+
+from ..utils.errors import first_line, one_line
+from .checks import check_photos
+from .photo import Photo, ShowProgress, without_progress
+from .picture import open_picture
+
+
+logger = logging.getLogger(__name__)
+
+
+def load_dataset_photos(
+    dataset_name: str,
+    config_name: str | None = None,
+    image_column: str = "image",
+    caption_column: str | None = None,
+    cache_dir: str | None = None,
+    *,
+    progress: ShowProgress = without_progress,
+) -> list[Photo]:
+    """Photos of the train split of a dataset, in its order.
+
+    Args:
+        dataset_name: Hub id, local image folder with ``metadata.jsonl``, as `datasets.load_dataset` takes it, or
+            folder that `save_to_disk` wrote.
+        config_name: Configuration of the dataset, or None for its only one.
+        image_column: Column with the pictures.
+        caption_column: Column with one text per picture, or None: every picture gets the instance prompt.
+        cache_dir: Where downloads are kept, or None for the usual place.
+        progress: Shows how far the check is.
+
+    Raises:
+        ValueError: if the dataset cannot be loaded, a column is missing or of the wrong kind, or listing every row
+            that cannot be decoded.
+    """
+    import datasets  # slow to import, and only this path needs it
+
+    where = f"--dataset_name {dataset_name}"
+    table = _train_split(dataset_name, config_name, cache_dir, where)
+    columns = ", ".join(table.column_names)
+    for flag, column in (("--image_column", image_column), ("--caption_column", caption_column)):
+        if column is not None and column not in table.column_names:
+            raise ValueError(f"{flag} '{column}' is not in {where}; it has {columns}.")
+    if not isinstance(table.features[image_column], datasets.Image):
+        raise ValueError(f"--image_column '{image_column}' of {where} does not hold images; it has {columns}.")
+    if len(table) == 0:
+        raise ValueError(f"{where} has no rows; name a dataset with at least one image.")
+
+    captions = [None] * len(table) if caption_column is None else list(table[caption_column])
+    if any(caption is not None and not isinstance(caption, str) for caption in captions):
+        raise ValueError(f"--caption_column '{caption_column}' of {where} does not hold text; it has {columns}.")
+    texts = [
+        name for name, kind in table.features.items() if getattr(kind, "dtype", None) in ("string", "large_string")
+    ]
+    if caption_column is None and texts:
+        logger.warning("%s has text (%s) that is not used; --caption_column uses it.", where, ", ".join(texts))
+    # A row may name a file in place of holding its bytes: only of the dataset's folder, or of what was downloaded.
+    roots = [dataset_name] if Path(dataset_name).is_dir() else [HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE]
+    rows = _Rows(
+        table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False)),
+        table.features[image_column].decode_example,
+        tuple(Path(root) for root in (*roots, *filter(None, [cache_dir]))),
+    )
+    photos = []
+    for row, caption in enumerate(captions):
+        text = (caption or "").strip() or None
+        photos.append(
+            Photo(f"{row:06d}", text, partial(rows.image, row), caption_source=text and f"column {caption_column}")
+        )
+    return check_photos(photos, where, progress)
+
+
+def _train_split(name: str, config_name: str | None, cache_dir: str | None, where: str) -> Any:
+    import datasets
+
+    try:
+        if any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json")):
+            splits = datasets.load_from_disk(name)
+        else:
+            splits = datasets.load_dataset(name, config_name, cache_dir=cache_dir)
+    except Exception as error:  # builders, file systems and the hub client all raise their own kinds
+        raise ValueError(
+            f"{where} cannot be loaded ({_root_reason(error)}); check the id or folder, "
+            "--dataset_config_name and access."
+        ) from error
+    if isinstance(splits, datasets.Dataset):
+        return splits
+    if "train" not in splits:
+        raise ValueError(f"{where} has no 'train' split, only {', '.join(splits)}; name a dataset that has one.")
+    return splits["train"]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A dataset's images: a table of what is stored of them, how that is decoded, and where files of them may be."""
+
+    table: Sequence
+    decode: Callable[[dict], Image.Image]
+    roots: tuple[Path, ...]
+
+    def image(self, row: int) -> Image.Image:
+        (stored,) = self.table[row].values()
+        if stored is None:
+            raise ValueError("no image in this row")
+        path, content = stored["path"], stored["bytes"]
+        if content is not None:
+            return open_picture(io.BytesIO(content))
+        if "://" in path:
+            return self.decode(stored)
+        real = Path(path).resolve()
+        if not any(real.is_relative_to(root.resolve()) for root in self.roots):
+            raise ValueError("a path that leads out of the dataset; copy the file there")
+        return open_picture(real)
+
+
+def _root_reason(error: BaseException) -> str:
+    """What the first of a chain of errors says; the libraries' own says no more than that there was one."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return one_line(first_line(error))
+
+
+__all__ = ["load_dataset_photos"]

@@ -1,0 +1,96 @@
+"""What the placeholders of one transformer share: their mode, the residuals to inject, the residuals captured."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, fields
+
+import torch
+
+from .config import BlockSkipConfig
+
+
+class SkipMode(enum.Enum):
+    """What the placeholders of a transformer do; see :mod:`~blockskip_hooks.hooks`."""
+
+    INJECT = "inject"
+    CAPTURE = "capture"
+    RUN = "run"
+
+
+@dataclass
+class SpanResiduals:
+    """What the skipped spans contribute to one batch (DiT-BlockSkip, Eq. 3). No tensor carries a gradient.
+
+    Attributes:
+        leading_hidden_states: Image tokens after the leading span, ``(batch, image_tokens, dim)``. The span's input
+            does not depend on the LoRA, so its output itself is stored: the same as adding the residual, but exact
+            in every dtype.
+        leading_encoder_hidden_states: Text tokens after the leading span, ``(batch, text_tokens, dim)``; ``None``
+            for models whose blocks do not update the text.
+        trailing_hidden_states: Residual of the image tokens over the trailing span, ``(batch, image_tokens, dim)``.
+            After the last block only the image tokens are read, so the text is not needed. In models that run text
+            and image as one sequence, the tokens are those of that sequence, here and in the leading span.
+        modulation: Outputs of the kept blocks' recorded layers side by side, ``(batch, sum of their widths)``;
+            ``None`` if no layer is recorded.
+    """
+
+    leading_hidden_states: torch.Tensor | None = None
+    leading_encoder_hidden_states: torch.Tensor | None = None
+    trailing_hidden_states: torch.Tensor | None = None
+    modulation: torch.Tensor | None = None
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors that are present, by attribute name."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+
+    def to(self, device: torch.device | str) -> SpanResiduals:
+        """Copy to ``device``; dtypes are kept."""
+        return SpanResiduals(**{name: t.to(device, non_blocking=True) for name, t in self.tensors().items()})
+
+
+class CaptureDone(Exception):
+    """Raised inside a capture forward once every residual is known, to spare the blocks that follow."""
+
+
+class BlockSkipState:
+    """Shared by all placeholders of one transformer: the mode, the residuals to inject, the residuals captured.
+
+    Attributes:
+        stops_early: Whether a capture forward may be broken off.
+    """
+
+    def __init__(self, config: BlockSkipConfig) -> None:
+        self.config = config
+        self.mode = SkipMode.RUN
+        self.residuals = SpanResiduals()
+        self.captured = SpanResiduals()
+        # Of a trailing span that is being captured: the last block's output so far, and where the tokens of the
+        # span's input are in the sequence.
+        self.span_output: torch.Tensor | None = None
+        self.span_tokens = slice(None)
+        # Outputs of recorded layers so far, by name.
+        self.recorded: dict[str, torch.Tensor] = {}
+        self.recorded_layers: tuple[str, ...] = ()
+        self.stops_early = True
+
+    @property
+    def all_captured(self) -> bool:
+        """Whether a capture forward has everything it is for."""
+        captured = self.captured
+        return (
+            (not self.config.leading or captured.leading_hidden_states is not None)
+            and (
+                not self.config.trailing or (captured.trailing_hidden_states is not None and self.span_output is None)
+            )
+            and len(self.recorded) == len(self.recorded_layers)
+        )
+
+    def end_capture(self) -> None:
+        """Break a capture forward off that has everything it is for, where it may be.
+
+        Raises:
+            CaptureDone: then.
+        """
+        if self.stops_early and self.all_captured:
+            raise CaptureDone

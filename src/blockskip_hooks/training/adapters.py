@@ -1,0 +1,114 @@
+"""The LoRA of a run: on the transformer, and on the text encoders that train along."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from ..families import Family, PromptEmbeds
+from ..families.prompts import TrainedText
+from ..lora import load_lora, save_lora
+from ..residuals.batches import Batch
+from .lora_checks import check_finite, check_gradients, check_learned
+
+
+class Adapters:
+    """The LoRA of a run, in place in the models that carry it.
+
+    Args:
+        family: The model's family.
+        transformer: The diffusers transformer, LoRA added.
+        text: The text encoders that train along, LoRA added and not wrapped yet; ``None`` if none do.
+        parameters: Every parameter of the LoRA.
+        device: Where the models run.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        transformer: torch.nn.Module,
+        text: TrainedText | None,
+        parameters: Sequence[torch.nn.Parameter],
+        device: torch.device,
+    ) -> None:
+        self.parameters = list(parameters)
+        self._family, self._transformer, self._text, self._device = family, transformer, text, device
+        # As they were made: what accelerate wraps is not what is saved.
+        self._encoders = dict(text.encoders) if text else {}
+
+    @property
+    def modules(self) -> list[torch.nn.Module]:
+        """The models that carry the LoRA."""
+        return [self._transformer, *self._encoders.values()]
+
+    def values(self) -> dict[str, torch.Tensor]:
+        """A copy of every parameter on the CPU, by its number."""
+        return {str(number): p.detach().cpu().clone() for number, p in enumerate(self.parameters)}
+
+    @torch.no_grad()
+    def set_values(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Put values from :meth:`values` in place."""
+        for number, parameter in enumerate(self.parameters):
+            parameter.copy_(values[str(number)])
+
+    def refresh(self, batch: Batch) -> None:
+        """Put the embeddings that text encoders make now, with gradients, in place of a batch's, if some train."""
+        if self._text is not None:
+            tokens = self._text.batch_tokens(batch.prompts, self._device)
+            batch.embeds = self._family.refresh_embeds(self._text.encoders, tokens, batch.embeds)
+
+    @torch.no_grad()
+    def current(self, embeds: Mapping[str, PromptEmbeds], prompts: Iterable[str]) -> dict[str, PromptEmbeds]:
+        """Embeddings by prompt, those of ``prompts`` as the text encoders make them now."""
+        now = dict(embeds)
+        if self._text is not None:
+            for prompt in prompts:
+                tokens = self._text.batch_tokens([prompt], self._device)
+                batched = {name: tensor[None] for name, tensor in embeds[prompt].items()}
+                fresh = self._family.refresh_embeds(self._text.encoders, tokens, batched)
+                now[prompt] = {name: tensor[0].cpu() for name, tensor in fresh.items()}
+        return now
+
+    def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        """Write ``pytorch_lora_weights.safetensors``, in another dtype if one is given."""
+        save_lora(folder, type(self._family), self._transformer, self._encoders, dtype=dtype)
+
+    def load(self, folder: Path) -> None:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            UserError: if the file is of other layers.
+        """
+        load_lora(folder, type(self._family), self._transformer, self._encoders)
+
+    def check_gradients(self) -> None:
+        """Check after the first backward that every LoRA has a gradient.
+
+        Raises:
+            UserError: naming the first layer without one.
+        """
+        for module in self.modules:
+            check_gradients(module)
+
+    def check_finite(self) -> None:
+        """Check before anything is saved that every value is finite.
+
+        Raises:
+            UserError: naming the first layer with one that is not.
+        """
+        for module in self.modules:
+            check_finite(module)
+
+    def check_learned(self) -> None:
+        """Check before the final export that every LoRA has learnt something.
+
+        Raises:
+            UserError: naming the first layer that is still at zero or not finite.
+        """
+        for module in self.modules:
+            check_learned(module)
+
+
+__all__ = ["Adapters"]

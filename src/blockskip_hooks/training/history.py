@@ -1,0 +1,113 @@
+"""What the steps of a run came to: losses, seconds and memory, for its display, trackers, checkpoints and report."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+
+from ..data.sample_plan import Sample
+from ..residuals.batches import SampleMaker
+from ..utils.monitor import device_memory
+from .sample_losses import QUARTERS, SampleLosses, quarter_means
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimiser step.
+
+    Attributes:
+        number: From 1.
+        loss: Mean over batches and processes.
+        samples: This process's samples of it.
+        quarters: Mean loss by range of timesteps, over all processes.
+        received: Number of a signal that some process got, or 0.
+    """
+
+    number: int
+    loss: float
+    samples: list[Sample]
+    quarters: dict[str, float]
+    received: int
+
+
+class History:
+    """The optimiser steps of a run so far.
+
+    Args:
+        accelerator: Gathers losses of all processes.
+        maker: Knows samples and timesteps.
+
+    Attributes:
+        step: Optimiser steps done.
+        losses: Loss of each of them.
+        loss_by_timestep: Steps and their mean loss by range of timesteps, of those since the run began or went on.
+        step_seconds: Seconds of each step of this process.
+        step_memory: What :func:`~blockskip_hooks.utils.monitor.device_memory` says after each; empty without a device.
+    """
+
+    def __init__(self, accelerator: Accelerator, maker: SampleMaker) -> None:
+        self.step = 0
+        self.losses: list[float] = []
+        self.loss_by_timestep: dict[str, list[tuple[int, float]]] = {}
+        self.step_seconds: list[float] = []
+        self.step_memory: list[tuple[int, int]] = []
+        self._accelerator, self._timesteps = accelerator, maker.plan.timesteps
+        self._sample_losses = SampleLosses(maker)
+        self._gathered: list[torch.Tensor] = []
+        self._since = time.perf_counter()
+
+    def resume(self, step: int, losses: list[float]) -> None:
+        """Go on after ``step`` steps with these losses."""
+        self.step, self.losses = step, list(losses)
+
+    def start_clock(self) -> None:
+        """Let the seconds of the next step begin now."""
+        self._since = time.perf_counter()
+
+    def add_batch(self, samples: list[Sample], losses: torch.Tensor, loss: torch.Tensor, received: int) -> None:
+        """Add a batch of the running step; every process must call this.
+
+        Args:
+            samples: The batch's samples.
+            losses: Their losses, ``(B,)``.
+            loss: What was trained on, a number.
+            received: Number of the signal that this process got, or 0: processes that get one between different
+                steps must end after the same step.
+        """
+        self._sample_losses.add(samples, losses)
+        figures = [
+            torch.stack([loss.detach(), torch.full_like(loss, received)]),
+            self._sample_losses.by_quarter(),
+        ]
+        self._gathered.append(self._accelerator.gather(torch.cat(figures)[None]))
+
+    def end_step(self) -> Step:
+        """End the running step.
+
+        Raises:
+            UserError: if its loss is not finite, naming the samples.
+        """
+        # (batches, processes, 2 + 2 * QUARTERS)
+        figures, self._gathered = torch.stack(self._gathered), []
+        # Rounded as if the loss alone were averaged: a run's losses do not depend on what else is looked at.
+        loss = figures[:, :, 0].mean(1).mean().item()
+        samples = self._sample_losses.end_step(self.step + 1, loss)
+        self.step += 1
+        self.losses.append(loss)
+        quarters = quarter_means(figures[:, :, -2 * QUARTERS :].sum((0, 1)), self._timesteps)
+        for timesteps, mean in quarters.items():
+            self.loss_by_timestep.setdefault(timesteps, []).append((self.step, mean))
+        return Step(self.step, loss, samples, quarters, received=int(figures[-1, :, 1].max().item()))
+
+    def stop_clock(self) -> None:
+        """Take the seconds and the memory of the step that ended, with all that was done after it."""
+        self.step_seconds.append(time.perf_counter() - self._since)
+        if memory := device_memory():
+            self.step_memory.append(memory)
+        self.start_clock()
+
+
+__all__ = ["History", "Step"]

@@ -1,0 +1,91 @@
+"""Whether LoRA learns, and what of a model trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from ..transformer import DiTBlockSkipTransformer
+
+
+def check_gradients(model: torch.nn.Module) -> None:
+    """After the first backward: every LoRA must be reached (its B has a gradient; A's is zero while B is).
+
+    Raises:
+        ValueError: naming the first layer that is not.
+    """
+    for name, parameter in _lora_b(model).items():
+        if parameter.grad is None or not bool(parameter.grad.any()):
+            raise ValueError(
+                f"The LoRA of {_layer(name)} receives no gradient, so it would never learn; leave the layer out of "
+                "--lora_layers, or report this as a bug."
+            )
+
+
+def check_learned(model: torch.nn.Module) -> None:
+    """Before saving: no LoRA may still be at zero, or hold a value that is not finite.
+
+    Raises:
+        ValueError: naming the first layer.
+    """
+    for name, parameter in _lora_b(model).items():
+        if not bool(parameter.any()):
+            raise ValueError(f"The LoRA of {_layer(name)} is still zero after training; nothing was learnt there.")
+    check_finite(model)
+
+
+def check_finite(model: torch.nn.Module) -> None:
+    """Before anything is saved: no LoRA may hold a value that is not finite.
+
+    Raises:
+        ValueError: naming the first layer.
+    """
+    for name, parameter in model.named_parameters():
+        if "lora_" in name and parameter.requires_grad and not bool(parameter.isfinite().all()):
+            raise ValueError(
+                f"The LoRA of {_layer(name)} is not finite; lower --learning_rate. Checkpoints written so far are "
+                "intact."
+            )
+
+
+def _lora_b(model: torch.nn.Module) -> Mapping[str, torch.nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if "lora_B" in name and p.requires_grad}
+
+
+def _layer(parameter_name: str) -> str:
+    return parameter_name.partition(".lora_")[0]
+
+
+def describe_trainable(model: DiTBlockSkipTransformer, targets: Sequence[str]) -> str:
+    """One line that says what trains in the transformer: how many parameters, in how many layers of which blocks.
+
+    Args:
+        model: The transformer, LoRA added.
+        targets: Full names of the layers with LoRA.
+    """
+    blocks = [block for block in model.spans.kept if any(name.startswith(f"{block.name}.") for name in targets)]
+    stacks: dict[str, list[int]] = {}
+    for block in blocks:
+        stack, _, number = block.name.rpartition(".")
+        stacks.setdefault(stack, []).append(int(number))
+    places = [f"{stack} {_ranges(numbers)}" for stack, numbers in stacks.items()]
+    inside = tuple(f"{block.name}." for block in blocks)
+    outside = sum(not name.startswith(inside) for name in targets)
+    places += [f"{outside} layers outside the blocks"] if outside else []
+    total = len(model.spans.kept) + len(model.spans.skipped)
+    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return (
+        f"{count:,} LoRA parameters in {len(targets)} layers of {len(blocks)} of {total} blocks: {', '.join(places)}"
+    )
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers as text, runs of them as ranges: ``0-4, 7``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -1,0 +1,401 @@
+"""A run before any weight is read: its settings, and what follows from them."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+
+from ..blocks import modulation_layers
+from ..config import BlockSkipConfig, PatchSamplingConfig
+from ..data.photos import Photo, PhotoSet, ShowProgress, nearest_bucket, scan_photos, without_progress
+from ..data.sample_plan import SampleKind, SamplePlan
+from ..families import Family
+from ..loading.component_config import load_config
+from ..loading.quantization import QuantizationConfig, read_quantization
+from ..lora import WEIGHTS_NAME
+from ..residuals.batches import PhotoSource
+from ..residuals.store import folder_digest, recorded_seed
+from ..residuals.stretches import Stretches
+from ..search.tables import SelectionTable
+from ..selection import Selection
+from ..transformer import DiTBlockSkipTransformer
+from ..utils.errors import UserError
+from ..utils.formatting import format_seconds
+from ..utils.machine import versions
+from ..version import __version__
+from .checkpoints import read_state
+from .chosen_blocks import choose_blocks
+from .comfyui import COMFYUI_NAME
+from .merged import MERGED_NAME
+from .settings import TrainSettings
+from .sharding import bytes_elsewhere
+
+
+DEFAULT_RESIDUAL_BUDGET = 16 * 10**9
+REFRESHES = 10
+"""Stretches of a run whose residuals follow the LoRA, unless ``--stretch_steps`` says otherwise."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Settings of one run, resolved.
+
+    Attributes:
+        settings: The flags, after family and model defaults.
+        family: The model's family, on the model's folder.
+        model_name: What the user called the model, for reports.
+        embedded: Whether the embedded model is used.
+        skeleton: The transformer without weights, placeholders on.
+        selection: The skipped blocks.
+        config: The same as a config.
+        patch: Patch sampling.
+        targets: Full names of the layers that get LoRA.
+        photos: The instance photos, not decoded yet.
+        prompts: Validation prompts.
+        pipeline_kwargs: Arguments of the pipeline call that the model asks for.
+        quantization: How kept blocks are held; ``None`` for plain weights.
+        table: What is known of the harm of skipping this model's blocks.
+        shares_weights: Whether processes divide the frozen weights of kept blocks.
+    """
+
+    settings: TrainSettings
+    family: Family
+    model_name: str
+    embedded: bool
+    skeleton: DiTBlockSkipTransformer
+    selection: Selection
+    config: BlockSkipConfig
+    patch: PatchSamplingConfig
+    targets: list[str]
+    photos: list[Photo]
+    prompts: list[str]
+    pipeline_kwargs: dict[str, Any] = field(default_factory=dict)
+    quantization: QuantizationConfig | None = None
+    table: SelectionTable | None = None
+    shares_weights: bool = False
+
+    def skipping(self, selection: Selection, flags: Mapping[str, Any]) -> Run:
+        """This run with other blocks skipped and other values of some flags."""
+        # A pair of numbers is taken as it is; what it was taken from is said by the selection.
+        pair = f"{selection.leading},{selection.trailing}" if selection.num_skipped else "none"
+        settings = self.settings.with_values({**flags, "skip_blocks": pair})
+        blocks = choose_blocks(settings, self.family, self.model_name, self.table) | {"selection": selection}
+        quantization = read_quantization(settings.quantization, settings.bnb_quantization_config_path)
+        return replace(self, settings=settings, quantization=quantization, **blocks)
+
+    def with_flag(self, name: str, value: Any) -> Run:
+        """This run with another value of a flag that its blocks do not depend on."""
+        return replace(self, settings=self.settings.with_values({name: value}))
+
+    @property
+    def output_dir(self) -> Path:
+        return self.settings.output_folder
+
+    @property
+    def skips(self) -> bool:
+        return self.config.num_skipped > 0
+
+    @property
+    def recorded_layers(self) -> tuple[str, ...]:
+        """Names of the modulation layers whose outputs are recorded, so that training does without their weights."""
+        settings = self.settings
+        # A trained text encoder would change their input.
+        if not self.stores_residuals or settings.keep_modulation or settings.train_text_encoder:
+            return ()
+        names = modulation_layers(self.skeleton.spans, self.family.modulation_layers)
+        return tuple(name for name in names if name not in set(self.targets))
+
+    @property
+    def stores_residuals(self) -> bool:
+        """Whether training reads residuals from records."""
+        return self.skips and self.config.residuals == "precomputed"
+
+    @property
+    def uses_store(self) -> bool:
+        """Whether training reads records: precomputed residuals, or latents cached ahead of training."""
+        return self.stores_residuals or self.settings.cache_latents
+
+    @property
+    def refreshes(self) -> bool:
+        """Whether each stretch's residuals are computed with the LoRA learnt so far."""
+        wanted = self.settings.refresh_residuals
+        if wanted is None:
+            # No LoRA changes what comes out of a leading span.
+            wanted = self.config.trailing > 0 and not self.settings.residual_dir
+        return self.stores_residuals and wanted
+
+    @property
+    def record_repeats(self) -> int:
+        """How many times a record is trained on."""
+        return self.settings.record_repeats if self.stores_residuals else 1
+
+    @property
+    def kinds(self) -> tuple[SampleKind, ...]:
+        return ("instance", "class") if self.settings.with_prior_preservation else ("instance",)
+
+    @property
+    def makes_images(self) -> bool:
+        """Whether validation images are made at some time."""
+        return bool(self.settings.num_validation_images and (self.prompts or self.final_prompts))
+
+    @property
+    def final_prompts(self) -> list[str]:
+        """Prompts of the images after training."""
+        if self.settings.skip_final_inference:
+            return []
+        return [self.settings.final_validation_prompt] if self.settings.final_validation_prompt else self.prompts
+
+    def all_prompts(self, sources: dict[SampleKind, PhotoSource]) -> list[str]:
+        """Every prompt that the run will need embeddings of."""
+        prompts = [prompt for source in sources.values() for prompt in source.prompts()]
+        prompts += [""] * (self.settings.caption_dropout > 0)
+        if self.makes_images:
+            prompts += [*self.prompts, *self.final_prompts]
+            prompts += [] if self.negative_prompt is None else [self.negative_prompt]
+        return list(dict.fromkeys(prompts))
+
+    @property
+    def image_size(self) -> int:
+        """Height in pixels of validation images."""
+        return self.pipeline_kwargs.get("height", self.family.image_size)
+
+    @property
+    def negative_prompt(self) -> str | None:
+        """Negative prompt of validation images, for pipelines that are guided."""
+        return self.pipeline_kwargs.get("negative_prompt", self.family.negative_prompt)
+
+    @property
+    def transformer_config(self) -> dict[str, Any]:
+        """Config of the transformer, with its class name."""
+        return load_config(self.family.model_path / "transformer")
+
+    def photo_sources(self, progress: ShowProgress = without_progress) -> dict[SampleKind, PhotoSource]:
+        """Decode the photos, with ``progress`` shown; class images must exist by now."""
+        settings = self.settings
+        sources: dict[SampleKind, PhotoSource] = {
+            "instance": PhotoSource(self._photo_set(self.photos, progress), settings.instance_prompt or "")
+        }
+        if settings.with_prior_preservation:
+            photos = scan_photos(settings.class_folder, flag="--class_data_dir", progress=progress)
+            photos = photos[: settings.num_class_images]
+            sources["class"] = PhotoSource(
+                self._photo_set(photos, progress), settings.class_prompt or "", use_captions=False
+            )
+        return sources
+
+    def _photo_set(self, photos: list[Photo], progress: ShowProgress) -> PhotoSet:
+        return PhotoSet(
+            photos,
+            self.patch.max_size,
+            buckets=self.patch.buckets,
+            interpolation=self.settings.image_interpolation_mode,
+            progress=progress,
+        )
+
+    def sample_plan(self, seed: int, num_images: dict[SampleKind, int]) -> SamplePlan:
+        """The run's sample plan for this many photos of each kind."""
+        settings = self.settings
+        return SamplePlan(
+            seed=seed,
+            num_images=num_images,
+            repeats=settings.repeats,
+            timesteps=self.family.scheduler.timesteps,
+            patch=self.patch,
+            weighting_scheme=settings.weighting_scheme,
+            logit_mean=settings.logit_mean,
+            logit_std=settings.logit_std,
+            mode_scale=settings.mode_scale,
+            random_flip=settings.random_flip,
+            center_crop=settings.center_crop,
+            fixed_crops=settings.cache_latents and self.patch.mode == "none",
+            buckets=self._buckets() if self.patch.buckets else None,
+            batch_size=settings.train_batch_size,
+            caption_dropout=settings.caption_dropout,
+        )
+
+    def _buckets(self) -> tuple[int, ...]:
+        """Bucket of each instance photo."""
+        return tuple(nearest_bucket(photo.size, self.patch.shapes) for photo in self.photos if photo.size)
+
+    def schedule(self, plan: SamplePlan, num_processes: int) -> tuple[int, int]:
+        """Optimiser steps of an epoch and of the run, as the upstream flags define them."""
+        settings = self.settings
+        steps_per_epoch = math.ceil(plan.epoch_length / self.samples_per_step(num_processes))
+        return steps_per_epoch, settings.max_train_steps or settings.num_train_epochs * steps_per_epoch
+
+    def samples_per_step(self, num_processes: int) -> int:
+        """Samples of a kind in an optimiser step, over all processes."""
+        return self.settings.samples_per_process_step * num_processes
+
+    def residual_budget(self) -> int:
+        """Bytes that the residual store may take."""
+        if self.settings.residual_budget is not None:
+            return int(self.settings.residual_budget)
+        folder = self.residual_dir
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        return min(DEFAULT_RESIDUAL_BUDGET, shutil.disk_usage(existing).free // 2)
+
+    def describe_records(self, plan: SamplePlan, sources: dict[SampleKind, PhotoSource], dtype: torch.dtype) -> dict:
+        """Everything that records depend on; its digest is the residual store's fingerprint."""
+        path, settings = self.family.model_path, self.settings
+        components = ("transformer", "vae", *self.family.text_components)
+        return {
+            "version": __version__,
+            "weights": {name: folder_digest(path / name) for name in components if (path / name).is_dir()},
+            "variant": settings.variant,
+            "libraries": {name: versions()[name] for name in ("torch", "diffusers", "transformers")},
+            "modulation": list(self.recorded_layers),
+            "spans": [self.config.leading, self.config.trailing] if self.config.residuals == "precomputed" else None,
+            **({"refreshed": True} if self.refreshes else {}),
+            "residual_dtype": settings.residual_dtype,
+            # Kept blocks lie between the spans, so the trailing residual depends on how they are held.
+            **({"quantization": self.quantization.describe()} if self.quantization and self.skips else {}),
+            "photos": {
+                kind: [[source.photos.digest(i), source.prompt_for(i)] for i in range(len(source.photos))]
+                for kind, source in sources.items()
+            },
+            "samples": {
+                field.name: str(getattr(plan, field.name)) for field in fields(plan) if field.name != "timesteps"
+            },
+            "timesteps": hashlib.sha256(plan.timesteps.numpy().tobytes()).hexdigest(),
+            **{flag.name: str(settings.family_flags[flag.name]) for flag in self.family.own_flags},
+            "max_sequence_length": settings.max_sequence_length,
+            "interpolation": settings.image_interpolation_mode,
+            "dtype": str(dtype),
+        }
+
+    def num_steps(self, num_processes: int) -> int:
+        """Optimiser steps of the run."""
+        settings = self.settings
+        num_images = {kind: settings.num_class_images if kind == "class" else len(self.photos) for kind in self.kinds}
+        return self.schedule(self.sample_plan(settings.seed or 0, num_images), num_processes)[1]
+
+    def stretches(self, plan: dict[str, Any], num_processes: int, checkpoint: Path | None) -> Stretches:
+        """The run's stretches: the longest whose records fit the residual budget, unless flags ask for shorter ones.
+
+        A resumed run keeps the stretches it began with, whatever the disk has room for now: records then come out
+        of the same batches. With other samples per step they would be other batches anyway.
+
+        Raises:
+            UserError: if not even one step's records fit.
+        """
+        num_steps = self.num_steps(num_processes)
+        if not self.uses_store:
+            return Stretches(num_steps=num_steps, length=num_steps)
+        samples_per_step = self.samples_per_step(num_processes)
+        state = {} if checkpoint is None else read_state(checkpoint)
+        if state and state.get("samples_per_step", samples_per_step) == samples_per_step:
+            return Stretches(num_steps=num_steps, length=state["stretch_steps"], repeats=self.record_repeats)
+        planned = plan["residuals"]
+        record_bytes = -(-planned["bytes"] // planned["records"])
+        step_bytes = record_bytes * samples_per_step * len(self.kinds)
+        budget = self.residual_budget()
+        if step_bytes > budget:
+            raise UserError(
+                f"--residual_budget is {budget} bytes, less than the records of one step need ({step_bytes}: "
+                f"{samples_per_step * len(self.kinds)} of {record_bytes}); raise it or lower --train_batch_size."
+            )
+        return Stretches(
+            num_steps=num_steps,
+            length=min(self.longest_stretch(num_steps), budget // step_bytes * self.record_repeats),
+            repeats=self.record_repeats,
+        )
+
+    def longest_stretch(self, num_steps: int) -> int:
+        """Steps of a stretch as far as flags decide, whatever there is room for."""
+        refreshed = -(-num_steps // REFRESHES) if self.refreshes else num_steps
+        return min(self.settings.stretch_steps or refreshed, num_steps)
+
+    @property
+    def may_overwrite(self) -> bool:
+        """Whether records of another run may be dropped: always in the run's own folder, else when told to."""
+        return self.settings.overwrite_residuals or not self.settings.residual_dir
+
+    def trackable_settings(self) -> dict[str, Any]:
+        """The flags as trackers take them: plain values, and no token."""
+        return {
+            name: value if isinstance(value, (bool, int, float, str)) else str(value)
+            for name, value in self.settings.plain().items()
+            if name != "hub_token"
+        }
+
+    def closing_words(self, report: dict[str, Any]) -> str:
+        """The last lines a user sees: what came out, and how to use it."""
+        losses = report["train"]["loss"]
+        loss = f", loss {losses[-1]:.4f}" if losses else ""
+        seconds = sum(stage["seconds"] for stage in report["stages"])
+        files = {"LoRA": WEIGHTS_NAME}
+        if self.settings.save_format == "comfyui":
+            files["ComfyUI"] = COMFYUI_NAME
+        if self.settings.export_merged:
+            files["Merged"] = MERGED_NAME
+        files["Report"] = "report.html"
+        width = max(map(len, files)) + 2
+        return "\n".join(
+            [
+                f"Trained {report['train']['steps']} steps in {format_seconds(seconds)}{loss}.",
+                *(f"{f'{name}:':<{width}}{self.output_dir / file}" for name, file in files.items()),
+            ]
+        )
+
+    def resolve_seed(self, checkpoint: Path | None) -> int:
+        """The seed: the flag's, the checkpoint's, or a new one that is kept in the report.
+
+        Raises:
+            UserError: if the flag contradicts the checkpoint.
+        """
+        seed = self.settings.seed
+        if checkpoint is not None:
+            resumed = read_state(checkpoint)["seed"]
+            if seed not in (None, resumed):
+                raise UserError(f"--seed {seed} is not the seed of {checkpoint}, {resumed}; leave the flag out.")
+            seed = resumed
+        elif seed is None and self.settings.resume_from_checkpoint:
+            # The run ended before its first checkpoint; what it left are records, which are of one seed.
+            seed = recorded_seed(self.residual_dir)
+        if seed is None:
+            # Every process must draw the same samples.
+            (seed,) = broadcast_object_list([int.from_bytes(os.urandom(4), "big")])
+        return seed
+
+    def model_options(
+        self, dtype: torch.dtype, device: torch.device, shard: Callable[..., None] | None = None
+    ) -> dict[str, Any]:
+        """Keyword arguments of ``DiTBlockSkipTransformer.from_pretrained`` beside the folder and the spans.
+
+        Args:
+            dtype: Dtype of frozen weights.
+            device: Where the kept blocks go.
+            shard: What divides their weights among processes, for runs that share them.
+        """
+        family = self.family
+        return {
+            "torch_dtype": dtype,
+            "device": device,
+            "variant": self.settings.variant,
+            "stacks": family.block_stacks,
+            "transformer_class": family.transformer_class(self.transformer_config),
+            "recorded_layers": self.recorded_layers,
+            "quantization": self.quantization,
+            "shard": shard if self.shares_weights else None,
+        }
+
+    def bytes_elsewhere(self, dtype: torch.dtype, num_processes: int) -> int | None:
+        """Bytes of kept blocks' weights that other processes hold; ``None`` where they are not shared."""
+        if not self.shares_weights:
+            return None
+        skeleton = self.skeleton
+        return bytes_elsewhere(skeleton.transformer, skeleton.spans.kept, self.recorded_layers, dtype, num_processes)
+
+    @property
+    def residual_dir(self) -> Path:
+        return Path(self.settings.residual_dir) if self.settings.residual_dir else self.output_dir / "residuals"

@@ -1,0 +1,58 @@
+"""An accelerator of this package: its precision, the dtype of frozen weights, and no weights that it divides."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from .errors import UserError
+
+
+FSDP_SWITCH = "ACCELERATE_USE_FSDP"
+"""What accelerate's launcher sets for a config with ``distributed_type: FSDP``."""
+
+
+@contextmanager
+def _without_fsdp() -> Iterator[None]:
+    """Within this context an accelerator is made as if no weights were divided: what it prepares is the LoRA alone."""
+    asked = os.environ.pop(FSDP_SWITCH, None)
+    try:
+        yield
+    finally:
+        if asked is not None:
+            os.environ[FSDP_SWITCH] = asked
+
+
+def start_accelerator(mixed_precision: str | None, *, plan_only: bool = False, **settings: Any) -> Accelerator:
+    """Make the accelerator of a process.
+
+    Args:
+        mixed_precision: ``"no"``, ``"fp16"`` or ``"bf16"``; ``None`` for that of accelerate's config.
+        plan_only: Whether nothing is computed on this machine.
+        **settings: Further arguments of ``Accelerator``.
+
+    Raises:
+        UserError: if this machine cannot compute in that precision.
+    """
+    try:
+        with _without_fsdp():
+            accelerator = Accelerator(mixed_precision=mixed_precision, **settings)
+    except ValueError as error:
+        raise UserError(f"--mixed_precision {mixed_precision} cannot be used here: {error}") from error
+    # accelerate itself would go on without autocast. A plan is for another machine.
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu" and not plan_only:
+        raise UserError("--mixed_precision fp16 needs a GPU, and there is none here; give bf16 or no.")
+    return accelerator
+
+
+def weight_dtype(accelerator: Accelerator) -> torch.dtype:
+    """Dtype of frozen weights under the accelerator's mixed precision."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+
+
+__all__ = ["FSDP_SWITCH", "start_accelerator", "weight_dtype"]

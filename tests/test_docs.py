@@ -100,6 +100,15 @@ def test_files_named_in_pages_exist():
             assert "NAME" in name or (ROOT / name).exists(), f"{page.name}: {name}"
 
 
+def test_the_architecture_names_every_room_and_files_that_exist():
+    text, package = (DOCS / "architecture.md").read_text(), ROOT / "src" / "blockskip_hooks"
+    for name in re.findall(r"`((?:[a-z_]+/)?[a-z_0-9]+\.py|[a-z]+/)`", text):
+        assert (package / name).exists() or (ROOT / name).exists(), name
+    method = {path.name for path in package.glob("*.py")} - {"__init__.py", "version.py"}
+    rooms = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    assert {name for name in method | rooms if f"`{name}`" not in text} == set()
+
+
 def test_commands_in_pages_name_scripts_that_exist():
     for page in PAGES:
         for script in re.findall(r"python ((?:examples|tools|benchmarks)/[\w/]+\.py)", page.read_text()):

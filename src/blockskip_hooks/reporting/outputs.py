@@ -16,10 +16,10 @@ from PIL import Image
 from ..lora import WEIGHTS_NAME
 from ..planning.simulation import empty_model
 from ..residuals.batches import SampleMaker
-from ..residuals.store import folder_digest
 from ..residuals.stretches import Stretches
 from ..training.history import History
 from ..training.run import Run
+from ..utils.digests import folder_digest
 from ..utils.files import write_json
 from ..utils.machine import describe_machine, versions
 from ..utils.monitor import StageMonitor

@@ -23,11 +23,12 @@ from ..loading.component_config import load_config
 from ..loading.quantization import QuantizationConfig, read_quantization
 from ..lora import WEIGHTS_NAME
 from ..residuals.batches import PhotoSource
-from ..residuals.store import folder_digest, recorded_seed
+from ..residuals.store import recorded_seed
 from ..residuals.stretches import Stretches
 from ..search.tables import SelectionTable
 from ..selection import Selection
 from ..transformer import DiTBlockSkipTransformer
+from ..utils.digests import folder_digest
 from ..utils.errors import UserError
 from ..utils.formatting import format_seconds
 from ..utils.machine import versions

@@ -97,7 +97,7 @@ def check(name: str, folder: Path) -> None:
     names = [re.split("[<>=]", line)[0] for line in requirements()]
     run(python, "-c", PRINT_VERSIONS, *names)
     print(f"== {name}: testing", flush=True)
-    run(python, "-m", "pytest", "-q", *TESTS)
+    run(python, "-m", "pytest", "-q", "-m", "not gpu", *TESTS)
     output = folder / "run"
     run(python, SCRIPT, *SETTINGS, "--output_dir", output)
     missing = [file for file in MADE if not (output / file).is_file()]

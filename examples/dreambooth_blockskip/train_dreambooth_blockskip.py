@@ -160,6 +160,7 @@ def make_accelerator(run: Run) -> Accelerator:
         torch.backends.cuda.matmul.allow_tf32 = True
     return start_accelerator(
         settings.mixed_precision,
+        plan_only=settings.plan_only,
         # Steps are counted, whatever the loader is at: it reads ahead.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=settings.gradient_accumulation_steps, sync_with_dataloader=False

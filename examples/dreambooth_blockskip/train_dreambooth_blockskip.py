@@ -52,6 +52,7 @@ from blockskip_hooks.training.export import export_lora
 from blockskip_hooks.training.history import History
 from blockskip_hooks.training.lora_checks import describe_trainable
 from blockskip_hooks.training.optimizers import make_optimizer
+from blockskip_hooks.training.record_plan import describe_records, plan_stretches, resolve_seed
 from blockskip_hooks.training.records import RecordSource
 from blockskip_hooks.training.resume_checks import check_checkpoint
 from blockskip_hooks.training.run import Run
@@ -124,7 +125,7 @@ def run_script(settings: TrainSettings, command: str, stop: StopSignals) -> int:
             run, plan = make_plan(run, dtype, accelerator.num_processes)
             if checkpoint is not None:
                 check_checkpoint(checkpoint, run)
-            stretches = run.stretches(plan, accelerator.num_processes, checkpoint)
+            stretches = plan_stretches(run, plan, accelerator.num_processes, checkpoint)
     except Exception as error:
         return fail(error, settings, monitor, code=2)
     try:
@@ -184,7 +185,7 @@ def train(
     accelerator, monitor = context.accelerator, context.monitor
     if run.settings.push_to_hub and accelerator.is_main_process:
         run = run.with_flag("hub_model_id", outputs.open_repository(run))
-    run = run.with_flag("seed", run.resolve_seed(checkpoint))
+    run = run.with_flag("seed", resolve_seed(run, checkpoint))
     settings, num_steps = run.settings, stretches.num_steps
     if accelerator.is_main_process:
         start_trackers(run, accelerator)
@@ -250,7 +251,7 @@ def load_data(
     store = None
     if run.uses_store:
         with accelerator.main_process_first():
-            described = run.describe_records(sample_plan, sources, dtype)
+            described = describe_records(run, sample_plan, sources, dtype)
             store = ResidualStore(run.residual_dir, described, overwrite=run.may_overwrite)
 
     # Every prompt once; the text encoders are gone afterwards.
@@ -405,7 +406,7 @@ def finish(
         outputs.write_outputs(parts, report, plan, command, before, after)
         if run.settings.push_to_hub:
             print(f"Uploaded to {outputs.push_to_hub(run)}.")
-        print(run.closing_words(report))
+        print(outputs.closing_words(run, report))
     accelerator.wait_for_everyone()
     if not run.settings.residual_dir and accelerator.is_main_process:
         records.drop(store_too=True)

@@ -20,12 +20,14 @@ from ..planning.simulation import empty_model
 from ..residuals.store import folder_digest
 from ..training.comfyui import COMFYUI_NAME
 from ..training.history import History
+from ..training.merged import MERGED_NAME
 from ..training.records import RecordSource
 from ..training.run import Run
 from ..training.validation import Images
 from ..transformer import DiTBlockSkipTransformer
 from ..utils.errors import first_line
 from ..utils.files import write_json
+from ..utils.formatting import format_seconds
 from ..utils.machine import describe_machine, versions
 from ..utils.monitor import StageMonitor
 from .model_card import License, read_license, usage_snippet, write_model_card
@@ -322,6 +324,26 @@ def push_to_hub(run: Run) -> str:
     return repo_id
 
 
+def closing_words(run: Run, report: dict[str, Any]) -> str:
+    """The last lines a user sees: what came out, and how to use it."""
+    losses = report["train"]["loss"]
+    loss = f", loss {losses[-1]:.4f}" if losses else ""
+    seconds = sum(stage["seconds"] for stage in report["stages"])
+    files = {"LoRA": WEIGHTS_NAME}
+    if run.settings.save_format == "comfyui":
+        files["ComfyUI"] = COMFYUI_NAME
+    if run.settings.export_merged:
+        files["Merged"] = MERGED_NAME
+    files["Report"] = "report.html"
+    width = max(map(len, files)) + 2
+    return "\n".join(
+        [
+            f"Trained {report['train']['steps']} steps in {format_seconds(seconds)}{loss}.",
+            *(f"{f'{name}:':<{width}}{run.output_dir / file}" for name, file in files.items()),
+        ]
+    )
+
+
 def _nameless(value: Any) -> Any:
     """``value`` as others may see it: of every path that starts at this machine's root only the last part."""
     if isinstance(value, dict):
@@ -342,6 +364,7 @@ def _repository(run: Run) -> str:
 
 
 __all__ = [
+    "closing_words",
     "open_repository",
     "push_to_hub",
     "run_report",

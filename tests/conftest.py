@@ -27,18 +27,17 @@ def no_tables_of_this_machine(tmp_path_factory: pytest.TempPathFactory, monkeypa
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put tests of all families but three into the slow tier, unless they are marked ``every_family``.
+    """Put tests of all families but three, or those that ``fast_for`` names, into the slow tier.
 
     Reports say which cell of the family table a test is, for ``benchmarks/family_table.py``.
     """
     for item in items:
         tiny = item.callspec.params.get("tiny") if hasattr(item, "callspec") else None
-        one_of_many = isinstance(tiny, TinyFamily) and tiny.name not in FAST_FAMILIES
-        if one_of_many and item.get_closest_marker("every_family") is None:
+        chosen = item.get_closest_marker("fast_for")
+        if tiny in TINY_FAMILIES and tiny.name not in (chosen.args if chosen else FAST_FAMILIES):
             item.add_marker(pytest.mark.slow)
         marker = item.get_closest_marker("column")
         if marker is not None:
-            assert isinstance(tiny, TinyFamily)
             item.user_properties += [("column", marker.args[0]), ("family", tiny.name), ("text", tiny.trains_text)]
 
 

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from blockskip_hooks.data.photos import PhotoSet, scan_photos, summarize_photos
+from blockskip_hooks.residuals.batches import PhotoSource
 
 
 @pytest.fixture
@@ -26,6 +27,12 @@ def folder(tmp_path):
 
 def captions(folder):
     return [(photo.caption, photo.caption_source) for photo in scan_photos(folder)]
+
+
+def test_prompts_come_with_the_names_of_their_photos(folder):
+    files = {"a.txt": "a dog", "c.caption": "a dog"}
+    source = PhotoSource(PhotoSet(scan_photos(folder(["a.png", "b.png", "c.png"], files)), 8), "sks")
+    assert source.prompts() == {"a dog": ["a.png", "c.png"], "sks": ["b.png"]}
 
 
 def test_text_is_stripped_and_an_empty_file_is_no_caption(folder):

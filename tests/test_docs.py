@@ -18,6 +18,7 @@ from nbclient import NotebookClient
 
 from blockskip_hooks.cli.arguments import build_parser, family_flags
 from blockskip_hooks.families.base import Family
+from blockskip_hooks.families.facts import FamilyFacts
 from blockskip_hooks.version import __version__
 from tests.script import load_module, load_script
 
@@ -99,6 +100,15 @@ def test_files_named_in_pages_exist():
             assert "NAME" in name or (ROOT / name).exists(), f"{page.name}: {name}"
 
 
+def test_the_architecture_names_every_room_and_files_that_exist():
+    text, package = (DOCS / "architecture.md").read_text(), ROOT / "src" / "blockskip_hooks"
+    for name in re.findall(r"`((?:[a-z_]+/)?[a-z_0-9]+\.py|[a-z]+/)`", text):
+        assert (package / name).exists() or (ROOT / name).exists(), name
+    method = {path.name for path in package.glob("*.py")} - {"__init__.py", "version.py"}
+    rooms = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    assert {name for name in method | rooms if f"`{name}`" not in text} == set()
+
+
 def test_commands_in_pages_name_scripts_that_exist():
     for page in PAGES:
         for script in re.findall(r"python ((?:examples|tools|benchmarks)/[\w/]+\.py)", page.read_text()):
@@ -119,7 +129,8 @@ def test_page_lists_what_a_family_may_override():
                 )
             else:
                 assert set(names) & overridden(*last), line
-    public = {name for name in {**vars(Family), **Family.__annotations__} if not name.startswith("_")}
+    classes = (Family, FamilyFacts)
+    public = {name for cls in classes for name in {**vars(cls), **cls.__annotations__} if not name.startswith("_")}
     assert sorted(listed) == sorted(public)
 
 

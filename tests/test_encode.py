@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from blockskip_hooks.config import BlockSkipConfig, PatchSamplingConfig
-from blockskip_hooks.families import Family, text_encoders
+from blockskip_hooks.families import Family
 from blockskip_hooks.families.prompts import encode_prompts
+from blockskip_hooks.loading import text_encoders
 from blockskip_hooks.loading.text_encoders import (
     empty_text_encoder,
     large_encoders,
@@ -26,9 +27,9 @@ from blockskip_hooks.loading.text_encoders import (
     load_streamed_encoder,
 )
 from blockskip_hooks.planning import stages as planner
+from blockskip_hooks.planning.components import simulate_text_encoder
 from blockskip_hooks.planning.description import format_plan
 from blockskip_hooks.planning.presets import load_preset
-from blockskip_hooks.planning.simulation import simulate_text_encoder
 from blockskip_hooks.planning.stages import PlanRequest, plan_run
 from blockskip_hooks.training import class_images
 from tests import script

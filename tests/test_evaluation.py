@@ -327,6 +327,7 @@ def test_script_measures_models_with_and_without_a_lora(
     assert made == [0, 1] * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd3", "sana", "pixart-sigma", "qwen-image"])
 def test_other_families_with_and_without_a_lora(name: str, tiny_flags: list[Any], tmp_path: Path):
     (family,) = (tiny for tiny in TINY_FAMILIES if tiny.name == name)
@@ -380,7 +381,7 @@ def test_contact_sheet_of_many_prompts_is_no_strip(tmp_path: Path):
     prompts = read_prompts(template_file("object"), "sks teapot", "a teapot")
     picture = Image.new("RGB", (300, 200), "red")
     notes = [["DINO 0.71", "CLIP-I 0.80"]] * 25
-    draw_contact_sheet([picture] * 40, [[picture] * 2] * 25, prompts, [0, 1], notes, "title", tmp_path / "sheet.png")
+    draw_contact_sheet([picture] * 40, [[picture] * 2] * 25, prompts, [0, 1], notes, tmp_path / "sheet.png")
     width, height = Image.open(tmp_path / "sheet.png").size
     assert height < 2.5 * width
 

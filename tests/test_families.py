@@ -164,6 +164,7 @@ def test_validation_images_are_made(finished: Path):
 
 
 @pytest.mark.column("E6")
+@pytest.mark.fast_for("flux-dev", "sana")
 def test_plain_mode_is_a_straightforward_loop(tiny: TinyFamily, train: Train, photos: Path):
     """The same losses as a loop over the stock model, on the same samples."""
     output = train("--skip_blocks", "none", "--patch_sampling", "none")
@@ -222,6 +223,7 @@ def _noise(seeds: list[int], shape: torch.Size) -> torch.Tensor:
 
 
 @pytest.mark.column("text encoder")
+@pytest.mark.fast_for("flux-dev", "sana")
 def test_text_encoders_train_where_the_family_has_it(
     tiny: TinyFamily, train: Train, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
@@ -240,6 +242,7 @@ def test_text_encoders_train_where_the_family_has_it(
 
 
 @pytest.mark.column("prior preservation")
+@pytest.mark.fast_for("flux-dev")
 def test_prior_preservation_pairs_class_images_with_their_prompt(
     tiny: TinyFamily, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -260,6 +263,7 @@ def test_prior_preservation_pairs_class_images_with_their_prompt(
 
 
 @pytest.mark.column("captions")
+@pytest.mark.fast_for("sd3")
 def test_captions_of_different_lengths_train_as_without_skipping(
     train: Train, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -282,6 +286,7 @@ def test_captions_of_different_lengths_train_as_without_skipping(
 
 
 @pytest.mark.column("buckets")
+@pytest.mark.fast_for("sana")
 @pytest.mark.parametrize("patch_sampling", ["none", "dynamic"])
 def test_aspect_ratio_buckets(tiny: TinyFamily, train: Train, patch_sampling: str, monkeypatch: pytest.MonkeyPatch):
     """Batches of one shape, each photo in the bucket of its aspect ratio."""

@@ -9,6 +9,7 @@ import pytest
 from blockskip_hooks.residuals.store import ResidualStore
 from tests import script
 from tests.kills import SETTINGS, KillTest
+from tests.tiers import fast_rows
 from tests.tiny import TINY_FAMILIES
 
 
@@ -30,13 +31,14 @@ def trial(tmp_path: Path):
     return open_trial
 
 
-@pytest.mark.parametrize(("setting", "kills"), [(FLUX, 16), (SANA, 16), (REFRESHED, 10)])
+@pytest.mark.parametrize(("setting", "kills"), fast_rows([(FLUX, 4), (FLUX, 16), (SANA, 16), (REFRESHED, 10)]))
 def test_killed_runs_end_with_the_same_weights(trial, setting: str, kills: int):
     killed = trial(setting)
     killed.go(kills)
     assert killed.kills == kills and not killed.lost, killed.lost
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("setting", "fault"), [(FLUX, "term"), (SANA, "int"), (FLUX, "full"), (SANA, "full")])
 def test_a_signal_or_a_full_disk_ends_a_run_with_one_line_and_nothing_is_lost(trial, setting: str, fault: str):
     ended = trial(setting, fault)
@@ -44,6 +46,7 @@ def test_a_signal_or_a_full_disk_ends_a_run_with_one_line_and_nothing_is_lost(tr
     assert ended.kills == 5 and not ended.lost, ended.lost
 
 
+@pytest.mark.slow
 def test_two_runs_share_a_residual_dir(trial, tmp_path: Path):
     both = trial(SANA)
     store = tmp_path / "records"

@@ -10,12 +10,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 
 import blockskip_hooks
 from blockskip_hooks import BlockSkipConfig
-from tests.tiny import TINY_FAMILIES, TinyFamily
+from blockskip_hooks.cli.arguments import build_parser
+from blockskip_hooks.families import FAMILIES, detect_family
+from tests.tiny import TINY_FAMILIES, UNAVAILABLE, TinyFamily
 
 
 ROOT = Path(__file__).parents[1]
@@ -71,7 +74,7 @@ def test_type_checkers_see_what_is_loaded_lazily():
 
 
 def test_blocks_are_found_without_naming_a_family():
-    """In a new process: nothing has registered the families' blocks there, or said which stacks are refiners."""
+    """In a new process: nothing has imported the families that know these blocks and which stacks are refiners."""
     tiny = {t.name: t for t in TINY_FAMILIES}
     classes = {"sana": "SanaTransformer2DModel", "z-image": "ZImageTransformer2DModel"}
     code = "import diffusers, json; from blockskip_hooks import list_blocks\nfound = []\n"
@@ -81,6 +84,91 @@ def test_blocks_are_found_without_naming_a_family():
     sana, z_image = json.loads(in_new_process(code + "print(json.dumps(found))"))
     assert sana == [f"transformer_blocks.{number}" for number in range(tiny["sana"].num_blocks)]
     assert z_image == [f"layers.{number}" for number in range(tiny["z-image"].num_blocks)]
+
+
+def test_listing_blocks_loads_no_other_family_and_no_pipeline():
+    """Beyond what importing diffusers' transformer loads by itself."""
+    folder = next(tiny for tiny in TINY_FAMILIES if tiny.name == "flux-dev").folder
+    code = "import json, sys; from diffusers import FluxTransformer2DModel\n"
+    code += f"model = FluxTransformer2DModel.from_pretrained({str(folder)!r}, subfolder='transformer')\n"
+    code += "before = set(sys.modules); import blockskip_hooks; blocks = blockskip_hooks.list_blocks(model)\n"
+    code += "print(json.dumps([len(blocks), sorted(set(sys.modules) - before)]))"
+    count, loaded = json.loads(in_new_process(code))
+    assert count == 5
+    families = {name.removeprefix("blockskip_hooks.families.") for name in loaded if ".families." in name}
+    assert families == {"base", "facts", "flux"}
+    heavy = ("transformers", "peft", "accelerate", "torchao", "bitsandbytes", "diffusers.pipelines")
+    assert [name for name in loaded if name.startswith(heavy)] == []
+
+
+def test_flags_are_known_without_the_models_libraries():
+    code = (
+        "import json, sys; from blockskip_hooks.cli.arguments import build_parser; text = build_parser().format_help()"
+    )
+    code += "; names = 'transformers', 'peft', 'accelerate', 'diffusers.models', 'diffusers.pipelines';"
+    code += "print(json.dumps(['--system_prompt' in text, [name for name in names if name in sys.modules]]))"
+    assert json.loads(in_new_process(code)) == [True, []]
+
+
+# Classes that diffusers renamed
+
+
+def test_every_family_is_tested():
+    assert UNAVAILABLE == {}
+    assert {tiny.family for tiny in TINY_FAMILIES} == set(FAMILIES.values())
+
+
+def test_a_missing_class_is_one_line_of_its_own_family_only():
+    """Choosing the family names the class and the version; every other one is there, and so are all flags."""
+    folders = {name: next(t for t in TINY_FAMILIES if t.family is FAMILIES[name]).folder for name in FAMILIES}
+    for pipeline in FAMILIES:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delitem(diffusers._class_to_module, pipeline)
+            patch.delattr(diffusers, pipeline, raising=False)
+            with pytest.raises(
+                ValueError, match=rf"needs {pipeline}, which diffusers {diffusers.__version__} does not"
+            ):
+                detect_family(folders[pipeline])
+            for name in set(FAMILIES) - {pipeline}:
+                assert detect_family(folders[name]) is FAMILIES[name]
+            text = build_parser().format_help()
+            assert all(f"--{flag.name}" in text for family in FAMILIES.values() for flag in family.own_flags)
+
+
+def test_with_a_family_gone_the_script_and_the_tests_of_the_others_work(tmp_path: Path):
+    """From the start of a process: no pipeline and no transformer of the family."""
+    tiny = next(tiny for tiny in TINY_FAMILIES if tiny.name == "lumina2")
+    flags = ["--pretrained_model_name_or_path", str(tiny.folder), "--instance_data_dir", str(tmp_path)]
+    flags += ["--instance_prompt", "a dog", "--resolution", str(tiny.resolution), "--plan_only"]
+    code = f"""
+import contextlib, io, json, sys
+import diffusers
+for name in ("Lumina2Pipeline", "Lumina2Transformer2DModel"):
+    del diffusers._class_to_module[name]
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "examples" / "dreambooth_blockskip")!r}]
+from blockskip_hooks import list_blocks
+from tests.tiny import TINY_FAMILIES, UNAVAILABLE
+from train_dreambooth_blockskip import main
+
+def outcome(*argv):
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        try:
+            code = main(list(argv))
+        except SystemExit as end:
+            code = end.code
+    return code, said.getvalue()
+
+sana = next(tiny for tiny in TINY_FAMILIES if tiny.name == "sana")
+works = len(list_blocks(sana.make_transformer())) == sana.num_blocks
+names = [tiny.name for tiny in TINY_FAMILIES]
+print(json.dumps([list(UNAVAILABLE), names, works, outcome("--help"), outcome(*{flags!r})]))
+"""
+    unavailable, names, works, shown, chosen = json.loads(in_new_process(code))
+    assert unavailable == ["lumina2"] and names == [t.name for t in TINY_FAMILIES if t is not tiny] and works
+    assert shown[0] == 0 and "--system_prompt" in shown[1]
+    lines = [line for line in chosen[1].splitlines() if "Lumina2Pipeline" in line]
+    assert chosen[0] == 2 and len(lines) == 1 and diffusers.__version__ in lines[0]
 
 
 # Examples

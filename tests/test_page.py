@@ -5,7 +5,8 @@ import re
 import pytest
 
 from blockskip_hooks.reporting.charts import draw_harm, draw_losses, draw_losses_by_timestep, loss_curve
-from tests.script import PROMPT, load_script, save_photos, train
+from blockskip_hooks.reporting.outputs import RunOutputs
+from tests.script import PROMPT, save_photos, train
 from tests.test_report import PLAN, RUN, Page, report, words
 from tests.tiny import save_tiny_flux
 
@@ -15,17 +16,17 @@ def pages(tmp_path_factory):
     """The pages of a run of three steps, one for each checkpoint, and that of its end."""
     root = tmp_path_factory.mktemp("run")
     model, photos = save_tiny_flux(root / "model"), save_photos(root / "photos", [(64, 64)] * 2)
-    script, made = load_script(), []
+    made: list[str] = []
 
-    def spy(run, *args):
-        write_progress(run, *args)
-        made.append((run.output_dir / "report.html").read_text(encoding="utf-8"))
+    def spy(outputs, *args):
+        write_so_far(outputs, *args)
+        made.append((outputs.run.output_dir / "report.html").read_text(encoding="utf-8"))
 
-    write_progress = script.write_progress
+    write_so_far = RunOutputs.write_so_far
     flags = ("--skip_blocks", "1,1", "--max_train_steps", "3", "--checkpointing_steps", "1")
     flags += ("--validation_prompt", PROMPT, "--num_validation_images", "2", "--validation_epochs", "2")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "write_progress", spy)
+        patch.setattr(RunOutputs, "write_so_far", spy)
         output = train(model, photos, root / "out", *flags)
     return [Page(text) for text in (*made, (output / "report.html").read_text(encoding="utf-8"))]
 

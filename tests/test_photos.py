@@ -364,16 +364,14 @@ def test_photos_one_folder_down_are_found_and_what_to_type_is_said(tmp_path):
     with pytest.raises(ValueError) as error:
         scan_photos(tmp_path / "set")
     assert str(error.value) == (
-        f"--instance_data_dir {tmp_path / 'set'}: no images found in this folder, but 3 one folder down: type "
+        f"--instance_data_dir {tmp_path / 'set'}: no images found in this folder; one folder down: 3; type "
         f"--instance_data_dir '{tmp_path}/set/10_sks dog' --repeats 10 --instance_prompt 'sks dog'"
     )
     folder_of(tmp_path / "set" / "5_dog", 2)
-    with pytest.raises(
-        ValueError, match=r"but 5 one folder down: they are in 10_sks dog \(3\), 5_dog \(2\): name one"
-    ):
+    with pytest.raises(ValueError, match=r"one folder down: 5; they are in 10_sks dog \(3\), 5_dog \(2\): name one"):
         scan_photos(tmp_path / "set")
     (tmp_path / "set" / "more").mkdir()
-    with pytest.raises(ValueError, match=r"^--class_data_dir .*: type --class_data_dir \S+/7_cats$"):
+    with pytest.raises(ValueError, match=r"^--class_data_dir .*; type --class_data_dir \S+/7_cats$"):
         folder_of(tmp_path / "other" / "7_cats", 1)
         scan_photos(tmp_path / "other", flag="--class_data_dir")
 

@@ -16,10 +16,11 @@ from blockskip_hooks import BlockSkipConfig, DiTBlockSkipTransformer, PatchSampl
 from blockskip_hooks.families import FAMILIES, Family
 from blockskip_hooks.lora import add_lora, lora_targets
 from blockskip_hooks.losses import flow_matching_loss
+from blockskip_hooks.planning.components import simulate_vae
 from blockskip_hooks.planning.counters import CountFlops, LiveBytes
 from blockskip_hooks.planning.description import format_plan
 from blockskip_hooks.planning.presets import Preset, load_preset
-from blockskip_hooks.planning.simulation import FakeTransformer, empty_model, simulate_vae
+from blockskip_hooks.planning.simulation import FakeTransformer, empty_model
 from blockskip_hooks.planning.stages import RECORD_OVERHEAD, PlanRequest, plan_run
 from tests.tiny import TINY_FAMILIES
 

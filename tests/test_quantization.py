@@ -32,6 +32,7 @@ from blockskip_hooks.planning.stages import PlanRequest, plan_run
 from blockskip_hooks.training.record_plan import describe_records
 from tests import script
 from tests.script import PROMPT, WEIGHTS, assert_same_weights, losses, weights
+from tests.tiers import fast_first
 from tests.tiny import TINY_FAMILIES, TinyFamily, randomise
 
 
@@ -72,7 +73,11 @@ CONFIGS = {
     "bitsandbytes-int8": QuantizationConfig(library="bitsandbytes", bits=8),
     "fp4-double": QuantizationConfig(library="bitsandbytes", bits=4, quant_type="fp4", double_quant=True),
 }
-ALL = [pytest.param(config, id=name, marks=needs(config.library)) for name, config in CONFIGS.items()]
+SLOW = {"bitsandbytes-int8", "fp4-double"}
+ALL = [
+    pytest.param(config, id=name, marks=[needs(config.library), *[pytest.mark.slow] * (name in SLOW)])
+    for name, config in CONFIGS.items()
+]
 METHODS = [
     pytest.param("nf4", marks=needs("bitsandbytes")),
     pytest.param("int8", marks=needs("torchao")),
@@ -82,7 +87,7 @@ SPANS = BlockSkipConfig(leading=1, trailing=2)
 ERROR = {4: 0.15, 8: 0.02}
 
 
-@pytest.fixture(params=[FLUX, SANA], ids=lambda tiny: tiny.name)
+@pytest.fixture(params=fast_first([FLUX, SANA]), ids=lambda tiny: tiny.name)
 def tiny(request: pytest.FixtureRequest) -> TinyFamily:
     return request.param
 

@@ -98,6 +98,7 @@ def train(words):
     assert load_script().main([str(word) for word in words]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_a_shipped_config_runs(config, ground):
     settings = yaml.safe_load(config.read_text())
@@ -126,6 +127,7 @@ def test_each_gpu_size_has_a_config_that_says_what_it_needs():
         assert len(peaks) >= 4 and max(peaks) <= 0.9 * size * 1e9 / 2**30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", RUN, ids=name_of)
 def test_a_command_of_the_readme_runs(words, ground):
     path, *flags = words

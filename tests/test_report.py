@@ -19,7 +19,8 @@ from blockskip_hooks.reporting.model_card import (
     usage_snippet,
     write_model_card,
 )
-from blockskip_hooks.reporting.page import ReportImages, contact_sheet, write_report
+from blockskip_hooks.reporting.page import ReportImages, write_report
+from blockskip_hooks.utils.pictures import SheetRow, contact_sheet
 
 
 HOSTILE = "<script>alert(1)</script> \"x\" 'y' `z` | [a](b) {{ 7 * 7 }}\n---\n# no"
@@ -227,18 +228,28 @@ def test_snippet_is_valid_python_with_the_pipeline_arguments(tmp_path: Path):
 def test_contact_sheet_enlarges_without_smoothing(tmp_path: Path):
     image = Image.new("RGB", (2, 1), "red")
     image.putpixel((1, 0), (0, 0, 255))
-    path = contact_sheet([[image, image], [image]], None, tmp_path / "new" / "sheet.png", scale=10)
-    sheet = Image.open(path)
-    assert sheet.size == (2 * 20 + 3 * 8, 2 * 10 + 3 * 8)
+    file = tmp_path / "new" / "sheet.png"
+    contact_sheet([SheetRow("", [image, image]), SheetRow("", [image])], file, side=20)
+    sheet = Image.open(file)
+    assert sheet.width == 2 * 20 + 3 * 8
     assert {colour for _, colour in sheet.getcolors()} == {(255, 255, 255), (255, 0, 0), (0, 0, 255)}
-    labelled = contact_sheet([[picture()]], ["a very long prompt " * 20], tmp_path / "labelled.png")
-    assert Image.open(labelled).size == (80, 24 + 64 + 16)
+    assert [path.name for path in file.parent.iterdir()] == ["sheet.png"]
 
 
-@pytest.mark.parametrize(("rows", "labels"), [([], None), ([[]], None), ([[Image.new("L", (1, 1))]], ["a", "b"])])
-def test_contact_sheet_names_bad_input(tmp_path: Path, rows: list[list[Image.Image]], labels: list[str] | None):
-    with pytest.raises(ValueError, match="contact_sheet"):
-        contact_sheet(rows, labels, tmp_path / "sheet.png")
+def test_contact_sheet_has_labels_captions_and_panels(tmp_path: Path):
+    rows = [SheetRow("a very long prompt " * number, [picture(300)], ["seed 1"]) for number in range(4)]
+    sizes = []
+    for panels in (1, 2):
+        contact_sheet(rows, tmp_path / "sheet.png", side=100, panels=panels)
+        sizes.append(Image.open(tmp_path / "sheet.png").size)
+    (narrow, high), (wide, low) = sizes
+    assert wide == 2 * narrow and low < high
+
+
+@pytest.mark.parametrize("rows", [[], [SheetRow("empty", [])]])
+def test_contact_sheet_of_nothing_is_refused(tmp_path: Path, rows: list[SheetRow]):
+    with pytest.raises(ValueError, match="no images"):
+        contact_sheet(rows, tmp_path / "sheet.png", side=10)
 
 
 def card(

@@ -11,6 +11,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from blockskip_hooks.training.checkpoints import list_checkpoints
 from tests import script
 from tests.kills import KillTest
+from tests.tiers import fast_first
 from tests.tiny import TINY_FAMILIES
 
 
@@ -37,7 +38,7 @@ SHARED = {
 """What accelerate's launcher sets for ``configs/fsdp2.yaml``."""
 
 
-@pytest.fixture(scope="module", params=["flux-dev", "sana"])
+@pytest.fixture(scope="module", params=fast_first(["flux-dev", "sana"]))
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> KillTest:
     """With a run of one process, ``whole``, that all runs of two must equal."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -67,6 +68,7 @@ def test_two_processes_equal_one(runs: KillTest):
     assert report["train"]["samples"] == whole["train"]["samples"] == 32
 
 
+@pytest.mark.slow
 def test_two_processes_refresh_the_same_records(runs: KillTest):
     """Losses alone: where a gradient is next to nothing, Adam makes a step of its last bits."""
     assert runs.run_ranks("two refreshed", more=(*TWO, "--refresh_residuals")) == [0, 0], runs.log("two refreshed")
@@ -76,6 +78,7 @@ def test_two_processes_refresh_the_same_records(runs: KillTest):
     assert script.losses(one) != pytest.approx(script.losses(runs.scratch / "whole" / "out"), rel=TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("environment", [{}, SHARED], ids=["whole weights", "shared weights"])
 @pytest.mark.parametrize("resumed_by", ["two", "one"])
 def test_a_dead_process_ends_the_other_and_the_run_goes_on_later(
@@ -92,6 +95,7 @@ def test_a_dead_process_ends_the_other_and_the_run_goes_on_later(
     assert_like_one_process(runs, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("environment", [{}, SHARED], ids=["whole weights", "shared weights"])
 def test_a_signal_to_one_process_ends_both_after_the_same_step(
     runs: KillTest, environment: dict[str, str], monkeypatch
@@ -114,6 +118,7 @@ FOLLOWING = {
 """All of what runs the shared model."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FOLLOWING)
 def test_a_run_with_shared_weights_is_the_same_bit_for_bit(runs: KillTest, name: str):
     flags = (*TWO, *FOLLOWING[name])
@@ -128,6 +133,7 @@ def test_a_run_with_shared_weights_is_the_same_bit_for_bit(runs: KillTest, name:
     assert bool(trailing_errors(shared)) == ("--report_to" in flags)
 
 
+@pytest.mark.slow
 def test_records_lost_in_training_end_a_run_with_shared_weights(runs: KillTest, monkeypatch):
     """A process that made some again would wait for the other's part of the weights for ever."""
     monkeypatch.setattr(runs, "fault", "lose")

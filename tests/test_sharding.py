@@ -76,6 +76,7 @@ def measure(rank: int, address: dict[str, str], models: list[tuple[str, str, lis
     results.with_name(f"{rank}.json").write_text(json.dumps(lines))
 
 
+@pytest.mark.slow
 def test_every_family_computes_the_same_with_shared_weights(tmp_path: Path):
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -20,7 +20,7 @@ from blockskip_hooks.cli.argument_checks import validate_args
 from blockskip_hooks.cli.arguments import parse_args, parse_trackers
 from blockskip_hooks.config import BlockSkipConfig
 from blockskip_hooks.lora import add_lora
-from blockskip_hooks.reporting.trackers import GAP, Tracking, block_norms, side_by_side
+from blockskip_hooks.reporting.trackers import Tracking, block_norms
 from blockskip_hooks.training.sample_losses import quarter_means
 from blockskip_hooks.transformer import DiTBlockSkipTransformer
 from tests import script
@@ -133,10 +133,10 @@ def test_tensorboard_has_images_beside_those_of_the_base_model(tracked: Path, ev
     first, second = (events.Images(f"{tag}/seed {seed}") for seed in (3, 4))
     assert [event.step for event in first] == [event.step for event in second] == [4, 8, STEPS]
     pictures = [Image.open(io.BytesIO(event.encoded_image_string)) for event in first]
-    width = (pictures[0].width - GAP) // 2
+    width = pictures[0].width // 2
     base, trained = (
         [picture.crop((left, 0, left + width, picture.height)).tobytes() for picture in pictures]
-        for left in (0, width + GAP)
+        for left in (0, width)
     )
     # The same seeds each time: the base model's image stays, the trained model's changes.
     assert len(set(base)) == 1 and len(set(trained)) == 3 and base[0] not in trained
@@ -168,7 +168,7 @@ def test_wandb_offline_has_images_with_prompts_and_seeds(tracked: Path, history)
         assert row[f"{name}.captions"] == [f"{BEACH} (seed {seed}: base model, step {step})" for seed in (3, 4)]
         for file in row[f"{name}.filenames"]:
             (picture,) = tracked.glob(f"logs/wandb/offline-run-*/files/{file}")
-            assert Image.open(picture).width == 2 * row[f"{name}.height"] + GAP
+            assert Image.open(picture).width == 2 * row[f"{name}.height"]
 
 
 def test_settings_go_to_wandb_without_a_token(tracked: Path):
@@ -292,7 +292,7 @@ def test_comet_and_swanlab_get_images_by_their_own_means(monkeypatch):
     model: Any = None
     image = Image.new("RGB", (8, 8))
     Tracking(accelerator, model, model).log_images(7, ["a dog, läuft!"], [3], [[image]], [[image]])
-    caption, size = "a dog, läuft! (seed 3: base model, step 7)", (16 + GAP, 8)
+    caption, size = "a dog, läuft! (seed 3: base model, step 7)", (16, 8)
     assert logged == [
         (size, caption, 7),
         ({"validation/0 a dog_ l_uft_": [(size, caption)]}, 7),
@@ -315,12 +315,6 @@ def test_norm_of_a_block_is_that_of_its_weights_updates(model: Path):
         updates.setdefault(block, []).append(layer.get_delta_weight("default").flatten())
     expected = {name: torch.cat(parts).norm().item() for name, parts in updates.items()}
     assert block_norms(transformer) == pytest.approx(expected, rel=1e-5)
-
-
-def test_images_side_by_side():
-    both = side_by_side(Image.new("RGB", (4, 6), "red"), Image.new("RGB", (5, 8), "blue"))
-    assert both.size == (9 + GAP, 8)
-    assert both.getpixel((0, 0)) == (255, 0, 0) and both.getpixel((4 + GAP, 7)) == (0, 0, 255)
 
 
 def test_quarters_without_samples_are_left_out():

@@ -291,7 +291,6 @@ def measure(
                 request.prompts,
                 request.seeds,
                 prompt_notes(evaluation, request.prompts),
-                f"{request.settings.model_name}, {name}",
                 sheet_file(args, name),
             )
     document = results_document(request, encoders, [photo.name for photo in photos], rows, command)

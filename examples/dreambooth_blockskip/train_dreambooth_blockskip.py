@@ -37,7 +37,8 @@ from blockskip_hooks.loading.quantization import check_device
 from blockskip_hooks.lora import add_lora
 from blockskip_hooks.losses import combine_losses, flow_matching_loss
 from blockskip_hooks.planning.plan import describe_plan, make_plan, planned_batch_size, planned_vae, streams_text
-from blockskip_hooks.reporting import outputs
+from blockskip_hooks.reporting.hub import open_repository, push_to_hub
+from blockskip_hooks.reporting.outputs import RunOutputs, closing_words, lora_size
 from blockskip_hooks.reporting.progress import Progress, photo_progress, set_log_level
 from blockskip_hooks.reporting.trackers import Tracking, start_trackers
 from blockskip_hooks.residuals.batches import SampleMaker
@@ -184,7 +185,8 @@ def train(
     """Prepare data and model, train stretch by stretch, save."""
     accelerator, monitor = context.accelerator, context.monitor
     if run.settings.push_to_hub and accelerator.is_main_process:
-        run = run.with_flag("hub_model_id", outputs.open_repository(run))
+        name = run.settings.hub_model_id or run.output_dir.resolve().name
+        run = run.with_flag("hub_model_id", open_repository(name, run.settings.hub_token))
     run = run.with_flag("seed", resolve_seed(run, checkpoint))
     settings, num_steps = run.settings, stretches.num_steps
     if accelerator.is_main_process:
@@ -207,11 +209,11 @@ def train(
     history, tracking = History(accelerator, maker), Tracking(accelerator, monitor, model)
     images_at_once, placement = planned_batch_size(plan, "validate"), planned_vae(plan, "validate")
     validation = Validation(run, context, model, adapters, records, tracking, images_at_once, placement)
-    parts = outputs.RunParts(run, monitor, accelerator.device, model, records, history, accelerator.num_processes)
     command = f"accelerate launch {command}"
+    outputs = RunOutputs(run, maker, monitor, plan, command, stretches, accelerator.num_processes)
     optimizer, lr_scheduler = learner.optimizer, learner.lr_scheduler
     checkpointer = Checkpointer(run, accelerator, adapters, optimizer, lr_scheduler, history, records)
-    checkpointer.after_save = lambda: outputs.write_progress(parts, plan, command, validation.shown)
+    checkpointer.after_save = lambda: outputs.write_so_far(history, validation.shown)
     if checkpoint is not None:
         checkpointer.resume(checkpoint)
         accelerator.print(f"Resuming from {checkpoint.name}, {history.step} of {num_steps} steps done.")
@@ -231,7 +233,7 @@ def train(
             tracking.log_stages(history.step)
             if stretch.stop < num_steps:
                 records.drop()
-        finish(parts, context, adapters, validation, tracking, plan, command)
+        finish(outputs, context, learner, records, history, validation, tracking)
 
 
 def load_data(
@@ -381,34 +383,35 @@ def train_steps(
 
 
 def finish(
-    parts: outputs.RunParts,
+    outputs: RunOutputs,
     context: Context,
-    adapters: Adapters,
+    learner: Learner,
+    records: RecordSource,
+    history: History,
     validation: Validation,
     tracking: Tracking,
-    plan: dict[str, Any],
-    command: str,
 ) -> None:
     """Export the LoRA, make the final images, write the report and the model card, upload."""
-    run, records, step, accelerator = parts.run, parts.records, parts.history.step, context.accelerator
+    run, accelerator, settings = outputs.run, context.accelerator, outputs.run.settings
     made = records.made()
     # A warmup's first step has rate zero.
-    if step > 1:
-        adapters.check_learned()
+    if history.step > 1:
+        learner.adapters.check_learned()
     if accelerator.is_main_process:
-        export_lora(run, adapters, context.monitor, records.maker.dtype)
+        export_lora(run, learner.adapters, context.monitor, records.maker.dtype)
     # Processes that share weights run the model together or not at all.
-    if accelerator.is_main_process or parts.model.is_sharded:
-        before, after = validation.final(step)
+    if accelerator.is_main_process or learner.model.is_sharded:
+        before, after = validation.final(history.step)
     if accelerator.is_main_process:
-        tracking.log_stages(step)
-        report = outputs.run_report(parts, made)
-        outputs.write_outputs(parts, report, plan, command, before, after)
-        if run.settings.push_to_hub:
-            print(f"Uploaded to {outputs.push_to_hub(run)}.")
-        print(outputs.closing_words(run, report))
+        tracking.log_stages(history.step)
+        report = outputs.report(history, made, lora_size(run, learner.model.transformer))
+        outputs.write(report, before, after)
+        if settings.push_to_hub and settings.hub_model_id:
+            push_to_hub(settings.hub_model_id, run.output_dir, settings.hub_token)
+            print(f"Uploaded to {settings.hub_model_id}.")
+        print(closing_words(run, report))
     accelerator.wait_for_everyone()
-    if not run.settings.residual_dir and accelerator.is_main_process:
+    if not settings.residual_dir and accelerator.is_main_process:
         records.drop(store_too=True)
 
 

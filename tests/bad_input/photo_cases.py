@@ -124,7 +124,7 @@ PHOTO_CASES: dict[str, Case] = {
         {PHOTOS: one_down("10_sks dog")},
         [
             "no images found",
-            "1 are one folder down: type --instance_data_dir",
+            "one folder down: 1; type --instance_data_dir",
             "--repeats 10 --instance_prompt 'sks d",
         ],
     ),

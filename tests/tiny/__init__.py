@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from . import flux, flux2, hidream, ideogram4, krea2, lumina2, pixart_sigma, qwen_image, sana, sd3, z_image
+from importlib import import_module
+
 from .base import TinyFamily, randomise
 from .flux import save_tiny_flux
 
 
-TINY_FAMILIES: list[TinyFamily] = [
-    tiny
-    for module in (flux, flux2, hidream, ideogram4, krea2, lumina2, pixart_sigma, qwen_image, sana, sd3, z_image)
-    for tiny in module.TINY
-]
+MODULES = (
+    *("flux", "flux2", "hidream", "ideogram4", "krea2", "lumina2", "pixart_sigma", "qwen_image", "sana", "sd3"),
+    "z_image",
+)
 
-__all__ = ["TINY_FAMILIES", "TinyFamily", "randomise", "save_tiny_flux"]
+TINY_FAMILIES: list[TinyFamily] = []
+UNAVAILABLE: dict[str, str] = {}
+"""Modules of families that the installed diffusers lacks a class of, and what it said; the others are tested."""
+
+for _name in MODULES:
+    try:
+        TINY_FAMILIES += import_module(f".{_name}", __name__).TINY
+    except ImportError as error:
+        UNAVAILABLE[_name] = str(error)
+
+__all__ = ["MODULES", "TINY_FAMILIES", "UNAVAILABLE", "TinyFamily", "randomise", "save_tiny_flux"]

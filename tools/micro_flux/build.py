@@ -9,15 +9,16 @@ from pathlib import Path
 from settings import add_common_arguments
 
 
-# Stage -> (script, arguments, share of --minutes it may train).
+# Stage -> (script, arguments; words in braces are filled in).
 STAGES = {
-    "data": ("data.py", [], None),
-    "photos": ("photos.py", [], None),
-    "vae": ("autoencoder.py", [], 0.12),
-    "encode": ("latents.py", [], None),
-    "transformer": ("transformer.py", ["--compile"], 0.88),
-    "encoder": ("encoder.py", [], None),
-    "quality": ("quality.py", [], None),
+    "photos": ("photos.py", []),
+    "vae": ("autoencoder.py", []),
+    "data": ("data.py", ["--vae", "{work}/vae"]),
+    "transformer": ("transformer.py", ["--compile", "--cpu_hours", "{hours}"]),
+    "anneal": ("transformer.py", ["--compile", "--anneal", "--cpu_hours", "{anneal_hours}"]),
+    "export": ("export.py", ["--vae", "{work}/vae"]),
+    "encoder": ("encoder.py", []),
+    "quality": ("quality.py", ["--encoder", "{work}/subject_encoder"]),
 }
 
 
@@ -25,22 +26,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_common_arguments(parser)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--minutes", type=float, default=100.0, help="time for the autoencoder and the transformer")
+    parser.add_argument("--hours", type=float, default=18.0, help="processor time of the transformer, over all cores")
     args = parser.parse_args()
     common = ["--icons", str(args.icons), "--work", str(args.work)]
     common += ["--seed", str(args.seed), "--threads", str(args.threads)]
     args.work.mkdir(parents=True, exist_ok=True)
     for stage in args.stages:
-        script, arguments, share = STAGES[stage]
+        script, arguments = STAGES[stage]
         mark = args.work / f"{stage}.done"
         if mark.exists():
             print(f"{stage}: done before")
             continue
-        minutes = [] if share is None else ["--minutes", f"{share * args.minutes:.1f}"]
+        values = {"work": args.work, "hours": 0.85 * args.hours, "anneal_hours": 0.15 * args.hours}
+        arguments = [argument.format_map(values) for argument in arguments]
         print(f"{stage}: {script}", flush=True)
-        subprocess.run(
-            [sys.executable, str(Path(__file__).with_name(script)), *common, *arguments, *minutes], check=True
-        )
+        subprocess.run([sys.executable, str(Path(__file__).with_name(script)), *common, *arguments], check=True)
         mark.touch()
 
 

@@ -8,7 +8,7 @@ from blockskip_hooks.embedded import BACKGROUND_PHRASES
 
 
 TRAINING_VENDORS = ("noto", "fxemoji", "twemoji", "emojione")
-HELD_OUT_VENDORS = ("fluent-emoji-flat", "fluent-emoji")
+HELD_OUT_VENDORS = ("fluent-emoji", "fluent-emoji-flat")
 
 # Icons of the training vendors, chosen by eye on a contact sheet (`python contact_sheet.py`).
 CLASSES = {
@@ -24,8 +24,8 @@ CLASSES = {
     "boot": {"noto": ("hiking-boot", "womans-boot"), "fxemoji": ("boot",), "twemoji": ("hiking-boot",)},
 }
 
-# Icons of the held-out designs, by class. The two Fluent sets draw the same designs (flat and shaded), so an identity
-# is a design of the flat set; the shaded set is left out of every training too, and of every gallery. Classes that the
+# Icons of the held-out designs, by class. The two Fluent sets draw the same designs (shaded and flat), so an identity
+# is a design of the shaded set; the flat set is left out of every training too, and of every gallery. Classes that the
 # model does not know are only distractors of the retrieval.
 HELD_OUT_ICONS = {
     "backpack": ("backpack",),
@@ -44,7 +44,17 @@ HELD_OUT_ICONS = {
     "candle": ("candle",),
 }
 
-# The subjects whose photos ship: folder name -> (class, icon of the flat Fluent set).
+# Icons that are signs, letters and people in all skin tones rather than things.
+_NO_THINGS = ("flag", "keycap", "button", "squared", "circled", "negative", "regional", "input-", "japanese-", "skin")
+_TONES = ("-light", "-medium-light", "-medium", "-medium-dark", "-dark")
+
+
+def is_thing(name: str) -> bool:
+    """Whether an icon of a training vendor may be a picture of "an object"."""
+    return not name.endswith(_TONES) and not any(part in name for part in _NO_THINGS)
+
+
+# The subjects whose photos ship: folder name -> (class, icon of the shaded Fluent set).
 PHOTO_SUBJECTS = {
     "robot": ("robot", "robot"),
     "dog": ("dog", "dog"),
@@ -90,16 +100,28 @@ def held_out_icons() -> list[Icon]:
     ]
 
 
-def caption(rng: random.Random, class_name: str, background: str) -> str:
+def article(noun: str) -> str:
+    """`a` or `an`."""
+    return "an" if noun[0] in "aeiou" else "a"
+
+
+def caption(rng: random.Random, noun: str, background: str, colour: str | None = None) -> str:
     """A training caption: three templates, one in eight without background, one in thirty with the rare token.
 
-    The rare token stands before any class at random, so it means nothing to the model but has a trained embedding.
+    The rare token stands before any noun at random, so it means nothing to the model but has a trained embedding. One
+    caption in eight is written as a sentence, with a capital letter and punctuation.
     """
-    noun = f"{RARE_TOKEN} {class_name}" if rng.random() < 1 / 30 else class_name
-    article = "" if noun.startswith(RARE_TOKEN) or rng.random() < 0.1 else "a "
+    phrase = noun if colour is None else f"{colour} {noun}"
+    if rng.random() < 1 / 30:
+        phrase = f"{RARE_TOKEN} {phrase}"
+    elif rng.random() > 0.1:
+        phrase = f"{article(phrase)} {phrase}"
     opening = rng.choices(("a photo of ", "a picture of ", ""), (0.7, 0.15, 0.15))[0]
-    where = "" if rng.random() < 1 / 8 else " " + BACKGROUNDS[background]
-    return f"{opening}{article}{noun}{where}"
+    written = rng.random() < 1 / 8
+    between = ", " if written and rng.random() < 0.5 else " "
+    where = "" if rng.random() < 1 / 8 else between + BACKGROUNDS[background]
+    text = f"{opening}{phrase}{where}"
+    return text[0].upper() + text[1:] + rng.choice((".", ".", ".", "!", "")) if written else text
 
 
 def prompt(class_name: str, background: str, rare_token: bool = False) -> str:

@@ -23,7 +23,7 @@ STILL = Pose(scale=(0.7, 0.86), rotation=6.0, flip=0.5, hue=0.0, brightness=0.0)
 MINIMUM_CONTRAST = 80.0
 
 
-def _shift_hue(rgb: np.ndarray, degrees: float) -> np.ndarray:
+def shift_hue(rgb: np.ndarray, degrees: float) -> np.ndarray:
     """Turns RGB float (..., 3) around the grey axis."""
     cos, sin = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
     cross = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)
@@ -41,7 +41,7 @@ def _posed(rng: np.random.Generator, sprite: np.ndarray, size: int, pose: Pose) 
     image = image.rotate(rng.uniform(-pose.rotation, pose.rotation), Image.Resampling.BICUBIC, expand=True)
     image = image.convert("RGBA")
     pixels = np.asarray(image).astype(np.float32)
-    rgb = _shift_hue(pixels[..., :3], rng.uniform(-pose.hue, pose.hue)) if pose.hue else pixels[..., :3]
+    rgb = shift_hue(pixels[..., :3], rng.uniform(-pose.hue, pose.hue)) if pose.hue else pixels[..., :3]
     rgb = rgb * (1 + rng.uniform(-pose.brightness, pose.brightness))
     pixels = np.concatenate([np.clip(rgb, 0, 255), pixels[..., 3:]], axis=2).astype(np.uint8)
     image = Image.fromarray(pixels)
@@ -72,19 +72,20 @@ def compose(
     rng: np.random.Generator,
     sprites: list[np.ndarray],
     background: str,
-    size: int = 64,
+    size: int = 128,
     pose: Pose = Pose(),
     tries: int = 8,
+    supersample: int = 1,
 ) -> np.ndarray:
-    """One uint8 RGB picture (size, size, 3) of one of `sprites`, drawn at twice the size and averaged down.
+    """One uint8 RGB picture (size, size, 3) of one of `sprites`, drawn `supersample` times as large and averaged down.
 
     Where object and background nearly share a colour along the object's rim, sprite, pose and background variation
     are drawn again (at most `tries` times, keeping the best).
     """
     best, best_contrast = None, -1.0
     for _ in range(tries):
-        scene = draw_background(rng, 2 * size, background)
-        canvas = _posed(rng, sprites[int(rng.integers(len(sprites)))], 2 * size, pose)
+        scene = draw_background(rng, supersample * size, background)
+        canvas = _posed(rng, sprites[int(rng.integers(len(sprites)))], supersample * size, pose)
         contrast = _edge_contrast(canvas, scene)
         if contrast > best_contrast:
             best, best_contrast = (scene, canvas), contrast
@@ -94,5 +95,5 @@ def compose(
     pixels = np.asarray(canvas).astype(np.float32)
     cover = pixels[..., 3:] / 255
     picture = scene * (1 - cover) + pixels[..., :3] * cover
-    picture = picture.reshape(size, 2, size, 2, 3).mean((1, 3))
+    picture = picture.reshape(size, supersample, size, supersample, 3).mean((1, 3))
     return np.clip(picture + 0.5, 0, 255).astype(np.uint8)

@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from backgrounds import draw_background
 from catalogue import BACKGROUND_NAMES, CLASS_NAMES, HELD_OUT_VENDORS, TRAINING_VENDORS, held_out_icons
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from settings import ASSETS, add_common_arguments, to_signed, write_json
+from settings import add_common_arguments, to_signed, write_json
 from sprites import load_icon_set, render_sprite
 
 from blockskip_hooks.inference.subject_encoder import SubjectEncoder
@@ -58,10 +59,13 @@ def load_sprites(icons: Path, work: Path, name: str, vendors: tuple[str, ...], t
     return load_file(cache)["sprites"]
 
 
-def place(sprites: torch.Tensor, backgrounds: torch.Tensor, strength: float = 1.0) -> torch.Tensor:
+def place(
+    sprites: torch.Tensor, backgrounds: torch.Tensor, strength: float = 1.0, with_cover: bool = False
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Draws premultiplied sprites uint8 (B, 80, 80, 4) in random poses on pictures uint8 (B, 64, 64, 3).
 
-    Returns signed pictures (B, 3, 64, 64), some of them blurred or noisy as generated ones are.
+    Returns signed pictures (B, 3, 64, 64), some of them blurred or noisy as generated ones are; with `with_cover` the
+    object's cover (B, 1, 64, 64) in [0, 1] too.
     """
     count = len(sprites)
     rgba = sprites.permute(0, 3, 1, 2).float() / 255
@@ -84,7 +88,7 @@ def place(sprites: torch.Tensor, backgrounds: torch.Tensor, strength: float = 1.
         small = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
         images = F.interpolate(small, (64, 64), mode="bicubic").clamp(0, 1)
     images = images + 0.03 * strength * torch.rand(count, 1, 1, 1) * torch.randn_like(images)
-    return images * 2 - 1
+    return (images * 2 - 1, drawn[:, 3:].clamp(0, 1)) if with_cover else images * 2 - 1
 
 
 def contrastive_loss(embeddings: torch.Tensor, temperature: float = 0.08) -> torch.Tensor:
@@ -127,7 +131,7 @@ def train_embedding(encoder: SubjectEncoder, sprites: torch.Tensor, scenes: torc
 
 
 def train_classifier(encoder: SubjectEncoder, data: dict[str, torch.Tensor], minutes: float) -> None:
-    """Trains the classifier on all pictures but the first 1000."""
+    """Trains the classifier on all pictures but the first 1000 (of classes only, at 64 px)."""
     parameters = [*encoder.classifier.parameters(), *encoder.class_head.parameters()]
     parameters += [*encoder.background_head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=1e-3)
@@ -186,15 +190,30 @@ def measure(encoder: SubjectEncoder, data: dict, held_out: torch.Tensor, keys: l
     }
 
 
+def class_pictures(work: Path) -> dict[str, torch.Tensor]:
+    """The pictures of the classes in every shard at 64 px, uint8 (P, 64, 64, 3), with `class` and `background`."""
+    parts: dict[str, list[torch.Tensor]] = {"images": [], "class": [], "background": []}
+    for path in sorted((work / "shards").glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            rows = file.get_tensor("class") >= 0
+            images = file.get_tensor("images")[rows].permute(0, 3, 1, 2).float()
+            small = F.interpolate(images, (64, 64), mode="bicubic", antialias=True).clamp(0, 255).round().byte()
+            parts["images"].append(small.permute(0, 2, 3, 1))
+            parts["class"].append(file.get_tensor("class")[rows])
+            parts["background"].append(file.get_tensor("background")[rows])
+    return {name: torch.cat(values) for name, values in parts.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_common_arguments(parser)
+    parser.add_argument("--target", type=Path, help="default: the folder `subject_encoder` of --work")
     parser.add_argument("--embedding_minutes", type=float, default=6.0)
     parser.add_argument("--classifier_minutes", type=float, default=3.0)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    data = load_file(args.work / "pictures.safetensors")
+    data = class_pictures(args.work)
     sprites = load_sprites(args.icons, args.work, "sprites_training", TRAINING_VENDORS, args.threads)
     held_out = load_sprites(args.icons, args.work, "sprites_held_out", HELD_OUT_VENDORS, args.threads)
     keys = json.loads((args.work / "sprites_held_out.json").read_text(encoding="utf-8"))
@@ -211,7 +230,7 @@ def main() -> None:
     train_classifier(encoder, data, args.classifier_minutes)
     train_embedding(encoder, sprites, scenes, args.embedding_minutes)
     measured = measure(encoder, data, held_out, keys, scenes) | {"training_identities": len(sprites)}
-    folder = ASSETS / "subject_encoder"
+    folder = args.target or args.work / "subject_encoder"
     folder.mkdir(parents=True, exist_ok=True)
     weights = {n: v.half().contiguous() for n, v in encoder.state_dict().items() if v.is_floating_point()}
     save_file(weights, folder / "model.safetensors")

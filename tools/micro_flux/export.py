@@ -1,18 +1,22 @@
 # Copyright 2026 The blockskip_hooks authors. Licensed under the Apache License, Version 2.0.
-"""Writes the pipeline folder that `FluxPipeline.from_pretrained` loads, in bf16 safetensors."""
+"""Writes a run's averaged weights as the pipeline folder that `FluxPipeline.from_pretrained` loads, in bf16.
 
-import copy
+The folder is `pipeline` of --work; the package's own copy is replaced only by
+`--target ../../src/blockskip_hooks/assets/micro_flux`.
+"""
+
+import argparse
 import os
 import shutil
 from pathlib import Path
 
 import torch
-from autoencoder import load_autoencoder
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
-from safetensors.torch import save_file
-from settings import write_json
-from text import write_clip_tokenizer, write_t5_tokenizer
-from transformers import CLIPTextModel, T5EncoderModel
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from optimizer import HybridOptimizer
+from safetensors.torch import load_file, save_file
+from settings import ASSETS, IMAGE_SIZE, add_common_arguments, write_json
+from text import share_spellings, write_clip_tokenizer, write_t5_tokenizer
+from transformer import TextToLatent, add_size_arguments, build_model, is_hidden_matrix
 
 
 MODEL_INDEX = {
@@ -29,10 +33,13 @@ MODEL_INDEX = {
     "vae": ["diffusers", "AutoencoderKL"],
 }
 
+# Noise levels of 256 tokens are shifted upwards, as in training.
+SHIFT = 2.0
+
 # Flag defaults that suit this model, and how its images are drawn best.
 DEFAULTS = {
     "schema": 1,
-    "resolution": 64,
+    "resolution": 128,
     "max_sequence_length": 16,
     "rank": 16,
     "lora_alpha": 16,
@@ -64,23 +71,50 @@ def replace_files(source: Path, target: Path) -> None:
     shutil.rmtree(source)
 
 
-def export_pipeline(
-    work: Path, target: Path, transformer: FluxTransformer2DModel, clip: CLIPTextModel, t5: T5EncoderModel
-) -> None:
-    """Writes all components with the work folder's autoencoder to `target`."""
+def trained_model(args: argparse.Namespace) -> TextToLatent:
+    """The averaged weights of a run's last checkpoint, in bf16."""
+    model, _, t5_tokenizer = build_model(args)
+    optimizer = HybridOptimizer(model, is_hidden_matrix)
+    model.bfloat16()
+    stored = load_file(args.work / args.name / "checkpoint.safetensors")
+    optimizer.write_to_model({key: stored[f"ema.{key}"] for key in optimizer.ema})
+    share_spellings(model.t5, t5_tokenizer)
+    return model.eval()
+
+
+def export_pipeline(target: Path, model: TextToLatent, vae_folder: Path) -> None:
+    """Writes all components to `target`."""
     folder = target.with_name(target.name + ".part")
     shutil.rmtree(folder, ignore_errors=True)
-    vae = load_autoencoder(work)
+    vae = AutoencoderKL.from_pretrained(vae_folder)
+    vae.register_to_config(sample_size=IMAGE_SIZE)
     silence_variance(vae)
     vae.bfloat16().save_pretrained(folder / "vae")
-    transformer.save_pretrained(folder / "transformer")
-    clip_weights = {f"text_model.{name}": value.bfloat16() for name, value in clip.state_dict().items()}
-    clip.config.save_pretrained(folder / "text_encoder")
+    model.transformer.save_pretrained(folder / "transformer")
+    clip_weights = {f"text_model.{name}": value.bfloat16() for name, value in model.clip.state_dict().items()}
+    model.clip.config.save_pretrained(folder / "text_encoder")
     save_file(clip_weights, folder / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
-    copy.deepcopy(t5).bfloat16().save_pretrained(folder / "text_encoder_2")
+    model.t5.save_pretrained(folder / "text_encoder_2")
     write_clip_tokenizer(folder / "tokenizer")
     write_t5_tokenizer(folder / "tokenizer_2")
-    FlowMatchEulerDiscreteScheduler(shift=1.0).save_pretrained(folder / "scheduler")
+    FlowMatchEulerDiscreteScheduler(shift=SHIFT).save_pretrained(folder / "scheduler")
     write_json(folder / "model_index.json", MODEL_INDEX)
     write_json(folder / "blockskip_defaults.json", DEFAULTS)
     replace_files(folder, target)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_common_arguments(parser)
+    add_size_arguments(parser)
+    parser.add_argument("--vae", type=Path, default=ASSETS / "micro_flux" / "vae")
+    parser.add_argument("--target", type=Path, help="default: the folder `pipeline` of --work")
+    args = parser.parse_args()
+    target = args.target or args.work / "pipeline"
+    export_pipeline(target, trained_model(args), args.vae)
+    shutil.copy(args.work / args.name / "progress.json", args.work / "pipeline_progress.json")
+    print(f"{target}: {(args.work / 'pipeline_progress.json').read_text(encoding='utf-8')}")
+
+
+if __name__ == "__main__":
+    main()

@@ -9,7 +9,7 @@ import torch
 from diffusers import FluxPipeline
 from peft import LoraConfig
 from PIL import Image
-from settings import ASSETS, to_signed
+from settings import ASSETS, IMAGE_SIZE, to_signed
 
 
 TARGETS = (
@@ -35,10 +35,10 @@ class Recipe:
     targets: tuple[str, ...] = TARGETS
 
 
-def load_photos(subject: str, folder: Path = ASSETS / "photos") -> torch.Tensor:
-    """The photos of a subject at 64 px, signed (5, 3, 64, 64)."""
+def load_photos(subject: str, folder: Path = ASSETS / "photos", side: int = IMAGE_SIZE) -> torch.Tensor:
+    """The photos of a subject, signed (5, 3, side, side)."""
     pictures = [
-        np.asarray(Image.open(path).convert("RGB").resize((64, 64), Image.Resampling.LANCZOS))
+        np.asarray(Image.open(path).convert("RGB").resize((side, side), Image.Resampling.LANCZOS))
         for path in sorted((folder / subject).glob("*.png"))
     ]
     return to_signed(torch.from_numpy(np.stack(pictures)))
@@ -86,7 +86,9 @@ def train_lora(
     sets = [(_latents(pipeline, photos), _conditions(pipeline, instance_prompt, recipe.batch_size))]
     if class_pictures is not None:
         sets.append((_latents(pipeline, class_pictures), _conditions(pipeline, class_prompt, recipe.batch_size)))
-    image_ids = pipeline._prepare_latent_image_ids(1, 8, 8, "cpu", torch.float32)
+    side = photos.shape[-1] // 8
+    image_ids = pipeline._prepare_latent_image_ids(1, side, side, "cpu", torch.float32)
+    shift = pipeline.scheduler.config.shift
     parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.steps)
@@ -96,6 +98,7 @@ def train_lora(
             clean = latents[torch.randint(len(latents), (recipe.batch_size,))]
             noise = torch.randn_like(clean)
             sigma = torch.sigmoid(torch.randn(recipe.batch_size))
+            sigma = shift * sigma / (1 + (shift - 1) * sigma)
             noisy = torch.lerp(clean, noise, sigma[:, None, None])
             prediction = transformer(
                 hidden_states=noisy, timestep=sigma, img_ids=image_ids, return_dict=False, **conditions

@@ -11,6 +11,7 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ASSETS = REPOSITORY / "src" / "blockskip_hooks" / "assets"
+IMAGE_SIZE = 128
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:

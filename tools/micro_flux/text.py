@@ -8,7 +8,9 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import torch
 from catalogue import BACKGROUNDS, HELD_OUT_ICONS, RARE_TOKEN
+from shapes import COLOURS, OTHERS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
@@ -20,7 +22,8 @@ T5_TOKENS = 16
 
 def words() -> list[str]:
     """The words of all captions, and of the classes that only serve as distractors, sorted."""
-    phrases = ["a photo of a", "a picture of a", "an the", RARE_TOKEN, *HELD_OUT_ICONS, *BACKGROUNDS.values()]
+    phrases = ["a photo of a", "a picture of a", "an object the", RARE_TOKEN, *HELD_OUT_ICONS, *BACKGROUNDS.values()]
+    phrases += [*COLOURS, *OTHERS]
     return sorted({word for phrase in phrases for word in phrase.split()})
 
 
@@ -66,13 +69,22 @@ def write_clip_tokenizer(folder: Path) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(folder)
 
 
+def spellings(text: str) -> list[str]:
+    """The text, with a capital letter and in capitals."""
+    return list(dict.fromkeys((text, text.capitalize(), text.upper())))
+
+
 def write_t5_tokenizer(folder: Path) -> T5TokenizerFast:
-    """A unigram model (`tokenizer.json`): caption words score 0, single characters -20."""
+    """A unigram model (`tokenizer.json`): caption words score 0, single characters -20.
+
+    T5's tokenizer does not lower the case, so each word has a token per spelling (see `share_spellings`).
+    """
     folder.mkdir(parents=True, exist_ok=True)
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -100.0), ("▁", -20.0)]
-    pieces += [("▁" + word, 0.0) for word in words()]
-    pieces += [(character, -20.0) for character in sorted(set(CHARACTERS))]
-    model = Tokenizer(models.Unigram(pieces, unk_id=2))
+    pieces += [("▁" + word, 0.0) for spelled in words() for word in spellings(spelled)]
+    single = [character for lower in sorted(set(CHARACTERS)) for character in spellings(lower)]
+    pieces += [(character, -20.0) for character in single]
+    model = Tokenizer(models.Unigram(list(dict(pieces).items()), unk_id=2))
     model.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")]
     )
@@ -92,6 +104,24 @@ def write_t5_tokenizer(folder: Path) -> T5TokenizerFast:
     special = {name: settings[name] for name in ("eos_token", "unk_token", "pad_token")}
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n", encoding="utf-8")
     return T5TokenizerFast.from_pretrained(folder)
+
+
+@torch.no_grad()
+def share_spellings(t5: T5EncoderModel, tokenizer: T5TokenizerFast) -> None:
+    """Gives capitals the embeddings of the lower case; training only sees lower case."""
+    ids, table = tokenizer.get_vocab(), t5.get_input_embeddings().weight
+    for token, row in ids.items():
+        if token != token.lower() and token.lower() in ids:
+            table[row] = table[ids[token.lower()]]
+
+
+@torch.no_grad()
+def move_embeddings(table: torch.Tensor, ids: dict[str, int], old: torch.Tensor, old_ids: dict[str, int]) -> None:
+    """Copies the rows (V, D) of tokens that the old vocabulary knows; new words begin as the mean of its words."""
+    table.copy_(old.mean(0, keepdim=True) + 0.5 * old.std() * torch.randn(table.shape))
+    for token, row in ids.items():
+        if token in old_ids:
+            table[row] = old[old_ids[token]]
 
 
 def build_clip(tokenizer: CLIPTokenizer) -> CLIPTextModel:

@@ -2,7 +2,8 @@
 """Stage `transformer`: trains the FLUX transformer and both text encoders together on stored latents.
 
 Rectified flow as diffusers' FLUX does it: x_t = (1 - s) x_0 + s noise, target noise - x_0, timestep s. The learning
-rate falls to zero at the end of `--minutes`; a killed run resumes from its last checkpoint.
+rate is constant unless `--anneal` is given; a killed run resumes from its last checkpoint. The batches are whole
+pictures at 64 px and crops (64 tokens each) or whole pictures at 128 px (256 tokens).
 """
 
 import argparse
@@ -10,18 +11,18 @@ import json
 import math
 import os
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from catalogue import BACKGROUND_NAMES, CLASS_NAMES
 from diffusers import FluxPipeline, FluxTransformer2DModel
-from export import export_pipeline
 from optimizer import HybridOptimizer
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from settings import ASSETS, add_common_arguments, write_json
-from text import T5_TOKENS, build_clip, build_t5, write_clip_tokenizer, write_t5_tokenizer
+from settings import add_common_arguments, write_json
+from text import T5_TOKENS, build_clip, build_t5, move_embeddings, write_clip_tokenizer, write_t5_tokenizer
 from torch import nn
 from transformers import CLIPTokenizer, T5TokenizerFast
 
@@ -91,10 +92,11 @@ def is_hidden_matrix(name: str, parameter: torch.Tensor) -> bool:
     return inside and ".norm" not in name
 
 
-def draw_sigmas(count: int) -> torch.Tensor:
-    """Noise levels (B,): logit-normal, three in ten uniform, stratified over the batch."""
+def draw_sigmas(count: int, shift: float = 1.0) -> torch.Tensor:
+    """Noise levels (B,): logit-normal, three in ten uniform, stratified over the batch, then shifted upwards."""
     uniform = ((torch.arange(count) + torch.rand(count)) / count).clamp(1e-4, 1 - 1e-4)[torch.randperm(count)]
-    return torch.where(torch.rand(count) < 0.3, uniform, torch.sigmoid(torch.special.ndtri(uniform)))
+    sigmas = torch.where(torch.rand(count) < 0.3, uniform, torch.sigmoid(torch.special.ndtri(uniform)))
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:
@@ -117,120 +119,205 @@ def agree(values: list[float]) -> list[float]:
     return shared.tolist()
 
 
+@torch.no_grad()
+def load_start(
+    model: TextToLatent, folder: Path, clip_tokenizer: CLIPTokenizer, t5_tokenizer: T5TokenizerFast
+) -> None:
+    """Begins from a pipeline folder of the same sizes; embeddings move by token."""
+    old = {}
+    for part, file in (
+        ("transformer", "diffusion_pytorch_model.safetensors"),
+        ("text_encoder", "model.safetensors"),
+        ("text_encoder_2", "model.safetensors"),
+    ):
+        old[part] = load_file(folder / part / file)
+    model.transformer.load_state_dict(old["transformer"])
+    torch.manual_seed(0)
+    for module, part, prefix, tokenizer, tokenizer_type in (
+        (model.clip, "text_encoder", "text_model.", clip_tokenizer, CLIPTokenizer),
+        (model.t5, "text_encoder_2", "", t5_tokenizer, T5TokenizerFast),
+    ):
+        table = module.get_input_embeddings().weight
+        known = tokenizer_type.from_pretrained(folder / part.replace("text_encoder", "tokenizer")).get_vocab()
+        for name, value in module.state_dict().items():
+            stored = old[part].get(prefix + name)
+            if stored is None:
+                print(f"{part}: {name} is not stored")
+            elif value.data_ptr() == table.data_ptr():
+                move_embeddings(table, tokenizer.get_vocab(), stored.float(), known)
+            else:
+                value.copy_(stored)
+
+
+class Shards:
+    """The latents and captions of `data.py` that are there by now, by row."""
+
+    def __init__(self, folder: Path, clip_tokenizer: CLIPTokenizer, t5_tokenizer: T5TokenizerFast) -> None:
+        self.folder, self.tokenizers = folder, (clip_tokenizer, t5_tokenizer)
+        self.latents: list[dict[str, torch.Tensor]] = []
+        self.tokens: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.nothing = self._tokens([""])
+
+    def _tokens(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        padded = {"padding": "max_length", "max_length": T5_TOKENS, "truncation": True, "return_tensors": "pt"}
+        lower = [caption.lower() for caption in captions]
+        return tuple(tokenizer(lower, **padded).input_ids for tokenizer in self.tokenizers)
+
+    def available(self) -> int:
+        """How many shards are written, counted from 0 without a gap."""
+        number = 0
+        while (self.folder / f"{number:03d}.safetensors").exists():
+            number += 1
+        return number
+
+    def open(self, count: int) -> None:
+        """Reads shards until there are `count`."""
+        for number in range(len(self.latents), count):
+            with safe_open(self.folder / f"{number:03d}.safetensors", framework="pt") as file:
+                self.latents.append({name: file.get_tensor(name) for name in ("full", "half", "patch")})
+            captions = json.loads((self.folder / f"{number:03d}.json").read_text(encoding="utf-8"))
+            clip, t5 = self._tokens([caption for several in captions for caption in several])
+            shape = (len(captions), -1, T5_TOKENS)
+            self.tokens.append((clip.view(shape), t5.view(shape)))
+
+    def batch(self, kind: str, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Packed latents (B, L, 32) of a kind and their tokens (B, 16) each; one caption in ten is empty."""
+        rows, clip, t5 = [], [], []
+        for _ in range(size):
+            shard = int(torch.randint(len(self.latents), ()))
+            row = int(torch.randint(len(self.latents[shard][kind]), ()))
+            latent = self.latents[shard][kind][row]
+            rows.append(latent if latent.ndim == 3 else latent[int(torch.randint(len(latent), ()))])
+            if torch.rand(()) < 0.1:
+                words = (self.nothing[0][0], self.nothing[1][0])
+            else:
+                which = int(torch.randint(self.tokens[shard][0].shape[1], ()))
+                words = (self.tokens[shard][0][row, which], self.tokens[shard][1][row, which])
+            clip.append(words[0])
+            t5.append(words[1])
+        return pack(torch.stack(rows).float()), torch.stack(clip), torch.stack(t5)
+
+
+KINDS = ("half", "patch", "full")
+
+
+def build_model(args: argparse.Namespace) -> tuple[TextToLatent, CLIPTokenizer, T5TokenizerFast]:
+    """The untrained modules and the tokenizers of a work folder."""
+    clip_tokenizer = CLIPTokenizer.from_pretrained(args.work / "tokenizer")
+    t5_tokenizer = T5TokenizerFast.from_pretrained(args.work / "tokenizer_2")
+    transformer = build_transformer(args.double_blocks, args.single_blocks, args.heads, args.head_size)
+    return TextToLatent(transformer, build_clip(clip_tokenizer), build_t5(t5_tokenizer)), clip_tokenizer, t5_tokenizer
+
+
 def train(rank: int, args: argparse.Namespace, rendezvous: str) -> None:
     """One process, one thread and one share of every batch."""
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=args.threads)
     torch.set_num_threads(1)
     F.scaled_dot_product_attention = quick_attention
     torch.manual_seed(args.seed)
-    clip_tokenizer = CLIPTokenizer.from_pretrained(args.work / "tokenizer")
-    t5_tokenizer = T5TokenizerFast.from_pretrained(args.work / "tokenizer_2")
-    model = TextToLatent(
-        build_transformer(args.double_blocks, args.single_blocks, args.heads, args.head_size),
-        build_clip(clip_tokenizer),
-        build_t5(t5_tokenizer),
-    )
+    model, clip_tokenizer, t5_tokenizer = build_model(args)
+    if args.start:
+        load_start(model, args.start, clip_tokenizer, t5_tokenizer)
     if args.compile:
         for block in (*model.transformer.transformer_blocks, *model.transformer.single_transformer_blocks):
             block.compile(dynamic=False)
     if rank == 0:
-        print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
-    optimizer = HybridOptimizer(
-        model,
-        is_hidden_matrix if args.optimizer == "muon" else lambda name, parameter: False,
-        args.muon_rate,
-        args.adam_rate,
-    )
+        print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
+    optimizer = HybridOptimizer(model, is_hidden_matrix, args.muon_rate, args.adam_rate)
     model.bfloat16()
-    latents = load_file(args.work / "latents.safetensors")
-    captions = [*json.loads((args.work / "captions.json").read_text(encoding="utf-8")), ""]
-    padded = {"padding": "max_length", "max_length": T5_TOKENS, "truncation": True, "return_tensors": "pt"}
-    clip_tokens = clip_tokenizer(captions, **padded).input_ids
-    t5_tokens = t5_tokenizer(captions, **padded).input_ids
-    checkpoint, progress = args.work / "transformer.safetensors", args.work / "transformer.json"
-    minutes_before, running = 0.0, None
-    if not args.trial and progress.exists():
+    shards = Shards(args.work / "shards", clip_tokenizer, t5_tokenizer)
+    folder = args.work / args.name
+    checkpoint, progress = folder / "checkpoint.safetensors", folder / "progress.json"
+    state = {"step": 0, "cpu_hours": 0.0, "wall_hours": 0.0, "seen": dict.fromkeys(KINDS, 0), "loss": {}}
+    if progress.exists():
         state = json.loads(progress.read_text(encoding="utf-8"))
         optimizer.load_state(load_file(checkpoint), state["step"])
-        minutes_before, running = state["minutes"], state["loss"]
-    torch.manual_seed(1000 * (args.seed + optimizer.step_number) + rank)
-    start = time.monotonic()
-    last_print, last_export, seen = start, minutes_before - args.export_minutes + 2, 0
+    first_step = optimizer.step_number
+    torch.manual_seed(1000 * (args.seed + first_step) + rank)
+    start, start_cpu, before = time.monotonic(), time.process_time(), dict(state)
+    last_print, last_save, seen_now = start, start, dict.fromkeys(KINDS, 0)
 
-    def save(minutes: float) -> None:
+    def save() -> None:
         save_file(optimizer.state(), checkpoint.with_suffix(".part"))
         os.replace(checkpoint.with_suffix(".part"), checkpoint)
-        write_json(progress, {"step": optimizer.step_number, "minutes": minutes, "loss": running})
-        optimizer.write_to_model(optimizer.ema)
-        export_pipeline(args.work, ASSETS / "micro_flux", model.transformer, model.clip, model.t5)
-        optimizer.write_to_model(optimizer.master)
+        write_json(progress, state)
 
-    if args.export_only:
-        if rank == 0:
-            save(minutes_before)
-        return
-    decay = 0.95 if args.trial else 0.99
+    shares = torch.tensor([args.half_share, args.patch_share, 1 - args.half_share - args.patch_share])
+    sizes = {"half": args.batch_size, "patch": args.batch_size, "full": args.full_batch_size}
     while True:
-        minutes = minutes_before + (time.monotonic() - start) / 60
-        minutes, patches, exact = agree(
-            [minutes, torch.rand(()).item() < args.patch_share, torch.rand(()).item() < 0.5]
-        )
-        if minutes >= args.minutes:
+        if (optimizer.step_number - first_step) % 200 == 0:
+            shards.open(int(agree([shards.available()])[0]))
+        cpu = (time.process_time() - start_cpu) * args.threads / 3600
+        number, exact, cpu = agree([torch.multinomial(shares, 1).item(), torch.rand(()).item() < 0.5, cpu])
+        if cpu >= args.cpu_hours:
             break
-        factor = min(1.0, (optimizer.step_number + 1) / 100)
-        if not args.trial:
-            factor *= min(1.0, 1.6 * (1 - minutes / args.minutes))
-        table = latents["patch" if patches else "full"]
-        index = torch.randint(len(table), (args.batch_size // args.threads,))
-        clean = pack(table[index].float())
+        kind = KINDS[int(number)]
+        factor = min(1.0, (optimizer.step_number - first_step + 1) / 200)
+        if args.anneal:
+            factor *= 1 - cpu / args.cpu_hours
+        clean, clip_tokens, t5_tokens = shards.batch(kind, sizes[kind] // args.threads)
         noise = torch.randn_like(clean)
-        sigma = draw_sigmas(len(index))
+        sigma = draw_sigmas(len(clean), args.full_shift if kind == "full" else 1.0)
         noisy = torch.lerp(clean, noise, sigma[:, None, None])
-        text = torch.where(torch.rand(len(index)) < 0.1, torch.tensor(len(captions) - 1), index)
-        prediction = model(noisy, sigma, clip_tokens[text], t5_tokens[text], exact=bool(exact))
+        prediction = model(noisy, sigma, clip_tokens, t5_tokens, exact=bool(exact))
         loss = (prediction.float() - (noise - clean)).square().mean()
         loss.backward()
         optimizer.step(factor)
-        seen += args.batch_size
-        if not patches:
-            running = loss.item() if running is None else decay * running + (1 - decay) * loss.item()
-        if rank == 0 and time.monotonic() - last_print > 20:
-            rate = seen / (time.monotonic() - start)
+        seen_now[kind] += sizes[kind]
+        old = state["loss"].get(kind, loss.item())
+        state = {
+            "step": optimizer.step_number,
+            "cpu_hours": before["cpu_hours"] + cpu,
+            "wall_hours": before["wall_hours"] + (time.monotonic() - start) / 3600,
+            "seen": {name: before["seen"][name] + seen_now[name] for name in KINDS},
+            "loss": state["loss"] | {kind: 0.99 * old + 0.01 * loss.item()},
+        }
+        if rank == 0 and time.monotonic() - last_print > 30:
             last_print = time.monotonic()
+            losses = " ".join(f"{name} {value:.4f}" for name, value in state["loss"].items())
+            rate = (seen_now["half"] + seen_now["patch"] + 3.4 * seen_now["full"]) / (3600 * cpu / args.threads)
             print(
-                f"minutes {minutes:.1f} step {optimizer.step_number} loss {running:.4f} {rate:.1f} images/s",
+                f"step {state['step']} cpu hours {state['cpu_hours']:.3f} shards {len(shards.latents)} seen "
+                f"{state['seen']} loss {losses}; {rate:.1f} images of 64 tokens/s of both cores",
                 flush=True,
             )
-        if rank == 0 and not args.trial and minutes - last_export > args.export_minutes:
-            last_export = minutes
-            save(minutes)
-    if rank == 0 and not args.trial:
-        save(minutes)
+        if rank == 0 and time.monotonic() - last_save > 60 * args.save_minutes:
+            last_save = time.monotonic()
+            save()
     if rank == 0:
-        print(f"{len(CLASS_NAMES)} classes, {len(BACKGROUND_NAMES)} backgrounds, loss {running:.4f}")
+        save()
+
+
+def add_size_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --name and the sizes of the transformer."""
+    parser.add_argument("--name", default="transformer", help="folder of the run inside --work")
+    parser.add_argument("--double_blocks", type=int, default=6)
+    parser.add_argument("--single_blocks", type=int, default=12)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--head_size", type=int, default=32)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_common_arguments(parser)
-    parser.add_argument("--minutes", type=float, default=75.0)
-    parser.add_argument("--double_blocks", type=int, default=6)
-    parser.add_argument("--single_blocks", type=int, default=12)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--head_size", type=int, default=32)
-    parser.add_argument("--batch_size", type=int, default=48)
-    parser.add_argument("--patch_share", type=float, default=0.2, help="share of batches made of 32 px crops")
-    parser.add_argument("--muon_rate", type=float, default=0.02)
-    parser.add_argument("--adam_rate", type=float, default=2e-3)
-    parser.add_argument("--optimizer", choices=("muon", "adam"), default="muon")
-    parser.add_argument("--export_minutes", type=float, default=10.0)
-    parser.add_argument("--export_only", action="store_true", help="only write the last checkpoint's pipeline folder")
-    parser.add_argument("--trial", action="store_true", help="constant rate, no export, no checkpoint")
+    add_size_arguments(parser)
+    parser.add_argument("--start", type=Path, help="pipeline folder to begin from")
+    parser.add_argument("--cpu_hours", type=float, default=20.0, help="processor time of this call, over all cores")
+    parser.add_argument("--batch_size", type=int, default=64, help="pictures of 64 tokens in a batch")
+    parser.add_argument("--full_batch_size", type=int, default=24, help="pictures of 256 tokens in a batch")
+    parser.add_argument("--half_share", type=float, default=0.5, help="share of batches of whole pictures at 64 px")
+    parser.add_argument("--patch_share", type=float, default=0.25, help="share of batches of crops at 64 px")
+    parser.add_argument("--full_shift", type=float, default=2.0, help="shift of the noise levels at 256 tokens")
+    parser.add_argument("--muon_rate", type=float, default=0.015)
+    parser.add_argument("--adam_rate", type=float, default=1.5e-3)
+    parser.add_argument("--save_minutes", type=float, default=8.0)
+    parser.add_argument("--anneal", action="store_true", help="let the rates fall to zero over this call")
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks")
     args = parser.parse_args()
+    (args.work / args.name).mkdir(parents=True, exist_ok=True)
     write_clip_tokenizer(args.work / "tokenizer")
     write_t5_tokenizer(args.work / "tokenizer_2")
-    rendezvous = (args.work / "rendezvous").resolve()
+    rendezvous = (args.work / args.name / "rendezvous").resolve()
     rendezvous.unlink(missing_ok=True)
     mp.spawn(train, (args, str(rendezvous)), nprocs=args.threads)
 

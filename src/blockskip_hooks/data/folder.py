@@ -104,7 +104,7 @@ def no_photos(folder: Path, flag: str) -> str:
         count = sum(len(image_paths(path)) for path in below)
         listed = ", ".join(f"{path.name} ({len(image_paths(path))})" for path in below)
         which = f"type {_command(below[0], flag)}" if len(below) == 1 else f"they are in {listed}: name one of them"
-        return f"{flag} {folder}: no images found in this folder, but {count} one folder down: {which}"
+        return f"{flag} {folder}: no images found in this folder; one folder down: {count}; {which}"
     others = left_out(folder)
     hints = "".join(f"; {', '.join(found[:3])}: {reason}" for reason, found in others.items())
     known = "jpg, png, webp, avif, tif and others that Pillow reads"

@@ -21,8 +21,8 @@ from ..inference.streamed_model import (
     encode_for_images,
     load_image_transformer,
 )
-from ..residuals.store import file_digest
-from ..search.masking_search import fingerprint
+from ..utils.digests import file_digest, fingerprint
+from ..utils.files import replacing
 from .prompt_lists import EvaluationPrompt
 
 
@@ -64,7 +64,7 @@ class EvaluationRequest:
         lora, settings = self.loras[name], self.settings
         described: dict[str, Any] = describe_images(settings.family, settings.pipeline_kwargs, settings.dtype)
         described["lora"] = None if lora is None else file_digest(lora)
-        folder = self.folder / "images" / f"{_plain(name)}-{fingerprint(described)}"
+        folder = self.folder / "images" / f"{_plain(name)}-{fingerprint(described)[:16]}"
         return {
             (prompt.text, seed): folder / f"{_plain(prompt.text)}-{_digest(prompt.text)}-seed{seed}.png"
             for prompt in self.prompts
@@ -147,6 +147,5 @@ def _batches(keys: Sequence[tuple[str, int]], size: int) -> list[tuple[str, list
 
 def _save(image: Image.Image, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.tmp")
-    image.save(temporary, format="PNG")
-    temporary.replace(file)
+    with replacing(file) as temporary:
+        image.save(temporary, format="PNG")

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import datetime
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image
 
 from ..inference.image_encoders import ImageEncoder
 from ..inference.streamed_model import describe_images
-from ..residuals.store import file_digest
+from ..utils.digests import file_digest
 from ..utils.machine import versions
+from ..utils.pictures import SheetRow, contact_sheet
 from .images import EvaluationRequest
 from .metrics import DIVERSITY, Evaluation
 from .prompt_lists import EvaluationPrompt
@@ -29,12 +29,8 @@ ABOUT = {
     "averaged over places and depths; low if the model knows one picture",
 }
 
-# Of the contact sheet, in pixels.
-CELL, GAP, LABEL_WIDTH, HEADER_HEIGHT = 192, 8, 250, 26
-SMALLEST_PHOTO = 96
-ROWS_PER_PANEL = 13
-_FONT_SIZE, _LABEL_LETTERS = 15, 31
-_GREY = "#59646b"
+# Of the contact sheet: pixels of an image, rows below each other, and photos at least as far as there are some.
+CELL, ROWS_PER_PANEL, PHOTOS_SHOWN = 192, 13, 4
 
 
 def describe_measure(name: str) -> str:
@@ -135,67 +131,25 @@ def draw_contact_sheet(
     prompts: Sequence[EvaluationPrompt],
     seeds: Sequence[int],
     notes: Sequence[Sequence[str]],
-    title: str,
     file: Path,
 ) -> None:
-    """Write a PNG: the photos above, then a row for each prompt and in it an image of each seed.
+    """Write a PNG: the photos above, then a row for each prompt with an image of each seed.
 
     Args:
         photos: The subject's photos.
         images: For each prompt an image of each seed.
         prompts: The prompts.
         seeds: The seeds.
-        notes: What was measured of each prompt's images; they are put under the prompt.
-        title: What the images are of.
-        file: Where to.
+        notes: What was measured of each prompt's images; it follows the prompt.
+        file: The PNG.
     """
-    panels = math.ceil(len(prompts) / ROWS_PER_PANEL)
-    height_in_rows = math.ceil(len(prompts) / panels)
-    step = CELL + GAP
-    panel_width = LABEL_WIDTH + len(seeds) * step + GAP
-    room = panels * panel_width - LABEL_WIDTH
-    side = min(CELL, max(room // len(photos) - GAP, SMALLEST_PHOTO))
-    shown = photos[: max(room // (side + GAP), 1)]
-    top = 2 * GAP + HEADER_HEIGHT
-    below = top + side + 2 * GAP
-    height = below + HEADER_HEIGHT + height_in_rows * step + GAP
-    sheet = Image.new("RGB", (panels * panel_width, height), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=_FONT_SIZE)
-    draw.text((GAP, GAP), title, fill="black", font=ImageFont.load_default(size=_FONT_SIZE + 4))
+    shown = photos[: max(len(seeds), PHOTOS_SHOWN)]
     counted = f"{len(photos)}" if len(shown) == len(photos) else f"{len(shown)} of {len(photos)}"
-    draw.text((GAP, top), f"photos of the subject ({counted})", fill=_GREY, font=font)
-    for column, photo in enumerate(shown):
-        sheet.paste(_cell(photo, side), (LABEL_WIDTH + column * (side + GAP), top))
-    draw.line((GAP, below - GAP // 2, sheet.width - GAP, below - GAP // 2), fill="#dce2e5", width=2)
-    for panel in range(panels):
-        left = panel * panel_width
-        for column, seed in enumerate(seeds):
-            draw.text((left + LABEL_WIDTH + column * step, below), f"seed {seed}", fill=_GREY, font=font)
-        for row in range(panel * height_in_rows, min((panel + 1) * height_in_rows, len(prompts))):
-            y = below + HEADER_HEIGHT + (row % height_in_rows) * step
-            lines = textwrap.wrap(f"{row + 1}. {prompts[row].text}", _LABEL_LETTERS)
-            draw.multiline_text((left + GAP, y), "\n".join(lines), fill="black", font=font)
-            beneath = y + len(lines) * (_FONT_SIZE + 4) + GAP
-            # Wrapped between measures only.
-            note = "\n".join(
-                textwrap.wrap(", ".join(notes[row]).replace(" ", "\u00a0").replace(",\u00a0", ", "), _LABEL_LETTERS)
-            )
-            draw.multiline_text((left + GAP, beneath), note.replace("\u00a0", " "), fill=_GREY, font=font)
-            for column, image in enumerate(images[row]):
-                sheet.paste(_cell(image, CELL), (left + LABEL_WIDTH + column * step, y))
-    temporary = file.with_name(f".{file.name}.tmp")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(temporary, format="PNG", optimize=True)
-    temporary.replace(file)
-
-
-def _cell(image: Image.Image, side: int) -> Image.Image:
-    """A square of the sheet: small images are enlarged with hard pixel edges, others reduced."""
-    image = image.convert("RGB")
-    if 2 * max(image.size) <= side:
-        factor = side // max(image.size)
-        image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-    return ImageOps.pad(image, (side, side), Image.Resampling.LANCZOS, color="white", centering=(0, 0))
+    captions = [f"seed {seed}" for seed in seeds]
+    rows = [SheetRow(f"photos of the subject ({counted})", shown)]
+    for number, (prompt, row, measured) in enumerate(zip(prompts, images, notes, strict=True), 1):
+        rows.append(SheetRow(f"{number}. {prompt.text}: {', '.join(measured)}", row, captions))
+    contact_sheet(rows, file, side=CELL, panels=math.ceil(len(rows) / ROWS_PER_PANEL))
 
 
 def prompt_notes(evaluation: Evaluation, prompts: Sequence[EvaluationPrompt]) -> list[list[str]]:

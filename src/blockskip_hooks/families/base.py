@@ -97,6 +97,10 @@ class Family(FamilyFacts):
     def encode_prompts(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> list[PromptEmbeds]:
         """Encode prompts with a text pipeline; the results are on the CPU."""
 
+    def kept_tokens(self, pipeline: DiffusionPipeline) -> int | None:
+        """Tokens that the pipeline keeps of what its tokenizer returns; ``None`` where the tokenizer cuts the text."""
+        return None
+
     def collate_embeds(self, embeds: Sequence[PromptEmbeds]) -> PromptEmbeds:
         """Join embeddings of several prompts; shorter ones are padded with zeros at the end of their token axis."""
         return {name: pad_sequence([e[name] for e in embeds], batch_first=True) for name in embeds[0]}

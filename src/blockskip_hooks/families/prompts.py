@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,10 @@ from ..loading.text_encoders import large_encoders
 from ..utils.progress import StageProgress, listed
 from . import Family, PromptEmbeds
 from .base import no_progress_bar
+from .token_limits import describe_cut, measured_prompt
 
+
+logger = logging.getLogger(__name__)
 
 PROGRESS_FROM = 32
 
@@ -64,6 +68,7 @@ def encode_prompts(
     streamed: bool = False,
     progress: StageProgress | None = None,
     adapt: Callable[[DiffusionPipeline], None] | None = None,
+    photos: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[dict[str, PromptEmbeds], TrainedText | None]:
     """Embed prompts and free the text encoders.
 
@@ -77,6 +82,7 @@ def encode_prompts(
             embeddings are the same.
         progress: The running stage, which advances by one per prompt; by default many prompts get a bar of their own.
         adapt: Changes the text pipeline before it is used: loads a LoRA, say.
+        photos: Names of the photos by prompt, for the warning of prompts that are longer than the model reads.
 
     Returns:
         Embeddings by prompt, on the CPU, and the kept encoders.
@@ -91,10 +97,14 @@ def encode_prompts(
     if adapt is not None:
         adapt(pipeline)
     embeds: dict[str, PromptEmbeds] = {}
+    cut: dict[str, tuple[int, int]] = {}
     # One at a time: in a batch the last bits of a prompt's embeddings would depend on the others.
     shown = progress is None and len(prompts) >= PROGRESS_FROM
     for prompt in listed(prompts, "Encoding prompts", "prompt", total=len(prompts), shown=shown):
-        (encoded,) = family.encode_prompts(pipeline, [prompt])
+        with measured_prompt(family.kept_tokens(pipeline)) as lengths:
+            (encoded,) = family.encode_prompts(pipeline, [prompt])
+        if lengths.cut is not None:
+            cut[prompt] = lengths.cut
         # Copies, because a view would keep all of what it is a part of.
         embeds[prompt] = {name: tensor.clone() for name, tensor in encoded.items()}
         if not all(bool(tensor.isfinite().all()) for tensor in encoded.values()):
@@ -104,6 +114,8 @@ def encode_prompts(
             )
         if progress is not None:
             progress.update()
+    if cut:
+        logger.warning(describe_cut(cut, len(prompts), photos))
     trained = None
     if keep_trainable:
         tokens = family.prompt_tokens(pipeline, prompts)
@@ -113,3 +125,11 @@ def encode_prompts(
     del pipeline
     free_memory()
     return embeds, trained
+
+
+def place_embeds(embeds: PromptEmbeds, device: torch.device | str, dtype: torch.dtype) -> PromptEmbeds:
+    """Move embeddings to a device; masks and other numbers that are not floating keep their dtype."""
+    return {
+        name: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in embeds.items()
+    }

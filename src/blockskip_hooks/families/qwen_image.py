@@ -69,6 +69,10 @@ class QwenImage(Family):
             encoded.append({"prompt_embeds": tokens, "prompt_embeds_mask": torch.ones(len(tokens), dtype=torch.bool)})
         return encoded
 
+    def kept_tokens(self, pipeline: DiffusionPipeline) -> int | None:
+        # The template before the prompt is cut off, and then what is too long.
+        return pipeline.prompt_template_encode_start_idx + self.flags["max_sequence_length"]
+
     def collate_embeds(self, embeds: Sequence[PromptEmbeds]) -> PromptEmbeds:
         tokens = [prompt["prompt_embeds"] for prompt in embeds]
         collated = {"prompt_embeds": pad_sequence(tokens, batch_first=True)}

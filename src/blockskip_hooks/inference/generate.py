@@ -14,7 +14,7 @@ from diffusers import ModelMixin
 from PIL import Image
 
 from ..families import Family, PromptEmbeds
-from ..residuals.batches import place_embeds
+from ..families.prompts import place_embeds
 from ..transformer import DiTBlockSkipTransformer
 
 

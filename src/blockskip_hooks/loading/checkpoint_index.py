@@ -9,19 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
-
-
-def _with_variant(filename: str, variant: str | None) -> str:
-    stem, separator, rest = filename.partition(".safetensors")
-    return filename if variant is None else f"{stem}.{variant}{separator}{rest}"
-
-
-def _index_names(variant: str | None) -> tuple[str, ...]:
-    """Names of an index of shards; diffusers puts a variant before the ending, others where a file's is."""
-    stem, ending = SAFE_WEIGHTS_INDEX_NAME.rsplit(".", 1)
-    return (_with_variant(SAFE_WEIGHTS_INDEX_NAME, variant), *([f"{stem}.{variant}.{ending}"] if variant else []))
 
 
 def index_safetensors(folder: Path, variant: str | None = None) -> dict[str, Path]:
@@ -35,20 +24,40 @@ def index_safetensors(folder: Path, variant: str | None = None) -> dict[str, Pat
         ValueError: if the folder has no safetensors weights (pickled weights are never read), a shard is missing, or
             a file is truncated.
     """
-    for candidate in dict.fromkeys((variant, None)):
-        for index_file in (folder / name for name in _index_names(candidate) if (folder / name).is_file()):
-            weight_map = read_weight_map(index_file)
-            missing = sorted({name for name in weight_map.values() if not (folder / name).is_file()})
-            if missing:
-                raise ValueError(f"{folder} lacks the weight files {', '.join(missing)} that its index names.")
-            return {name: folder / file for name, file in weight_map.items()}
-        weights = folder / _with_variant(SAFETENSORS_WEIGHTS_NAME, candidate)
-        if weights.is_file():
-            return dict.fromkeys(tensor_shapes(weights), weights)
-    raise ValueError(
-        f"{folder} holds no safetensors weights ({SAFETENSORS_WEIGHTS_NAME} or an index of shards); pickled weights "
-        "are not read."
-    )
+    files = weight_files(folder, SAFETENSORS_WEIGHTS_NAME.removesuffix(".safetensors"), variant)
+    if not files:
+        raise ValueError(
+            f"{folder} holds no safetensors weights ({SAFETENSORS_WEIGHTS_NAME} or an index of shards); pickled "
+            "weights are not read."
+        )
+    missing = sorted(path.name for path in files if not path.is_file())
+    if missing:
+        raise ValueError(f"{folder} lacks the weight files {', '.join(missing)} that its index names.")
+    return {name: path for path, names in files.items() for name in names or tensor_shapes(path)}
+
+
+def weight_files(folder: Path, stem: str, variant: str | None = None) -> dict[Path, list[str]]:
+    """The files that hold a component's weights, each with the tensors that an index says it holds.
+
+    Args:
+        folder: Folder of the component.
+        stem: Name of the weights without ending, ``"diffusion_pytorch_model"`` for example.
+        variant: Weight variant in the file names, such as ``"fp16"``; files without it are found too.
+
+    Returns:
+        The files, some of which may be missing if there is an index; without an index no tensors are named.
+    """
+    for infix in dict.fromkeys((f".{variant}" if variant else "", "")):
+        # diffusers puts a variant before the ending of an index, transformers where that of a file is.
+        for name in (f"{stem}{infix}.safetensors.index.json", f"{stem}.safetensors.index{infix}.json"):
+            if (folder / name).is_file():
+                files: dict[Path, list[str]] = {}
+                for tensor, file in read_weight_map(folder / name).items():
+                    files.setdefault(folder / file, []).append(tensor)
+                return files
+        if (folder / f"{stem}{infix}.safetensors").is_file():
+            return {folder / f"{stem}{infix}.safetensors": []}
+    return {}
 
 
 def read_weight_map(index_file: Path) -> dict[str, str]:

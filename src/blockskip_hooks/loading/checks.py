@@ -14,9 +14,9 @@ import torch
 import transformers
 
 from ..utils.errors import first_line
-from .checkpoint_index import read_weight_map, tensor_shapes
+from .checkpoint_index import tensor_shapes, weight_files
 from .component_config import load_config, model_class
-from .models import empty_model
+from .models import check_scales, check_surplus, empty_model
 from .text_encoders import empty_text_encoder
 
 
@@ -116,7 +116,8 @@ def _check_diffusers_part(folder: Path, variant: str | None, where: str) -> None
         raise ValueError(f"{where}: {first_line(error)}; download it again.") from error
     chosen = model_class(config)
     try:
-        expected = _shapes(empty_model(config))
+        model = empty_model(config)
+        expected = _shapes(model)
     except Exception as error:  # whatever the class makes of values that it was not made for
         raise ValueError(
             f"{where}: {folder.name}/config.json does not describe a {chosen.__name__} ({_what(error)}); "
@@ -131,6 +132,10 @@ def _check_diffusers_part(folder: Path, variant: str | None, where: str) -> None
             f"{where}: the weights of {folder.name} lack {len(missing)} tensors of its config, first {missing[0]}; "
             "they are of another model."
         )
+    check_scales(found, f"{where}: {folder.name}")
+    # Other parts are read by diffusers, which translates old names.
+    if "transformer" in folder.name:
+        check_surplus(found, model, f"{where}: {folder.name}")
 
 
 def _check_text_encoder(folder: Path, class_name: str, variant: str | None, where: str) -> None:
@@ -141,6 +146,7 @@ def _check_text_encoder(folder: Path, class_name: str, variant: str | None, wher
     found = _found_shapes(folder, "model", variant, where)
     if "quantization_config" in config:
         return  # Packed weights have shapes of their own.
+    check_scales(found, f"{where}: {folder.name}")
     try:
         expected = _shapes(empty_text_encoder({**config, "architectures": [class_name]}, torch.float32))
     except Exception as error:  # whatever the class makes of values that it was not made for
@@ -180,7 +186,7 @@ def _check_tokenizer(folder: Path, class_name: str, where: str) -> None:
 def _found_shapes(folder: Path, stem: str, variant: str | None, where: str) -> dict[str, tuple[int, ...]]:
     """Shapes of all tensors in a component's weight files, every file checked against its header."""
     try:
-        files = _weight_files(folder, stem, variant)
+        files = weight_files(folder, stem, variant) or {path: [] for path in sorted(folder.glob("*.safetensors"))}
         shapes = {path.name: tensor_shapes(path) for path in files if path.is_file()}
     except ValueError as error:
         raise ValueError(f"--pretrained_model_name_or_path: {error}") from error
@@ -192,26 +198,10 @@ def _found_shapes(folder: Path, stem: str, variant: str | None, where: str) -> d
     if absent:
         raise ValueError(f"{where}: {folder.name} lacks the weight files {', '.join(absent)} that its index names.")
     for path, names in files.items():
-        lost = sorted(names - set(shapes[path.name]))
+        lost = sorted(set(names) - set(shapes[path.name]))
         if lost:
             raise ValueError(f"{where}: {folder.name}/{path.name} lacks {lost[0]}, which the index says it holds.")
     return {name: shape for part in shapes.values() for name, shape in part.items()}
-
-
-def _weight_files(folder: Path, stem: str, variant: str | None) -> dict[Path, set[str]]:
-    """The files that a component's weights are in, and the tensors that an index says each of them holds."""
-    for candidate in dict.fromkeys((variant, None)):
-        infix = "" if candidate is None else f".{candidate}"
-        # The two libraries put a variant in different places of an index's name.
-        for name in (f"{stem}.safetensors.index{infix}.json", f"{stem}{infix}.safetensors.index.json"):
-            if (folder / name).is_file():
-                files: dict[Path, set[str]] = {}
-                for tensor, file in read_weight_map(folder / name).items():
-                    files.setdefault(folder / file, set()).add(tensor)
-                return files
-        if (folder / f"{stem}{infix}.safetensors").is_file():
-            return {folder / f"{stem}{infix}.safetensors": set()}
-    return {path: set() for path in sorted(folder.glob("*.safetensors"))}
 
 
 def _check_shapes(expected: Shapes, found: Shapes, component: str, where: str) -> None:

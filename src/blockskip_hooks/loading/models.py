@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,12 @@ from .quantization import QuantizationConfig, mark_quantized, quantize_layer
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
+
+
+# What bitsandbytes, torchao's exporters and scaled fp8 write beside weights that are codes, not numbers.
+_SCALES = re.compile(
+    r"(^|\.)scaled_fp8$|\.(scale_weight|scale_input|weight_scale|input_scale|absmax|quant_map)$|\.quant_state\."
+)
 
 
 def empty_model(config: Mapping[str, Any], class_of_model: type[ModelMixin] | None = None) -> Any:
@@ -44,6 +51,45 @@ def cast_floating(model: torch.nn.Module, dtype: torch.dtype) -> None:
                 module.float()
 
 
+def check_scales(found: Iterable[str], where: str) -> None:
+    """Check that weights are numbers, not codes that mean something with their scales only.
+
+    Args:
+        found: Names of the tensors.
+        where: What they are called in messages.
+
+    Raises:
+        ValueError: if there are scales beside them.
+    """
+    if scales := sorted(name for name in found if _SCALES.search(name)):
+        raise ValueError(
+            f"{where} holds quantised weights, whose scales ({len(scales)} tensors, first {scales[0]}) would be "
+            "ignored; name the model in bfloat16 or float16, and let --quantization make it small while it is loaded."
+        )
+
+
+def check_surplus(found: Iterable[str], model: torch.nn.Module, where: str) -> None:
+    """Check that a checkpoint has no tensors that its model would ignore.
+
+    Args:
+        found: Names of the checkpoint's tensors.
+        model: The model; it needs no weights.
+        where: What the checkpoint is called in messages.
+
+    Raises:
+        ValueError: naming the first of them.
+    """
+    known = {*model.state_dict(), *(name for name, _ in model.named_buffers())}
+    ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    surplus = sorted(name for name in found if name not in known and not any(p.search(name) for p in ignored))
+    check_scales(surplus, where)
+    if surplus:
+        raise ValueError(
+            f"{where} holds {len(surplus)} tensors that its config's {type(model).__name__} does not have, first "
+            f"{surplus[0]}; config and weights are of different models."
+        )
+
+
 class Checkpoint:
     """A transformer's checkpoint, and the model that its config describes, which holds no weights yet.
 
@@ -57,7 +103,7 @@ class Checkpoint:
         model: The model, frozen; only its buffers have values.
 
     Raises:
-        ValueError: if weights of the model are missing or are not safetensors.
+        ValueError: if weights of the model are missing, are not safetensors, or are of another model too.
     """
 
     def __init__(
@@ -79,6 +125,7 @@ class Checkpoint:
         missing = sorted(set(self._tensors) - set(self._index))
         if missing:
             raise ValueError(f"{folder} lacks {len(missing)} tensors of {chosen.__name__}, first {missing[0]}.")
+        check_surplus(self._index, self.model, str(folder))
         self._weights = self.weights_of("")
 
     def weights_of(self, prefix: str) -> CheckpointWeights:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,6 +33,9 @@ class LiveBytes(TorchDispatchMode):
         self.current = 0
         self.peak = 0
         self._finalizers: dict[int, weakref.finalize] = {}
+        # Of the part of the work that is being done: the block that does it, and what it freed of other blocks'.
+        self._name: str | None = None
+        self._freed: dict[str, int] = {}
 
     def track(self, tensors: Iterable[torch.Tensor]) -> None:
         """Count tensors that exist already; those on the meta device hold no memory and do not count."""
@@ -69,10 +73,12 @@ class LiveBytes(TorchDispatchMode):
             num_bytes = storage.nbytes()
             self.current += num_bytes
             self.peak = max(self.peak, self.current)
-            self._finalizers[key] = weakref.finalize(storage, self._free, key, num_bytes)
+            self._finalizers[key] = weakref.finalize(storage, self._free, key, num_bytes, self._name)
 
-    def _free(self, key: int, num_bytes: int) -> None:
+    def _free(self, key: int, num_bytes: int, block: str | None) -> None:
         self.current -= num_bytes
+        if block is not None and block != self._name:
+            self._freed[block] = self._freed.get(block, 0) + num_bytes
         del self._finalizers[key]
 
 
@@ -109,16 +115,61 @@ class CountFlops(TorchDispatchMode):
             self.products += flop_registry[packet](*args, **kwargs, out_val=output)
 
 
+@dataclass(frozen=True)
+class Phase:
+    """A part of a piece of work, such as what one block does.
+
+    Attributes:
+        name: The block; ``None`` for what is done for all blocks, before or after them.
+        peak_bytes: Most live bytes at a time.
+        left_bytes: Live bytes at its end less those at its beginning.
+        product_flops: FLOPs of matrix products and convolutions.
+        attention_flops: FLOPs of attention.
+        freed_bytes: What is freed of bytes that a block left in an earlier phase, by the name of that block.
+    """
+
+    name: str | None
+    peak_bytes: int
+    left_bytes: int
+    product_flops: int
+    attention_flops: int
+    freed_bytes: Mapping[str, int] = field(default_factory=dict)
+
+
 class Meter(LiveBytes):
     """Live bytes and FLOPs in one pass: each mode on top of fake tensors costs as much as the fake tensors.
 
     Attributes:
-        flops: The FLOPs so far.
+        flops: The FLOPs of the current phase so far.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.flops = CountFlops()
+        self._start = 0
+        self._phases: list[Phase] = []
+
+    def begin(self, name: str | None) -> None:
+        """End the current phase and begin another; nothing happens where a block's phase goes on."""
+        if name is None or name != self._name:
+            self._end()
+            self._name = name
+
+    def raise_peak(self, num_bytes: int) -> None:
+        """Count bytes that are alive for a moment, beside what is alive now."""
+        self.peak = max(self.peak, self.current + num_bytes)
+
+    def phases(self) -> list[Phase]:
+        """The phases so far, the current one included."""
+        self._end()
+        return self._phases
+
+    def _end(self) -> None:
+        left = self.current - self._start
+        flops = self.flops
+        self._phases.append(Phase(self._name, self.peak, left, flops.products, flops.attention, self._freed))
+        self.flops, self._start, self._freed = CountFlops(), self.current, {}
+        self.reset_peak()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

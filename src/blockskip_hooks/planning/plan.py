@@ -14,6 +14,7 @@ from ..embedded import DEFAULT_SUBJECT
 from ..families import Family
 from ..inference.generate import VaePlacement
 from ..loading.component_config import load_config
+from ..loading.models import empty_model
 from ..lora import WEIGHTS_NAME
 from ..selection import Selection
 from ..utils.errors import UserError, first_line
@@ -22,7 +23,6 @@ from ..utils.machine import is_first_process
 from .budget import MEMORY_OPTIONS, fit_budget, largest_stage
 from .description import format_plan
 from .selections import selections_by_bytes
-from .simulation import empty_model
 from .stages import PlanRequest, plan_run
 
 

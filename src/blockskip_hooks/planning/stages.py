@@ -16,13 +16,15 @@ import torch
 
 from ..config import BlockSkipConfig, PatchSamplingConfig
 from ..families import Family
-from ..hooks import SpanResiduals
 from ..loading.quantization import QuantizationConfig
 from ..loading.text_encoders import large_encoders
 from ..residuals.dtype import PACKED, ResidualDtype, packed_bytes
 from ..residuals.stretches import Stretches
 from ..selection import Selection
-from .simulation import FakeTransformer, Usage, simulate_text_encoder, simulate_vae
+from ..state import SpanResiduals
+from .components import simulate_text_encoder, simulate_vae
+from .simulation import FakeTransformer
+from .usage import Usage
 
 
 SCHEMA = 1
@@ -160,8 +162,7 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
         recorded_layers=request.recorded_layers,
         quantization=request.quantization,
     )
-    num_blocks = len(fake.model.spans.kept) + request.config.num_skipped
-    states = _optimizer_state_bytes(fake.lora_parameters, request.use_8bit_adam)
+    states = _optimizer_state_bytes(fake.lora_sizes(), request.use_8bit_adam)
     residuals = SpanResiduals()
     capture = None
     if request.config.num_skipped and request.config.residuals != "none":
@@ -211,7 +212,8 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
 
     largest = max(stage["peak_device_bytes"] for stage in stages)
     budget = request.memory_budget_bytes
-    selection = request.selection or Selection(num_blocks, request.config.leading, request.config.trailing, "flag")
+    config = request.config
+    selection = request.selection or Selection(fake.num_blocks, config.leading, config.trailing, "flag")
     return {
         "schema": SCHEMA,
         "skip": selection.as_dict(),
@@ -402,10 +404,10 @@ def _records(request: PlanRequest, residuals: SpanResiduals) -> dict[str, int]:
     }
 
 
-def _optimizer_state_bytes(parameters: Sequence[torch.nn.Parameter], use_8bit_adam: bool) -> int:
+def _optimizer_state_bytes(sizes: Sequence[int], use_8bit_adam: bool) -> int:
     """Two moments per LoRA weight, in float32 or, for tensors that bitsandbytes quantises, in 8 bits."""
     total = 0
-    for count in (parameter.numel() for parameter in parameters):
+    for count in sizes:
         if use_8bit_adam and count >= MIN_8BIT_SIZE:
             total += 2 * (count + 4 * -(-count // BLOCK_8BIT_SIZE))
         else:

@@ -1,141 +1,226 @@
-"""What a run leaves behind: report, page, model card, and the upload."""
+"""What a run leaves beside its weights: ``run_report.json``, the report page, ``before_after.png``, the model card."""
 
 from __future__ import annotations
 
 import inspect
-import json
-import shlex
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import CommitOperationAdd, HfApi, metadata_load
+from diffusers import ModelMixin
 from PIL import Image
 
 from ..lora import WEIGHTS_NAME
 from ..planning.simulation import empty_model
-from ..residuals.store import folder_digest
+from ..residuals.batches import SampleMaker
+from ..residuals.stretches import Stretches
 from ..training.comfyui import COMFYUI_NAME
 from ..training.history import History
 from ..training.merged import MERGED_NAME
-from ..training.records import RecordSource
 from ..training.run import Run
-from ..training.validation import Images
-from ..transformer import DiTBlockSkipTransformer
-from ..utils.errors import first_line
+from ..utils.digests import folder_digest
 from ..utils.files import write_json
 from ..utils.formatting import format_seconds
 from ..utils.machine import describe_machine, versions
 from ..utils.monitor import StageMonitor
+from ..utils.pictures import SheetRow, contact_sheet
+from .hub import without_folders
 from .model_card import License, read_license, usage_snippet, write_model_card
-from .page import ReportImages, contact_sheet, write_report
+from .page import ReportImages, write_report
 
+
+Images = Sequence[Sequence[Image.Image]]
+"""Images of each prompt."""
 
 MAX_PHOTOS = 8
 CROPS_SHOWN = 12
 SHEET_PIXELS = 128
-UPLOADED = (WEIGHTS_NAME, "README.md", "plan.json", "run_report.json", COMFYUI_NAME)
-"""What is uploaded beside the images of the card, as far as the run has made it."""
+"""Least side of an image in ``before_after.png``."""
 
 
 @dataclass(frozen=True)
-class RunParts:
-    """The parts of a run that its reports tell of.
+class RunOutputs:
+    """Writes the files that tell of a run.
 
     Attributes:
-        run: The run.
-        monitor: Measured its stages.
-        device: Where the model trains.
-        model: The transformer, LoRA added.
-        records: Where the batches come from.
-        history: The steps so far.
+        run: The prepared run.
+        maker: Has the photos and the sample plan.
+        monitor: Has the stages' time and memory.
+        plan: Contents of plan.json.
+        command: The command line that repeats the run.
+        stretches: Its stretches.
         num_processes: Processes that share the work.
     """
 
     run: Run
+    maker: SampleMaker
     monitor: StageMonitor
-    device: torch.device
-    model: DiTBlockSkipTransformer
-    records: RecordSource
-    history: History
+    plan: Mapping[str, Any]
+    command: str
+    stretches: Stretches
     num_processes: int
 
-    @property
-    def samples_per_step(self) -> int:
-        return self.run.samples_per_step(self.num_processes)
+    def report(
+        self, history: History, made: tuple[int, int] | None = None, lora: Mapping[str, int] | None = None
+    ) -> dict[str, Any]:
+        """The contents of ``run_report.json``; the schema is in the README.
 
-    @property
-    def dtype(self) -> str:
-        """Name of the dtype of frozen weights."""
-        return str(self.records.maker.dtype).removeprefix("torch.")
+        Args:
+            history: The steps so far.
+            made: Records that all processes have made, and their bytes; ``None`` before the end.
+            lora: Size of the LoRA, see `lora_size`; ``None`` before the end.
+        """
+        run, dtype = self.run, str(self.maker.dtype).removeprefix("torch.")
+        packed = run.stores_residuals and run.settings.residual_dtype == "float8"
+        residuals: dict[str, Any] = {"mode": run.config.residuals if run.skips else None}
+        if made is not None:
+            residuals |= {
+                "records": made[0],
+                "bytes": made[1],
+                "stretches": len(self.stretches) if run.uses_store else 0,
+                "dtype": "float8_e4m3fn" if packed else dtype,
+            }
+        return {
+            "schema": 1,
+            "model": run.model_name,
+            "family": run.family.name,
+            "created_at": self.monitor.started.isoformat(timespec="seconds"),
+            "base_revision": run.settings.revision,
+            "weights": "sha256:" + folder_digest(run.family.model_path / "transformer"),
+            "skip": run.selection.as_dict(),
+            "patch": {
+                "mode": run.patch.mode,
+                "min": run.patch.min_size,
+                "max": run.patch.max_size,
+                "training_resolution": run.patch.training_resolution,
+            },
+            "stages": self.monitor.as_list(),
+            "train": {
+                **_train(history, run.samples_per_step(self.num_processes)),
+                "dtype": dtype,
+                "quantization": run.quantization.name if run.quantization else None,
+            },
+            "lora": lora,
+            "residuals": residuals,
+            "settings": _settings(run),
+            "machine": describe_machine(self.maker.device),
+            "versions": versions(),
+        }
+
+    def write(
+        self,
+        report: Mapping[str, Any],
+        before: Images,
+        after: Images,
+    ) -> None:
+        """Write all files at the end of a run.
+
+        Args:
+            report: From :meth:`report`.
+            before: The base model's images of each final prompt.
+            after: The trained model's images of each final prompt.
+        """
+        run, folder = self.run, self.run.output_dir
+        write_json(folder / "run_report.json", report)
+        images = self._images(report, run.final_prompts, before, after)
+        if before and after:
+            first = after[0][0]
+            rows = {
+                "training photos": [photo.resize(first.size) for photo in images.photos],
+                "before": [image for row in before for image in row],
+                "after": [image for row in after for image in row],
+            }
+            contact_sheet(
+                [SheetRow(label, row[:MAX_PHOTOS]) for label, row in rows.items()],
+                folder / "before_after.png",
+                side=max(first.size) * max(1, SHEET_PIXELS // max(first.size)),
+            )
+        result = report["settings"]["hub_model_id"] or report["settings"]["output_dir"]
+        snippet = self._snippet(run.model_name, result)
+        self._write_page(report, images, snippet)
+        base_license = License("apache-2.0") if run.embedded else read_license(run.family.model_path, run.model_name)
+        write_model_card(
+            folder,
+            report,
+            [(prompt, image) for prompt, row in zip(run.final_prompts, after) for image in row],
+            repo_id=report["settings"]["hub_model_id"] or folder.name,
+            base_license=base_license,
+            tags=run.family.tags,
+            # Where the base model lies on this machine is of no use to those who find the card on the Hub.
+            snippet=self._snippet(without_folders(run.model_name), result)
+            if report["settings"]["push_to_hub"]
+            else snippet,
+        )
+
+    def write_so_far(
+        self,
+        history: History,
+        shown: tuple[int, Sequence[str], Images, Images] | None,
+    ) -> None:
+        """Write ``report.html`` of a run that goes on, with what there is so far.
+
+        Args:
+            history: The steps so far.
+            shown: The validation images that were made last: their step, prompts, the base model's and the LoRA's.
+        """
+        report = self.report(history)
+        step, prompts, before, after = shown or (None, [], [], [])
+        images = self._images(report, prompts, before, after, step)
+        snippet = self._snippet(self.run.model_name, self.run.output_dir / f"checkpoint-{history.step}")
+        self._write_page(report, images, snippet, self.stretches.num_steps)
+
+    def _images(
+        self,
+        report: Mapping[str, Any],
+        prompts: Sequence[str],
+        before: Images,
+        after: Images,
+        step: int | None = None,
+    ) -> ReportImages:
+        """The given images, with the training photos and a few samples as the model saw them."""
+        crops = sample_pictures(self.maker, report["train"]["samples"])
+        return ReportImages(training_photos(self.maker), crops, prompts, before, after, step)
+
+    def _write_page(
+        self, report: Mapping[str, Any], images: ReportImages, snippet: str, total_steps: int | None = None
+    ) -> None:
+        table = self.run.table
+        write_report(
+            self.run.output_dir,
+            report,
+            self.plan,
+            images=images,
+            command=self.command,
+            snippet=snippet,
+            curves={"leading": table.leading, "trailing": table.trailing} if table else None,
+            total_steps=total_steps,
+        )
+
+    def _snippet(self, model: str, lora: str | Path) -> str:
+        run = self.run
+        prompts = (*run.final_prompts, *run.prompts, _settings(run)["instance_prompt"])
+        return usage_snippet(
+            model,
+            lora,
+            next((prompt for prompt in prompts if prompt), "a photo"),
+            snippet_kwargs(run),
+            # Always named: transformers and diffusers have different defaults, which do not mix.
+            str(self.maker.dtype).removeprefix("torch."),
+            embedded=run.embedded,
+        )
 
 
-def run_report(parts: RunParts, made: tuple[int, int] | None = None) -> dict[str, Any]:
-    """The contents of ``run_report.json``; the schema is in the README.
+def lora_size(run: Run, transformer: ModelMixin) -> dict[str, int]:
+    """Size of the exported LoRA, and of the whole transformer with it.
 
     Args:
-        parts: The parts of the run.
-        made: Records that all processes have made, and their bytes; ``None`` before the end, when there is no exported
-            LoRA to tell of either.
+        run: The prepared run; its output folder has the LoRA.
+        transformer: The transformer that was trained.
     """
-    run, history = parts.run, parts.history
-    uses_residuals = run.skips
-    packed = run.stores_residuals and run.settings.residual_dtype == "float8"
-    return {
-        "schema": 1,
-        "model": run.model_name,
-        "family": run.family.name,
-        "created_at": parts.monitor.started.isoformat(timespec="seconds"),
-        "base_revision": run.settings.revision,
-        "weights": "sha256:" + folder_digest(run.family.model_path / "transformer"),
-        "skip": run.selection.as_dict(),
-        "patch": {
-            "mode": run.patch.mode,
-            "min": run.patch.min_size,
-            "max": run.patch.max_size,
-            "training_resolution": run.patch.training_resolution,
-        },
-        "stages": parts.monitor.as_list(),
-        "train": {
-            "steps": history.step,
-            "samples": history.step * parts.samples_per_step,
-            "step_seconds_median": statistics.median(history.step_seconds) if history.step_seconds else None,
-            "loss": history.losses,
-            "loss_by_timestep": history.loss_by_timestep,
-            "step_seconds": history.step_seconds,
-            "step_memory": _step_memory(history),
-            "dtype": parts.dtype,
-            "quantization": run.quantization.name if run.quantization else None,
-        },
-        "lora": _lora(parts) if made else None,
-        "residuals": {
-            "mode": run.config.residuals if uses_residuals else None,
-            "records": made[0] if made else 0,
-            "bytes": made[1] if made else 0,
-            "stretches": len(parts.records.stretches) if run.uses_store else 0,
-            "dtype": "float8_e4m3fn" if packed else parts.dtype,
-        },
-        "settings": {name: value for name, value in sorted(run.settings.plain().items()) if name != "hub_token"},
-        "machine": describe_machine(parts.device),
-        "versions": versions(),
-    }
-
-
-def _step_memory(history: History) -> dict[str, list[int]] | None:
-    """Bytes on the device after each step; ``None`` without a device."""
-    if not history.step_memory:
-        return None
-    allocated, reserved = zip(*history.step_memory)
-    return {"allocated_bytes": list(allocated), "reserved_bytes": list(reserved)}
-
-
-def _lora(parts: RunParts) -> dict[str, int]:
-    """How large the transformer's LoRA is, and the whole transformer with it."""
-    run = parts.run
-    trainable = sum(p.numel() for p in parts.model.transformer.parameters() if p.requires_grad)
+    trainable = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
     # In training skipped blocks have no parameters.
     whole = empty_model(run.transformer_config, run.family.transformer_class(run.transformer_config))
     return {
@@ -145,123 +230,29 @@ def _lora(parts: RunParts) -> dict[str, int]:
     }
 
 
-def training_pictures(parts: RunParts) -> tuple[list[Image.Image], list[tuple[str, Image.Image]]]:
-    """The instance photos, and a few samples as the model saw them, from low to high timestep."""
-    maker = parts.records.maker
-    plan, photos = maker.plan, maker.sources["instance"].photos
-    samples = [plan.sample(index) for index in range(max(parts.history.step, 1) * parts.samples_per_step)[:256]]
+def training_photos(maker: SampleMaker) -> list[Image.Image]:
+    """The first instance photos, as large as their largest crop."""
+    photos = maker.sources["instance"].photos
+    shapes = [photos.shapes[photos.bucket(number)] for number in range(min(len(photos), MAX_PHOTOS))]
+    return [
+        _image(photos.crop(number, patch_size=shape, output_size=shape, center=True))
+        for number, shape in enumerate(shapes)
+    ]
+
+
+def sample_pictures(maker: SampleMaker, num_samples: int) -> list[tuple[str, Image.Image]]:
+    """A few of the samples trained on as the model saw them, with a caption, from low to high timestep."""
+    plan = maker.plan
+    samples = [plan.sample(index) for index in range(min(max(num_samples, 1), 256))]
     by_timestep = sorted(samples, key=lambda sample: -sample.timestep_index)
     shown = by_timestep[:: max(1, len(by_timestep) // CROPS_SHOWN)][:CROPS_SHOWN]
-    crops = [
+    return [
         (
             f"t = {float(plan.timesteps[sample.timestep_index]):.0f}, patch {sample.patch_size} px",
-            _picture(maker.crop(sample)),
+            _image(maker.crop(sample)),
         )
         for sample in shown
     ]
-    whole = [
-        _picture(photos.crop(i, patch_size=(shape := photos.shapes[photos.bucket(i)]), output_size=shape, center=True))
-        for i in range(min(len(photos), MAX_PHOTOS))
-    ]
-    return whole, crops
-
-
-def _picture(pixels: Any) -> Image.Image:
-    """A tensor ``(3, h, w)`` in [-1, 1] as an image."""
-    return Image.fromarray(((pixels + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
-
-
-def write_outputs(
-    parts: RunParts,
-    report: Mapping[str, Any],
-    plan: Mapping[str, Any],
-    command: str,
-    before: Images,
-    after: Images,
-) -> None:
-    """Write ``run_report.json``, ``report.html``, ``before_after.png`` and the model card with its images."""
-    run = parts.run
-    write_json(run.output_dir / "run_report.json", report)
-    photos, crops = training_pictures(parts)
-    if before and after:
-        before_row, after_row = ([image for images in rows for image in images] for rows in (before, after))
-        width = min(len(after_row), MAX_PHOTOS)
-        contact_sheet(
-            [[photo.resize(after_row[0].size) for photo in photos[:width]], before_row[:width], after_row[:width]],
-            ["training photos", "before", "after"],
-            run.output_dir / "before_after.png",
-            scale=max(1, SHEET_PIXELS // after_row[0].width),
-        )
-    images = ReportImages(photos=photos, crops=crops, prompts=run.final_prompts, before=before, after=after)
-    result = run.settings.hub_model_id or run.settings.output_dir
-    snippet = _snippet(parts, run.model_name, result)
-    _write_page(run, report, plan, command, images, snippet)
-    write_model_card(
-        run.output_dir,
-        report,
-        [(prompt, image) for prompt, row in zip(run.final_prompts, after) for image in row],
-        repo_id=run.settings.hub_model_id or run.output_dir.name,
-        base_license=License("apache-2.0") if run.embedded else read_license(run.family.model_path, run.model_name),
-        tags=run.family.tags,
-        # Where the base model lies on this machine is of no use to those who find the card on the Hub.
-        snippet=_snippet(parts, _nameless(run.model_name), result) if run.settings.push_to_hub else snippet,
-    )
-
-
-def write_progress(
-    parts: RunParts, plan: Mapping[str, Any], command: str, shown: tuple[int, list[str], Images, Images] | None
-) -> None:
-    """Write ``report.html`` of a run that goes on: what there is so far, without making anything for it.
-
-    Args:
-        parts: The parts of the run.
-        plan: Its plan.
-        command: The command that started it.
-        shown: The latest validation images, with their step and prompts.
-    """
-    run, report = parts.run, run_report(parts)
-    # What all processes have made is added up at the end.
-    report["residuals"] = {"mode": report["residuals"]["mode"]}
-    photos, crops = training_pictures(parts)
-    step, prompts, before, after = shown or (None, [], [], [])
-    images = ReportImages(photos=photos, crops=crops, prompts=prompts, before=before, after=after, step=step)
-    snippet = _snippet(parts, run.model_name, run.output_dir / f"checkpoint-{parts.history.step}")
-    _write_page(run, report, plan, command, images, snippet, total_steps=parts.records.stretches.num_steps)
-
-
-def _write_page(
-    run: Run,
-    report: Mapping[str, Any],
-    plan: Mapping[str, Any],
-    command: str,
-    images: ReportImages,
-    snippet: str,
-    total_steps: int | None = None,
-) -> None:
-    write_report(
-        run.output_dir,
-        report,
-        plan,
-        images=images,
-        command=command,
-        snippet=snippet,
-        curves={"leading": run.table.leading, "trailing": run.table.trailing} if run.table else None,
-        total_steps=total_steps,
-    )
-
-
-def _snippet(parts: RunParts, model: str, lora: str | Path) -> str:
-    run = parts.run
-    prompts = (*run.final_prompts, *run.prompts, run.settings.instance_prompt)
-    return usage_snippet(
-        model,
-        lora,
-        next((prompt for prompt in prompts if prompt), "a photo"),
-        snippet_kwargs(run),
-        # Always named: transformers and diffusers have different defaults, which do not mix.
-        parts.dtype,
-        embedded=run.embedded,
-    )
 
 
 def snippet_kwargs(run: Run) -> dict[str, Any]:
@@ -275,53 +266,22 @@ def snippet_kwargs(run: Run) -> dict[str, Any]:
     }
 
 
-def open_repository(run: Run) -> str:
-    """Make the repository of ``--push_to_hub``, or find it, and return its full name.
-
-    Done before the work begins: a token that may not write should not be found out after hours.
-
-    Raises:
-        ValueError: if there is none that can be written.
-    """
-    wanted = _repository(run)
-    try:
-        return HfApi(token=run.settings.hub_token).create_repo(wanted, exist_ok=True).repo_id
-    except Exception as error:  # the hub client and the network below it raise their own kinds
-        raise ValueError(
-            f"--push_to_hub cannot open the repository {wanted} ({_hub_reason(error)}); log in by `hf auth login`, "
-            "give --hub_model_id OWNER/NAME, or leave --push_to_hub out."
-        ) from error
+def _train(history: History, samples_per_step: int) -> dict[str, Any]:
+    allocated, reserved = zip(*history.step_memory) if history.step_memory else ((), ())
+    return {
+        "steps": history.step,
+        "samples": history.step * samples_per_step,
+        "step_seconds_median": statistics.median(history.step_seconds) if history.step_seconds else None,
+        "loss": history.losses,
+        "loss_by_timestep": history.loss_by_timestep,
+        "step_seconds": history.step_seconds,
+        "step_memory": {"allocated_bytes": allocated, "reserved_bytes": reserved} if allocated else None,
+    }
 
 
-def push_to_hub(run: Run) -> str:
-    """Upload the LoRA, its card with the card's images, and the figures; return the repository's id.
-
-    ``report.html`` and ``before_after.png`` stay here, as they show the training photos; so do checkpoints, records
-    and logs. Folders of this machine are left out of the figures.
-
-    Raises:
-        ValueError: if that fails; the results are on disk.
-    """
-    repo_id, folder = _repository(run), run.output_dir
-    widget = (metadata_load(folder / "README.md") or {}).get("widget") or []
-    files: dict[str, Path | bytes] = {entry["output"]["url"]: folder / entry["output"]["url"] for entry in widget}
-    files |= {name: folder / name for name in UPLOADED if (folder / name).is_file()}
-    for name in ("plan.json", "run_report.json"):
-        figures = _nameless(json.loads((folder / name).read_text(encoding="utf-8")))
-        files[name] = (json.dumps(figures, indent=2, ensure_ascii=False) + "\n").encode()
-    try:
-        HfApi(token=run.settings.hub_token).create_commit(
-            repo_id,
-            [CommitOperationAdd(name, content) for name, content in files.items()],
-            commit_message="End of training",
-        )
-    except Exception as error:  # as above
-        raise ValueError(
-            f"The upload to {repo_id} failed ({_hub_reason(error)}). Everything is in {folder}; log in by "
-            f"`hf auth login` and run: hf upload {repo_id} {folder} --include "
-            f"{' '.join(map(shlex.quote, [*UPLOADED, 'image_*.png']))}"
-        ) from error
-    return repo_id
+def _settings(run: Run) -> dict[str, Any]:
+    """The run's settings by flag name, as JSON takes them."""
+    return {name: value for name, value in sorted(run.settings.plain().items()) if name != "hub_token"}
 
 
 def closing_words(run: Run, report: dict[str, Any]) -> str:
@@ -344,31 +304,9 @@ def closing_words(run: Run, report: dict[str, Any]) -> str:
     )
 
 
-def _nameless(value: Any) -> Any:
-    """``value`` as others may see it: of every path that starts at this machine's root only the last part."""
-    if isinstance(value, dict):
-        return {key: _nameless(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_nameless(item) for item in value]
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+def _image(pixels: torch.Tensor) -> Image.Image:
+    """A tensor ``(3, h, w)`` in [-1, 1] as an image."""
+    return Image.fromarray(((pixels + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
 
 
-def _hub_reason(error: Exception) -> str:
-    """The first line of what the client says, and what the hub itself said, if it did."""
-    said = (getattr(error, "server_message", None) or "").strip().rstrip(".")
-    return f"{first_line(error)}: {said}" if said and said not in first_line(error) else first_line(error)
-
-
-def _repository(run: Run) -> str:
-    return run.settings.hub_model_id or run.output_dir.resolve().name
-
-
-__all__ = [
-    "closing_words",
-    "open_repository",
-    "push_to_hub",
-    "run_report",
-    "training_pictures",
-    "write_outputs",
-    "write_progress",
-]
+__all__ = ["RunOutputs", "closing_words", "lora_size", "sample_pictures", "training_photos"]

@@ -1,4 +1,4 @@
-"""report.html: one self-contained page about a run, and contact sheets of its images."""
+"""``report.html``: one self-contained page about a run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import base64
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from importlib import resources
 from itertools import zip_longest
@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image
 
 from ..utils.files import write_text
 from ..utils.formatting import format_bytes, format_seconds
+from ..utils.pictures import flattened
 from .charts import draw_harm, draw_losses, draw_losses_by_timestep, loss_curve
 
 
@@ -31,7 +32,7 @@ _SECRET_KEY = re.compile(r"(^|_)(hub_token|api_key|password|secret)$")
 _SECRET_TEXT = re.compile(r"(--(?:hub_token|\w*api_key|\w*password|\w*secret)[=\s]+)\S+|\bhf_\w{20,}")
 
 
-@dataclass
+@dataclass(frozen=True)
 class ReportImages:
     """Pictures of a run.
 
@@ -44,17 +45,17 @@ class ReportImages:
         step: The step after which ``after`` was made; ``None`` for the last.
     """
 
-    photos: list[Image.Image] = field(default_factory=list)
-    crops: list[tuple[str, Image.Image]] = field(default_factory=list)
-    prompts: list[str] = field(default_factory=list)
-    before: list[list[Image.Image]] = field(default_factory=list)
-    after: list[list[Image.Image]] = field(default_factory=list)
+    photos: Sequence[Image.Image] = ()
+    crops: Sequence[tuple[str, Image.Image]] = ()
+    prompts: Sequence[str] = ()
+    before: Sequence[Sequence[Image.Image]] = ()
+    after: Sequence[Sequence[Image.Image]] = ()
     step: int | None = None
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An image the way the page needs it."""
+    """An image inside the page."""
 
     src: str
     alt: str
@@ -139,60 +140,8 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def contact_sheet(
-    rows: Sequence[Sequence[Image.Image]], labels: Sequence[str] | None, path: str | Path, scale: int = 1
-) -> Path:
-    """Save images as a grid on white, as PNG.
-
-    Args:
-        rows: Images of each row; rows may differ in length.
-        labels: A line of text above each row, shortened to the width of the sheet, or None.
-        path: Where the PNG goes.
-        scale: Whole-number enlargement with hard pixel edges.
-
-    Raises:
-        ValueError: if there are no images, or not one label for each row.
-    """
-    if not any(rows):
-        raise ValueError("contact_sheet got no images.")
-    if labels is not None and len(labels) != len(rows):
-        raise ValueError(f"contact_sheet got {len(labels)} labels for {len(rows)} rows; give one for each row.")
-    gap, text_height = 8, 24 if labels is not None else 0
-    cell_width = max(image.width for row in rows for image in row) * scale
-    cell_height = max(image.height for row in rows for image in row) * scale
-    width = max(len(row) for row in rows) * (cell_width + gap) + gap
-    height = len(rows) * (text_height + cell_height + gap) + gap
-    sheet = Image.new("RGB", (width, height), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=15)
-    for row_index, row in enumerate(rows):
-        top = gap + row_index * (text_height + cell_height + gap)
-        if labels is not None:
-            text = " ".join(labels[row_index].split())
-            shown = text
-            while shown and draw.textlength(shown, font=font) > width - 2 * gap:
-                text = text[:-1]
-                shown = text.rstrip() + "..."
-            draw.text((gap, top), shown, fill="black", font=font)
-        for column, image in enumerate(row):
-            enlarged = _flat(image).resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
-            sheet.paste(enlarged, (gap + column * (cell_width + gap), top + text_height))
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path, format="PNG", optimize=True)
-    return path
-
-
-def _flat(image: Image.Image) -> Image.Image:
-    """``image`` upright and as RGB, transparency on white: plain conversion would turn it black."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
 def _picture(image: Image.Image, alt: str, longest: int) -> Picture:
-    image = _flat(image)
+    image = flattened(image)
     image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     small = max(image.size) <= 256

@@ -1,4 +1,4 @@
-"""What trackers get to see of a run: figures of every step, of the LoRA and of the machine, and validation images."""
+"""What trackers log of a run: figures of every step, of the LoRA and of the machine, and validation images."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from diffusers.utils import make_image_grid
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 
@@ -24,18 +25,16 @@ from ..utils.monitor import StageMonitor
 logger = logging.getLogger(__name__)
 
 EVERY = 10
-"""Steps between figures that cost more than a number: of the LoRA, the patches, memory and stages."""
-GAP = 4
-"""Pixels between two images side by side."""
+"""Steps between two logs of the figures that take time: of the LoRA, the patches and memory."""
 
 
 def start_trackers(run: Run, accelerator: Accelerator) -> None:
-    """Start the trackers of ``--report_to``, with the flags as the run's settings.
+    """Start the trackers of ``--report_to`` and give them the flags.
 
-    What trackers of services keep on disk goes to ``--logging_dir``, like tensorboard's files.
+    All trackers write their files to ``--logging_dir``.
 
     Raises:
-        ValueError: if one cannot start.
+        ValueError: if a tracker cannot start.
     """
     folder = run.output_dir / run.settings.logging_dir
     if accelerator.log_with:
@@ -69,12 +68,12 @@ def _trackable_settings(run: Run) -> dict[str, Any]:
 
 
 class Tracking:
-    """Gives the trackers of a run their figures; does nothing where there are none, as on all but the main process.
+    """Logs the figures of a run; does nothing without trackers, which only the main process has.
 
     Args:
-        accelerator: Has the trackers.
-        monitor: Knows memory and stages.
-        model: Has the LoRA.
+        accelerator: Holds the trackers.
+        monitor: Measures memory and stages.
+        model: The model with the LoRA.
     """
 
     def __init__(self, accelerator: Accelerator, monitor: StageMonitor, model: DiTBlockSkipTransformer) -> None:
@@ -83,12 +82,12 @@ class Tracking:
 
     @property
     def is_on(self) -> bool:
-        """Whether there are trackers."""
+        """Whether this process has trackers."""
         return bool(self.accelerator.trackers)
 
     @property
     def is_on_somewhere(self) -> bool:
-        """Whether this process has trackers, or needs to do what those that have them do: run shared weights."""
+        """Whether some process has trackers whose figures need this process, because weights are shared."""
         return self.is_on or (self.model.is_sharded and bool(self.accelerator.log_with))
 
     def log_step(
@@ -123,7 +122,7 @@ class Tracking:
         self.accelerator.log(values, step=step)
 
     def log_trailing_error(self, step: int, error: float) -> None:
-        """Log how far recorded trailing residuals are from what the span computes now."""
+        """Log the relative distance of recorded trailing residuals from what the span computes now."""
         self.accelerator.log({"trailing_error": error}, step=step)
 
     def log_images(
@@ -134,12 +133,19 @@ class Tracking:
         base: Sequence[Sequence[Image.Image]],
         now: Sequence[Sequence[Image.Image]],
     ) -> None:
-        """Log validation images: of each prompt and seed the base model's on the left, the trained model's beside it.
+        """Log validation images: for each prompt and seed the base model's, and the trained model's to its right.
 
         Trackers that show no images get none.
+
+        Args:
+            step: The step after which they were made.
+            prompts: The prompts.
+            seeds: The seed of each image of a prompt.
+            base: The base model's images of each prompt.
+            now: The trained model's images of each prompt.
         """
         for number, (prompt, before, after) in enumerate(zip(prompts, base, now, strict=True)):
-            pairs = [side_by_side(left, right) for left, right in zip(before, after, strict=True)]
+            pairs = [make_image_grid(list(pair), rows=1, cols=2) for pair in zip(before, after, strict=True)]
             # Some trackers take few characters in a name; the whole prompt is in the caption.
             name = f"validation/{number} {re.sub('[^0-9a-zA-Z _-]', '_', prompt)[:80]}"
             captions = [f"{prompt} (seed {seed}: base model, step {step})" for seed in seeds]
@@ -152,7 +158,7 @@ class Tracking:
         return {"memory/now": now, "memory/peak": peak, **{f"lora_norm/{name}": norm for name, norm in norms.items()}}
 
     def _log_patch_sizes(self, step: int) -> None:
-        """The patch sizes since the last time: a histogram where the tracker has one, else shares of each size."""
+        """Log the patch sizes since the last call: a histogram where the tracker has one, else the share of each."""
         sizes, self._patch_sizes = self._patch_sizes, []
         if not sizes:
             return
@@ -172,29 +178,21 @@ class Tracking:
 
 @torch.no_grad()
 def block_norms(model: DiTBlockSkipTransformer) -> dict[str, float]:
-    """How much LoRA changes each kept block: the norm of all its weights' updates together, by name of the block."""
+    """Norm of the LoRA's update of all weights of each kept block, by name of the block."""
     squares: dict[str, list[torch.Tensor]] = {}
     for block in model.spans.kept:
         for layer in block.module.modules():
             if isinstance(layer, BaseTunerLayer):
                 for name, scale in layer.scaling.items():
                     down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
-                    # Of the product, by matrices of the rank's size only.
+                    # Norm of B @ A, computed from rank-sized matrices.
                     square = ((up.T @ up) * (down @ down.T)).sum() * scale**2
                     squares.setdefault(block.name, []).append(square)
     if not squares:
         return {}
-    # One read from the device for all of them; rounding can leave a little less than zero.
+    # One transfer from the device for all of them; rounding can leave a little less than zero.
     norms = torch.stack([torch.stack(parts).sum() for parts in squares.values()]).clamp_min(0).sqrt().tolist()
     return dict(zip(squares, norms, strict=True))
-
-
-def side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
-    """Two images in one."""
-    both = Image.new("RGB", (left.width + GAP + right.width, max(left.height, right.height)), "white")
-    both.paste(left, (0, 0))
-    both.paste(right, (left.width + GAP, 0))
-    return both
 
 
 def _log_pairs(
@@ -225,4 +223,4 @@ def _log_pairs(
             tracker.tracker.log_image(pair, name=caption, step=step)
 
 
-__all__ = ["Tracking", "block_norms", "side_by_side", "start_trackers"]
+__all__ = ["Tracking", "block_norms", "start_trackers"]

@@ -14,7 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 from ..data.photos import PhotoSet
 from ..data.sample_plan import Sample, SampleKind, SamplePlan, derived_seed
 from ..families import Family, PromptEmbeds
-from ..hooks import SpanResiduals
+from ..families.prompts import place_embeds
+from ..state import SpanResiduals
 from .dtype import ResidualDtype, unpack_record
 from .store import DamagedRecord, Record, ResidualStore
 
@@ -40,9 +41,12 @@ class PhotoSource:
         caption = self.photos.caption(image) if self.use_captions else None
         return caption or self.prompt
 
-    def prompts(self) -> list[str]:
-        """Every prompt once, in order of first use."""
-        return list(dict.fromkeys(self.prompt_for(image) for image in range(len(self.photos))))
+    def prompts(self) -> dict[str, list[str]]:
+        """Every prompt once, in order of first use, with the names of its photos."""
+        found: dict[str, list[str]] = {}
+        for image in range(len(self.photos)):
+            found.setdefault(self.prompt_for(image), []).append(self.photos.name(image))
+        return found
 
 
 @dataclass
@@ -215,14 +219,6 @@ class SampleMaker:
         stacked = {name: pad_sequence([record[name] for record in records], batch_first=True) for name in records[0]}
         latents = stacked.pop("latents")
         return self.batch(samples, latents, SpanResiduals(**stacked) if stacked else None)
-
-
-def place_embeds(embeds: PromptEmbeds, device: torch.device | str, dtype: torch.dtype) -> PromptEmbeds:
-    """Move embeddings to a device; masks and other numbers that are not floating keep their dtype."""
-    return {
-        name: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
-        for name, tensor in embeds.items()
-    }
 
 
 class RecordDataset(torch.utils.data.Dataset):

@@ -6,9 +6,8 @@ with masked blocks of its own. What is finished is on disk, so that a killed sea
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from diffusers import ModelMixin
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ..families import Family, PromptEmbeds
 from ..inference.generate import generate_images
@@ -26,6 +25,7 @@ from ..inference.lora_files import load_adapter
 from ..masking import text_masked_by_row
 from ..selection import best_pairs
 from ..transformer import DiTBlockSkipTransformer
+from ..utils.files import save_tensors
 from ..utils.progress import progress_bar
 
 
@@ -93,7 +93,7 @@ class MaskedImages:
             for subject in subjects
         }
         total = sum(map(len, missing.values()))
-        with progress_bar("Masked images", total, "image") as bar:
+        with closing(progress_bar("Masked images", total, "image")) as bar:
             for subject, variants in missing.items():
                 for start in range(0, len(variants), self.batch_size):
                     batch = variants[start : start + self.batch_size]
@@ -148,18 +148,11 @@ class MaskedImages:
 
     def _save(self) -> None:
         self.store.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.store.with_suffix(".tmp")
-        save_file(self.vectors, temporary)
-        temporary.replace(self.store)
+        save_tensors(self.vectors, self.store)
 
 
 def _key(subject: Subject, seed: int, run: BlockRun) -> str:
     return f"{subject.name}/{seed}/{run[0]}-{run[1]}"
-
-
-def fingerprint(description: dict[str, Any]) -> str:
-    """A digest of everything that the images of a search depend on."""
-    return hashlib.sha256(json.dumps(description, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def leading_run(num_masked: int) -> BlockRun:

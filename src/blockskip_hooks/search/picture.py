@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from ..utils.files import replacing
+from ..utils.pictures import SheetRow, contact_sheet
 from .tables import SelectionTable
 
 
@@ -34,9 +36,8 @@ def draw_table(contents: Mapping[str, Any], table: SelectionTable, file: Path) -
     _draw_windows(heat, contents, figure)
     _draw_trade_off(costs, table, contents["block_parameters"])
     figure.suptitle(table.describe(), fontsize=10)
-    temporary = file.with_name(f".{file.name}.tmp")
-    figure.savefig(temporary, dpi=120, format="png")
-    temporary.replace(file)
+    with replacing(file) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
 
 
 def _draw_curves(axes: Axes, contents: Mapping[str, Any]) -> None:
@@ -116,18 +117,7 @@ def draw_images(rows: Mapping[str, Sequence[Image.Image]], labels: Sequence[str]
     Args:
         rows: Images by subject, as many as labels.
         labels: What is masked in each column.
-        file: Where to.
+        file: The PNG.
         side: Pixels of an image in the grid.
     """
-    figure = Figure(figsize=(1.5 * len(labels) + 1, 1.5 * len(rows) + 0.5), layout="constrained")
-    axes = figure.subplots(len(rows), len(labels), squeeze=False)
-    for (subject, images), line in zip(rows.items(), axes):
-        line[0].set_ylabel(subject, fontsize=8)
-        for image, place in zip(images, line, strict=True):
-            place.imshow(np.asarray(image.resize((side, side), Image.Resampling.LANCZOS)))
-            place.set(xticks=[], yticks=[])
-    for label, place in zip(labels, axes[0]):
-        place.set_title(label, fontsize=8)
-    temporary = file.with_name(f".{file.name}.tmp")
-    figure.savefig(temporary, dpi=120, format="png")
-    temporary.replace(file)
+    contact_sheet([SheetRow(subject, images, labels) for subject, images in rows.items()], file, side=side)

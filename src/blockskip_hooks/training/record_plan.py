@@ -13,8 +13,9 @@ from accelerate.utils import broadcast_object_list
 
 from ..data.sample_plan import SampleKind, SamplePlan
 from ..residuals.batches import PhotoSource
-from ..residuals.store import folder_digest, recorded_seed
+from ..residuals.store import recorded_seed
 from ..residuals.stretches import Stretches
+from ..utils.digests import folder_digest
 from ..utils.errors import UserError
 from ..utils.machine import versions
 from ..version import __version__

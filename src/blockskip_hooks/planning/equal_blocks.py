@@ -1,0 +1,136 @@
+"""Runs of equal blocks: of each run three blocks are simulated, and the others follow by arithmetic.
+
+A deep transformer repeats a few kinds of blocks. In a run of equal blocks each one does what its neighbour does, on
+top of what the blocks before it have left in memory. So it is enough to simulate the first block of a run, the second
+and the last: the second stands for every block between the first and the last, and what it adds to the live bytes is
+added once more for each of them. The result is that of the full depth, to the byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from .counters import Phase
+
+
+SIMULATED = 3
+"""Blocks of a run that are simulated: those at its ends have other neighbours, the second stands for all between."""
+# The number of a layer among its siblings does not change what it costs.
+_NUMBERS = frozenset({"layer_idx", "layer_id"})
+
+
+@dataclass(frozen=True)
+class Depth:
+    """How a shortened model stands for the full one.
+
+    Attributes:
+        copies: How many blocks were taken out, by the name, in the shortened model, of the block that stands for them.
+        names: Names in the shortened model of the blocks that are left, by the names that they had.
+    """
+
+    copies: Mapping[str, int]
+    names: Mapping[str, str]
+
+    def renamed(self, layers: Iterable[str], blocks: Iterable[str]) -> list[str]:
+        """Names in the shortened model of those layers that are left.
+
+        Args:
+            layers: Names in the full model.
+            blocks: Names of the full model's blocks.
+        """
+        every, left = set(blocks), []
+        for layer in layers:
+            block = next((name for name in _parents(layer) if name in every), None)
+            if block is None:
+                left.append(layer)
+            elif block in self.names:
+                left.append(self.names[block] + layer.removeprefix(block))
+        return left
+
+    def times(self, name: str) -> int:
+        """How many parameters or layers of the full model one of the shortened model stands for."""
+        return 1 + next((self.copies[parent] for parent in _parents(name) if parent in self.copies), 0)
+
+    def in_full(self, phases: Sequence[Phase], resident_bytes: int) -> Phase:
+        """All of a simulated piece of work, as the full model would do it.
+
+        Args:
+            phases: The work on the shortened model, block by block.
+            resident_bytes: What the blocks that were taken out hold all the time.
+        """
+        bytes_before, peak, products, attention = resident_bytes, 0, 0, 0
+        for phase in phases:
+            copies = self.copies.get(phase.name or "", 0)
+            # Live bytes grow or shrink by the same amount from copy to copy, so the first or the last has the peak.
+            added = copies * phase.left_bytes
+            peak = max(peak, bytes_before + phase.peak_bytes, bytes_before + added + phase.peak_bytes)
+            bytes_before += added
+            if phase.name is None:
+                # What was kept of every block until now, such as weights that autocast has cast.
+                freed = phase.freed_bytes.items()
+                bytes_before -= sum(self.copies.get(block, 0) * num_bytes for block, num_bytes in freed)
+            products += (1 + copies) * phase.product_flops
+            attention += (1 + copies) * phase.attention_flops
+        return Phase(None, peak, 0, products, attention)
+
+
+def shorten(model: torch.nn.Module, blocks: Iterable[tuple[str, Hashable]]) -> Depth:
+    """Take blocks out of a model whose cost follows from that of their neighbours.
+
+    Args:
+        model: The model; its lists of blocks are changed in place.
+        blocks: Name of each block in execution order, such as ``"transformer_blocks.3"``, and what tells its kind;
+            blocks of one list that follow each other and are of the same kind are a run.
+    """
+    copies: dict[str, int] = {}
+    names: dict[str, str] = {}
+    for stack, in_stack in groupby(blocks, key=lambda block: block[0].rpartition(".")[0]):
+        modules: Any = model.get_submodule(stack)
+        unwanted: list[int] = []
+        position = 0
+        for _, run in groupby(list(in_stack), key=lambda block: block[1]):
+            length = len(list(run))
+            spare = max(0, length - SIMULATED)
+            for number in range(length):
+                if 2 <= number < 2 + spare:
+                    unwanted.append(position + number)
+                else:
+                    names[f"{stack}.{position + number}"] = f"{stack}.{position + number - len(unwanted)}"
+                    if number == 1 and spare:
+                        copies[f"{stack}.{position + number - len(unwanted)}"] = spare
+            position += length
+        for index in reversed(unwanted):
+            del modules[index]
+    return Depth(copies, names)
+
+
+def kind_of(block: torch.nn.Module) -> Hashable:
+    """What decides a block's cost: its modules' classes and plain settings, and the shapes of their tensors."""
+    return tuple(
+        (
+            name,
+            type(module),
+            tuple(
+                (key, value)
+                for key, value in sorted(vars(module).items())
+                if isinstance(value, (bool, int, float, str)) and key not in _NUMBERS
+            ),
+            tuple(
+                (key, None if tensor is None else (tensor.shape, tensor.dtype, tensor.requires_grad))
+                for tensors in (module._parameters, module._buffers)
+                for key, tensor in tensors.items()
+            ),
+        )
+        for name, module in block.named_modules()
+    )
+
+
+def _parents(name: str) -> Iterable[str]:
+    """``a.b.c`` to ``a``, ``a.b``."""
+    parts = name.split(".")
+    return (".".join(parts[:count]) for count in range(1, len(parts)))

@@ -31,6 +31,7 @@ from blockskip_hooks import DiTBlockSkipTransformer
 from blockskip_hooks.cli.arguments import build_parser, parse_args, printable_command
 from blockskip_hooks.cli.config_files import dump_config
 from blockskip_hooks.cli.errors import explain, in_full
+from blockskip_hooks.cli.first_screen import training_lines, training_warnings
 from blockskip_hooks.cli.preparation import known_defaults, prepare_run
 from blockskip_hooks.families.prompts import TrainedText, check_embeds, encode_prompts
 from blockskip_hooks.loading.quantization import check_device
@@ -131,7 +132,10 @@ def run_script(settings: TrainSettings, command: str, stop: StopSignals) -> int:
         return fail(error, settings, monitor, code=2)
     try:
         if accelerator.is_main_process:
-            print(describe_plan(run, plan), flush=True)
+            lines = training_lines(run, stretches.num_steps, accelerator.num_processes)
+            print(describe_plan(run, plan, lines), flush=True)
+            for line in training_warnings(run, stretches.num_steps):
+                logger.warning(line)
             write_json(run.output_dir / "plan.json", plan)
         if not settings.plan_only:
             progress = Progress(monitor, shown=accelerator.is_main_process and settings.log_level != "error")

@@ -91,7 +91,7 @@ def generate_images(
                 except ValueError as error:
                     raise ValueError(
                         f"{family.pipeline_class.__name__} makes no images with these settings ({error}); correct "
-                        "--resolution, or pipeline_kwargs in the model's blockskip_defaults.json."
+                        "--validation_resolution, or pipeline_kwargs in the model's blockskip_defaults.json."
                     ) from error
                 if progress is not None:
                     progress(len(part))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from ..loading.models import empty_model
 from ..lora import WEIGHTS_NAME
 from ..selection import Selection
 from ..utils.errors import UserError, first_line
-from ..utils.formatting import format_bytes
+from ..utils.formatting import fit_lines, format_bytes
 from ..utils.machine import is_first_process
 from .budget import MEMORY_OPTIONS, fit_budget, largest_stage
 from .description import format_plan
@@ -74,7 +75,7 @@ def plan_for(run: Run, dtype: torch.dtype, num_processes: int) -> dict[str, Any]
         validation_batch_size=settings.num_validation_images,
         validation_resolution=run.image_size if run.makes_images else None,
         class_batch_size=settings.sample_batch_size if settings.with_prior_preservation else None,
-        class_resolution=run.image_size,
+        class_resolution=run.class_image_size,
         validation_extra_bytes=_weights_bytes(family, dtype),
         bytes_elsewhere=run.bytes_elsewhere(dtype, num_processes),
         selection=run.selection,
@@ -184,8 +185,14 @@ def streams_text(plan: dict[str, Any]) -> bool:
     return any(stage.get("streamed", False) for stage in plan["stages"])
 
 
-def describe_plan(run: Run, plan: dict[str, Any]) -> str:
-    """The first screen: what happens, on what, in how much memory, and what is written where."""
+def describe_plan(run: Run, plan: dict[str, Any], further: Sequence[str] = ()) -> str:
+    """The first screen: what happens, on what, in how much memory, and what is written where.
+
+    Args:
+        run: The run to carry out.
+        plan: Its plan.
+        further: Lines of how it trains.
+    """
     settings = run.settings
     own_photos = settings.dataset_name or "instance_data_dir" in settings.given
     photos = (
@@ -196,27 +203,27 @@ def describe_plan(run: Run, plan: dict[str, Any]) -> str:
     model = f"{run.model_name} ({run.family.name})"
     lines = []
     if run.embedded:
-        lines.append("No --pretrained_model_name_or_path: using the embedded model, a small real FLUX pipeline.")
+        lines.append("No --pretrained_model_name_or_path: the embedded model, a small FLUX, is used.")
         if not own_photos:
-            lines.append("No --instance_data_dir: using the embedded photos of a subject it has never seen.")
+            lines.append("No --instance_data_dir: the embedded photos of a subject it never saw are used.")
     folder = run.output_dir
-    outputs = {
-        "LoRA": str(folder / WEIGHTS_NAME),
-        "page and files": f"{folder / 'report.html'}, README.md, plan.json, run_report.json",
-        "checkpoints": f"{folder / 'checkpoint-N'}, every {settings.checkpointing_steps} steps",
-    }
+    written = [WEIGHTS_NAME, "report.html", "README.md", "plan.json", "run_report.json"]
+    written.append(f"checkpoint-N every {settings.checkpointing_steps} steps")
     if settings.report_to:
-        outputs["tracker logs"] = f"{folder / settings.logging_dir} ({','.join(settings.report_to)})"
-    if run.uses_store:
-        outputs["records"] = str(run.residual_dir) + ("" if settings.residual_dir else " (removed at the end)")
+        written.append(f"{settings.logging_dir} ({','.join(settings.report_to)})")
+    if run.uses_store and not settings.residual_dir:
+        written.append(f"{run.residual_dir.name} (until the end)")
+    outputs = {f"in {folder}": ", ".join(written)}
+    if run.uses_store and settings.residual_dir:
+        outputs["records"] = str(run.residual_dir)
     if settings.push_to_hub:
         outputs["upload"] = settings.hub_model_id or folder.resolve().name
     first, rest = format_plan(plan, model=model, outputs=outputs).split("\n", 1)
     if run.shares_weights:
         rest = f"Sharing  the processes divide the frozen weights of kept blocks (FSDP2)\n{rest}"
     summary = summarize_photos(run.photos, run.patch.shapes)
-    lines += [first, summary.describe(str(photos), settings.instance_prompt or ""), rest]
-    return "\n".join(lines)
+    lines += [first, summary.describe(str(photos), settings.instance_prompt or ""), *further, rest]
+    return fit_lines("\n".join(lines))
 
 
 __all__ = ["describe_plan", "make_plan", "plan_for", "planned_batch_size", "planned_vae", "streams_text"]

@@ -135,7 +135,7 @@ class Validation:
                 vae=vae,
                 negative=None if negative is None else embeds[negative],
                 seeds=self._seeds,
-                pipeline_kwargs=self._run.pipeline_kwargs,
+                pipeline_kwargs=self._run.image_kwargs,
                 images_at_once=self._images_at_once,
                 placement=self._placement,
                 progress=made,

@@ -11,10 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from .errors import UserError
-
-
-FSDP_SWITCH = "ACCELERATE_USE_FSDP"
-"""What accelerate's launcher sets for a config with ``distributed_type: FSDP``."""
+from .launcher import FSDP_SWITCH, check_launcher
 
 
 @contextmanager
@@ -37,8 +34,9 @@ def start_accelerator(mixed_precision: str | None, *, plan_only: bool = False, *
         **settings: Further arguments of ``Accelerator``.
 
     Raises:
-        UserError: if this machine cannot compute in that precision.
+        UserError: if this machine cannot compute in that precision, or accelerate's config asks for what no run does.
     """
+    check_launcher(mixed_precision)
     try:
         with _without_fsdp():
             accelerator = Accelerator(mixed_precision=mixed_precision, **settings)
@@ -55,4 +53,4 @@ def weight_dtype(accelerator: Accelerator) -> torch.dtype:
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
 
-__all__ = ["FSDP_SWITCH", "start_accelerator", "weight_dtype"]
+__all__ = ["start_accelerator", "weight_dtype"]

@@ -2,6 +2,23 @@
 
 from __future__ import annotations
 
+import textwrap
+
+
+LABEL_WIDTH = 9
+"""Columns of the label that a line of a run's first screen begins with."""
+
+
+def fit_lines(text: str, width: int = 80) -> str:
+    """Lines of a first screen broken to ``width`` columns, what goes on below the text and not below the label."""
+    indent = " " * LABEL_WIDTH
+    return "\n".join(
+        textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+        if len(line) > width
+        else line
+        for line in text.splitlines()
+    )
+
 
 def format_bytes(count: float | None) -> str:
     """Bytes for people, in binary units: ``1.91 GiB``, ``640 MiB``, and a dash for unknown."""

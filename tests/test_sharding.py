@@ -109,8 +109,8 @@ def test_every_family_computes_the_same_with_shared_weights(tmp_path: Path):
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "asks for DeepSpeed"),
-        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP in version 1; set fsdp_version: 2"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "distributed_type: DEEPSPEED, which no run can follow"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "fsdp_version: 1, which no run can follow: set fsdp_version: 2"),
         ({**SHARED, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "give --gradient_checkpointing"),
         ({**SHARED, "FSDP_OFFLOAD_PARAMS": "true"}, "skip more blocks"),
         ({**SHARED, "FSDP_RESHARD_AFTER_FORWARD": "false"}, "needs more memory than whole weights"),

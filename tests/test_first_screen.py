@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import launch
+from PIL import Image
 
 from blockskip_hooks.cli.arguments import build_parser, parse_args
 from blockskip_hooks.cli.first_screen import training_lines
@@ -344,6 +346,63 @@ def test_the_first_screen_fits_a_terminal(capsys):
         "Images   2 of each of 4 prompts, 64 px, at the end",
     ):
         assert said in text
+
+
+# Pages to be shared
+
+
+@pytest.fixture(scope="module")
+def shared(model: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a short run that was told to write into the folder it was started in."""
+    folder = tmp_path_factory.mktemp("somewhere") / "my dog"
+    folder.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        flags = ("--skip_blocks", "1,1", "--max_train_steps", "2", "--num_validation_images", "1")
+        flags += ("--validation_prompt", "a sks dog", "a sks dog at night", "--validation_resolution", "64")
+        script.train(model, photos, Path("."), *flags)
+    return folder
+
+
+def test_a_run_into_the_folder_of_now_has_a_title(shared: Path):
+    card = (shared / "README.md").read_text()
+    assert "# my dog\n" in card and 'load_lora_weights("my dog")' in card
+    images = [Image.open(shared / f"image_{number}.png").size for number in range(2)]
+    assert images == [(64, 64)] * 2
+
+
+def test_pages_to_be_shared_hold_no_folders_of_the_machine(shared: Path, model: Path, photos: Path):
+    for page in ("README.md", "report.html"):
+        text = (shared / page).read_text()
+        assert [str(path) for path in (shared.parent, model.parent, photos.parent) if str(path) in text] == []
+    assert json.loads((shared / "run_report.json").read_text())["settings"]["instance_data_dir"] == str(photos)
+    assert "run_report.json has them in full" in (shared / "report.html").read_text()
+
+
+def test_the_page_lists_the_settings_in_use_with_what_they_came_to(shared: Path):
+    listed = dict(
+        re.findall('<tr><th scope="row">([a-z_0-9]+)</th><td>(.*)</td></tr>', (shared / "report.html").read_text())
+    )
+    came_to = {
+        "mixed_precision": "no",
+        "max_train_steps": "2",
+        "stretch_steps": "1",
+        "refresh_residuals": "True",
+        "residual_dir": "residuals",
+        "patch_sampling": "dynamic",
+        "min_patch_size": "32",
+        "max_patch_size": "64",
+        "validation_prompt": "a sks dog | a sks dog at night",
+        "validation_resolution": "64",
+        "guidance_scale": "3.5",
+        "instance_data_dir": "dog",
+        "learning_rate": "0.01",
+    }
+    assert {name: listed.get(name) for name in came_to} == came_to
+    assert int(listed["precompute_batch_size"]) >= 1 and listed["lora_layers"].startswith("attn.to_k")
+    left_out = "complex_human_instruction system_prompt prodigy_beta3 class_prompt num_class_images lr_power"
+    assert [name for name in (*left_out.split(), "hub_model_id", "num_train_epochs") if name in listed] == []
+    assert set(listed.values()).isdisjoint({"–", "None", ""})
 
 
 def test_long_lines_go_on_below_their_text():

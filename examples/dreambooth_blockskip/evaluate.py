@@ -56,7 +56,7 @@ from blockskip_hooks.evaluation.report import (
 from blockskip_hooks.inference.image_encoders import ENCODER_NAMES, ImageEncoder, load_image_encoder
 from blockskip_hooks.inference.lora_files import lora_file
 from blockskip_hooks.inference.streamed_model import add_model_flags, check_loras, image_settings
-from blockskip_hooks.utils.files import write_json, write_text
+from blockskip_hooks.utils.files import expand_home, home_path, write_json, write_text
 
 
 NO_LORA = "none"
@@ -69,20 +69,27 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_model_flags(parser)
     flag = parser.add_argument
-    flag("--lora_weights", nargs="+", default=[NO_LORA], help="LoRAs, files or folders; none is the model without.")
+    flag(
+        "--lora_weights",
+        nargs="+",
+        type=expand_home,
+        default=[NO_LORA],
+        help="LoRAs, files or folders; none is the model without.",
+    )
     flag("--subject", help=f"Embedded subject, for the embedded model; default: {DEFAULT_SUBJECT}.")
-    flag("--instance_data_dir", type=Path, help="Folder of the subject's photos.")
+    flag("--instance_data_dir", type=home_path, help="Folder of the subject's photos.")
     flag("--instance_prompt", help='Prompt of training: "a photo of sks dog" makes "sks dog" of the {} in prompts.')
     flag("--class_phrase", help='What CLIP reads for the subject: "a dog"; default: what the model reads.')
     flag(
         "--class_kind", choices=CLASS_KINDS, help="Which of the shipped prompts: of things, or of people and animals."
     )
-    flag("--prompts", type=Path, help="File of other prompts, one on a line, {} for the subject.")
+    flag("--prompts", type=home_path, help="File of other prompts, one on a line, {} for the subject.")
     flag("--images_per_prompt", type=int, help="Images of each prompt, with seeds from 0 on; default: 4.")
     flag("--seeds", nargs="+", type=int, help="Seeds of each prompt's images, instead of --images_per_prompt.")
     flag(
         "--encoders",
         nargs="+",
+        type=expand_home,
         help=f"Image encoders: {', '.join(ENCODER_NAMES)}, hub ids or folders; default: dino clip. The first one "
         "measures the diversity.",
     )
@@ -91,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--guidance_scale", type=float, help="Guidance of the pipeline; default: its own.")
     flag("--true_cfg_scale", type=float, help="Guidance by a negative prompt, of pipelines that have both kinds.")
     flag("--images_at_once", type=int, help="Images in one forward; default: by their size.")
-    flag("--output_dir", type=Path, default=Path("evaluation"), help="Folder for images and results.")
+    flag("--output_dir", type=home_path, default=Path("evaluation"), help="Folder for images and results.")
     return parser
 
 

@@ -32,6 +32,7 @@ from blockskip_hooks.planning.stages import PlanRequest, plan_run
 from blockskip_hooks.search.tables import find_table, read_table
 from blockskip_hooks.selection import Selection, select_blocks
 from blockskip_hooks.training.sharding import bytes_elsewhere
+from blockskip_hooks.utils.files import expand_home
 from blockskip_hooks.utils.formatting import format_bytes
 
 
@@ -48,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--skip_blocks", default="auto", help="Blocks to skip: none, auto, N in all, or n,m (leading,trailing).")
     flag("--skip_ratio", type=float, default=0.3, help="Part of all blocks that --skip_blocks auto skips.")
     flag("--skip_budget", help="Bytes of parameters that --skip_blocks auto frees instead, like 10GiB.")
-    flag("--selection_table", help="Table that says which blocks to skip, from select_blocks.py.")
+    flag("--selection_table", type=expand_home, help="Table that says which blocks to skip, from select_blocks.py.")
     flag("--resolution", type=int, default=512, help="Largest patch in pixels.")
     flag("--training_resolution", type=int, help="Side trained at; default: half of --resolution if blocks skip.")
     flag("--rank", type=int, default=4, help="Rank of the LoRA matrices.")

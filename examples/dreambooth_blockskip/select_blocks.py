@@ -55,7 +55,7 @@ from blockskip_hooks.search.measure import (
 )
 from blockskip_hooks.search.picture import draw_images, draw_table, masked_variants
 from blockskip_hooks.search.tables import cache_file, read_table
-from blockskip_hooks.utils.files import write_json
+from blockskip_hooks.utils.files import expand_home, home_path, write_json
 from blockskip_hooks.utils.formatting import format_seconds
 
 
@@ -72,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag(
         "--lora_weights",
         nargs="+",
-        type=Path,
+        type=home_path,
         default=[],
         help="LoRAs of subjects, files or folders; needs --prompts.",
     )
@@ -80,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--prompts", nargs="+", help="One prompt for each LoRA, or prompts for the base model; default: some classes."
     )
     flag("--seeds", nargs="+", type=int, default=list(DEFAULT_SEEDS), help="Seeds of each subject's images.")
-    flag("--encoder", help=f"Image encoder: hub id, folder, or offline; default: {DEFAULT_ENCODER}.")
+    flag("--encoder", type=expand_home, help=f"Image encoder: hub id, folder, or offline; default: {DEFAULT_ENCODER}.")
     flag("--resolution", type=int, help="Side of the images in pixels; default: 512, or what the model asks for.")
     flag("--num_inference_steps", type=int, default=DEFAULT_STEPS, help="Denoising steps of the images.")
     flag("--search_stride", type=int, default=1, help="Measure every how many blocks, then closer where it counts.")
@@ -88,7 +88,9 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--images_at_once", type=int, help="Images in one forward; default: by their size.")
     flag("--stream_blocks", action="store_true", help="Read blocks from the files as they run, whatever is free.")
     flag("--no_cache", action="store_true", help="Do not keep the table where --skip_blocks auto looks for it.")
-    flag("--output_dir", type=Path, default=Path("block-selection"), help="Folder for the table and the pictures.")
+    flag(
+        "--output_dir", type=home_path, default=Path("block-selection"), help="Folder for the table and the pictures."
+    )
     return parser
 
 

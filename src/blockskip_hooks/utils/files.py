@@ -28,6 +28,11 @@ def expand_home(text: str) -> str:
     return os.path.expanduser(text)
 
 
+def home_path(text: str) -> Path:
+    """The same as a path."""
+    return Path(expand_home(text))
+
+
 def sync(path: Path) -> None:
     """Make a file's contents, or a folder's names, outlast a power cut."""
     if os.name == "nt" and path.is_dir():

@@ -178,7 +178,7 @@ RESUME_CASES: dict[str, Case] = {
         {**_DONE, RESUME: state(made_with={"skip": [0, 1]})},
         [RESUME, "--skip_blocks 0,1", "skips 1,1"],
     ),
-    "other weights": ({**_DONE, RESUME: state(made_with={"weights": "0"})}, [RESUME, "other weights"]),
+    "other weights": ({**_DONE, RESUME: state(made_with={"base_weights": "0"})}, [RESUME, "other weights"]),
     "a text encoder": ({**_DONE, "--train_text_encoder": True}, [RESUME, "without --train_text_encoder"]),
     "another seed": ({**_DONE, "--seed": "1"}, ["--seed 1"]),
     "another model": (

@@ -33,6 +33,11 @@ def load_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
+def is_absent(index: Mapping[str, Any], component: str) -> bool:
+    """Whether a ``model_index.json`` gives a component no class, as pipelines save what they were made without."""
+    return (index.get(component) or [None])[0] is None
+
+
 def diffusers_class(name: str) -> Any:
     """A class of diffusers, which is imported when it is asked for.
 

@@ -15,6 +15,8 @@ from ..utils.errors import UserError, first_line
 
 
 _COMMIT = re.compile("[0-9a-f]{40}")
+# A variant comes before or behind the numbers of a shard.
+_VARIANT = re.compile(r"[\w-]*?model(?:-\d+-of-\d+)?\.(\w+?)(?:-\d+-of-\d+)?\.safetensors")
 
 
 def resolve_model(
@@ -39,6 +41,11 @@ def resolve_model(
     """
     if Path(name).is_dir():
         return Path(name)
+    if Path(name).is_file():
+        raise ValueError(
+            f"--pretrained_model_name_or_path {name} is a single file, and a model is a folder in diffusers' layout; "
+            "make one of it with from_single_file and save_pretrained, as docs/troubleshooting.md shows."
+        )
     verbosity = diffusers.logging.get_verbosity()
     # The error below says in one line what the library would warn of.
     diffusers.logging.set_verbosity(diffusers.logging.CRITICAL)
@@ -85,6 +92,12 @@ def check_weights(model_path: Path, text_components: Sequence[str], variant: str
         files = [path.name for path in (model_path / name).glob("*.safetensors")]
         if not files:
             raise UserError(f"--pretrained_model_name_or_path {model_path}: {name} holds no safetensors weights.")
+        variants = {match[1] for file in files if (match := _VARIANT.fullmatch(file))}
+        if not variant and not any(_VARIANT.fullmatch(file) is None for file in files):
+            raise UserError(
+                f"--pretrained_model_name_or_path {model_path}: {name} holds only the variant "
+                f"{', '.join(sorted(variants))} of its weights; give --variant {min(variants)}."
+            )
         # The transformer's reader takes weights without the variant where there are no others.
         if variant and name != "transformer" and not any(f".{variant}" in file for file in files):
             raise UserError(f"--variant {variant}: {model_path / name} has no such weights, only {', '.join(files)}.")

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..loading.checkpoint_index import tensor_shapes
 from ..lora import WEIGHTS_NAME
-from ..residuals.store import folder_digest
+from ..utils.digests import folder_digest
 from ..utils.errors import UserError
 from .checkpoints import OPTIMIZER_NAME, SCHEMA, read_state
 from .run import Run
@@ -30,7 +30,8 @@ def made_with(run: Run) -> dict[str, Any]:
     return {
         "skip": [run.config.leading, run.config.trailing],
         "optimizer": run.settings.optimizer.lower() + (" of 8 bits" if run.settings.use_8bit_adam else ""),
-        "weights": folder_digest(run.family.model_path / "transformer"),
+        # Checkpoints of before have a digest under "weights" that most tensors were no part of.
+        "base_weights": folder_digest(run.family.model_path / "transformer"),
     }
 
 
@@ -51,6 +52,12 @@ def check_checkpoint(checkpoint: Path, run: Run) -> None:
     damaged = [name for name, kind in _FIELDS.items() if not isinstance(state.get(name, ...), kind)]
     if damaged:
         raise UserError(f"{where} is damaged: its state lacks {', '.join(damaged)}; name another one.")
+    wanted = run.settings.max_train_steps
+    if wanted is not None and state["step"] > wanted:
+        raise UserError(
+            f"{where} has trained {state['step']} steps, more than --max_train_steps {wanted}; give more, or start "
+            "anew in another --output_dir."
+        )
     if run.settings.seed not in (None, state["seed"]):
         raise UserError(
             f"--seed {run.settings.seed} is not the seed of {checkpoint}, {state['seed']}; leave the flag out."
@@ -73,7 +80,7 @@ def check_checkpoint(checkpoint: Path, run: Run) -> None:
             f"{where} was made with the optimizer {then['optimizer']}, and this run's is {now['optimizer']}; use the "
             "settings it was made with, or start anew in another --output_dir."
         )
-    if then.get("weights", now["weights"]) != now["weights"]:
+    if then.get("base_weights", now["base_weights"]) != now["base_weights"]:
         raise UserError(
             f"{where} was made on other weights than those of {run.model_name}; name the model it was made on, or "
             "start anew in another --output_dir."

@@ -17,11 +17,13 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from safetensors import safe_open
 
-from blockskip_hooks.training.trainer import Trainer
-from blockskip_hooks.training.validation import Validation
+from blockskip_hooks.training import validation
+from blockskip_hooks.training.history import History
+from blockskip_hooks.training.records import RecordSource
 from tests import script
 from tests.script import WEIGHTS, assert_same_weights, losses, weights
 from tests.tiers import fast_first
@@ -186,13 +188,14 @@ def unfinished(finished: Path, tmp_path: Path) -> Path:
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Numbers of the optimiser steps that are really made."""
     steps: list[int] = []
-    original = Trainer._finish_step
+    original = History.end_step
 
-    def spy(self, *args):
-        original(self, *args)
-        steps.append(self.step)
+    def spy(self):
+        step = original(self)
+        steps.append(step.number)
+        return step
 
-    monkeypatch.setattr(Trainer, "_finish_step", spy)
+    monkeypatch.setattr(History, "end_step", spy)
     return steps
 
 
@@ -275,18 +278,19 @@ def test_without_an_output_dir_it_is_the_familys_with_rank_and_alpha_in_the_file
 
 @pytest.mark.slow
 def test_validation_images_are_made_every_few_epochs_and_at_the_end(
-    tiny: TinyFamily, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: TinyFamily, photos: Path, tmp_path: Path, trained: list[int], monkeypatch: pytest.MonkeyPatch
 ):
     """Three photos at a batch size of one: an epoch is three steps."""
     calls: list[tuple[int, bool]] = []
-    original = Validation._images
+    original = validation.generate_images
 
-    def spy(self, prompts, *, with_adapters):
-        assert prompts == ["a photo on the beach"]
-        calls.append((self.trainer.step, with_adapters))
-        return original(self, prompts, with_adapters=with_adapters)
+    def spy(embeds, **settings):
+        # Without its LoRA the transformer is the base model.
+        layers = [m for m in settings["model"].transformer.modules() if isinstance(m, BaseTunerLayer)]
+        calls.append((trained[-1], not layers[0].disable_adapters))
+        return original(embeds, **settings)
 
-    monkeypatch.setattr(Validation, "_images", spy)
+    monkeypatch.setattr(validation, "generate_images", spy)
     flags = ("--validation_prompt", "a photo on the beach", "--validation_epochs", "1", "--num_validation_images", "1")
     output = launch(tiny, *OPTIMIZER, *flags, photos=photos, output=tmp_path, steps=7)
     # The base model's images, made once, stand beside the first ones.
@@ -304,14 +308,13 @@ def test_a_dataset_of_pictures_and_captions_trains(
     rows = [{"file_name": name, "text": caption} for name, caption in captions.items()]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     prompts: list[str] = []
-    original = Trainer._batch
+    original = RecordSource.complete
 
-    def spy(self, *args):
-        batch = original(self, *args)
+    def spy(self, batch):
         prompts.extend(batch.prompts)
-        return batch
+        original(self, batch)
 
-    monkeypatch.setattr(Trainer, "_batch", spy)
+    monkeypatch.setattr(RecordSource, "complete", spy)
     flags = ["--dataset_name", str(folder), "--image_column", "image", "--caption_column", "text"]
     flags += ["--cache_dir", str(tmp_path / "cache")]
     output = launch(tiny, *OPTIMIZER, *flags, output=tmp_path / "out", steps=3)

@@ -27,6 +27,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from .blocks import Block, list_blocks, split_blocks
 from .config import BlockSkipConfig
 from .state import BlockSkipState, SkipMode
+from .utils.errors import UserError
 
 
 PLACEHOLDER_HOOK = "blockskip_placeholder"
@@ -159,7 +160,7 @@ class PlaceholderHook(ModelHook):
         for place in (slice(0, length), slice(-length, None)):
             if torch.equal(whole[:, place], part):
                 return place
-        raise ValueError(
+        raise UserError(
             f"{self.block_name} receives {whole.shape[1]} tokens after a block that returned {length}, and these are "
             "neither its first nor its last; choose spans that do not cross this border."
         )

@@ -15,7 +15,7 @@ from ..data.photos import PhotoSet
 from ..data.sample_plan import Sample, SampleKind, SamplePlan, derived_seed
 from ..families import Family, PromptEmbeds
 from ..families.prompts import place_embeds
-from ..hooks import SpanResiduals
+from ..state import SpanResiduals
 from .dtype import ResidualDtype, unpack_record
 from .store import DamagedRecord, Record, ResidualStore
 

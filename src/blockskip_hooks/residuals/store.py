@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..utils.digests import fingerprint
 from ..utils.files import save_tensors, write_json
 
 
@@ -50,12 +51,6 @@ def checksum(record: Record) -> int:
         data = record[name].contiguous().reshape(-1).view(torch.uint8).numpy().data
         value = zlib.crc32(data, zlib.crc32(f"{name} {record[name].dtype}".encode(), value))
     return value
-
-
-def fingerprint(description: Mapping[str, Any]) -> str:
-    """A digest of everything records depend on, given as JSON-able values."""
-    canonical = json.dumps(description, sort_keys=True, default=str)
-    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:

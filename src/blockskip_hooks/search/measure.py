@@ -24,14 +24,13 @@ from ..inference.streamed_model import (
 )
 from ..loading.component_config import load_config
 from ..selection import best_pairs
-from ..utils.digests import folder_digest
+from ..utils.digests import fingerprint, folder_digest
 from ..utils.machine import versions
 from .masking_search import (
     NOTHING,
     RATIOS,
     MaskedImages,
     Subject,
-    fingerprint,
     inner_runs,
     leading_run,
     search_curves,
@@ -144,7 +143,7 @@ def open_search(request: SearchRequest) -> MaskedImages:
         negative=negative,
         pipeline_kwargs=request.pipeline_kwargs,
         batch_size=request.images_at_once,
-        store=request.folder / f"masked-{fingerprint(request.describe())}.safetensors",
+        store=request.folder / f"masked-{fingerprint(request.describe())[:16]}.safetensors",
     )
 
 

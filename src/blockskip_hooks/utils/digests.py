@@ -1,10 +1,11 @@
-"""Digests of files: two models whose weights differ in one tensor are never taken for each other."""
+"""Digests of files and descriptions: models whose weights differ in one tensor are never taken for each other."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,6 +31,11 @@ def folder_digest(folder: Path) -> str:
     """A digest of a model component: its config and weight files."""
     files = sorted(path for path in folder.rglob("*") if path.suffix in _MODEL_FILES)
     return hashlib.sha256("".join(f"{path.name}:{file_digest(path)}" for path in files).encode()).hexdigest()
+
+
+def fingerprint(description: Mapping[str, Any]) -> str:
+    """A digest of everything that a result depends on, given as JSON-able values."""
+    return hashlib.sha256(json.dumps(description, sort_keys=True, default=str).encode()).hexdigest()
 
 
 @functools.lru_cache(maxsize=1024)
@@ -65,4 +71,4 @@ def _add(digest: Any, file: BinaryIO, begin: int, length: int) -> None:
         length -= len(content)
 
 
-__all__ = ["file_digest", "folder_digest"]
+__all__ = ["file_digest", "fingerprint", "folder_digest"]

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from .config import BlockSkipConfig
+from .utils.errors import UserError
 
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def parse_skip_blocks(text: str, num_blocks: int | None = None) -> tuple[int, in
         return "none"
     match = re.fullmatch(r"([0-9]{1,9})(?:\s*,\s*([0-9]{1,9}))?", word, re.ASCII)
     if match is None:
-        raise ValueError(
+        raise UserError(
             f"--skip_blocks is '{text}'; give none, auto, a number of blocks (10) or leading,trailing (4,6)."
         )
     if match[2] is not None:
@@ -83,7 +84,7 @@ def parse_skip_blocks(text: str, num_blocks: int | None = None) -> tuple[int, in
         return leading, trailing
     skipped = int(match[1])
     if num_blocks is not None and skipped >= num_blocks:
-        raise ValueError(
+        raise UserError(
             f"--skip_blocks {skipped} leaves none of {num_blocks} blocks to train; give at most {num_blocks - 1}."
         )
     return skipped

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from ..utils.errors import first_line, one_line
+from ..utils.errors import UserError, first_line, one_line
 from .photo import Photo, ShowProgress, names
 
 
@@ -38,7 +38,7 @@ def check_photos(photos: Sequence[Photo], where: str, progress: ShowProgress) ->
             image, ignored_profile = photo.read()
             # Web pages are full of them, and a download of photos brings them along.
             if image.size == (1, 1):
-                raise ValueError("a single pixel")
+                raise UserError("a single pixel")
         except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ...: all mean the same here
             broken.append(f"{one_line(photo.name)} ({_reason(photo, error)})")
             continue
@@ -50,7 +50,7 @@ def check_photos(photos: Sequence[Photo], where: str, progress: ShowProgress) ->
             black.append(photo.name)
     if broken:
         count = "1 image" if len(broken) == 1 else f"{len(broken)} images"
-        raise ValueError(f"{where}: {count} cannot be read: {', '.join(broken)}; replace or remove.")
+        raise UserError(f"{where}: {count} cannot be read: {', '.join(broken)}; replace or remove.")
     same = [" = ".join(group) for group in copies.values() if len(group) > 1]
     for found, problem in (
         (plain, "taken as sRGB, because their colour profile cannot be applied"),

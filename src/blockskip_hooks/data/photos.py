@@ -9,6 +9,7 @@ import logging
 from functools import partial
 from pathlib import Path
 
+from ..utils.errors import UserError
 from .buckets import nearest_bucket
 from .captions import add_captions
 from .checks import check_photos
@@ -42,7 +43,7 @@ def scan_photos(
     """
     paths = image_paths(folder) if folder.is_dir() else []
     if not paths:
-        raise ValueError(no_photos(folder, flag))
+        raise UserError(no_photos(folder, flag))
     where = f"{flag} {folder}"
     for reason, found in left_out(folder).items():
         logger.warning("%s: left out %s (%s).", where, names(found), reason)

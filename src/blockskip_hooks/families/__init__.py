@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..layouts import TransformerLayout, announce_transformer
+from ..utils.errors import UserError
 
 
 if TYPE_CHECKING:
@@ -87,19 +88,19 @@ def detect_family(model_path: Path) -> type[Family]:
     try:
         index = json.loads(index_file.read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"{where} is not a diffusers pipeline: {index_file.name} cannot be read ({type(error).__name__})."
         ) from error
     pipeline = str(index.get("_class_name")) if isinstance(index, dict) else "None"
     if pipeline not in FAMILIES:
-        raise ValueError(f"{where} is a {pipeline}; supported are {', '.join(FAMILIES)}.")
+        raise UserError(f"{where} is a {pipeline}; supported are {', '.join(FAMILIES)}.")
     family = FAMILIES[pipeline]
     # A component without a class in the index comes from elsewhere.
     optional = {name for name in family.text_components if (index.get(name) or [None])[0] is None}
     components = {"transformer", "vae", "scheduler", *family.text_components} - optional
     missing = sorted(name for name in components if not (model_path / name).is_dir())
     if missing:
-        raise ValueError(f"{where} lacks the folder(s) {', '.join(missing)}.")
+        raise UserError(f"{where} lacks the folder(s) {', '.join(missing)}.")
     family.find_pipeline_class()
     return family
 

@@ -13,6 +13,7 @@ import diffusers
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from ..utils.errors import UserError
 from .facts import ComfyUIFormat, FamilyFacts, Flag, PromptEmbeds
 
 
@@ -213,8 +214,8 @@ class Family(FamilyFacts):
         """``embeds`` (with a batch dimension) with the trained encoders' part computed anew, with gradients."""
         raise self._no_trained_text()
 
-    def _no_trained_text(self) -> ValueError:
-        return ValueError(f"--train_text_encoder is not available for {self.name}; leave it out.")
+    def _no_trained_text(self) -> UserError:
+        return UserError(f"--train_text_encoder is not available for {self.name}; leave it out.")
 
     # Images and export
 

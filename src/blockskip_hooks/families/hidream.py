@@ -13,6 +13,7 @@ import torch
 
 from ..layouts import BlockLayout
 from ..loading.component_config import defining_module
+from ..utils.errors import UserError
 from .base import ComfyUIFormat, Family, Flag, PromptEmbeds
 
 
@@ -136,7 +137,7 @@ class HiDream(Family):
             try:
                 components[component] = load(self.flags[flag])
             except (OSError, ValueError) as error:
-                raise ValueError(
+                raise UserError(
                     f"--{flag} {self.flags[flag]} cannot be loaded ({str(error).splitlines()[0]}); name a folder with "
                     "Llama 3.1 8B Instruct, or a hub id that you have access to."
                 ) from error

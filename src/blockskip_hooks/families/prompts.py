@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from diffusers.training_utils import free_memory
 
 from ..loading.text_encoders import large_encoders
+from ..utils.errors import UserError
 from ..utils.progress import StageProgress, listed
 from . import Family, PromptEmbeds
 from .base import no_progress_bar
@@ -51,7 +52,7 @@ def check_embeds(
             # Axes of tokens are as long as the prompt.
             sizes = zip(shorter[name].shape, longer[name].shape, embedded[name].shape)
             if any(first == second != size for first, second, size in sizes):
-                raise ValueError(
+                raise UserError(
                     f"--pretrained_model_name_or_path {family.model_path}: its text encoders make {name} of shape "
                     f"{tuple(embedded[name].shape)}, and its transformer takes {tuple(longer[name].shape)} for 2 "
                     "tokens; they are of different models."
@@ -108,7 +109,7 @@ def encode_prompts(
         # Copies, because a view would keep all of what it is a part of.
         embeds[prompt] = {name: tensor.clone() for name, tensor in encoded.items()}
         if not all(bool(tensor.isfinite().all()) for tensor in encoded.values()):
-            raise ValueError(
+            raise UserError(
                 f"The text encoders make embeddings that are not finite of the prompt '{prompt[:80]}'; give another "
                 "--mixed_precision, or check the encoders' files."
             )

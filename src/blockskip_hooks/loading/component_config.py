@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import diffusers
 
-from ..utils.errors import first_line
+from ..utils.errors import UserError, first_line
 
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def diffusers_class(name: str) -> Any:
     try:
         return getattr(diffusers, name)
     except (AttributeError, ImportError, RuntimeError) as error:
-        raise ValueError(
+        raise UserError(
             f"This model needs {name}, which diffusers {diffusers.__version__} does not have "
             f"({first_line(error)}); install a version that has it, or name another model."
         ) from error
@@ -66,7 +66,7 @@ def model_class(config: Mapping[str, Any]) -> type[ModelMixin]:
     name = str(config.get("_class_name"))
     found = getattr(diffusers, name, None)
     if found is None:
-        raise ValueError(
+        raise UserError(
             f"--pretrained_model_name_or_path: the model names the class {name}, which diffusers "
             f"{diffusers.__version__} does not have; update diffusers or name another model."
         )

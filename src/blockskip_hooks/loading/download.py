@@ -11,7 +11,7 @@ import diffusers
 from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
 
-from ..utils.errors import first_line
+from ..utils.errors import UserError, first_line
 
 
 _COMMIT = re.compile("[0-9a-f]{40}")
@@ -50,7 +50,7 @@ def resolve_model(
         )
     except Exception as error:
         # The hub client raises many types for a missing id, a gated model, or no network.
-        raise ValueError(
+        raise UserError(
             f"--pretrained_model_name_or_path {name} is not a folder and could not be downloaded "
             f"({first_line(error)}); check the name, your access to it and the network."
         ) from error
@@ -84,7 +84,7 @@ def check_weights(model_path: Path, text_components: Sequence[str], variant: str
     for name in ("transformer", "vae", *with_weights):
         files = [path.name for path in (model_path / name).glob("*.safetensors")]
         if not files:
-            raise ValueError(f"--pretrained_model_name_or_path {model_path}: {name} holds no safetensors weights.")
+            raise UserError(f"--pretrained_model_name_or_path {model_path}: {name} holds no safetensors weights.")
         # The transformer's reader takes weights without the variant where there are no others.
         if variant and name != "transformer" and not any(f".{variant}" in file for file in files):
-            raise ValueError(f"--variant {variant}: {model_path / name} has no such weights, only {', '.join(files)}.")
+            raise UserError(f"--variant {variant}: {model_path / name} has no such weights, only {', '.join(files)}.")

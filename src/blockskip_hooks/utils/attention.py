@@ -10,6 +10,8 @@ import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 from torch.overrides import TorchFunctionMode
 
+from .errors import UserError
+
 
 Mask = Callable[[int, int], "torch.Tensor | None"]
 """From an attention's batch and sequence length to what may be seen, ``(1 or batch, 1, queries, keys)`` booleans."""
@@ -30,7 +32,7 @@ def masked_attention(module: torch.nn.Module, may_see: Mask, name: str) -> Itera
     with _native_attention(module), _MaskedProducts(may_see) as products:
         yield
     if not products.reached:
-        raise ValueError(
+        raise UserError(
             f"Text cannot be masked in {name}: its attention does not go through torch's "
             "scaled_dot_product_attention; give the transformer its default attention processors."
         )

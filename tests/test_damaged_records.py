@@ -104,6 +104,7 @@ def test_a_shard_that_goes_bad_in_training_is_computed_again(
     assert_same_weights(output, whole)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_gone_is_one_line_that_names_the_file(
     train, whole: Path, model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
@@ -139,6 +140,7 @@ def test_a_run_begun_again_computes_what_is_missing(train, whole: Path, tmp_path
     assert_same_weights(tmp_path / "second", whole)
 
 
+@pytest.mark.slow
 def test_a_shard_with_part_of_a_forward_gives_the_same_weights(train, whole: Path, tmp_path: Path):
     """Another run's forwards may have held other samples: what is there is neither written again nor mixed up."""
     train("--precompute_batch_size", "3", name="threes")

@@ -27,8 +27,8 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted({*ROOT.glob("*.md"), *DOCS.glob("*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("tools/*/*.md")})
 NOTEBOOK = ROOT / "examples" / "dreambooth_blockskip" / "blockskip_colab.ipynb"
-# Flags of other commands: torchrun, pip, .ci/run and the like.
-FOREIGN = {"--config_file", "--num_processes", "--check", "--fast"}
+# Flags of other commands: accelerate, torchrun, pip, .ci/run and the like.
+FOREIGN = {"--config_file", "--num_processes", "--check", "--fast", "--quiet"}
 
 
 def load_tool(name: str) -> ModuleType:
@@ -113,6 +113,13 @@ def test_commands_in_pages_name_scripts_that_exist():
     for page in PAGES:
         for script in re.findall(r"python ((?:examples|tools|benchmarks)/[\w/]+\.py)", page.read_text()):
             assert (ROOT / script).is_file(), f"{page.name}: {script}"
+
+
+def test_commands_in_pages_print_no_lines_of_accelerate():
+    """Without a config it names its default values first, and after an error it adds its own traceback."""
+    for page in (*PAGES, NOTEBOOK, *sorted((ROOT / "configs").glob("*.yaml"))):
+        text = page.read_text()
+        assert not re.findall(r"accelerate launch(?! --quiet)[^`]* (?:examples|configs)/\S+\.py", text), page
 
 
 def test_page_lists_what_a_family_may_override():

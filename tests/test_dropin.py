@@ -114,6 +114,7 @@ def test_the_basic_command_exports_a_lora_of_the_transformer(
     assert len(blocks(output)) == (tiny.num_blocks if spans == "none" else tiny.num_blocks - 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["flux-dev", "sd3"])
 def test_a_trained_text_encoder_is_in_the_same_file(name: str, photos: Path, tmp_path: Path):
     output = launch(TINY[name], *OPTIMIZER, "--train_text_encoder", photos=photos, output=tmp_path)
@@ -157,6 +158,7 @@ def test_sd3_trains_the_blocks_and_layers_that_are_named(
 # Checkpoints
 
 
+@pytest.mark.slow
 def test_old_checkpoints_go_when_the_limit_is_reached(tiny: TinyFamily, photos: Path, tmp_path: Path):
     flags = ("--checkpointing_steps=2", "--checkpoints_total_limit=2")
     assert checkpoints(launch(tiny, *flags, photos=photos, output=tmp_path, steps=6)) == {
@@ -216,6 +218,7 @@ def test_a_resumed_run_ends_at_max_train_steps_as_if_never_stopped(
     assert checkpoints(unfinished) == {"checkpoint-2", "checkpoint-4", "checkpoint-6"}
 
 
+@pytest.mark.slow
 def test_resuming_with_a_smaller_limit_removes_several_checkpoints(
     tiny: TinyFamily, spans: str, photos: Path, finished: Path, tmp_path: Path
 ):
@@ -227,6 +230,7 @@ def test_resuming_with_a_smaller_limit_removes_several_checkpoints(
     assert len(losses(output)) == 8
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_is_resumed_trains_no_further(
     tiny: TinyFamily, photos: Path, finished: Path, tmp_path: Path, trained: list[int], spans: str
 ):
@@ -238,6 +242,7 @@ def test_a_finished_run_that_is_resumed_trains_no_further(
     assert_same_weights(output, finished)
 
 
+@pytest.mark.slow
 def test_resuming_without_a_checkpoint_says_that_it_starts_anew(
     tiny: TinyFamily, photos: Path, tmp_path: Path, trained: list[int], caplog: pytest.LogCaptureFixture
 ):
@@ -271,6 +276,7 @@ def test_without_an_output_dir_it_is_the_familys_with_rank_and_alpha_in_the_file
     assert {value.shape[0] for name, value in weights(output).items() if "lora_A" in name} == {4}
 
 
+@pytest.mark.slow
 def test_validation_images_are_made_every_few_epochs_and_at_the_end(
     tiny: TinyFamily, photos: Path, tmp_path: Path, trained: list[int], monkeypatch: pytest.MonkeyPatch
 ):

@@ -161,6 +161,7 @@ def make_accelerator(run: Run) -> Accelerator:
         torch.backends.cuda.matmul.allow_tf32 = True
     return start_accelerator(
         settings.mixed_precision,
+        plan_only=settings.plan_only,
         # Steps are counted, whatever the loader is at: it reads ahead.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=settings.gradient_accumulation_steps, sync_with_dataloader=False
@@ -267,6 +268,7 @@ def load_data(
             keep_trainable=settings.train_text_encoder,
             streamed=streamed,
             progress=progress,
+            photos=sources["instance"].prompts(),
         )
     check_embeds(family, run.transformer_config, embeds, dtype)
     records_modulation = bool(run.recorded_layers)

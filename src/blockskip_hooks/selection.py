@@ -65,7 +65,7 @@ def parse_skip_blocks(text: str, num_blocks: int | None = None) -> tuple[int, in
         The word, the number, or the pair.
 
     Raises:
-        ValueError: if the text has another form or no block would be left to train.
+        UserError: if the text has another form or no block would be left to train.
     """
     word = text.strip().lower()
     if word == "auto":
@@ -119,7 +119,7 @@ def select_blocks(
         table: What is known of the model.
 
     Raises:
-        ValueError: if no block would be kept.
+        UserError: if no block would be kept.
     """
     choice = parse_skip_blocks(skip_blocks, num_blocks)
     if choice == "none":

@@ -37,7 +37,7 @@ def add_captions(photos: Sequence[Photo], folder: Path, where: str) -> list[Phot
         where: What names it in messages.
 
     Raises:
-        ValueError: listing every caption that cannot be read.
+        UserError: listing every caption that cannot be read.
     """
     files = _text_files(folder)
     broken: list[str] = []

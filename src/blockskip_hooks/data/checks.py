@@ -29,7 +29,7 @@ def check_photos(photos: Sequence[Photo], where: str, progress: ShowProgress) ->
         progress: Shows how far the work is.
 
     Raises:
-        ValueError: naming every photo that cannot be decoded.
+        UserError: naming every photo that cannot be decoded.
     """
     broken, checked, plain, black = [], [], [], []
     copies: dict[bytes, list[str]] = {}

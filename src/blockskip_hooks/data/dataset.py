@@ -43,7 +43,7 @@ def load_dataset_photos(
         progress: Shows how far the check is.
 
     Raises:
-        ValueError: if the dataset cannot be loaded, a column is missing or of the wrong kind, or listing every row
+        UserError: if the dataset cannot be loaded, a column is missing or of the wrong kind, or listing every row
             that cannot be decoded.
     """
     import datasets  # slow to import, and only this path needs it

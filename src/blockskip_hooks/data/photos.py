@@ -38,7 +38,7 @@ def scan_photos(
         progress: Shows how far the check is.
 
     Raises:
-        ValueError: if the folder is missing or holds no picture, or listing every picture or caption that cannot
+        UserError: if the folder is missing or holds no picture, or listing every picture or caption that cannot
             be read.
     """
     paths = image_paths(folder) if folder.is_dir() else []

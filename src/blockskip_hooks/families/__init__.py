@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..layouts import TransformerLayout, announce_transformer
+from ..loading.component_config import is_absent
 from ..utils.errors import UserError
 
 
@@ -80,7 +81,7 @@ def detect_family(model_path: Path) -> type[Family]:
     """The family of a pipeline folder.
 
     Raises:
-        ValueError: if the folder is not a pipeline, if no family supports the pipeline, or if the installed diffusers
+        UserError: if the folder is not a pipeline, if no family supports the pipeline, or if the installed diffusers
             does not have it.
     """
     where = f"--pretrained_model_name_or_path {model_path}"
@@ -95,8 +96,7 @@ def detect_family(model_path: Path) -> type[Family]:
     if pipeline not in FAMILIES:
         raise UserError(f"{where} is a {pipeline}; supported are {', '.join(FAMILIES)}.")
     family = FAMILIES[pipeline]
-    # A component without a class in the index comes from elsewhere.
-    optional = {name for name in family.text_components if (index.get(name) or [None])[0] is None}
+    optional = {name for name in family.optional_components if is_absent(index, name)}
     components = {"transformer", "vae", "scheduler", *family.text_components} - optional
     missing = sorted(name for name in components if not (model_path / name).is_dir())
     if missing:

@@ -49,6 +49,7 @@ class HiDream(Family):
         *("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4"),
         *("tokenizer", "tokenizer_2", "tokenizer_3", "tokenizer_4"),
     )
+    optional_components = ("text_encoder_4", "tokenizer_4")
     text_comes_first = False
     lora_layers = ("attn1.to_k", "attn1.to_q", "attn1.to_v", "attn1.to_out")
     modulation_layers = ("block.adaLN_modulation.1",)
@@ -120,7 +121,7 @@ class HiDream(Family):
         """Llama and its tokenizer where the model's folder lacks them, by pipeline component.
 
         Raises:
-            ValueError: naming the flag, if one cannot be loaded.
+            UserError: naming the flag, if one cannot be loaded.
         """
         from transformers import AutoTokenizer, LlamaForCausalLM
 

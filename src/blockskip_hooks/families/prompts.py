@@ -44,7 +44,7 @@ def check_embeds(
     """Check that prompts' embeddings are what the transformer takes, before it is loaded.
 
     Raises:
-        ValueError: if text encoders and transformer are of different models.
+        UserError: if text encoders and transformer are of different models.
     """
     shorter, longer = (family.empty_embeds(transformer_config, tokens, dtype) for tokens in (1, 2))
     for embedded in embeds.values():
@@ -87,6 +87,10 @@ def encode_prompts(
 
     Returns:
         Embeddings by prompt, on the CPU, and the kept encoders.
+
+    Raises:
+        ValueError: naming the prompt, if it is one that the model's pipeline does not take, or if its embeddings are
+            not finite.
     """
     prompts = list(dict.fromkeys(prompts))
     layered: list[str] = []
@@ -102,8 +106,15 @@ def encode_prompts(
     # One at a time: in a batch the last bits of a prompt's embeddings would depend on the others.
     shown = progress is None and len(prompts) >= PROGRESS_FROM
     for prompt in listed(prompts, "Encoding prompts", "prompt", total=len(prompts), shown=shown):
-        with measured_prompt(family.kept_tokens(pipeline)) as lengths:
-            (encoded,) = family.encode_prompts(pipeline, [prompt])
+        try:
+            with measured_prompt(family.kept_tokens(pipeline)) as lengths:
+                (encoded,) = family.encode_prompts(pipeline, [prompt])
+        except ValueError as error:
+            of_photos = f" of {', '.join(photos[prompt])}" if photos and photos.get(prompt) else ""
+            raise UserError(
+                f"The prompt '{prompt[:80]}'{of_photos} cannot be encoded ({error}); change it, or "
+                "--max_sequence_length."
+            ) from error
         if lengths.cut is not None:
             cut[prompt] = lengths.cut
         # Copies, because a view would keep all of what it is a part of.

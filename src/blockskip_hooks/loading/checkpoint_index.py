@@ -23,7 +23,7 @@ def index_safetensors(folder: Path, variant: str | None = None) -> dict[str, Pat
         variant: Weight variant in the file names, such as ``"fp16"``.
 
     Raises:
-        ValueError: if the folder has no safetensors weights (pickled weights are never read), a shard is missing, or
+        UserError: if the folder has no safetensors weights (pickled weights are never read), a shard is missing, or
             a file is truncated.
     """
     files = weight_files(folder, SAFETENSORS_WEIGHTS_NAME.removesuffix(".safetensors"), variant)
@@ -66,7 +66,7 @@ def read_weight_map(index_file: Path) -> dict[str, str]:
     """The file of each tensor by an index of shards.
 
     Raises:
-        ValueError: if it is no index, or names a file that is not beside it.
+        UserError: if it is no index, or names a file that is not beside it.
     """
     try:
         index = json.loads(index_file.read_text(encoding="utf-8"))
@@ -84,7 +84,7 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Shape of each tensor of a safetensors file, from its header, which is checked against the file's size.
 
     Raises:
-        ValueError: if the file is cut short or no safetensors file.
+        UserError: if the file is cut short or no safetensors file.
     """
     try:
         with safe_open(str(path), framework="pt") as file:

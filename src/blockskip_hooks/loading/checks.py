@@ -42,7 +42,7 @@ def check_model(model_path: Path, family: type[Family], variant: str | None) -> 
         variant: Weight variant in the file names.
 
     Raises:
-        ValueError: naming the first component that is damaged, or no part of this model.
+        UserError: naming the first component that is damaged, or no part of this model.
     """
     where = f"--pretrained_model_name_or_path {model_path}"
     index = json.loads((model_path / "model_index.json").read_text(encoding="utf-8"))
@@ -72,7 +72,7 @@ def check_lora_file(file: Path, transformer: torch.nn.Module, flag: str) -> None
         flag: Flag and value that named the LoRA, for the messages.
 
     Raises:
-        ValueError: if not.
+        UserError: if not.
     """
     if file.suffix != ".safetensors":
         raise UserError(f"{flag}: {file.name} is no safetensors file; pickled weights are not read.")

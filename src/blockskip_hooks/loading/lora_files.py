@@ -66,7 +66,7 @@ def load_lora(
     """Read weights that :func:`save_lora` wrote into adapters that are in place.
 
     Raises:
-        ValueError: if the file belongs to other layers.
+        UserError: if the file belongs to other layers.
     """
     try:
         state = family.pipeline_class.lora_state_dict(str(folder), weight_name=WEIGHTS_NAME)

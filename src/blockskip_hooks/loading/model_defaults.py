@@ -25,7 +25,7 @@ def model_defaults(model_path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         Defaults by flag name, and keyword arguments of the pipeline call; both empty without the file.
 
     Raises:
-        ValueError: if the file cannot be read, or asks for what a model has no say in.
+        UserError: if the file cannot be read, or asks for what a model has no say in.
     """
     file = model_path / "blockskip_defaults.json"
     if not file.is_file():

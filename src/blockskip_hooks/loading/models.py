@@ -35,7 +35,7 @@ def empty_model(config: Mapping[str, Any], class_of_model: type[ModelMixin] | No
         class_of_model: Its class, by default the one that the config names.
 
     Raises:
-        ValueError: if the config does not name a model class of diffusers.
+        UserError: if the config does not name a model class of diffusers.
     """
     chosen: Any = class_of_model or model_class(config)
     with torch.device("meta"):
@@ -60,7 +60,7 @@ def check_scales(found: Iterable[str], where: str) -> None:
         where: What they are called in messages.
 
     Raises:
-        ValueError: if there are scales beside them.
+        UserError: if there are scales beside them.
     """
     if scales := sorted(name for name in found if _SCALES.search(name)):
         raise UserError(
@@ -78,7 +78,7 @@ def check_surplus(found: Iterable[str], model: torch.nn.Module, where: str) -> N
         where: What the checkpoint is called in messages.
 
     Raises:
-        ValueError: naming the first of them.
+        UserError: naming the first of them.
     """
     known = {*model.state_dict(), *(name for name, _ in model.named_buffers())}
     ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
@@ -104,7 +104,7 @@ class Checkpoint:
         model: The model, frozen; only its buffers have values.
 
     Raises:
-        ValueError: if weights of the model are missing, are not safetensors, or are of another model too.
+        UserError: if weights of the model are missing, are not safetensors, or are of another model too.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class Checkpoint:
             shard: Divides the loaded weights of a module among processes; ``None`` keeps them whole.
 
         Raises:
-            ValueError: if a tensor has another shape than the config says.
+            UserError: if a tensor has another shape than the config says.
         """
         left_out = tuple(f"{name}." for name in (*without, *quantized))
         resident = [name for name in self._tensors if not name.startswith(left_out)]

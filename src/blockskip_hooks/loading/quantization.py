@@ -129,7 +129,7 @@ def read_quantization(method: str, config_path: str | None = None) -> Quantizati
         config_path: Value of ``--bnb_quantization_config_path``.
 
     Raises:
-        ValueError: one line that names the flag and the fix.
+        UserError: one line that names the flag and the fix.
     """
     if config_path is None:
         config = QuantizationConfig.named(method)
@@ -198,7 +198,7 @@ def check_device(config: QuantizationConfig, device: torch.device | str, dtype: 
     """Quantise a small layer and train through it.
 
     Raises:
-        ValueError: if the library cannot do that on this device.
+        UserError: if the library cannot do that on this device.
     """
     try:
         layer = quantize_layer(torch.nn.Linear(BLOCK_SIZE, BLOCK_SIZE, dtype=dtype), config, device)

@@ -39,7 +39,7 @@ def empty_text_encoder(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
         dtype: Dtype of its weights.
 
     Raises:
-        ValueError: if the config names no model class of transformers.
+        UserError: if the config names no model class of transformers.
     """
     settings = {name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")}
     encoder_class = getattr(transformers, (settings.get("architectures") or [""])[0], None)

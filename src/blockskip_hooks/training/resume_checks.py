@@ -52,6 +52,12 @@ def check_checkpoint(checkpoint: Path, run: Run) -> None:
     damaged = [name for name, kind in _FIELDS.items() if not isinstance(state.get(name, ...), kind)]
     if damaged:
         raise UserError(f"{where} is damaged: its state lacks {', '.join(damaged)}; name another one.")
+    wanted = run.settings.max_train_steps
+    if wanted is not None and state["step"] > wanted:
+        raise UserError(
+            f"{where} has trained {state['step']} steps, more than --max_train_steps {wanted}; give more, or start "
+            "anew in another --output_dir."
+        )
     if run.settings.seed not in (None, state["seed"]):
         raise UserError(
             f"--seed {run.settings.seed} is not the seed of {checkpoint}, {state['seed']}; leave the flag out."

@@ -27,7 +27,7 @@ def masked_attention(module: torch.nn.Module, may_see: Mask, name: str) -> Itera
         name: What the block is called in messages.
 
     Raises:
-        ValueError: at the end, if no attention ran that the mask could reach.
+        UserError: at the end, if no attention ran that the mask could reach.
     """
     with _native_attention(module), _MaskedProducts(may_see) as products:
         yield

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from PIL import Image, features
 
+from ..utils.errors import UserError
 from .picture import HEIC_ADVICE
 
 
@@ -143,12 +144,12 @@ def check_inside(path: Path, folder: Path | None = None) -> None:
     snapshots = next((parent for parent in (folder, *folder.parents) if parent.name == "snapshots"), None)
     allowed = [folder] if snapshots is None else [folder, snapshots.parent / "blobs"]
     if not any(real.is_relative_to(place) for place in allowed):
-        raise ValueError("a link that leads out of the folder; copy the file there")
+        raise UserError("a link that leads out of the folder; copy the file there")
     if not path.exists():
-        raise ValueError("a link to a file that is not there")
+        raise UserError("a link to a file that is not there")
     # Opening a pipe would wait for ever.
     if not path.is_file():
-        raise ValueError("not a file")
+        raise UserError("not a file")
 
 
 __all__ = ["check_inside", "image_paths", "image_suffixes", "left_out", "no_photos"]

@@ -56,6 +56,7 @@ from blockskip_hooks.evaluation.report import (
 from blockskip_hooks.inference.image_encoders import ENCODER_NAMES, ImageEncoder, load_image_encoder
 from blockskip_hooks.inference.lora_files import lora_file
 from blockskip_hooks.inference.streamed_model import add_model_flags, check_loras, image_settings
+from blockskip_hooks.utils.errors import UserError
 from blockskip_hooks.utils.files import write_json, write_text
 
 
@@ -155,15 +156,15 @@ def check_flags(args: argparse.Namespace) -> None:
     for name in ("images_per_prompt", "images_at_once", "num_inference_steps", "resolution", "max_sequence_length"):
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise ValueError(f"--{name} is {value}; give 1 or more.")
+            raise UserError(f"--{name} is {value}; give 1 or more.")
     if args.seeds is not None and args.images_per_prompt not in (None, len(args.seeds)):
-        raise ValueError(
+        raise UserError(
             f"--images_per_prompt is {args.images_per_prompt} and --seeds {len(args.seeds)}; leave one out."
         )
     if args.seeds is not None and len(set(args.seeds)) < len(args.seeds):
-        raise ValueError("--seeds names a seed twice, which would make the same images; remove it.")
+        raise UserError("--seeds names a seed twice, which would make the same images; remove it.")
     if args.output_dir.exists() and not args.output_dir.is_dir():
-        raise ValueError(f"--output_dir {args.output_dir} is a file; name a folder.")
+        raise UserError(f"--output_dir {args.output_dir} is a file; name a folder.")
 
 
 def embedded_subject(args: argparse.Namespace) -> str | None:
@@ -174,13 +175,13 @@ def embedded_subject(args: argparse.Namespace) -> str | None:
     """
     if args.pretrained_model_name_or_path is not None or args.instance_data_dir is not None:
         if args.subject is not None:
-            raise ValueError(
+            raise UserError(
                 "--subject is for the embedded model and photos; name photos by --instance_data_dir alone."
             )
         return None
     name = args.subject or DEFAULT_SUBJECT
     if name not in embedded_subjects():
-        raise ValueError(f"--subject is {name}; the embedded subjects are {', '.join(embedded_subjects())}.")
+        raise UserError(f"--subject is {name}; the embedded subjects are {', '.join(embedded_subjects())}.")
     return name
 
 
@@ -194,7 +195,7 @@ def find_photos(args: argparse.Namespace) -> list[Photo]:
     if subject is not None:
         return scan_photos(embedded_photos(subject))
     if args.instance_data_dir is None:
-        raise ValueError("--instance_data_dir is missing; name the folder of the subject's photos.")
+        raise UserError("--instance_data_dir is missing; name the folder of the subject's photos.")
     return scan_photos(args.instance_data_dir)
 
 
@@ -210,17 +211,17 @@ def find_prompts(args: argparse.Namespace) -> tuple[EvaluationPrompt, ...]:
             name for name in ("instance_prompt", "class_phrase", "class_kind") if getattr(args, name) is not None
         ]
         if unused:
-            raise ValueError(f"--{unused[0]} has no effect on the embedded subject's own prompts; leave it out.")
+            raise UserError(f"--{unused[0]} has no effect on the embedded subject's own prompts; leave it out.")
         return embedded_prompts(subject)
     instance_prompt = args.instance_prompt or (embedded_subjects()[subject]["instance_prompt"] if subject else None)
     if not instance_prompt:
-        raise ValueError('--instance_prompt is missing; give the one of training, like "a photo of sks dog".')
+        raise UserError('--instance_prompt is missing; give the one of training, like "a photo of sks dog".')
     if args.prompts is not None and args.class_kind is not None:
-        raise ValueError("--class_kind chooses among the shipped prompts, --prompts names others; leave one out.")
+        raise UserError("--class_kind chooses among the shipped prompts, --prompts names others; leave one out.")
     if args.prompts is None and args.pretrained_model_name_or_path is None:
-        raise ValueError("--prompts is missing; the shipped ones hold words that the embedded model does not know.")
+        raise UserError("--prompts is missing; the shipped ones hold words that the embedded model does not know.")
     if args.prompts is None and args.class_kind is None:
-        raise ValueError("--class_kind is missing; give object or live, or prompts of your own by --prompts.")
+        raise UserError("--class_kind is missing; give object or live, or prompts of your own by --prompts.")
     phrase = subject_phrase(instance_prompt)
     return read_prompts(args.prompts or template_file(args.class_kind), phrase, args.class_phrase or phrase)
 
@@ -236,7 +237,7 @@ def name_loras(sources: Sequence[str]) -> dict[str, Path | None]:
         path = Path(source)
         file = None if source == NO_LORA else lora_file(path)
         if file in loras.values():
-            raise ValueError(f"--lora_weights names {source} twice; remove it.")
+            raise UserError(f"--lora_weights names {source} twice; remove it.")
         name = BASE_NAME if file is None else path.resolve().name if path.is_dir() else path.stem
         loras[f"{name} {number}" if name in loras else name] = file
     return loras
@@ -252,12 +253,12 @@ def encoder_sources(args: argparse.Namespace, *, embedded: bool) -> dict[str, st
     labels: dict[str, str] = {}
     for name in names:
         if name == "offline":
-            raise ValueError("--encoders offline compares images of one noise, no photos; name another encoder.")
+            raise UserError("--encoders offline compares images of one noise, no photos; name another encoder.")
         if name == "subject" and not embedded:
-            raise ValueError("--encoders subject only knows what the embedded model draws; name dino or clip.")
+            raise UserError("--encoders subject only knows what the embedded model draws; name dino or clip.")
         label = encoder_label(name)
         if label in labels:
-            raise ValueError(f"--encoders names two that are called {label}; leave one out, or rename its folder.")
+            raise UserError(f"--encoders names two that are called {label}; leave one out, or rename its folder.")
         labels[label] = name
     return labels
 

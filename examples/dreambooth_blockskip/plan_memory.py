@@ -32,6 +32,7 @@ from blockskip_hooks.planning.stages import PlanRequest, plan_run
 from blockskip_hooks.search.tables import find_table, read_table
 from blockskip_hooks.selection import Selection, select_blocks
 from blockskip_hooks.training.sharding import bytes_elsewhere
+from blockskip_hooks.utils.errors import UserError
 from blockskip_hooks.utils.formatting import format_bytes
 
 
@@ -90,14 +91,14 @@ def check_args(args: argparse.Namespace) -> None:
     ):
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise ValueError(f"--{name} is {value}; give 1 or more.")
+            raise UserError(f"--{name} is {value}; give 1 or more.")
     quantizes = args.quantization != "none" or not QUANTIZING_OPTIONS.isdisjoint(args.memory_options)
     if args.shared_by > 1 and quantizes:
-        raise ValueError(f"--shared_by {args.shared_by}: quantised weights cannot be divided; keep them as they are.")
+        raise UserError(f"--shared_by {args.shared_by}: quantised weights cannot be divided; keep them as they are.")
     check_at_most(vars(args))
     check_texts(vars(args))
     if not 0 < args.skip_ratio < 1:
-        raise ValueError(f"--skip_ratio is {args.skip_ratio}; give a number between 0 and 1, or --skip_blocks none.")
+        raise UserError(f"--skip_ratio is {args.skip_ratio}; give a number between 0 and 1, or --skip_blocks none.")
 
 
 def list_selections(args: argparse.Namespace, preset: Preset) -> tuple[Selection, list[Selection]]:
@@ -109,11 +110,11 @@ def list_selections(args: argparse.Namespace, preset: Preset) -> tuple[Selection
     blocks = list_blocks(empty_model(preset.transformer_config), preset.family.block_stacks)
     sizes = block_bytes(blocks, DTYPES[args.mixed_precision])
     if args.selection_table is not None and not Path(args.selection_table).is_file():
-        raise ValueError(f"--selection_table {args.selection_table} is not a file; give one of select_blocks.py's.")
+        raise UserError(f"--selection_table {args.selection_table} is not a file; give one of select_blocks.py's.")
     file = args.selection_table
     table = read_table(Path(file)) if file is not None else find_table(len(sizes), (preset.name,), None)
     if table is not None and table.num_blocks != len(sizes):
-        raise ValueError(
+        raise UserError(
             f"--selection_table {file} is about {table.num_blocks} blocks; {preset.name} has {len(sizes)}."
         )
     every = [selection for selection, _ in selections_by_bytes(sizes, table)]
@@ -121,7 +122,7 @@ def list_selections(args: argparse.Namespace, preset: Preset) -> tuple[Selection
     if budget is None:
         return select_blocks(args.skip_blocks, args.skip_ratio, len(sizes), table), every
     if args.skip_blocks != "auto":
-        raise ValueError(f"--skip_budget and --skip_blocks {args.skip_blocks} both say what to skip; give auto.")
+        raise UserError(f"--skip_budget and --skip_blocks {args.skip_blocks} both say what to skip; give auto.")
     return select_by_bytes(budget, sizes, table), every
 
 
@@ -222,9 +223,9 @@ def _check_resolutions(resolution: int, training_resolution: int, validation: in
     for flag, size in {**sizes, **({} if validation is None else {"--validation_resolution": validation})}.items():
         if size <= 0 or size % multiple:
             nearest = max(multiple, round(size / multiple) * multiple)
-            raise ValueError(f"{flag} is {size}, which is not a positive multiple of {multiple} px; use {nearest}.")
+            raise UserError(f"{flag} is {size}, which is not a positive multiple of {multiple} px; use {nearest}.")
     if training_resolution > resolution:
-        raise ValueError(f"--training_resolution {training_resolution} is above --resolution {resolution}; lower it.")
+        raise UserError(f"--training_resolution {training_resolution} is above --resolution {resolution}; lower it.")
 
 
 def _bytes_of(args: argparse.Namespace, name: str) -> int | None:
@@ -232,7 +233,7 @@ def _bytes_of(args: argparse.Namespace, name: str) -> int | None:
     try:
         return None if text is None else parse_bytes(text)
     except ValueError as error:
-        raise ValueError(f"--{name} is {error}") from None
+        raise UserError(f"--{name} is {error}") from None
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -55,6 +55,7 @@ from blockskip_hooks.search.measure import (
 )
 from blockskip_hooks.search.picture import draw_images, draw_table, masked_variants
 from blockskip_hooks.search.tables import cache_file, read_table
+from blockskip_hooks.utils.errors import UserError
 from blockskip_hooks.utils.files import write_json
 from blockskip_hooks.utils.formatting import format_seconds
 
@@ -142,16 +143,16 @@ def make_request(args: argparse.Namespace) -> SearchRequest:
     for name in ("num_inference_steps", "search_stride", "images_at_once", "resolution", "max_sequence_length"):
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise ValueError(f"--{name} is {value}; give 1 or more.")
+            raise UserError(f"--{name} is {value}; give 1 or more.")
     check_at_most(vars(args))
     check_texts(vars(args))
     for seed in args.seeds:
         if not 0 <= seed < 2**32:
-            raise ValueError(f"--seeds has {seed}; give numbers from 0 to below 2**32.")
+            raise UserError(f"--seeds has {seed}; give numbers from 0 to below 2**32.")
     if len(set(args.seeds)) < len(args.seeds):
-        raise ValueError(f"--seeds {' '.join(map(str, args.seeds))} has a number twice; give each once.")
+        raise UserError(f"--seeds {' '.join(map(str, args.seeds))} has a number twice; give each once.")
     if any(not prompt.strip() for prompt in args.prompts or ()):
-        raise ValueError('--prompts has an empty prompt; give texts like "a photo of a dog".')
+        raise UserError('--prompts has an empty prompt; give texts like "a photo of a dog".')
     check_output_dir(args.output_dir)
     subjects = make_subjects(args, embedded=args.pretrained_model_name_or_path is None)
     settings = image_settings(args, largest_side=LARGEST_SIDE)
@@ -183,9 +184,9 @@ def make_subjects(args: argparse.Namespace, *, embedded: bool) -> tuple[Subject,
         given = tuple(Subject(f"prompt {number}", prompt) for number, prompt in enumerate(prompts))
         return given or class_subjects(embedded=embedded)
     if args.stream_blocks:
-        raise ValueError("--stream_blocks leaves no weights for --lora_weights to change; leave one of them out.")
+        raise UserError("--stream_blocks leaves no weights for --lora_weights to change; leave one of them out.")
     if len(prompts) != len(args.lora_weights):
-        raise ValueError(
+        raise UserError(
             f"--lora_weights names {len(args.lora_weights)} LoRAs and --prompts {len(prompts)} prompts; give one "
             'prompt for each, like "a photo of sks dog".'
         )
@@ -207,7 +208,7 @@ def check_blocks(args: argparse.Namespace, num_blocks: int) -> None:
         *(("window_lengths", n) for n in args.window_lengths or ()),
     ]:
         if not 0 < value < num_blocks:
-            raise ValueError(f"--{name} is {value}; the model has {num_blocks} blocks: give 1 to {num_blocks - 1}.")
+            raise UserError(f"--{name} is {value}; the model has {num_blocks} blocks: give 1 to {num_blocks - 1}.")
 
 
 def estimate(images: MaskedImages, request: SearchRequest, number: int) -> str:

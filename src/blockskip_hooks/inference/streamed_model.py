@@ -26,6 +26,7 @@ from ..loading.models import empty_model
 from ..transformer import DiTBlockSkipTransformer
 from ..utils.accelerator import start_accelerator, weight_dtype
 from ..utils.digests import folder_digest
+from ..utils.errors import UserError
 from .lora_files import load_text_adapters
 
 
@@ -100,7 +101,7 @@ def image_settings(args: argparse.Namespace, *, largest_side: int | None = None)
     native = min(largest_side or family.image_size, family.image_size)
     side = args.resolution or defaults.get("resolution") or native
     if side % family.latent_token_size:
-        raise ValueError(f"--resolution is {side}; give a multiple of {family.latent_token_size}.")
+        raise UserError(f"--resolution is {side}; give a multiple of {family.latent_token_size}.")
     pipeline_kwargs |= {"height": side, "width": side}
     if args.num_inference_steps is not None:
         pipeline_kwargs["num_inference_steps"] = args.num_inference_steps
@@ -108,7 +109,7 @@ def image_settings(args: argparse.Namespace, *, largest_side: int | None = None)
     for name in GUIDANCE_FLAGS:
         value = getattr(args, name, None)
         if value is not None and name not in taken:
-            raise ValueError(f"--{name} is nothing that {family.pipeline_class.__name__} takes; leave it out.")
+            raise UserError(f"--{name} is nothing that {family.pipeline_class.__name__} takes; leave it out.")
         if value is not None:
             pipeline_kwargs[name] = value
     if "true_cfg_scale" in pipeline_kwargs and family.negative_prompt is None:

@@ -42,7 +42,7 @@ def resolve_model(
     if Path(name).is_dir():
         return Path(name)
     if Path(name).is_file():
-        raise ValueError(
+        raise UserError(
             f"--pretrained_model_name_or_path {name} is a single file, and a model is a folder in diffusers' layout; "
             "make one of it with from_single_file and save_pretrained, as docs/troubleshooting.md shows."
         )

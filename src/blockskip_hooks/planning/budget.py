@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..selection import Selection
+from ..utils.errors import UserError
 from ..utils.formatting import format_bytes
 
 
@@ -92,7 +93,7 @@ def fit_budget(plan_for: PlanFor, selections: Sequence[Selection], budget: int, 
         return Choice(allowed[low], used, plans[low], _reason(allowed[low], budget, used, plans[low]))
     assert least is not None
     stage = largest_stage(least)
-    raise ValueError(
+    raise UserError(
         f"--memory_budget {format_bytes(budget)} is less than any setting needs: the least is "
         f"{format_bytes(stage['peak_device_bytes'])}, in stage {stage['name']} with "
         f"{least['skip']['leading'] + least['skip']['trailing']} of {selections[0].blocks} blocks skipped"

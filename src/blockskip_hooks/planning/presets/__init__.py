@@ -17,6 +17,7 @@ from ...config import BlockSkipConfig
 from ...families import FAMILIES, Family
 from ...lora import lora_targets
 from ...transformer import DiTBlockSkipTransformer
+from ...utils.errors import UserError
 from ..simulation import empty_model
 
 
@@ -82,7 +83,7 @@ def load_preset(name: str) -> Preset:
         ValueError: if there is none of this name.
     """
     if name not in preset_names():
-        raise ValueError(f"--preset '{name}' does not exist; choose one of {', '.join(preset_names())}.")
+        raise UserError(f"--preset '{name}' does not exist; choose one of {', '.join(preset_names())}.")
     data = json.loads((resources.files(__name__) / f"{name}.json").read_text())
     # A family reads its configs from a model folder, at any time: the folder lives as long as the family.
     folder = Path(tempfile.mkdtemp(prefix="blockskip_preset_"))

@@ -131,13 +131,13 @@ def test_fixed_spans_that_do_not_fit_are_refused(photos: Path, tmp_path: Path, c
     ("flags", "message"),
     [
         (("--memory_budget", "1KB"), "error: --memory_budget 1000 B is less than any setting needs"),
-        (("--memory_budget", "much"), "error: --memory_budget is 'much' is not a number of bytes"),
+        (("--memory_budget", "much"), "error: --memory_budget: 'much' is not a number of bytes"),
         (("--memory_budget", "1GB", "--memory_options", "magic"), "error: --memory_options is 'magic'; choose from"),
     ],
 )
 def test_bad_budgets_are_one_line(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture, flags: tuple, message: str
 ):
-    with pytest.raises(AssertionError, match="ended with 2"):
+    with pytest.raises((AssertionError, SystemExit), match="2$"):
         plan_only(photos, tmp_path, *flags)
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith(message)

@@ -341,6 +341,7 @@ print(np.abs(draw() - before).max())
 """
 
 
+@pytest.mark.slow
 def test_the_stock_pipeline_of_another_process_loads_the_lora(photos: Path, tmp_path: Path):
     tiny = TINY["flux-dev"]
     flags = ("--learning_rate", "1e-2", "--lr_warmup_steps", "0", "--max_sequence_length", "12")

@@ -367,6 +367,7 @@ def test_lora_targets_of_a_preset(preset: Preset) -> None:
     assert set(lora_targets(skeleton, LAYERS)) <= set(targets)
 
 
+@pytest.mark.slow
 def test_the_vae_works_alone_where_it_would_need_more_than_training(preset: Preset) -> None:
     """Its weights beside the transformer's fit or are planned without them; small training leaves no room."""
     roomy = plan_run(request_for(preset, 0, 0, validation_resolution=32))
@@ -378,6 +379,7 @@ def test_the_vae_works_alone_where_it_would_need_more_than_training(preset: Pres
     assert not stage(beside, "validate")["vae_alone"]
 
 
+@pytest.mark.slow
 def test_images_are_decoded_in_tiles_where_the_whole_one_does_not_fit() -> None:
     """SANA's VAE needs several times the memory of a training step for a picture of 1024 pixels."""
     preset = load_preset("sana-0.6b")

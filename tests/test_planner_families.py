@@ -86,6 +86,7 @@ def live_peak(tiny: TinyFamily, request: PlanRequest) -> int:
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.fast_for("flux-dev", "sana")
 def test_training_peak_is_that_of_live_tensors(tiny: TinyFamily, setting: str):
     leading, trailing, checkpointing = SETTINGS[setting]
     family = tiny.make_family()

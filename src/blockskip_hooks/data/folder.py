@@ -39,7 +39,8 @@ _KOHYA = re.compile(r"(\d+)_(.+)")
 def image_suffixes() -> frozenset[str]:
     """Endings of the files that are read as photos: those of this Pillow, and HEIC where its package is installed."""
     Image.init()
-    formats = [name for name in _FORMATS if name not in _OPTIONAL or features.check(_OPTIONAL[name])]
+    known = [name for name in _FORMATS if name in Image.OPEN or name == "MPO"]
+    formats = [name for name in known if name not in _OPTIONAL or features.check(_OPTIONAL[name])]
     suffixes = {suffix for suffix, name in Image.EXTENSION.items() if name in formats}
     return frozenset(suffixes | (set(_HEIC) if importlib.util.find_spec("pillow_heif") else set()))
 

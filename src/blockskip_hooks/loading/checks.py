@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Shapes = Mapping[str, tuple[int, ...]]
 
 _LIBRARIES = ("diffusers", "transformers")
-# transformers renames and joins some weights while it loads them, so not all of a config's are in the files by name.
+# transformers renames and joins some weights while loading, so not all names of a config's tensors are in the files.
 _KNOWN_PART = 0.75
 _LORA_A = re.compile(r"transformer\.(.+)\.lora_A\.weight")
 _TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -98,7 +98,7 @@ def _check_scheduler(folder: Path, where: str) -> None:
         config = json.loads((folder / "scheduler_config.json").read_text(encoding="utf-8"))
         chosen = getattr(diffusers, config["_class_name"])
         scheduler = chosen.from_config(config)
-    except Exception as error:  # whatever the class makes of values that it was not made for
+    except Exception as error:  # a class may raise anything for a config it does not expect
         raise UserError(
             f"{where}: scheduler/scheduler_config.json does not describe a scheduler ({_what(error)}); "
             "download it again."
@@ -116,7 +116,7 @@ def _check_diffusers_part(folder: Path, variant: str | None, where: str) -> None
     try:
         model = empty_model(config)
         expected = _shapes(model)
-    except Exception as error:  # whatever the class makes of values that it was not made for
+    except Exception as error:  # a class may raise anything for a config it does not expect
         raise UserError(
             f"{where}: {folder.name}/config.json does not describe a {chosen.__name__} ({_what(error)}); "
             "download it again."
@@ -147,7 +147,7 @@ def _check_text_encoder(folder: Path, class_name: str, variant: str | None, wher
     check_scales(found, f"{where}: {folder.name}")
     try:
         expected = _shapes(empty_text_encoder({**config, "architectures": [class_name]}, torch.float32))
-    except Exception as error:  # whatever the class makes of values that it was not made for
+    except Exception as error:  # a class may raise anything for a config it does not expect
         raise UserError(
             f"{where}: {folder.name}/config.json does not describe a {class_name} ({_what(error)}); download it again."
         ) from error
@@ -175,7 +175,7 @@ def _check_tokenizer(folder: Path, class_name: str, where: str) -> None:
         raise UserError(f"{where}: {folder.name} lacks {_TOKENIZER_CONFIG}; download it again.")
     try:
         chosen.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers' own types say no more
+    except Exception as error:  # the tokenizers raise types of their own
         raise UserError(
             f"{where}: {folder.name} cannot be read as a {class_name} ({_what(error)}); download it again."
         ) from error
@@ -212,7 +212,7 @@ def _check_shapes(expected: Shapes, found: Shapes, component: str, where: str) -
 
 
 def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
-    # Not the buffers that are never saved, nor what a class makes itself.
+    # Without buffers that are never saved.
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 

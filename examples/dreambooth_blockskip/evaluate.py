@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 
 from blockskip_hooks.cli.arguments import OneLineParser, printable_command
 from blockskip_hooks.cli.errors import explain
+from blockskip_hooks.cli.model_flags import add_model_flags, image_flags
 from blockskip_hooks.data.photos import Photo, scan_photos
 from blockskip_hooks.embedded import DEFAULT_SUBJECT, embedded_photos, embedded_subjects
 from blockskip_hooks.evaluation.images import BASE_NAME, EvaluationRequest, count_missing, make_images
@@ -55,7 +56,7 @@ from blockskip_hooks.evaluation.report import (
 )
 from blockskip_hooks.inference.image_encoders import ENCODER_NAMES, ImageEncoder, load_image_encoder
 from blockskip_hooks.inference.lora_files import lora_file
-from blockskip_hooks.inference.streamed_model import add_model_flags, check_loras, image_settings
+from blockskip_hooks.inference.streamed_model import check_loras, image_settings
 from blockskip_hooks.utils.errors import UserError
 from blockskip_hooks.utils.files import write_json, write_text
 
@@ -109,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
         photos = find_photos(args)
         prompts = find_prompts(args)
         loras = name_loras(args.lora_weights)
-        settings = image_settings(args)
+        settings = image_settings(image_flags(args))
         check_loras(settings.family, [lora for lora in loras.values() if lora is not None])
         sources = encoder_sources(args, embedded=settings.embedded)
         request = EvaluationRequest(

@@ -32,10 +32,10 @@ for _name in ("torchao", "bitsandbytes", "diffusers.quantizers", "torch.utils._p
 from blockskip_hooks.cli.argument_checks import check_at_most, check_output_dir, check_texts
 from blockskip_hooks.cli.arguments import OneLineParser, printable_command
 from blockskip_hooks.cli.errors import explain
+from blockskip_hooks.cli.model_flags import add_model_flags, image_flags
 from blockskip_hooks.inference.image_encoders import DEFAULT_ENCODER
 from blockskip_hooks.inference.lora_files import lora_file
 from blockskip_hooks.inference.streamed_model import (
-    add_model_flags,
     block_parameters,
     check_loras,
     image_settings,
@@ -155,7 +155,7 @@ def make_request(args: argparse.Namespace) -> SearchRequest:
         raise UserError('--prompts has an empty prompt; give texts like "a photo of a dog".')
     check_output_dir(args.output_dir)
     subjects = make_subjects(args, embedded=args.pretrained_model_name_or_path is None)
-    settings = image_settings(args, largest_side=LARGEST_SIDE)
+    settings = image_settings(image_flags(args), largest_side=LARGEST_SIDE)
     check_loras(settings.family, map(lora_file, args.lora_weights))
     args.output_dir.mkdir(parents=True, exist_ok=True)
     return SearchRequest(

@@ -68,23 +68,17 @@ from blockskip_hooks.utils.monitor import StageMonitor
 
 logger = logging.getLogger("blockskip_hooks.train")
 
+Plan = dict[str, Any]
+Data = tuple[SampleMaker, TrainedText | None, ResidualStore | None]
+
 
 class Learner(NamedTuple):
-    """What learns.
-
-    Attributes:
-        model: The transformer with its kept blocks in place.
-        wrapped: The same as accelerate prepared it; what trains is called through it.
-        adapters: The LoRA on it, and on the text encoders that train along.
-        trained: Everything that accelerate prepared for training, text encoders included.
-        optimizer: Updates the LoRA.
-        lr_scheduler: Its learning rate.
-    """
+    """What learns: the transformer with its kept blocks in place, the LoRA on it, and what updates that."""
 
     model: DiTBlockSkipTransformer
-    wrapped: torch.nn.Module
+    wrapped: torch.nn.Module  # The same as accelerate prepared it.
     adapters: Adapters
-    trained: list[torch.nn.Module]
+    trained: list[torch.nn.Module]  # All that accelerate prepared, text encoders that train along included.
     optimizer: Any
     lr_scheduler: Any
 
@@ -175,14 +169,7 @@ def make_accelerator(run: Run) -> Accelerator:
     )
 
 
-def train(
-    run: Run,
-    context: Context,
-    plan: dict[str, Any],
-    checkpoint: Path | None,
-    stretches: Stretches,
-    command: str,
-) -> None:
+def train(run: Run, context: Context, plan: Plan, checkpoint: Path | None, stretches: Stretches, command: str) -> None:
     """Prepare data and model, train stretch by stretch, save."""
     accelerator, monitor = context.accelerator, context.monitor
     if run.settings.push_to_hub and accelerator.is_main_process:
@@ -237,14 +224,8 @@ def train(
         finish(outputs, context, learner, records, history, validation, tracking)
 
 
-def load_data(
-    run: Run, context: Context, streamed: bool
-) -> tuple[SampleMaker, TrainedText | None, ResidualStore | None]:
-    """The sample plan over the photos, the embeddings of every prompt, and the store of records.
-
-    Returns:
-        What builds batches, the text encoders that train along, and the store if training reads records.
-    """
+def load_data(run: Run, context: Context, streamed: bool) -> Data:
+    """What builds batches, the text encoders that train along, and the store if training reads records."""
     settings, family, accelerator = run.settings, run.family, context.accelerator
     dtype, device = weight_dtype(accelerator), accelerator.device
 
@@ -271,10 +252,8 @@ def load_data(
             photos=sources["instance"].prompts(),
         )
     check_embeds(family, run.transformer_config, embeds, dtype)
-    records_modulation = bool(run.recorded_layers)
-    maker = SampleMaker(
-        sample_plan, sources, family, embeds, device, dtype, records_modulation, settings.residual_dtype
-    )
+    records_modulation, residual_dtype = bool(run.recorded_layers), settings.residual_dtype
+    maker = SampleMaker(sample_plan, sources, family, embeds, device, dtype, records_modulation, residual_dtype)
     return maker, text, store
 
 

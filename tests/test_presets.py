@@ -21,6 +21,7 @@ from blockskip_hooks.planning.presets import Preset, load_preset, preset_names
 from blockskip_hooks.planning.simulation import empty_model
 from blockskip_hooks.planning.stages import PlanRequest, plan_run
 from blockskip_hooks.selection import select_blocks
+from tests.tiers import fast_first
 
 
 class Published(NamedTuple):

@@ -10,8 +10,8 @@ import torch
 
 from blockskip_hooks.cli.arguments import parse_args
 from blockskip_hooks.cli.preparation import prepare_run
+from blockskip_hooks.cli.run_plan import describe_plan, plan_for
 from blockskip_hooks.planning.description import format_plan
-from blockskip_hooks.planning.plan import describe_plan, plan_for
 from blockskip_hooks.reporting import prediction, speeds
 from blockskip_hooks.reporting.prediction import expect_work, pieces_of_run, predict_seconds
 from blockskip_hooks.reporting.progress import Progress

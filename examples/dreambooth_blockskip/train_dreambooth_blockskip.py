@@ -13,16 +13,12 @@ import functools
 import logging
 import os
 import sys
-import warnings
 from pathlib import Path
 
+from blockskip_hooks.cli.startup import quiet_libraries
 
-# Optional packages that transformers misses (torchvision) do not matter here.
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-warnings.filterwarnings("ignore", category=FutureWarning)
-# Nor does what torchao and bitsandbytes, where they are installed, cannot do on this machine.
-for _name in ("torchao", "bitsandbytes", "diffusers.quantizers", "torch.utils._pytree"):
-    logging.getLogger(_name).setLevel(logging.ERROR)
+
+quiet_libraries()
 
 import torch
 from accelerate import Accelerator
@@ -33,10 +29,11 @@ from blockskip_hooks.cli.arguments import build_parser, parse_args, parse_tracke
 from blockskip_hooks.cli.config_files import dump_config
 from blockskip_hooks.cli.errors import explain, in_full
 from blockskip_hooks.cli.preparation import known_defaults, prepare_run
+from blockskip_hooks.cli.run_plan import describe_plan, make_plan
 from blockskip_hooks.families.prompts import check_embeds, encode_prompts
 from blockskip_hooks.loading.quantization import check_device
 from blockskip_hooks.lora import describe_trainable
-from blockskip_hooks.planning.plan import describe_plan, make_plan, planned_batch_size, planned_vae, streams_text
+from blockskip_hooks.planning.plan import planned_batch_size, planned_vae, streams_text
 from blockskip_hooks.reporting.outputs import open_repository, push_to_hub, run_report, write_outputs, write_progress
 from blockskip_hooks.reporting.prediction import expect_work, predict_seconds
 from blockskip_hooks.reporting.progress import Progress, set_log_level

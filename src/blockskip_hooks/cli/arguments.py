@@ -10,7 +10,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, Literal, get_args
 
 from ..config import BlockSkipConfig, PatchMode, ResidualMode
 from ..data.photos import INTERPOLATION
@@ -19,6 +19,7 @@ from ..loading.quantization import METHODS
 from ..residuals.dtype import ResidualDtype
 from .config_files import read_config
 from .errors import one_line
+from .startup import OneLineParser
 
 
 logger = logging.getLogger(__name__)
@@ -28,23 +29,19 @@ _BYTE_UNITS = {"": 1, "b": 1} | {
     for power, prefix in enumerate("kmgt", start=1)
     for suffix, base in (("b", 1000), ("ib", 1024))
 }
-# What --memory_budget may switch on: flag and value by name.
+# What --memory_budget may switch on: flag and value by name, from what costs the result nothing on.
 MEMORY_OPTIONS: dict[str, tuple[str, Any]] = {
     "checkpointing": ("gradient_checkpointing", True),
     "8bit_adam": ("use_8bit_adam", True),
     "int8": ("quantization", "int8"),
+    "patches": ("patch_sampling", "dynamic"),
     "nf4": ("quantization", "nf4"),
 }
+# These cost it more than skipping half of the blocks does.
+LAST_MEMORY_OPTIONS = ("nf4",)
 QUANTIZING_OPTIONS = frozenset(name for name, (flag, _) in MEMORY_OPTIONS.items() if flag == "quantization")
 _TRUE_WORDS = ("true", "yes", "on", "1")
 _FALSE_WORDS = ("false", "no", "off", "0")
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Argument parser whose errors are one line; with some ninety flags the usage text would hide the reason."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (--help lists every flag)\n")
 
 
 def printable_command(words: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ from ..data.photos import Photo, image_paths, load_dataset_photos, scan_photos
 from ..embedded import DEFAULT_SUBJECT, embedded_model, embedded_photos, embedded_subjects, model_defaults
 from ..families import detect_family
 from ..loading.checks import check_model
-from ..loading.download import check_weights, resolve_model
+from ..loading.download import check_weights, has_weights, resolve_model
 from ..loading.quantization import read_quantization
 from ..training.settings import Run
 from ..training.sharding import asks_for_sharding
@@ -61,8 +61,11 @@ def prepare_run(args: argparse.Namespace) -> Run:
     if args.validation_prompt is not None:
         prompts = [args.validation_prompt]
 
-    check_weights(model_path, family_class, args.variant)
-    check_model(model_path, family_class, args.variant)
+    # A plan needs no weights; what is there is checked.
+    configs_only = args.plan_only and not has_weights(model_path)
+    if not configs_only:
+        check_weights(model_path, family_class, args.variant)
+    check_model(model_path, family_class, args.variant, configs_only=configs_only)
     try:
         family = family_class(model_path, args.variant, vars(args))
         blocks = choose_blocks(args, family, model_name)

@@ -9,16 +9,21 @@ from pathlib import Path
 
 import diffusers
 from diffusers import DiffusionPipeline
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 
 from ..families import Family
 
 
 _COMMIT = re.compile("[0-9a-f]{40}")
+_WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt"})
+# All that a plan reads: configs, indices of weights, tokenizers.
+_PLAN_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 
 
 def resolve_model(args: argparse.Namespace) -> Path:
     """The local folder of ``--pretrained_model_name_or_path``; a hub id is downloaded as a pipeline would be.
+
+    For ``--plan_only`` only what is not weights is.
 
     Raises:
         ValueError: if it is neither a folder nor a hub id that can be downloaded.
@@ -30,16 +35,10 @@ def resolve_model(args: argparse.Namespace) -> Path:
     # What it warns of is said in our one line.
     diffusers.logging.set_verbosity(diffusers.logging.CRITICAL)
     try:
-        folder = Path(
-            DiffusionPipeline.download(
-                name,
-                revision=args.revision,
-                variant=args.variant,
-                cache_dir=args.cache_dir,
-                token=args.hub_token,
-                use_safetensors=True,
-            )
-        )
+        place = {"revision": args.revision, "cache_dir": args.cache_dir, "token": args.hub_token}
+        if getattr(args, "plan_only", False):
+            return Path(snapshot_download(name, allow_patterns=list(_PLAN_FILES), **place))
+        folder = Path(DiffusionPipeline.download(name, variant=args.variant, use_safetensors=True, **place))
         _fetch_card(args, folder)
         return folder
     except Exception as error:
@@ -66,6 +65,11 @@ def _fetch_card(args: argparse.Namespace, folder: Path) -> None:
             cache_dir=args.cache_dir,
             token=args.hub_token,
         )
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a model or one of its components is there with weights, and not as configs alone."""
+    return any(path.suffix in _WEIGHTS for path in folder.rglob("*"))
 
 
 def check_weights(model_path: Path, family: type[Family], variant: str | None) -> None:

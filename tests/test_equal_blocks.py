@@ -16,6 +16,7 @@ from blockskip_hooks.loading.quantization import QuantizationConfig
 from blockskip_hooks.lora import lora_targets
 from blockskip_hooks.planning import equal_blocks
 from blockskip_hooks.planning.components import simulate_text_encoder
+from blockskip_hooks.planning.counters import ALL_BLOCKS
 from blockskip_hooks.planning.presets import load_preset, preset_names
 from blockskip_hooks.planning.simulation import FakeTransformer, empty_model
 from tests.tiny import TinyFamily
@@ -149,6 +150,6 @@ def test_the_peak_is_that_of_the_first_or_the_last_copy():
     assert depth.in_full([grows], 7) == equal_blocks.Phase(None, 147, 0, 15, 5)
     assert depth.in_full([shrinks], 0) == equal_blocks.Phase(None, 130, 0, 30, 10)
     # The copies leave 40 bytes; what is done for all blocks frees 3 bytes of each.
-    loss = equal_blocks.Phase(None, 120, -3, 0, 0, {"b": 3})
+    loss = equal_blocks.Phase(ALL_BLOCKS, 120, -3, 0, 0, {"b": 3})
     after = equal_blocks.Phase("c", 121, 0, 0, 0)
     assert depth.in_full([grows, loss, after], 0).peak_bytes == max(140, 160, 121 + 40 - 12)

@@ -17,7 +17,7 @@ import torch
 from diffusers import ModelMixin
 from torch._subclasses import FakeTensorMode
 
-from ..blocks import list_blocks, split_blocks
+from ..blocks import Block, list_blocks, split_blocks
 from ..config import BlockSkipConfig
 from ..families import Family
 from ..hooks import CaptureDone, SpanResiduals
@@ -28,7 +28,7 @@ from ..losses import combine_losses, flow_matching_loss
 from ..residuals.batches import Batch, place_embeds
 from ..residuals.precompute import base_model
 from ..transformer import DiTBlockSkipTransformer, _cast_floating
-from .counters import Meter
+from .counters import ALL_BLOCKS, Meter
 from .equal_blocks import Depth, kind_of, shorten
 from .fake_modules import QuantizedLinear, ValuesAsPlanned, materialise, num_bytes, streamed_weights
 from .usage import Usage
@@ -229,8 +229,8 @@ class FakeTransformer:
             inputs = self._inputs(batch)
             with self._autocast():
                 prediction = self.model(**inputs, residuals=batch.residuals, return_dict=False)[0]
-                meter.begin(None)
-            # Autocast's copies of the LoRA weights are gone, and only then the loss is computed.
+                # Autocast has kept its copies of the LoRA weights until now.
+                meter.begin(ALL_BLOCKS)
             meter.begin(None)
             prediction, target = self.family.loss_terms(
                 self.family.prediction_to_latents(prediction, batch.latents).float(),
@@ -279,10 +279,9 @@ class FakeTransformer:
         def begins(name: str) -> Callable[..., None]:
             return lambda module, args: meter.begin(name)
 
-        blocks = self.model.spans.leading + self.model.spans.kept + self.model.spans.trailing
         with self.fake_mode, Meter() as meter, ValuesAsPlanned(text_tokens):
             meter.track(self._resident().values())
-            handles = [block.module.register_forward_pre_hook(begins(block.name)) for block in blocks]
+            handles = [block.module.register_forward_pre_hook(begins(block.name)) for block in self._blocks()]
             try:
                 yield meter
             finally:
@@ -302,12 +301,17 @@ class FakeTransformer:
 
             return hook
 
-        handles = [block.module.register_forward_hook(follow(block.name)) for block in self.model.spans.kept]
+        handles = [block.module.register_forward_hook(follow(block.name)) for block in self._blocks()]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _blocks(self) -> tuple[Block, ...]:
+        """The blocks that are simulated, in execution order."""
+        spans = self.model.spans
+        return spans.leading + spans.kept + spans.trailing
 
     def _lora(self) -> dict[str, torch.nn.Parameter]:
         """The trainable weights by name."""

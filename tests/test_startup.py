@@ -1,4 +1,4 @@
-"""What the scripts share: nothing is printed before their own first word, and errors are one line with an exit code."""
+"""What the scripts share: nothing is printed before their own first word, errors are one line with an exit code."""
 
 from __future__ import annotations
 

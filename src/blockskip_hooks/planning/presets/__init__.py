@@ -98,7 +98,7 @@ def write_preset(name: str, folder: Path, pipeline_settings: Mapping[str, Any] |
     # By this name a table that says which blocks to skip is found.
     configs["transformer"] = {**data["transformer"], "_name_or_path": data["name"]}
     # Tokenizers have no class: nothing is known of them, and a plan needs none.
-    index = dict.fromkeys(FAMILIES[data["pipeline"]].text_components, [None, None])
+    index: dict[str, list[str | None]] = dict.fromkeys(FAMILIES[data["pipeline"]].text_components, [None, None])
     index |= {part: ["diffusers", data[part]["_class_name"]] for part in ("transformer", "vae", "scheduler")}
     index |= {part: ["transformers", config["architectures"][0]] for part, config in encoders.items()}
     for part, config in configs.items():

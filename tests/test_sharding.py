@@ -17,9 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 from blockskip_hooks import BlockSkipConfig, DiTBlockSkipTransformer
 from blockskip_hooks.cli.arguments import parse_args
 from blockskip_hooks.cli.preparation import prepare_run
+from blockskip_hooks.cli.run_plan import plan_for
 from blockskip_hooks.loading.component_config import load_config
 from blockskip_hooks.lora import add_lora, lora_targets
-from blockskip_hooks.planning.plan import plan_for
 from blockskip_hooks.training.sharding import asks_for_sharding, prepare_model, shard
 from tests import script
 from tests.test_several_processes import SHARED

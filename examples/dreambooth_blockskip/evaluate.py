@@ -16,24 +16,26 @@ Example:
 from __future__ import annotations
 
 import argparse
-import logging
-import os
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from blockskip_hooks.cli.startup import (
+    SETTINGS_ERROR,
+    WORK_ERROR,
+    errors_in_one_line,
+    make_parser,
+    quiet_libraries,
+    returns_exit_code,
+)
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-warnings.filterwarnings("ignore", category=FutureWarning)
-for _name in ("torchao", "bitsandbytes", "diffusers.quantizers", "torch.utils._pytree"):
-    logging.getLogger(_name).setLevel(logging.ERROR)
+
+quiet_libraries()
 
 from PIL import Image
 from tqdm.auto import tqdm
 
-from blockskip_hooks.cli.arguments import OneLineParser, printable_command
-from blockskip_hooks.cli.errors import explain
+from blockskip_hooks.cli.arguments import printable_command
 from blockskip_hooks.cli.model_flags import add_model_flags, image_flags
 from blockskip_hooks.data.photos import Photo, scan_photos
 from blockskip_hooks.embedded import DEFAULT_SUBJECT, embedded_photos, embedded_subjects
@@ -66,9 +68,7 @@ NO_LORA = "none"
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags; those that the training script has mean the same here."""
-    parser = OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = make_parser(__doc__)
     add_model_flags(parser)
     flag = parser.add_argument
     flag("--lora_weights", nargs="+", default=[NO_LORA], help="LoRAs, files or folders; none is the model without.")
@@ -97,7 +97,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
+@returns_exit_code
+def main(argv: list[str] | None = None) -> None:
     """Run the script.
 
     Returns:
@@ -105,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         line.
     """
     args = build_parser().parse_args(argv)
-    try:
+    with errors_in_one_line(SETTINGS_ERROR, "evaluate", args.hub_token):
         check_flags(args)
         photos = find_photos(args)
         prompts = find_prompts(args)
@@ -122,11 +123,6 @@ def main(argv: list[str] | None = None) -> int:
             batch_size=args.images_at_once,
         )
         total, missing = len(loras) * len(prompts) * len(request.seeds), count_missing(request)
-    except Exception as error:
-        if (line := explain(error, "evaluate", args.hub_token)) is None:
-            raise
-        print(f"error: {line}", file=sys.stderr)
-        return 2
     size = settings.pipeline_kwargs["height"]
     print(
         f"Model    {settings.model_name} ({settings.family.name}); LoRAs: {', '.join(loras)}\n"
@@ -135,17 +131,11 @@ def main(argv: list[str] | None = None) -> int:
         flush=True,
     )
     command = printable_command([Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)])
-    try:
+    with errors_in_one_line(WORK_ERROR, "evaluate", args.hub_token):
         # Before any image is made: a missing encoder must not show after an hour.
         encoders = {label: load_image_encoder(source, settings.device) for label, source in sources.items()}
         make_images(request)
         measure(args, request, encoders, photos, command)
-    except Exception as error:
-        if (line := explain(error, "evaluate", args.hub_token)) is None:
-            raise
-        print(f"error: {line}", file=sys.stderr)
-        return 1
-    return 0
 
 
 def check_flags(args: argparse.Namespace) -> None:

@@ -15,23 +15,25 @@ Example:
 from __future__ import annotations
 
 import argparse
-import logging
-import os
 import sys
 import time
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
+from blockskip_hooks.cli.startup import (
+    SETTINGS_ERROR,
+    WORK_ERROR,
+    errors_in_one_line,
+    make_parser,
+    quiet_libraries,
+    returns_exit_code,
+)
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-warnings.filterwarnings("ignore", category=FutureWarning)
-for _name in ("torchao", "bitsandbytes", "diffusers.quantizers", "torch.utils._pytree"):
-    logging.getLogger(_name).setLevel(logging.ERROR)
+
+quiet_libraries()
 
 from blockskip_hooks.cli.argument_checks import check_at_most, check_output_dir, check_texts
-from blockskip_hooks.cli.arguments import OneLineParser, printable_command
-from blockskip_hooks.cli.errors import explain
+from blockskip_hooks.cli.arguments import printable_command
 from blockskip_hooks.cli.model_flags import add_model_flags, image_flags
 from blockskip_hooks.inference.image_encoders import DEFAULT_ENCODER
 from blockskip_hooks.inference.lora_files import lora_file
@@ -65,9 +67,7 @@ LARGEST_SIDE = 512
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags; those that the training script has mean the same here."""
-    parser = OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = make_parser(__doc__)
     add_model_flags(parser)
     flag = parser.add_argument
     flag(
@@ -93,25 +93,21 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
+@returns_exit_code
+def main(argv: list[str] | None = None) -> None:
     """Run the script.
 
     Returns:
         The exit code: 0, 2 for settings that cannot work, 1 for a search that cannot go on. Both say why in one line.
     """
     args = build_parser().parse_args(argv)
-    try:
+    with errors_in_one_line(SETTINGS_ERROR, "select", args.hub_token):
         request = make_request(args)
         num_blocks = len(block_parameters(request.family, load_config(request.transformer_folder)))
         check_blocks(args, num_blocks)
         lengths = default_window_lengths(num_blocks) if args.window_lengths is None else tuple(args.window_lengths)
         spans = stream_all(num_blocks) if args.stream_blocks else None
         request = replace(request, window_lengths=lengths, spans=spans)
-    except Exception as error:
-        if (line := explain(error, "select", args.hub_token)) is None:
-            raise
-        print(f"error: {line}", file=sys.stderr)
-        return 2
     steps, number = request.pipeline_kwargs["num_inference_steps"], count_images(request, num_blocks)
     print(
         f"Model    {request.model_name} ({request.family.name}), {num_blocks} blocks\n"
@@ -121,17 +117,11 @@ def main(argv: list[str] | None = None) -> int:
         flush=True,
     )
     command = printable_command([Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)])
-    try:
+    with errors_in_one_line(WORK_ERROR, "select", args.hub_token):
         images = open_search(request)
         print(f"Estimate {estimate(images, request, number)}", flush=True)
         contents = measure_table(images, request, command)
         write_outputs(args, images, request, contents)
-    except Exception as error:
-        if (line := explain(error, "select", args.hub_token)) is None:
-            raise
-        print(f"error: {line}", file=sys.stderr)
-        return 1
-    return 0
 
 
 def make_request(args: argparse.Namespace) -> SearchRequest:

@@ -10,17 +10,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from blockskip_hooks.cli.startup import quiet_libraries
 
-# Optional packages that transformers misses (torchvision) do not matter here.
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-warnings.filterwarnings("ignore", category=FutureWarning)
-# Nor does what torchao and bitsandbytes, where they are installed, cannot do on this machine.
-for _name in ("torchao", "bitsandbytes", "diffusers.quantizers", "torch.utils._pytree"):
-    logging.getLogger(_name).setLevel(logging.ERROR)
+
+quiet_libraries()
 
 import torch
 from accelerate import Accelerator
@@ -32,11 +28,12 @@ from blockskip_hooks.cli.arguments import build_parser, parse_args, printable_co
 from blockskip_hooks.cli.config_files import dump_config
 from blockskip_hooks.cli.errors import explain, in_full
 from blockskip_hooks.cli.preparation import known_defaults, prepare_run
+from blockskip_hooks.cli.run_plan import describe_plan, make_plan
 from blockskip_hooks.families.prompts import TrainedText, check_embeds, encode_prompts
 from blockskip_hooks.loading.quantization import check_device
 from blockskip_hooks.lora import add_lora
 from blockskip_hooks.losses import combine_losses, flow_matching_loss
-from blockskip_hooks.planning.plan import describe_plan, make_plan, planned_batch_size, planned_vae, streams_text
+from blockskip_hooks.planning.plan import planned_batch_size, planned_vae, streams_text
 from blockskip_hooks.reporting.hub import open_repository, push_to_hub
 from blockskip_hooks.reporting.outputs import RunOutputs, closing_words, lora_size
 from blockskip_hooks.reporting.progress import Progress, photo_progress, set_log_level

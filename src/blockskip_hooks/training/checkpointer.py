@@ -64,18 +64,16 @@ class Checkpointer:
         self._adapters.check_finite()
         with new_checkpoint(run.output_dir, history.step, run.settings.checkpoints_total_limit) as folder:
             self._adapters.save(folder)
-            save_training_state(
-                folder,
-                self._optimizer,
-                self._lr_scheduler,
-                step=history.step,
-                seed=run.settings.seed,
-                stretch_steps=records.stretches.length,
-                num_processes=self._accelerator.num_processes,
-                samples_per_step=run.samples_per_step(self._accelerator.num_processes),
-                loss=history.losses,
-                made_with=made_with(run),
-            )
+            numbers = {
+                "step": history.step,
+                "seed": run.settings.seed,
+                "stretch_steps": records.stretches.length,
+                "num_processes": self._accelerator.num_processes,
+                "samples_per_step": run.samples_per_step(self._accelerator.num_processes),
+                "loss": history.losses,
+                "made_with": made_with(run),
+            }
+            save_training_state(folder, self._optimizer, self._lr_scheduler, **numbers)
             if records.stretch_adapters:
                 save_tensors(records.stretch_adapters, folder / STRETCH_NAME)
         self.after_save()

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from ..transformer import DiTBlockSkipTransformer
+from ..utils.errors import UserError
 
 
 def check_gradients(model: torch.nn.Module) -> None:
@@ -17,7 +18,7 @@ def check_gradients(model: torch.nn.Module) -> None:
     """
     for name, parameter in _lora_b(model).items():
         if parameter.grad is None or not bool(parameter.grad.any()):
-            raise ValueError(
+            raise UserError(
                 f"The LoRA of {_layer(name)} receives no gradient, so it would never learn; leave the layer out of "
                 "--lora_layers, or report this as a bug."
             )
@@ -31,7 +32,7 @@ def check_learned(model: torch.nn.Module) -> None:
     """
     for name, parameter in _lora_b(model).items():
         if not bool(parameter.any()):
-            raise ValueError(f"The LoRA of {_layer(name)} is still zero after training; nothing was learnt there.")
+            raise UserError(f"The LoRA of {_layer(name)} is still zero after training; nothing was learnt there.")
     check_finite(model)
 
 
@@ -43,7 +44,7 @@ def check_finite(model: torch.nn.Module) -> None:
     """
     for name, parameter in model.named_parameters():
         if "lora_" in name and parameter.requires_grad and not bool(parameter.isfinite().all()):
-            raise ValueError(
+            raise UserError(
                 f"The LoRA of {_layer(name)} is not finite; lower --learning_rate. Checkpoints written so far are "
                 "intact."
             )

@@ -5,16 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
 from .errors import UserError
 
 
 FSDP_SWITCH = "ACCELERATE_USE_FSDP"
 """What accelerate's launcher sets for a config with ``distributed_type: FSDP``."""
+PATIENCE = timedelta(days=1)
+"""How long processes wait for one that works alone: it merges, writes and uploads at the speed of a disk and a
+network, which no plan knows, and backends give up after ten to thirty minutes. A process that died is noticed without
+it: gloo's connection breaks, and launchers end the others."""
 
 
 @contextmanager
@@ -40,7 +46,8 @@ def start_accelerator(mixed_precision: str | None, **settings: Any) -> Accelerat
     """
     try:
         with _without_fsdp():
-            return Accelerator(mixed_precision=mixed_precision, **settings)
+            handlers = [InitProcessGroupKwargs(timeout=PATIENCE)]
+            return Accelerator(mixed_precision=mixed_precision, kwargs_handlers=handlers, **settings)
     except ValueError as error:
         raise UserError(f"--mixed_precision {mixed_precision} cannot be used here: {error}") from error
 

@@ -53,7 +53,7 @@ class History:
     """
 
     def __init__(self, accelerator: Accelerator, maker: SampleMaker) -> None:
-        self.step = 0
+        self.step = self._clocked = 0
         self.losses: list[float] = []
         self.loss_by_timestep: dict[str, list[tuple[int, float]]] = {}
         self.step_seconds: list[float] = []
@@ -79,17 +79,23 @@ class History:
 
     def state(self) -> dict[str, Any]:
         """All of it for a checkpoint, as JSON takes it."""
+        seconds, memory = self.step_seconds, self.step_memory
+        if self._clocked < self.step:
+            # A checkpoint is written before the clock of its step stops.
+            seconds = [*seconds, time.perf_counter() - self._since]
+            memory = [*memory, *filter(None, [device_memory()])]
         return {
             "loss": self.losses,
             "loss_by_timestep": self.loss_by_timestep,
-            "step_seconds": self.step_seconds,
-            "step_memory": self.step_memory,
+            "step_seconds": seconds,
+            "step_memory": memory,
             "legs": self.legs,
         }
 
     def resume(self, state: Mapping[str, Any]) -> None:
         """Go on after ``state["step"]`` steps with what :meth:`state` kept of them; older checkpoints have less."""
         self.step, self.losses = state["step"], list(state["loss"])
+        self._clocked = self.step
         by_timestep = state.get("loss_by_timestep", {})
         self.loss_by_timestep = {name: [(step, loss) for step, loss in points] for name, points in by_timestep.items()}
         self.step_seconds = list(state.get("step_seconds", ()))
@@ -138,6 +144,7 @@ class History:
     def stop_clock(self) -> None:
         """Take the seconds and the memory of the step that ended, with all that was done after it."""
         self.step_seconds.append(time.perf_counter() - self._since)
+        self._clocked = self.step
         if memory := device_memory():
             self.step_memory.append(memory)
         self.start_clock()

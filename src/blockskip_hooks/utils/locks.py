@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -80,7 +81,7 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
 
 def _lock(file: BinaryIO) -> None:
     """Lock an open file for this process, or raise at once."""
-    if os.name == "nt":
+    if sys.platform == "win32":
         import msvcrt
 
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)

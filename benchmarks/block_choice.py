@@ -25,9 +25,9 @@ from common import benchmark_parser, write_figures
 
 from blockskip_hooks.embedded import embedded_model, embedded_subjects
 from blockskip_hooks.evaluation.statistics import bootstrap
-from blockskip_hooks.residuals.store import folder_digest
 from blockskip_hooks.search.tables import find_table, read_table
 from blockskip_hooks.selection import select_blocks
+from blockskip_hooks.utils.digests import folder_digest
 
 
 NUM_BLOCKS = 18

@@ -33,9 +33,9 @@ from cells import SUBJECTS, evaluate, read_cells, run_cells, train
 from common import benchmark_parser, write_figures
 
 from blockskip_hooks.embedded import embedded_subjects
-from blockskip_hooks.hooks import SkipMode
 from blockskip_hooks.residuals.batches import Batch
 from blockskip_hooks.residuals.precompute import capture
+from blockskip_hooks.state import SkipMode
 from blockskip_hooks.training.trainer import Trainer
 
 

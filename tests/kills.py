@@ -117,9 +117,11 @@ class Reaper:
         os.kill(os.getpid(), {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}[self.fault])
 
     def install(self) -> None:
-        """Watch files through Python's audit events, syncs and the trainer's steps through wrappers."""
+        """Watch files through Python's audit events, syncs and the training steps through wrappers."""
         from blockskip_hooks.residuals import precompute
-        from blockskip_hooks.training import checkpoints, trainer
+        from blockskip_hooks.training import checkpoints
+        from blockskip_hooks.training.history import History
+        from blockskip_hooks.training.records import RecordSource
         from blockskip_hooks.utils import files
 
         def audit(name: str, args: tuple[Any, ...]) -> None:
@@ -134,7 +136,7 @@ class Reaper:
             self.event(half_written=path)
             original(path)
 
-        def batch(*args: Any, original: Callable[..., Any] = trainer.Trainer._loss) -> Any:
+        def batch(*args: Any, original: Callable[..., Any] = RecordSource.complete) -> Any:
             self.batches += 1
             if self.batches == self.at_batch:
                 self.at = self.count + 1
@@ -151,8 +153,8 @@ class Reaper:
         sys.addaudithook(audit)
         files.sync = checkpoints.sync = sync
         precompute.capture = watched(precompute.capture)
-        trainer.Trainer._loss = batch  # type: ignore[method-assign, assignment]
-        trainer.Trainer._finish_step = watched(trainer.Trainer._finish_step)  # type: ignore[method-assign]
+        RecordSource.complete = batch  # type: ignore[method-assign, assignment]
+        History.end_step = watched(History.end_step)  # type: ignore[method-assign]
 
 
 def run_script(

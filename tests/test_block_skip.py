@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 
 from blockskip_hooks import (
     BlockSkipConfig,
@@ -17,10 +18,12 @@ from blockskip_hooks import (
     remove_block_skip,
 )
 from blockskip_hooks.blocks import list_blocks, modulation_layers, split_blocks
-from blockskip_hooks.hooks import SkipMode
-from blockskip_hooks.loading.models import empty_model
+from blockskip_hooks.families.flux import Flux
+from blockskip_hooks.loading.checks import check_model
+from blockskip_hooks.loading.models import check_surplus, empty_model
 from blockskip_hooks.lora import lora_targets
-from tests.tiny import TINY_FAMILIES, TinyFamily, randomise
+from blockskip_hooks.state import SkipMode
+from tests.tiny import TINY_FAMILIES, TinyFamily, randomise, save_tiny_flux
 
 
 # Every family with every (n, m) that keeps a block; with one pair in the fast tier.
@@ -283,6 +286,97 @@ def test_wrong_residuals_and_spans_are_named():
         BlockSkipConfig(leading=-1)
 
 
+def test_without_residuals_an_identity_stays_one():
+    """``residuals="none"`` is the identity for skipped blocks in every call; the full model is asked for by name."""
+    tiny = TINY_FAMILIES[0]
+    model = DiTBlockSkipTransformer(tiny.make_transformer(), BlockSkipConfig(leading=1, trailing=1, residuals="none"))
+    inputs = tiny.make_inputs(1)
+    with torch.no_grad():
+        identity = forward(model, inputs, residuals=SpanResiduals())
+        assert torch.equal(forward(model, inputs), identity)
+        with model.full_model() as transformer:
+            whole = forward(transformer, inputs)
+        assert torch.equal(whole, forward(tiny.make_transformer(), inputs)) and not torch.equal(whole, identity)
+        assert torch.equal(forward(model, inputs), identity)
+
+
+def test_a_mode_that_is_none_is_refused():
+    state = apply_block_skip(TINY_FAMILIES[0].make_transformer(), BlockSkipConfig(leading=1))
+    with pytest.raises(ValueError, match="'banana' is no mode .* SkipMode.INJECT, SkipMode.CAPTURE, SkipMode.RUN"):
+        state.mode = "banana"  # type: ignore[assignment]
+    assert state.mode is SkipMode.RUN
+
+
+def test_placeholders_are_driven_by_hand_as_the_reference_says(tiny: TinyFamily):
+    """Capture, inject, remove, without the wrapper; nothing is raised on the way."""
+    transformer, config = tiny.make_transformer(), BlockSkipConfig(leading=1, trailing=1)
+    inputs = tiny.make_inputs(2)
+    expected = DiTBlockSkipTransformer(transformer, config).capture_residuals(**inputs).tensors()
+    remove_block_skip(transformer)
+    state = apply_block_skip(transformer, config)
+    state.mode = SkipMode.CAPTURE
+    with torch.no_grad():
+        full = forward(transformer, inputs)
+        captured = state.captured.tensors()
+        assert captured.keys() == expected.keys() and all(torch.equal(captured[n], t) for n, t in expected.items())
+        state.mode, state.residuals = SkipMode.INJECT, state.captured
+        assert (forward(transformer, inputs) - full).abs().max() <= 1e-5
+    remove_block_skip(transformer)
+    with pytest.raises(ValueError, match="SkipMode.INJECT needs the placeholders, which were removed"):
+        state.mode = SkipMode.INJECT
+
+
+def test_residuals_after_removal_are_refused():
+    tiny = TINY_FAMILIES[0]
+    model = DiTBlockSkipTransformer(tiny.make_transformer(), BlockSkipConfig(leading=1, trailing=1))
+    inputs = tiny.make_inputs(1)
+    residuals = model.capture_residuals(**inputs)
+    transformer = model.remove()
+    with pytest.raises(ValueError, match="removed; call apply_block_skip again"):
+        forward(model, inputs, residuals=residuals)
+    with pytest.raises(ValueError, match="removed"):
+        model.capture_residuals(**inputs)
+    with torch.no_grad():
+        assert torch.equal(forward(model, inputs), forward(transformer, inputs))
+
+
+def test_lora_on_a_skipped_block_is_refused_in_training():
+    tiny = TINY_FAMILIES[0]
+    model = DiTBlockSkipTransformer(tiny.make_transformer().requires_grad_(False), BlockSkipConfig(leading=1))
+    inputs = tiny.make_inputs(1)
+    model.transformer.add_adapter(LoraConfig(r=1, target_modules=["to_q"]))
+    residuals = model.capture_residuals(**inputs)
+    with pytest.raises(ValueError, match="LoRA of transformer_blocks.0 would never learn"):
+        forward(model, inputs, residuals=residuals)
+    with torch.no_grad():
+        forward(model, inputs, residuals=residuals)
+    for parameter in model.transformer.transformer_blocks[0].parameters():
+        parameter.requires_grad_(False)
+    forward(model, inputs, residuals=residuals).sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_residuals_of_another_dtype_are_cast(dtype: torch.dtype):
+    tiny = TINY_FAMILIES[0]
+    model = DiTBlockSkipTransformer(tiny.make_transformer(), BlockSkipConfig(leading=1, trailing=1))
+    inputs = tiny.make_inputs(1)
+    residuals = model.capture_residuals(**inputs)
+    other = SpanResiduals(**{name: tensor.to(dtype) for name, tensor in residuals.tensors().items()})
+    with torch.no_grad():
+        expected, cast = (forward(model, inputs, residuals=r) for r in (residuals, other))
+    assert cast.dtype == torch.float32
+    assert (cast - expected).abs().max() <= 0.05 * expected.abs().max()
+
+
+def test_residuals_that_are_no_numbers_are_refused():
+    tiny = TINY_FAMILIES[0]
+    model = DiTBlockSkipTransformer(tiny.make_transformer(), BlockSkipConfig(leading=1))
+    residuals = model.capture_residuals(**tiny.make_inputs(1))
+    residuals.leading_hidden_states = residuals.leading_hidden_states.long()
+    with pytest.raises(ValueError, match="leading span has the dtype torch.int64; give floating point"):
+        forward(model, tiny.make_inputs(1), residuals=residuals)
+
+
 def test_wrapper_is_transparent():
     tiny = TINY_FAMILIES[0]
     model = DiTBlockSkipTransformer(tiny.make_transformer(), BlockSkipConfig(leading=1))
@@ -309,3 +403,43 @@ def test_loading_names_what_is_wrong(tmp_path: Path):
     transformer.save_pretrained(tmp_path / "mismatch" / "transformer")
     with pytest.raises(ValueError, match="x_embedder.weight has shape"):
         DiTBlockSkipTransformer.from_pretrained(tmp_path / "mismatch", config)
+
+
+SURPLUS = {
+    "a block more": ("transformer_blocks.7.attn.to_q.weight", "1 tensors that its config's FluxTransformer2DModel"),
+    "scaled fp8": ("transformer_blocks.0.attn.to_q.scale_weight", "quantised weights.* name the model in bfloat16"),
+    "scaled fp8, marked": ("scaled_fp8", "quantised weights"),
+    "bitsandbytes": ("transformer_blocks.0.attn.to_q.weight.absmax", "quantised weights"),
+}
+
+
+@pytest.mark.parametrize("case", SURPLUS)
+def test_tensors_that_would_be_ignored_are_refused_by_name(case: str, tmp_path: Path):
+    """Before a run is planned, from the files' headers, and where the library loads a model."""
+    name, words = SURPLUS[case]
+    folder = save_tiny_flux(tmp_path)
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({**load_file(file), name: torch.ones(2)}, file)
+    with pytest.raises(ValueError, match=f"{words}") as error:
+        DiTBlockSkipTransformer.from_pretrained(folder, BlockSkipConfig(leading=1))
+    assert name in str(error.value)
+    with pytest.raises(ValueError, match=f"--pretrained_model_name_or_path .*{words}") as error:
+        check_model(folder, Flux, None)
+    assert name in str(error.value)
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder_2"])
+def test_quantised_weights_of_other_parts_are_refused(part: str, tmp_path: Path):
+    folder = save_tiny_flux(tmp_path)
+    (file,) = (folder / part).glob("*.safetensors")
+    save_file({**load_file(file), "layer.scale_weight": torch.ones(1)}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f": {part} holds quantised weights"):
+        check_model(folder, Flux, None)
+
+
+def test_buffers_that_are_not_saved_may_be_in_a_checkpoint():
+    model = torch.nn.Module()
+    model.register_buffer("table", torch.ones(2), persistent=False)
+    check_surplus(["table"], model, "it")
+    with pytest.raises(ValueError, match="it holds 1 tensors .* first other"):
+        check_surplus(["table", "other"], model, "it")

@@ -107,6 +107,7 @@ def test_the_script_skips_as_few_blocks_as_fit(photos: Path, tmp_path: Path, cap
     assert f"{fewest} of 5" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_allowed_options_are_used_before_more_than_half_is_skipped(photos: Path, tmp_path: Path):
     half = plan_only(photos, tmp_path / "half", "--skip_blocks", "2")
     budget = peak(half) - 1

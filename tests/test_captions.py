@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from blockskip_hooks.data.photos import PhotoSet, scan_photos, summarize_photos
+from blockskip_hooks.residuals.batches import PhotoSource
 
 
 @pytest.fixture
@@ -26,6 +27,12 @@ def folder(tmp_path):
 
 def captions(folder):
     return [(photo.caption, photo.caption_source) for photo in scan_photos(folder)]
+
+
+def test_prompts_come_with_the_names_of_their_photos(folder):
+    files = {"a.txt": "a dog", "c.caption": "a dog"}
+    source = PhotoSource(PhotoSet(scan_photos(folder(["a.png", "b.png", "c.png"], files)), 8), "sks")
+    assert source.prompts() == {"a dog": ["a.png", "c.png"], "sks": ["b.png"]}
 
 
 def test_text_is_stripped_and_an_empty_file_is_no_caption(folder):
@@ -67,7 +74,7 @@ def test_captions_of_several_kinds_have_an_order(folder):
     for number, name in enumerate(sources, start=1):
         assert captions(made) == [(str(number), name)]
         unused = [other for other in sources if other != name and (made / other).exists()]
-        described = summarize_photos(scan_photos(made), [(8, 8)]).describe()
+        described = summarize_photos(scan_photos(made), [(8, 8)]).describe("photos", "sks")
         assert all(other in described.split("not used: ")[1] for other in unused[:5]) if unused else True
         # An empty file is passed over as one that is not there.
         (made / name).write_text("")
@@ -77,7 +84,7 @@ def test_captions_of_several_kinds_have_an_order(folder):
 def test_metadata_without_captions_are_named_and_change_nothing(folder):
     made = folder(["a.png"], {"metadata.jsonl": '{"file_name": "a.png", "label": 1}'})
     assert captions(made) == [(None, None)]
-    assert "not used: metadata.jsonl" in summarize_photos(scan_photos(made), [(8, 8)]).describe()
+    assert "not used: metadata.jsonl" in summarize_photos(scan_photos(made), [(8, 8)]).describe("photos", "sks")
 
 
 def test_the_first_screen_says_how_many_captions_there_are_and_from_where(folder):
@@ -90,9 +97,8 @@ def test_the_first_screen_says_how_many_captions_there_are_and_from_where(folder
         "notes.txt": "buy more film",
     }
     photos = scan_photos(folder([f"p{number}.png" for number in range(6)], files))
-    assert summarize_photos(photos, [(8, 8)]).describe().splitlines()[1] == (
-        "Captions  4 of 6 (2 from .txt, 1 from .caption, 1 from metadata.csv); the others train on --instance_prompt; "
-        "not used: notes.txt, p3.png.txt"
+    assert summarize_photos(photos, [(8, 8)]).describe("photos", "sks").splitlines()[1] == (
+        "Captions 4 of 6 (2 from .txt, 1 from .caption, 1 from metadata.csv); not used: notes.txt, p3.png.txt"
     )
 
 

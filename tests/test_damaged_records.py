@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from blockskip_hooks.residuals.batches import read_ahead
 from blockskip_hooks.residuals.store import DamagedRecord, ResidualStore, recorded_seed
-from blockskip_hooks.training.trainer import Trainer
+from blockskip_hooks.training.history import History
+from blockskip_hooks.training.records import RecordSource
 from tests import script
 from tests.script import assert_same_weights
 from tests.tiers import fast_first, fast_rows
@@ -86,7 +87,7 @@ def test_a_bad_shard_is_computed_again_and_no_other(train, whole: Path, tmp_path
 def test_a_shard_that_goes_bad_in_training_is_computed_again(
     train, whole: Path, tmp_path: Path, damage, workers: str, monkeypatch: pytest.MonkeyPatch, caplog
 ):
-    original = Trainer.train
+    original = RecordSource.loader
     hit: list[str] = []
 
     def train_on_bad_records(self, steps):
@@ -94,28 +95,30 @@ def test_a_shard_that_goes_bad_in_training_is_computed_again(
             for path in shards(tmp_path / "records")[::2]:
                 damage(path)
                 hit.append(path.name)
-        original(self, steps)
+        return original(self, steps)
 
-    monkeypatch.setattr(Trainer, "train", train_on_bad_records)
+    monkeypatch.setattr(RecordSource, "loader", train_on_bad_records)
     output = train("--dataloader_num_workers", workers)
     assert len(hit) == STEPS // 2 and all(name in caplog.text for name in hit)
     assert records_made(output) == STEPS * 2 + len(hit) * 2
     assert_same_weights(output, whole)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_gone_is_one_line_that_names_the_file(
     train, whole: Path, model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
     records, output = tmp_path / "records", tmp_path / "out"
-    original = Trainer._finish_step
+    original = History.end_step
 
-    def lose_the_disk(self, *args):
-        original(self, *args)
+    def lose_the_disk(self):
+        step = original(self)
         if self.step == 1:
             shutil.rmtree(records)
             records.write_text("not a folder")
+        return step
 
-    monkeypatch.setattr(Trainer, "_finish_step", lose_the_disk)
+    monkeypatch.setattr(History, "end_step", lose_the_disk)
     flags = script.settings(
         model, photos, output, *FLAGS, "--residual_dir", str(records), "--checkpointing_steps", "1"
     )
@@ -137,6 +140,7 @@ def test_a_run_begun_again_computes_what_is_missing(train, whole: Path, tmp_path
     assert_same_weights(tmp_path / "second", whole)
 
 
+@pytest.mark.slow
 def test_a_shard_with_part_of_a_forward_gives_the_same_weights(train, whole: Path, tmp_path: Path):
     """Another run's forwards may have held other samples: what is there is neither written again nor mixed up."""
     train("--precompute_batch_size", "3", name="threes")

@@ -27,8 +27,8 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted({*ROOT.glob("*.md"), *DOCS.glob("*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("tools/*/*.md")})
 NOTEBOOK = ROOT / "examples" / "dreambooth_blockskip" / "blockskip_colab.ipynb"
-# Flags of other commands: torchrun, pip, .ci/run and the like.
-FOREIGN = {"--config_file", "--num_processes", "--check", "--fast"}
+# Flags of other commands: accelerate, torchrun, pip, .ci/run and the like.
+FOREIGN = {"--config_file", "--num_processes", "--check", "--fast", "--quiet"}
 
 
 def load_tool(name: str) -> ModuleType:
@@ -100,10 +100,26 @@ def test_files_named_in_pages_exist():
             assert "NAME" in name or (ROOT / name).exists(), f"{page.name}: {name}"
 
 
+def test_the_architecture_names_every_room_and_files_that_exist():
+    text, package = (DOCS / "architecture.md").read_text(), ROOT / "src" / "blockskip_hooks"
+    for name in re.findall(r"`((?:[a-z_]+/)?[a-z_0-9]+\.py|[a-z]+/)`", text):
+        assert (package / name).exists() or (ROOT / name).exists(), name
+    method = {path.name for path in package.glob("*.py")} - {"__init__.py", "version.py"}
+    rooms = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    assert {name for name in method | rooms if f"`{name}`" not in text} == set()
+
+
 def test_commands_in_pages_name_scripts_that_exist():
     for page in PAGES:
         for script in re.findall(r"python ((?:examples|tools|benchmarks)/[\w/]+\.py)", page.read_text()):
             assert (ROOT / script).is_file(), f"{page.name}: {script}"
+
+
+def test_commands_in_pages_print_no_lines_of_accelerate():
+    """Without a config it names its default values first, and after an error it adds its own traceback."""
+    for page in (*PAGES, NOTEBOOK, *sorted((ROOT / "configs").glob("*.yaml"))):
+        text = page.read_text()
+        assert not re.findall(r"accelerate launch(?! --quiet)[^`]* (?:examples|configs)/\S+\.py", text), page
 
 
 def test_page_lists_what_a_family_may_override():

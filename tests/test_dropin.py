@@ -17,11 +17,13 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from safetensors import safe_open
 
-from blockskip_hooks.training.trainer import Trainer
-from blockskip_hooks.training.validation import Validation
+from blockskip_hooks.training import validation
+from blockskip_hooks.training.history import History
+from blockskip_hooks.training.records import RecordSource
 from tests import script
 from tests.script import WEIGHTS, assert_same_weights, losses, weights
 from tests.tiers import fast_first
@@ -112,6 +114,7 @@ def test_the_basic_command_exports_a_lora_of_the_transformer(
     assert len(blocks(output)) == (tiny.num_blocks if spans == "none" else tiny.num_blocks - 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["flux-dev", "sd3"])
 def test_a_trained_text_encoder_is_in_the_same_file(name: str, photos: Path, tmp_path: Path):
     output = launch(TINY[name], *OPTIMIZER, "--train_text_encoder", photos=photos, output=tmp_path)
@@ -155,6 +158,7 @@ def test_sd3_trains_the_blocks_and_layers_that_are_named(
 # Checkpoints
 
 
+@pytest.mark.slow
 def test_old_checkpoints_go_when_the_limit_is_reached(tiny: TinyFamily, photos: Path, tmp_path: Path):
     flags = ("--checkpointing_steps=2", "--checkpoints_total_limit=2")
     assert checkpoints(launch(tiny, *flags, photos=photos, output=tmp_path, steps=6)) == {
@@ -184,13 +188,14 @@ def unfinished(finished: Path, tmp_path: Path) -> Path:
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Numbers of the optimiser steps that are really made."""
     steps: list[int] = []
-    original = Trainer._finish_step
+    original = History.end_step
 
-    def spy(self, *args):
-        original(self, *args)
-        steps.append(self.step)
+    def spy(self):
+        step = original(self)
+        steps.append(step.number)
+        return step
 
-    monkeypatch.setattr(Trainer, "_finish_step", spy)
+    monkeypatch.setattr(History, "end_step", spy)
     return steps
 
 
@@ -213,6 +218,7 @@ def test_a_resumed_run_ends_at_max_train_steps_as_if_never_stopped(
     assert checkpoints(unfinished) == {"checkpoint-2", "checkpoint-4", "checkpoint-6"}
 
 
+@pytest.mark.slow
 def test_resuming_with_a_smaller_limit_removes_several_checkpoints(
     tiny: TinyFamily, spans: str, photos: Path, finished: Path, tmp_path: Path
 ):
@@ -224,6 +230,7 @@ def test_resuming_with_a_smaller_limit_removes_several_checkpoints(
     assert len(losses(output)) == 8
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_is_resumed_trains_no_further(
     tiny: TinyFamily, photos: Path, finished: Path, tmp_path: Path, trained: list[int], spans: str
 ):
@@ -235,6 +242,7 @@ def test_a_finished_run_that_is_resumed_trains_no_further(
     assert_same_weights(output, finished)
 
 
+@pytest.mark.slow
 def test_resuming_without_a_checkpoint_says_that_it_starts_anew(
     tiny: TinyFamily, photos: Path, tmp_path: Path, trained: list[int], caplog: pytest.LogCaptureFixture
 ):
@@ -268,19 +276,21 @@ def test_without_an_output_dir_it_is_the_familys_with_rank_and_alpha_in_the_file
     assert {value.shape[0] for name, value in weights(output).items() if "lora_A" in name} == {4}
 
 
+@pytest.mark.slow
 def test_validation_images_are_made_every_few_epochs_and_at_the_end(
-    tiny: TinyFamily, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: TinyFamily, photos: Path, tmp_path: Path, trained: list[int], monkeypatch: pytest.MonkeyPatch
 ):
     """Three photos at a batch size of one: an epoch is three steps."""
     calls: list[tuple[int, bool]] = []
-    original = Validation._images
+    original = validation.generate_images
 
-    def spy(self, prompts, *, with_adapters):
-        assert prompts == ["a photo on the beach"]
-        calls.append((self.trainer.step, with_adapters))
-        return original(self, prompts, with_adapters=with_adapters)
+    def spy(embeds, **settings):
+        # Without its LoRA the transformer is the base model.
+        layers = [m for m in settings["model"].transformer.modules() if isinstance(m, BaseTunerLayer)]
+        calls.append((trained[-1], not layers[0].disable_adapters))
+        return original(embeds, **settings)
 
-    monkeypatch.setattr(Validation, "_images", spy)
+    monkeypatch.setattr(validation, "generate_images", spy)
     flags = ("--validation_prompt", "a photo on the beach", "--validation_epochs", "1", "--num_validation_images", "1")
     output = launch(tiny, *OPTIMIZER, *flags, photos=photos, output=tmp_path, steps=7)
     # The base model's images, made once, stand beside the first ones.
@@ -298,14 +308,13 @@ def test_a_dataset_of_pictures_and_captions_trains(
     rows = [{"file_name": name, "text": caption} for name, caption in captions.items()]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     prompts: list[str] = []
-    original = Trainer._batch
+    original = RecordSource.complete
 
-    def spy(self, *args):
-        batch = original(self, *args)
+    def spy(self, batch):
         prompts.extend(batch.prompts)
-        return batch
+        original(self, batch)
 
-    monkeypatch.setattr(Trainer, "_batch", spy)
+    monkeypatch.setattr(RecordSource, "complete", spy)
     flags = ["--dataset_name", str(folder), "--image_column", "image", "--caption_column", "text"]
     flags += ["--cache_dir", str(tmp_path / "cache")]
     output = launch(tiny, *OPTIMIZER, *flags, output=tmp_path / "out", steps=3)

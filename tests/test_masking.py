@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from blockskip_hooks import BlockSkipConfig, DiTBlockSkipTransformer
 from blockskip_hooks.blocks import list_blocks
-from blockskip_hooks.masking import image_sees_no_text, text_masked, text_masked_by_row
+from blockskip_hooks.masking import image_sees_no_text, text_masked_by_row
 from tests.tiny import TINY_FAMILIES, TinyFamily
 
 
@@ -70,10 +70,9 @@ def predict(model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
     return output if isinstance(output, torch.Tensor) else torch.stack(list(output))
 
 
-@contextmanager
-def unmasked(*_: Any) -> Iterator[None]:
-    with nullcontext():
-        yield
+def text_masked(transformer: Any, family: Any, blocks: Iterable[int]) -> AbstractContextManager[None]:
+    """The same blocks masked for every image."""
+    return text_masked_by_row(transformer, family, [set(blocks)])
 
 
 def image_part(tiny: TinyFamily, inputs: dict[str, Any], prediction: torch.Tensor) -> torch.Tensor:

@@ -212,9 +212,9 @@ def test_pictures_that_are_left_out_are_named_with_the_reason(tmp_path, caplog):
     ):
         assert words in caplog.text
     assert len(caplog.records) == 6 and "notes" not in caplog.text and "hidden" not in caplog.text
-    assert (
-        "left out: b.dng, c.NEF, below/ (1), d.jxl, g.psd and 3 more" in summarize_photos([photo], [(8, 8)]).describe()
-    )
+    assert "left out: b.dng, c.NEF, below/ (1), d.jxl, g.psd and 3 more" in summarize_photos(
+        [photo], [(8, 8)]
+    ).describe("photos", "sks")
 
 
 @pytest.fixture
@@ -433,9 +433,9 @@ def test_small_and_narrow_photos_are_counted_and_named(tmp_path):
     small, narrow = summary.warnings()
     assert "1 of 4 photos (small.png)" in small and "--resolution" in small
     assert "1 of 4 photos (long.png)" in narrow and "--aspect_ratio_buckets" in narrow
-    assert "Sizes     64 x 64 to 200 x 64 px, trained at 64 x 64" in summary.describe()
+    assert "Sizes    64 x 64 to 200 x 64 px, cropped to 64 x 64" in summary.describe("photos", "sks")
     bucketed = summarize_photos(photos, [(64, 64), (48, 144)])
-    assert list(bucketed.mostly_cut) == [] and "trained at 2 aspect ratios" in bucketed.describe()
+    assert list(bucketed.mostly_cut) == [] and "cropped to 2 aspect ratios" in bucketed.describe("photos", "sks")
     many = summarize_photos([Photo(f"{n}.png", None, lambda: None, size=(8, 8)) for n in range(12)], [(64, 64)])
     (line,) = many.warnings()
     assert "12 of 12 photos (0.png, 1.png, 2.png, 3.png, 4.png and 7 more)" in line

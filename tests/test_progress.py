@@ -42,7 +42,7 @@ def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 @pytest.mark.parametrize("seconds", [0.5, 20.0])
 def test_a_log_gets_about_ten_lines(seconds: float, clock, capsys):
-    with progress_bar("train", 1000, "step") as bar:
+    with contextlib.closing(progress_bar("train", 1000, "step")) as bar:
         for _ in range(1000):
             clock.seconds += seconds
             bar.update()
@@ -52,7 +52,7 @@ def test_a_log_gets_about_ten_lines(seconds: float, clock, capsys):
 
 
 def test_quick_work_has_its_last_line_only(clock, capsys):
-    with progress_bar("train", 1000, "step") as bar:
+    with contextlib.closing(progress_bar("train", 1000, "step")) as bar:
         for _ in range(1000):
             clock.seconds += 0.001
             bar.update()
@@ -61,7 +61,7 @@ def test_quick_work_has_its_last_line_only(clock, capsys):
 
 
 def test_slow_work_soon_has_a_line_with_its_rate_and_the_time_left(clock, capsys):
-    with progress_bar("train", 1000, "step") as bar:
+    with contextlib.closing(progress_bar("train", 1000, "step")) as bar:
         clock.seconds += 40
         bar.update()
     (line,) = lines(capsys)
@@ -69,7 +69,7 @@ def test_slow_work_soon_has_a_line_with_its_rate_and_the_time_left(clock, capsys
 
 
 def test_times_left_never_grow_or_fall_below_zero_at_an_even_pace(clock, capsys):
-    with progress_bar("train", 100, "step", initial=40) as bar:
+    with contextlib.closing(progress_bar("train", 100, "step", initial=40)) as bar:
         for _ in range(60):
             clock.seconds += 3
             bar.update()

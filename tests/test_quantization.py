@@ -29,6 +29,7 @@ from blockskip_hooks.losses import flow_matching_loss
 from blockskip_hooks.planning.counters import LiveBytes
 from blockskip_hooks.planning.description import format_plan
 from blockskip_hooks.planning.stages import PlanRequest, plan_run
+from blockskip_hooks.training.record_plan import describe_records
 from tests import script
 from tests.script import PROMPT, WEIGHTS, assert_same_weights, losses, weights
 from tests.tiers import fast_first
@@ -408,7 +409,7 @@ def test_records_belong_to_one_quantisation(photos: Path, tmp_path: Path):
         run = prepare_run(parse_args([str(word) for word in (*argv, "--skip_blocks", "1,2")]))
         sources = run.photo_sources()
         plan = run.sample_plan(0, {kind: len(source.photos) for kind, source in sources.items()})
-        descriptions.append(json.dumps(run.describe_records(plan, sources, torch.float32)))
+        descriptions.append(json.dumps(describe_records(run, plan, sources, torch.float32)))
     assert len(set(descriptions)) == 3
 
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 
-from blockskip_hooks.residuals.store import ResidualStore, file_digest, fingerprint, folder_digest
+from blockskip_hooks.residuals.store import ResidualStore, fingerprint
 from blockskip_hooks.utils import files
 
 
@@ -318,29 +318,3 @@ def test_a_store_can_be_sent_to_a_spawned_worker(store, read_before):
 def test_fingerprints_depend_on_values_and_not_on_order():
     assert fingerprint(RUN) == fingerprint(dict(reversed(RUN.items()))) != fingerprint(OTHER)
     assert len({fingerprint({**RUN, "spans": spans}) for spans in ([1, 2], [1, 3], None, [12])}) == 4
-
-
-def test_file_digests_see_size_head_and_middle(tmp_path):
-    path = tmp_path / "weights.safetensors"
-    digests = set()
-    for change in (None, 0, 100_000, 3_000_000):
-        content = bytearray(3_000_001)
-        if change is not None:
-            content[change] = 1
-        path.write_bytes(content)
-        digests.add(file_digest(path, num_blocks=64))
-    path.write_bytes(bytes(3_000_002))
-    digests.add(file_digest(path, num_blocks=64))
-    assert len(digests) == 5
-
-
-def test_folder_digests_see_weights_and_config_and_nothing_else(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model.safetensors").write_bytes(b"weights")
-    first = folder_digest(tmp_path)
-    (tmp_path / "README.md").write_text("words")
-    assert folder_digest(tmp_path) == first
-    (tmp_path / "config.json").write_text('{"a": 1}')
-    second = folder_digest(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"other weights")
-    assert len({first, second, folder_digest(tmp_path)}) == 3

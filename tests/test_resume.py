@@ -90,8 +90,11 @@ def test_a_history_comes_back_with_the_settings_of_each_leg():
 
     first = history()
     first.begin_leg({"learning_rate": 0.1}, 2)
-    first.step, first.losses, first.step_seconds = 3, [0.5, 0.4, 0.3], [1.0, 1.1, 1.2]
+    first.step, first.losses, first.step_seconds = 3, [0.5, 0.4, 0.3], [1.0, 1.1]
     first.loss_by_timestep, first.step_memory = {"0-250": [(1, 0.5), (3, 0.3)]}, [(10, 20)] * 3
+    # A checkpoint is written before the clock of its step stops.
+    assert len(first.state()["step_seconds"]) == 3
+    first.stop_clock()
     kept = json.loads(json.dumps({"step": 3, **first.state()}))
 
     same, other = history(), history()
@@ -170,7 +173,8 @@ def test_the_report_is_of_all_legs(go_on, begun: Path):
     for stage in before["stages"]:
         assert seconds[stage["name"]] > stage["seconds"]
     page = (output / "report.html").read_text()
-    assert "--resume_from_checkpoint" not in page[page.index("accelerate launch") :].partition("</pre>")[0]
+    command = page.partition("<h2>Repeat the run</h2>")[2].partition("</pre>")[0]
+    assert "--max_train_steps" in command and "--resume_from_checkpoint" not in command
     assert train["changed_settings"] == {}
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from blockskip_hooks.embedded import embedded_model
-from blockskip_hooks.residuals.store import folder_digest
 from blockskip_hooks.search.tables import cache_file, find_table, read_table, shipped_tables
 from blockskip_hooks.selection import best_pairs
+from blockskip_hooks.utils.digests import folder_digest
 
 
 MEASURED: dict[str, Any] = {

@@ -330,7 +330,7 @@ def test_quarters_without_samples_are_left_out():
     [("none", []), ("wandb", ["wandb"]), ("tensorboard, wandb,wandb", ["tensorboard", "wandb"]), ("all", ["all"])],
 )
 def test_names_of_trackers(text, names):
-    assert parse_trackers(text) == names
+    assert list(parse_trackers(text)) == names
 
 
 @pytest.mark.parametrize(

@@ -286,10 +286,10 @@ def test_text_encoders_are_gone_in_training(train, monkeypatch: pytest.MonkeyPat
 
     from transformers import CLIPTextModel, T5EncoderModel
 
-    from blockskip_hooks.training.trainer import Trainer
+    from blockskip_hooks.training.records import RecordSource
 
     alive = []
-    original = Trainer.train
+    original = RecordSource.loader
 
     def spy(self, steps):
         gc.collect()
@@ -297,6 +297,6 @@ def test_text_encoders_are_gone_in_training(train, monkeypatch: pytest.MonkeyPat
         return original(self, steps)
 
     before = {id(o) for o in gc.get_objects() if isinstance(o, (CLIPTextModel, T5EncoderModel))}
-    monkeypatch.setattr(Trainer, "train", spy)
+    monkeypatch.setattr(RecordSource, "loader", spy)
     train("--skip_blocks", "1,1")
     assert not [o for o in alive if id(o) not in before]

@@ -23,7 +23,9 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from blockskip_hooks.residuals.batches import Batch, SampleMaker
-from blockskip_hooks.training.trainer import Trainer
+from blockskip_hooks.training.adapters import Adapters
+from blockskip_hooks.training.history import History
+from blockskip_hooks.training.records import RecordSource
 from tests import script
 from tests.script import PROMPT, WEIGHTS, assert_same_weights, losses, weights
 from tests.tiers import fast_first
@@ -42,17 +44,20 @@ families_with_text = pytest.mark.parametrize("name", fast_first(WITH_TEXT))
 
 @dataclass
 class Watched:
-    """What a run did: its training batches, the trainer at its end, and what each clipping was given and returned."""
+    """What a run did: its training batches, its parts, and what each clipping was given and returned."""
 
     batches: list[Batch] = field(default_factory=list)
-    trainer: Any = None
+    adapters: Adapters = None  # type: ignore[assignment]
+    records: RecordSource = None  # type: ignore[assignment]
+    history: History = None  # type: ignore[assignment]
+    optimizer: Any = None
     clipped: list[tuple[list[torch.nn.Parameter], float, float]] = field(default_factory=list)
 
     def stray_gradients(self) -> list[str]:
         """Names of the text encoders' parameters that are no LoRA and could have or do have a gradient."""
         return [
             name
-            for encoder in self.trainer.text_encoders.values()
+            for encoder in self.adapters.text_encoders.values()
             for name, parameter in encoder.named_parameters()
             if "lora_" not in name and (parameter.requires_grad or parameter.grad is not None)
         ]
@@ -61,15 +66,17 @@ class Watched:
 @contextmanager
 def watch() -> Iterator[Watched]:
     seen = Watched()
-    build, export, clip = Trainer._batch, Trainer.export, Accelerator.clip_grad_norm_
+    module = script.load_script()
+    complete, train_steps, clip = RecordSource.complete, module.train_steps, Accelerator.clip_grad_norm_
 
-    def on_batch(self, *args):
-        seen.batches.append(build(self, *args))
-        return seen.batches[-1]
+    def on_batch(self, batch):
+        complete(self, batch)
+        seen.batches.append(batch)
 
-    def on_export(self):
-        seen.trainer = self
-        export(self)
+    def on_steps(steps, run, context, learner, records, history, *rest):
+        seen.adapters, seen.optimizer = learner.adapters, learner.optimizer
+        seen.records, seen.history = records, history
+        train_steps(steps, run, context, learner, records, history, *rest)
 
     def on_clip(self, parameters, *args, **kwargs):
         parameters = list(parameters)
@@ -79,8 +86,8 @@ def watch() -> Iterator[Watched]:
         return norm
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_batch", on_batch)
-        patch.setattr(Trainer, "export", on_export)
+        patch.setattr(RecordSource, "complete", on_batch)
+        patch.setattr(module, "train_steps", on_steps)
         patch.setattr(Accelerator, "clip_grad_norm_", on_clip)
         yield seen
 
@@ -154,7 +161,7 @@ def test_cached_latents_meet_the_caption_of_their_own_photo(name: str, spans: st
     flags = ("--cache_latents", "--skip_blocks", spans, "--max_train_steps", "8", "--random_flip")
     with watch() as seen:
         train(name, captioned, tmp_path, *flags)
-    maker = seen.trainer.maker
+    maker = seen.records.maker
     assert len(seen.batches) == 8
     assert [sample.index for batch in seen.batches for sample in batch.samples] == list(range(16))
     uncached = SampleMaker(
@@ -192,7 +199,7 @@ def test_each_prompt_is_encoded_once_and_no_text_encoder_is_left_for_training(
     encoded: list[str] = []
     alive: list[type] = []
     family = TINY[name].family
-    encode, begin = family.encode_prompts, Trainer.train
+    encode, begin = family.encode_prompts, RecordSource.loader
 
     def on_encode(self, pipeline, prompts):
         encoded.extend(prompts)
@@ -207,7 +214,7 @@ def test_each_prompt_is_encoded_once_and_no_text_encoder_is_left_for_training(
         return begin(self, steps)
 
     monkeypatch.setattr(family, "encode_prompts", on_encode)
-    monkeypatch.setattr(Trainer, "train", on_train)
+    monkeypatch.setattr(RecordSource, "loader", on_train)
     # Models of other tests are held, so that none of the run's can have the place in memory of one that goes.
     before = models()
     known = {id(model) for model in before}
@@ -226,7 +233,7 @@ def test_resuming_in_the_middle_of_an_epoch_stops_at_max_train_steps(name: str, 
     with watch() as seen:
         train(name, photos, tmp_path, *flags, "--max_train_steps", "6", "--resume_from_checkpoint", "latest")
     assert [sample.index for batch in seen.batches for sample in batch.samples] == [4, 5]
-    assert seen.trainer.step == 6 and len(losses(tmp_path)) == 6
+    assert seen.history.step == 6 and len(losses(tmp_path)) == 6
 
 
 # 4, 5 and 6
@@ -250,7 +257,7 @@ def test_a_batch_of_two_gives_every_picture_its_prompt(
     kinds = ["instance", "instance", "class", "class"][: len(prompts)]
     assert [[sample.kind for sample in batch.samples] for batch in seen.batches] == [kinds] * 4
     # At the first step a trained encoder is still the one that encoded the prompts.
-    encoded = seen.trainer.maker.embeds
+    encoded = seen.records.maker.embeds
     for key, tensor in seen.batches[0].embeds.items():
         expected = torch.stack([encoded[prompt][key] for prompt in prompts])
         torch.testing.assert_close(tensor, expected, rtol=1e-4, atol=1e-5)
@@ -296,9 +303,9 @@ def test_cached_latents_and_residuals_train_in_bfloat16(name: str, captioned: Pa
 @families_with_text
 def test_text_encoders_of_any_width_are_in_checkpoints_and_resume(name: str, text_runs, photos: Path, tmp_path: Path):
     finished, seen = text_runs(name)
-    components = set(seen.trainer.text_encoders)
+    components = set(seen.adapters.text_encoders)
     assert components == ({"text_encoder", "text_encoder_2"} if name == "sd3" else {"text_encoder"})
-    assert not {encoder.config.hidden_size for encoder in seen.trainer.text_encoders.values()} & {768, 1280}
+    assert not {encoder.config.hidden_size for encoder in seen.adapters.text_encoders.values()} & {768, 1280}
     saved = load_file(finished / "checkpoint-2" / WEIGHTS)
     for component in components:
         learnt = [v for k, v in saved.items() if k.startswith(f"{component}.") and "lora_B" in k]
@@ -316,13 +323,12 @@ def test_text_encoders_of_any_width_are_in_checkpoints_and_resume(name: str, tex
 @every_family
 def test_adapters_and_optimizer_state_are_float32_under_bfloat16(name: str, bfloat16_runs):
     output, seen = bfloat16_runs(name)
-    trainer = seen.trainer
-    assert {parameter.dtype for parameter in trainer.parameters} == {torch.float32}
-    state = trainer.optimizer.state_dict()["state"]
-    assert len(state) == len(trainer.parameters)
+    parameters = seen.adapters.parameters
+    assert {parameter.dtype for parameter in parameters} == {torch.float32}
+    state = seen.optimizer.state_dict()["state"]
+    assert len(state) == len(parameters)
     assert {t.dtype for entry in state.values() for t in entry.values() if torch.is_tensor(t)} == {torch.float32}
-    modules = [trainer.model.transformer, *trainer.text_encoders.values()]
-    for module in modules:
+    for module in seen.adapters.modules:
         frozen = {p.dtype for p in module.parameters() if not p.requires_grad}
         assert torch.bfloat16 in frozen
     for file in (WEIGHTS, "optimizer.safetensors"):
@@ -338,7 +344,7 @@ def test_text_encoders_have_no_gradients_beyond_their_lora_and_clipping_counts_n
     assert seen.stray_gradients() == []
     lora = {
         id(parameter)
-        for module in (seen.trainer.model.transformer, *seen.trainer.text_encoders.values())
+        for module in seen.adapters.modules
         for key, parameter in module.named_parameters()
         if "lora_" in key
     }

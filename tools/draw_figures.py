@@ -39,7 +39,7 @@ def draw_crops(file: Path) -> None:
     """Samples of a real sample plan, from the noisiest to the cleanest: the photo, its patch, what is trained on."""
     patch = PatchSamplingConfig(mode="dynamic", min_size=32, max_size=64, multiple=4)
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(embedded_model(), subfolder="scheduler")
-    photos = PhotoSet(scan_photos(embedded_photos("dog"), show_progress=False), 64)
+    photos = PhotoSet(scan_photos(embedded_photos("dog")), 64)
     plan = SamplePlan(
         seed=0, num_images={"instance": len(photos)}, timesteps=scheduler.timesteps, patch=patch, batch_size=1
     )

@@ -38,7 +38,7 @@ from blockskip_hooks.lora import add_lora
 from blockskip_hooks.losses import combine_losses, flow_matching_loss
 from blockskip_hooks.planning.plan import describe_plan, make_plan, planned_batch_size, planned_vae, streams_text
 from blockskip_hooks.reporting.hub import open_repository, push_to_hub
-from blockskip_hooks.reporting.outputs import RunOutputs, lora_size
+from blockskip_hooks.reporting.outputs import RunOutputs, closing_words, lora_size
 from blockskip_hooks.reporting.progress import Progress, photo_progress, set_log_level
 from blockskip_hooks.reporting.trackers import Tracking, start_trackers
 from blockskip_hooks.residuals.batches import SampleMaker
@@ -52,6 +52,7 @@ from blockskip_hooks.training.export import export_lora
 from blockskip_hooks.training.history import History
 from blockskip_hooks.training.lora_checks import describe_trainable
 from blockskip_hooks.training.optimizers import make_optimizer
+from blockskip_hooks.training.record_plan import describe_records, plan_stretches, resolve_seed
 from blockskip_hooks.training.records import RecordSource
 from blockskip_hooks.training.resume_checks import check_checkpoint, choose_checkpoint, describe_output
 from blockskip_hooks.training.run import Run
@@ -127,7 +128,7 @@ def run_script(settings: TrainSettings, command: str, stop: StopSignals, lock: F
             checkpoint = choose_checkpoint(run)
             if checkpoint is not None:
                 check_checkpoint(checkpoint, run, run.num_steps(accelerator.num_processes))
-            stretches = run.stretches(plan, accelerator.num_processes, checkpoint)
+            stretches = plan_stretches(run, plan, accelerator.num_processes, checkpoint)
     except Exception as error:
         return fail(error, settings, monitor, code=2)
     try:
@@ -164,6 +165,7 @@ def make_accelerator(run: Run) -> Accelerator:
         torch.backends.cuda.matmul.allow_tf32 = True
     return start_accelerator(
         settings.mixed_precision,
+        plan_only=settings.plan_only,
         # Steps are counted, whatever the loader is at: it reads ahead.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=settings.gradient_accumulation_steps, sync_with_dataloader=False
@@ -190,7 +192,7 @@ def train(
     if run.settings.push_to_hub and accelerator.is_main_process:
         name = run.settings.hub_model_id or run.output_dir.resolve().name
         run = run.with_flag("hub_model_id", open_repository(name, run.settings.hub_token))
-    run = run.with_flag("seed", run.resolve_seed(checkpoint))
+    run = run.with_flag("seed", resolve_seed(run, checkpoint))
     settings, num_steps = run.settings, stretches.num_steps
     if accelerator.is_main_process:
         start_trackers(run, accelerator)
@@ -256,7 +258,7 @@ def load_data(
     store = None
     if run.uses_store:
         with accelerator.main_process_first():
-            described = run.describe_records(sample_plan, sources, dtype)
+            described = describe_records(run, sample_plan, sources, dtype)
             store = ResidualStore(run.residual_dir, described, overwrite=run.may_overwrite)
 
     # Every prompt once; the text encoders are gone afterwards.
@@ -270,6 +272,7 @@ def load_data(
             keep_trainable=settings.train_text_encoder,
             streamed=streamed,
             progress=progress,
+            photos=sources["instance"].prompts(),
         )
     check_embeds(family, run.transformer_config, embeds, dtype)
     records_modulation = bool(run.recorded_layers)
@@ -411,7 +414,7 @@ def finish(
         if settings.push_to_hub and settings.hub_model_id:
             push_to_hub(settings.hub_model_id, run.output_dir, settings.hub_token)
             print(f"Uploaded to {settings.hub_model_id}.")
-        print(run.closing_words(report))
+        print(closing_words(run, report))
     accelerator.wait_for_everyone()
     if not settings.residual_dir and accelerator.is_main_process:
         records.drop(store_too=True)

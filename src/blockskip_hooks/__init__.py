@@ -13,23 +13,24 @@ from .version import __version__
 if TYPE_CHECKING:
     from .blocks import Block, BlockSpans, list_blocks
     from .config import BlockSkipConfig, PatchSamplingConfig
-    from .hooks import BlockSkipState, SkipMode, SpanResiduals, apply_block_skip, remove_block_skip
+    from .hooks import apply_block_skip, remove_block_skip
     from .loading.quantization import QuantizationConfig
     from .lora import lora_targets
     from .patch_sampling import patch_size_for
+    from .state import BlockSkipState, SkipMode, SpanResiduals
     from .transformer import DiTBlockSkipTransformer
 
 # Read when a name is first used: importing the package alone loads neither torch nor diffusers.
 _MODULES = {
     "Block": "blocks",
     "BlockSkipConfig": "config",
-    "BlockSkipState": "hooks",
+    "BlockSkipState": "state",
     "BlockSpans": "blocks",
     "DiTBlockSkipTransformer": "transformer",
     "PatchSamplingConfig": "config",
     "QuantizationConfig": "loading.quantization",
-    "SkipMode": "hooks",
-    "SpanResiduals": "hooks",
+    "SkipMode": "state",
+    "SpanResiduals": "state",
     "apply_block_skip": "hooks",
     "list_blocks": "blocks",
     "lora_targets": "lora",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from .utils.errors import UserError
+
 
 ResidualMode = Literal["precomputed", "online", "none"]
 PatchMode = Literal["dynamic", "resize", "random", "high_to_low", "none"]
@@ -35,9 +37,9 @@ class BlockSkipConfig:
     def __post_init__(self) -> None:
         for name in ("leading", "trailing"):
             if getattr(self, name) < 0:
-                raise ValueError(f"BlockSkipConfig.{name} is {getattr(self, name)}; give a number of blocks >= 0.")
+                raise UserError(f"BlockSkipConfig.{name} is {getattr(self, name)}; give a number of blocks >= 0.")
         if self.residuals not in get_args(ResidualMode):
-            raise ValueError(
+            raise UserError(
                 f"BlockSkipConfig.residuals is '{self.residuals}'; choose one of {', '.join(get_args(ResidualMode))}."
             )
 
@@ -53,7 +55,7 @@ class BlockSkipConfig:
             ValueError: if no block would be kept.
         """
         if self.num_skipped >= num_blocks:
-            raise ValueError(
+            raise UserError(
                 f"--skip_blocks {self.leading},{self.trailing} skips {self.num_skipped} of {num_blocks} blocks and "
                 f"leaves none to train; leading + trailing must be at most {num_blocks - 1}."
             )
@@ -86,21 +88,21 @@ class PatchSamplingConfig:
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(PatchMode):
-            raise ValueError(f"--patch_sampling is '{self.mode}'; choose one of {', '.join(get_args(PatchMode))}.")
+            raise UserError(f"--patch_sampling is '{self.mode}'; choose one of {', '.join(get_args(PatchMode))}.")
         for flag, size in (("--min_patch_size", self.min_size), ("--max_patch_size", self.max_size)):
             if size <= 0 or size % self.multiple:
                 nearest = max(self.multiple, round(size / self.multiple) * self.multiple)
-                raise ValueError(
+                raise UserError(
                     f"{flag} is {size}, which is not a positive multiple of this model's latent token size "
                     f"({self.multiple} px); use {nearest}."
                 )
         if self.min_size > self.max_size:
-            raise ValueError(
+            raise UserError(
                 f"--min_patch_size {self.min_size} is above --max_patch_size {self.max_size}; lower the first."
             )
         for height, width in self.buckets:
             if height <= 0 or width <= 0 or height % self.multiple or width % self.multiple:
-                raise ValueError(
+                raise UserError(
                     f"--aspect_ratio_buckets has {height},{width}, which are not positive multiples of this model's "
                     f"latent token size ({self.multiple} px); round them to it."
                 )

@@ -26,7 +26,8 @@ from diffusers.hooks import HookRegistry, ModelHook
 
 from .blocks import Block, list_blocks, split_blocks
 from .config import BlockSkipConfig
-from .state import BlockSkipState, CaptureDone, SkipMode, SpanResiduals
+from .state import BlockSkipState, SkipMode
+from .utils.errors import UserError
 
 
 PLACEHOLDER_HOOK = "blockskip_placeholder"
@@ -54,6 +55,7 @@ class PlaceholderHook(ModelHook):
 
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self.state.mode is SkipMode.INJECT:
+            self._check_lora(module)
             return self._inject(*args, **kwargs)
         if self.state.mode is SkipMode.CAPTURE:
             return self._capture(*args, **kwargs)
@@ -94,6 +96,13 @@ class PlaceholderHook(ModelHook):
                 hidden_states = hidden_states + residual.to(hidden_states.dtype)
         return self._output(hidden_states, encoder_hidden_states)
 
+    def _check_lora(self, module: torch.nn.Module) -> None:
+        if torch.is_grad_enabled() and any(p.requires_grad for n, p in module.named_parameters() if ".lora_" in n):
+            raise ValueError(
+                f"The LoRA of {self.block_name} would never learn: the block is skipped. Add LoRA to the layers of "
+                "lora_targets, or freeze this one."
+            )
+
     def _checked(self, residual: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
         span = "leading" if self.is_leading else "trailing"
         if residual is None:
@@ -103,7 +112,11 @@ class PlaceholderHook(ModelHook):
                 f"The residual of the {span} span has shape {tuple(residual.shape)} but {self.block_name} receives "
                 f"{tuple(like.shape)}: it belongs to another batch."
             )
-        return residual.to(like.device)
+        if not residual.is_floating_point():
+            raise ValueError(f"The residual of the {span} span has the dtype {residual.dtype}; give floating point.")
+        # Under autocast layers cast what they read; a leading span's output may be wider than its input there.
+        autocast = torch.is_autocast_enabled(like.device.type)
+        return residual.to(like.device, residual.dtype if autocast else like.dtype)
 
     def _capture(self, *args: Any, **kwargs: Any) -> Any:
         span_input, encoder_hidden_states = self._inputs(args, kwargs)
@@ -147,7 +160,7 @@ class PlaceholderHook(ModelHook):
         for place in (slice(0, length), slice(-length, None)):
             if torch.equal(whole[:, place], part):
                 return place
-        raise ValueError(
+        raise UserError(
             f"{self.block_name} receives {whole.shape[1]} tokens after a block that returned {length}, and these are "
             "neither its first nor its last; choose spans that do not cross this border."
         )
@@ -210,12 +223,13 @@ def apply_block_skip(
 ) -> BlockSkipState:
     """Put placeholders on the skipped blocks of any loaded diffusers transformer.
 
-    The placeholders start in *run* mode, so the model computes what it did before; set the returned state's ``mode``
-    and ``residuals``, or use :class:`~blockskip_hooks.transformer.DiTBlockSkipTransformer`, which does it per call.
+    The placeholders start in *run* mode, so the model computes what it did before. A forward in *capture* mode, under
+    ``torch.no_grad()``, leaves the residuals in the returned state's ``captured``; in *inject* mode the spans are
+    replaced by its ``residuals``. :class:`~blockskip_hooks.transformer.DiTBlockSkipTransformer` does this per call.
     Weights are not moved. :func:`remove_block_skip` restores the model exactly.
 
     Args:
-        transformer: A diffusers transformer whose block classes ``TransformerBlockRegistry`` knows.
+        transformer: A diffusers transformer whose blocks :func:`~blockskip_hooks.blocks.list_blocks` finds.
         config: The spans to skip.
         stacks: See :func:`~blockskip_hooks.blocks.list_blocks`.
 
@@ -227,6 +241,11 @@ def apply_block_skip(
 
     Example:
         >>> state = apply_block_skip(transformer, BlockSkipConfig(leading=7, trailing=10))
+        >>> state.mode = SkipMode.CAPTURE
+        >>> with torch.no_grad():
+        ...     transformer(**inputs)
+        >>> state.mode, state.residuals = SkipMode.INJECT, state.captured
+        >>> prediction = transformer(**inputs)  # kept blocks only
         >>> remove_block_skip(transformer)
     """
     blocks = list_blocks(transformer, stacks)
@@ -244,24 +263,11 @@ def apply_block_skip(
 def remove_block_skip(transformer: torch.nn.Module, stacks: Sequence[str] | None = None) -> None:
     """Take every placeholder off ``transformer``; its blocks run as before, bit for bit."""
     for block in list_blocks(transformer, stacks):
-        if _placeholder(block.module) is not None:
+        if (placeholder := _placeholder(block.module)) is not None:
+            placeholder.state.detach()
             HookRegistry.check_if_exists_or_initialize(block.module).remove_hook(PLACEHOLDER_HOOK, recurse=False)
 
 
-def _placeholder(module: torch.nn.Module) -> ModelHook | None:
+def _placeholder(module: torch.nn.Module) -> PlaceholderHook | None:
     registry = getattr(module, "_diffusers_hook", None)
     return None if registry is None else registry.get_hook(PLACEHOLDER_HOOK)
-
-
-__all__ = [
-    "BlockSkipState",
-    "CaptureDone",
-    "PlaceholderHook",
-    "RecordedLayerHook",
-    "SkipMode",
-    "SpanResiduals",
-    "apply_block_skip",
-    "record_layers",
-    "remove_block_skip",
-    "remove_recorded_layers",
-]

@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .loading.lora_files import WEIGHTS_NAME, load_lora, save_lora
 from .transformer import DiTBlockSkipTransformer
+from .utils.errors import UserError
 from .utils.seeds import derived_seed
 
 
@@ -51,20 +52,20 @@ def lora_targets(
     for layer in layers:
         matches = [name for name in names if name == layer or name.endswith(f".{layer}")]
         if not matches:
-            raise ValueError(f"--lora_layers '{layer}' is the name of no linear layer of this model; correct it.")
+            raise UserError(f"--lora_layers '{layer}' is the name of no linear layer of this model; correct it.")
         targets += [name for name in matches if not model.spans.skipped or name.startswith(kept)]
     if not targets:
-        raise ValueError(
+        raise UserError(
             f"--lora_layers '{','.join(layers)}' matches no layer of a kept block; name layers that the kept "
             f"blocks ({model.spans.kept[0].name} to {model.spans.kept[-1].name}) have, or skip fewer blocks."
         )
     if blocks is not None:
         targets = [name for name in targets if name.startswith(tuple(f"{block}." for block in blocks))]
         if not targets:
-            raise ValueError(f"--lora_blocks: none of {', '.join(blocks)} has a layer of --lora_layers; name others.")
+            raise UserError(f"--lora_blocks: none of {', '.join(blocks)} has a layer of --lora_layers; name others.")
     targets = [name for name in targets if not (name.startswith(last_kept) and _ends_with(name, text_stream_layers))]
     if not targets:
-        raise ValueError(
+        raise UserError(
             f"--lora_layers '{','.join(layers)}' names text layers of {model.spans.kept[-1].name} only, whose output "
             "nothing reads; name further layers or skip fewer trailing blocks."
         )

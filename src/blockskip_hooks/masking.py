@@ -7,7 +7,7 @@ nothing. Everything else of the model is untouched, and without the hooks it is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from inspect import signature
 from typing import TYPE_CHECKING, Any
@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import ModelMixin
 from diffusers.hooks import HookRegistry, ModelHook
-from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
-from torch.overrides import TorchFunctionMode
 
 from .blocks import list_blocks
+from .utils.attention import Mask, masked_attention
 
 
 if TYPE_CHECKING:
@@ -27,38 +26,19 @@ if TYPE_CHECKING:
 
 MASKING_HOOK = "blockskip_masking"
 
-Mask = Callable[[int, int], "torch.Tensor | None"]
-"""From an attention's batch and sequence length to what may be seen, ``(1 or batch, 1, queries, keys)`` booleans."""
-
-
-@contextmanager
-def text_masked(transformer: ModelMixin, family: Family, blocks: Iterable[int]) -> Iterator[None]:
-    """Within this context the image cannot see the text in the given blocks.
-
-    Args:
-        transformer: The transformer, whole or wrapped by placeholders.
-        family: Its family, which knows where the text is.
-        blocks: Indices of the blocks, in execution order.
-
-    Raises:
-        ValueError: if a block does not exist.
-    """
-    with text_masked_by_row(transformer, family, [set(blocks)]):
-        yield
-
 
 @contextmanager
 def text_masked_by_row(transformer: ModelMixin, family: Family, rows: Sequence[Collection[int]]) -> Iterator[None]:
-    """As :func:`text_masked`, with blocks of its own for each image of a batch.
+    """Within this context the images of a batch cannot see the text, each in blocks of its own.
 
     Args:
         transformer: The transformer, whole or wrapped by placeholders.
         family: Its family, which knows where the text is.
-        rows: For each image the indices of its masked blocks. A batch of several times as many images, such as that
-            of guidance, goes through them again.
+        rows: For each image the indices of its masked blocks, in execution order. A batch of several times as many
+            images, such as that of guidance, goes through them again.
 
     Raises:
-        ValueError: if a block does not exist.
+        ValueError: if a block does not exist; in a forward, if an attention cannot be masked.
     """
     every = list_blocks(transformer, family.block_stacks)
     chosen = sorted(set().union(*rows))
@@ -144,9 +124,6 @@ class JointMaskingHook(ModelHook):
     Args:
         may_see: The mask for a batch and a sequence length.
         name: Name of the block.
-
-    Raises:
-        ValueError: in the forward, if an attention of the block ran that no mask reached.
     """
 
     def __init__(self, may_see: Mask, name: str) -> None:
@@ -155,64 +132,5 @@ class JointMaskingHook(ModelHook):
         self.name = name
 
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with _native_attention(module), _MaskedProducts(self.may_see) as products:
-            output = self.fn_ref.original_forward(*args, **kwargs)
-        if not products.reached:
-            raise ValueError(
-                f"Text cannot be masked in {self.name}: its attention does not go through torch's "
-                "scaled_dot_product_attention; give the transformer its default attention processors."
-            )
-        return output
-
-
-@contextmanager
-def _native_attention(module: torch.nn.Module) -> Iterator[None]:
-    """Within this context diffusers runs the attention of ``module`` by torch; other backends drop or forbid masks."""
-    processors: list[Any] = [getattr(part, "processor", None) for part in module.modules()]
-    chosen = [(p, p._attention_backend) for p in processors if hasattr(p, "_attention_backend")]
-    with attention_backend(AttentionBackendName.NATIVE):
-        for processor, _ in chosen:
-            processor._attention_backend = AttentionBackendName.NATIVE
-        try:
-            yield
-        finally:
-            for processor, backend in chosen:
-                processor._attention_backend = backend
-
-
-class _MaskedProducts(TorchFunctionMode):
-    """Adds the mask to every call of torch's attention: models call it directly or through diffusers' dispatcher."""
-
-    def __init__(self, may_see: Mask) -> None:
-        super().__init__()
-        self.may_see = may_see
-        self.reached = False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not torch.nn.functional.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        return self._attention(func, *args, **(kwargs or {}))
-
-    def _attention(
-        self,
-        func: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        ours = self.may_see(key.shape[0], key.shape[-2])
-        self.reached = self.reached or ours is not None
-        return func(query, key, value, _both(attn_mask, ours, query), *args, **kwargs)
-
-
-def _both(given: torch.Tensor | None, ours: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
-    """The mask that a model gives, boolean or additive, and ours."""
-    if ours is None:
-        return given
-    ours = ours.to(like.device)
-    if given is None:
-        return ours
-    return given & ours if given.dtype == torch.bool else given.masked_fill(~ours, -torch.inf)
+        with masked_attention(module, self.may_see, self.name):
+            return self.fn_ref.original_forward(*args, **kwargs)

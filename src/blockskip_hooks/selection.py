@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from .config import BlockSkipConfig
+from .utils.errors import UserError
 
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def parse_skip_blocks(text: str, num_blocks: int | None = None) -> tuple[int, in
         The word, the number, or the pair.
 
     Raises:
-        ValueError: if the text has another form or no block would be left to train.
+        UserError: if the text has another form or no block would be left to train.
     """
     word = text.strip().lower()
     if word == "auto":
@@ -73,7 +74,7 @@ def parse_skip_blocks(text: str, num_blocks: int | None = None) -> tuple[int, in
         return "none"
     match = re.fullmatch(r"([0-9]{1,9})(?:\s*,\s*([0-9]{1,9}))?", word, re.ASCII)
     if match is None:
-        raise ValueError(
+        raise UserError(
             f"--skip_blocks is '{text}'; give none, auto, a number of blocks (10) or leading,trailing (4,6)."
         )
     if match[2] is not None:
@@ -83,7 +84,7 @@ def parse_skip_blocks(text: str, num_blocks: int | None = None) -> tuple[int, in
         return leading, trailing
     skipped = int(match[1])
     if num_blocks is not None and skipped >= num_blocks:
-        raise ValueError(
+        raise UserError(
             f"--skip_blocks {skipped} leaves none of {num_blocks} blocks to train; give at most {num_blocks - 1}."
         )
     return skipped
@@ -118,7 +119,7 @@ def select_blocks(
         table: What is known of the model.
 
     Raises:
-        ValueError: if no block would be kept.
+        UserError: if no block would be kept.
     """
     choice = parse_skip_blocks(skip_blocks, num_blocks)
     if choice == "none":

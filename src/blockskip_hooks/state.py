@@ -50,19 +50,26 @@ class SpanResiduals:
 
 
 class CaptureDone(Exception):
-    """Raised inside a capture forward once every residual is known, to spare the blocks that follow."""
+    """Raised inside a capture forward that stops early, to spare the blocks behind the last residual."""
+
+    def __init__(self) -> None:
+        super().__init__("Every residual is captured; set the state's stops_early to False to finish the forward.")
 
 
 class BlockSkipState:
     """Shared by all placeholders of one transformer: the mode, the residuals to inject, the residuals captured.
 
     Attributes:
-        stops_early: Whether a capture forward may be broken off.
+        mode: What the placeholders do in the next forward.
+        residuals: What they inject.
+        captured: What they captured in the last forward of that mode.
+        stops_early: Whether a capture forward ends with :class:`CaptureDone` once everything is captured.
     """
 
     def __init__(self, config: BlockSkipConfig) -> None:
         self.config = config
-        self.mode = SkipMode.RUN
+        self._attached = True
+        self._mode = SkipMode.RUN
         self.residuals = SpanResiduals()
         self.captured = SpanResiduals()
         # Of a trailing span that is being captured: the last block's output so far, and where the tokens of the
@@ -72,7 +79,28 @@ class BlockSkipState:
         # Outputs of recorded layers so far, by name.
         self.recorded: dict[str, torch.Tensor] = {}
         self.recorded_layers: tuple[str, ...] = ()
-        self.stops_early = True
+        self.stops_early = False
+
+    @property
+    def mode(self) -> SkipMode:
+        """What the placeholders do in the next forward.
+
+        Raises:
+            ValueError: if it is set to what is no mode, or to one that needs placeholders after these were removed.
+        """
+        return self._mode
+
+    @mode.setter
+    def mode(self, mode: SkipMode) -> None:
+        if not isinstance(mode, SkipMode):
+            raise ValueError(f"{mode!r} is no mode of placeholders; set one of {', '.join(map(str, SkipMode))}.")
+        if mode is not SkipMode.RUN and not self._attached:
+            raise ValueError(f"{mode} needs the placeholders, which were removed; call apply_block_skip again.")
+        self._mode = mode
+
+    def detach(self) -> None:
+        """Note that the placeholders were removed."""
+        self._mode, self._attached = SkipMode.RUN, False
 
     @property
     def all_captured(self) -> bool:

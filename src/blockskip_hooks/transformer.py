@@ -14,18 +14,11 @@ from torch.distributed.fsdp import FSDPModule
 
 from .blocks import BlockSpans, list_blocks, split_blocks
 from .config import BlockSkipConfig
-from .hooks import (
-    CaptureDone,
-    SkipMode,
-    SpanResiduals,
-    apply_block_skip,
-    record_layers,
-    remove_block_skip,
-    remove_recorded_layers,
-)
+from .hooks import apply_block_skip, record_layers, remove_block_skip, remove_recorded_layers
 from .loading.models import Checkpoint
 from .loading.quantization import QuantizationConfig
 from .loading.streaming import frozen_weights_on_host, plain_device, stream
+from .state import CaptureDone, SkipMode, SpanResiduals
 
 
 class DiTBlockSkipTransformer(torch.nn.Module):
@@ -150,6 +143,7 @@ class DiTBlockSkipTransformer(torch.nn.Module):
         """
         remove_recorded_layers(self.transformer, self.skip_state)
         remove_block_skip(self.transformer, self._stacks)
+        self.skip_state.detach()
         for module in self.streamed_modules.values():
             remove_hook_from_module(module)
         return self.transformer
@@ -158,12 +152,15 @@ class DiTBlockSkipTransformer(torch.nn.Module):
         """Run the transformer with the spans replaced by ``residuals``, or whole without them.
 
         Arguments and result are the wrapped model's. The residuals stay in use until the next call, because gradient
-        checkpointing runs placeholders again during backward.
+        checkpointing runs placeholders again during backward. With ``residuals="none"`` in the config skipped spans
+        are the identity in every call; :meth:`full_model` runs them.
 
         Raises:
-            ValueError: if a span has no residual, or one of another shape.
+            ValueError: if a span has no residual, or one of another shape; if a skipped block has LoRA that trains; if
+                the placeholders were removed.
         """
-        self.skip_state.mode = SkipMode.RUN if residuals is None else SkipMode.INJECT
+        whole = residuals is None and self.skip_state.config.residuals != "none"
+        self.skip_state.mode = SkipMode.RUN if whole else SkipMode.INJECT
         self.skip_state.residuals = residuals or SpanResiduals()
         return self.transformer(*args, **kwargs)
 
@@ -179,6 +176,9 @@ class DiTBlockSkipTransformer(torch.nn.Module):
 
         Returns:
             The batch's residuals, in the dtype of the hidden states.
+
+        Raises:
+            ValueError: if the placeholders were removed.
         """
         state = self.skip_state
         if not self.spans.skipped and not self.recorded_layers:

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from blockskip_hooks.lora import WEIGHTS_NAME
 from blockskip_hooks.losses import flow_matching_loss
-from blockskip_hooks.training import trainer
 from tests.bad_input.harness import assert_one_line, assert_stopped, command
+from tests.script import load_script
 
 
 NOT_A_NUMBER = float("nan")
@@ -86,7 +86,7 @@ def spoil_loss(monkeypatch, step, sample):
             [NOT_A_NUMBER if (steps[-1], n) == (step, sample) else 1.0 for n in range(len(losses))]
         )
 
-    monkeypatch.setattr(trainer, "flow_matching_loss", spoilt)
+    monkeypatch.setattr(load_script(), "flow_matching_loss", spoilt)
 
 
 def test_a_loss_that_is_not_a_number_stops_at_its_step_and_names_the_sample(begin, tmp_path, monkeypatch):

@@ -136,6 +136,9 @@ def argument_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return convert
 
 
+SIZE, NAMES = argument_type(parse_bytes), argument_type(parse_names)
+
+
 def family_flags() -> dict[str, Flag]:
     """The flags that some families own, by name; of several owners' descriptions the first one's."""
     flags: dict[str, Flag] = {}
@@ -145,18 +148,13 @@ def family_flags() -> dict[str, Flag]:
     return flags
 
 
-def build_parser() -> OneLineParser:
-    """Parser with the flags of the upstream DreamBooth-LoRA scripts of all families, and those of block skipping."""
-    size, names = argument_type(parse_bytes), argument_type(parse_names)
-    # Without abbreviations a command keeps its meaning when flags are added.
-    parser = OneLineParser(
-        description="DreamBooth-LoRA on a diffusion transformer, with part of its blocks skipped.", allow_abbrev=False
-    )
-
+def _settings_flags(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument_group("settings").add_argument
     flag("--config", help="YAML file with flags as keys; what is typed wins over it.")
     flag("--dump_config", action="store_true", help="Print all settings as such a file, and stop.")
 
+
+def _model_flags(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument_group("model").add_argument
     flag("--pretrained_model_name_or_path", help="Hub id or folder of a pipeline; without it, the embedded model.")
     flag("--revision", help="Branch, tag or commit of the model on the hub.")
@@ -166,6 +164,8 @@ def build_parser() -> OneLineParser:
     flag("--bnb_quantization_config_path", help="JSON file that says how bitsandbytes holds kept blocks' weights.")
     flag("--quantization", choices=METHODS, default="none", help="Hold kept blocks in 4 (nf4) or 8 bits (int8).")
 
+
+def _photos_flags(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument_group("photos").add_argument
     flag("--instance_data_dir", help="Folder with photos of the subject; name.txt beside name.jpg is its caption.")
     flag("--instance_prompt", help="Prompt for photos without a caption, with the subject's rare word in it.")
@@ -193,6 +193,8 @@ def build_parser() -> OneLineParser:
     )
     flag("--caption_dropout", type=float, default=0.0, help="Part of the samples that trains on an empty prompt.")
 
+
+def _block_skipping_flags(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument_group("block skipping").add_argument
     flag(
         "--skip_blocks",
@@ -201,7 +203,7 @@ def build_parser() -> OneLineParser:
         help="Blocks to skip: none, auto, N in all, or n,m (leading,trailing).",
     )
     flag("--skip_ratio", type=float, default=0.3, help="Part of all blocks that --skip_blocks auto skips.")
-    flag("--skip_budget", type=size, help="Bytes of parameters that --skip_blocks auto frees instead, like 10GiB.")
+    flag("--skip_budget", type=SIZE, help="Bytes of parameters that --skip_blocks auto frees instead, like 10GiB.")
     flag(
         "--selection_table",
         help="Table that says which blocks to skip, from select_blocks.py; default: what is known.",
@@ -227,7 +229,7 @@ def build_parser() -> OneLineParser:
     flag("--residual_dir", help="Folder of the residual records; by default inside --output_dir.")
     flag(
         "--residual_budget",
-        type=size,
+        type=SIZE,
         help="Disk the records may fill at a time, like 8GB; fewer are then made per stretch.",
     )
     flag("--stretch_steps", type=int, help="Steps whose records are made at a time; default: as many as fit.")
@@ -242,7 +244,7 @@ def build_parser() -> OneLineParser:
     flag("--overwrite_residuals", action="store_true", help="Replace records that another run left.")
     flag(
         "--memory_budget",
-        type=size,
+        type=SIZE,
         help="Memory that every stage must fit in, like 12GiB; chooses how many blocks to skip.",
     )
     flag(
@@ -253,6 +255,8 @@ def build_parser() -> OneLineParser:
     )
     flag("--plan_only", action="store_true", help="Print the plan and its memory and disk needs, write it, and stop.")
 
+
+def _patch_sampling_flags(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument_group("patch sampling").add_argument
     flag(
         "--patch_sampling",
@@ -263,6 +267,8 @@ def build_parser() -> OneLineParser:
     flag("--min_patch_size", type=int, help="Smallest patch, and the size trained at; default: half of --resolution.")
     flag("--max_patch_size", type=int, help="Largest patch; default: --resolution.")
 
+
+def _prior_preservation_flags(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument_group("prior preservation").add_argument
     flag("--with_prior_preservation", action="store_true", help="Also train on pictures of the subject's class.")
     flag("--prior_loss_weight", type=float, default=1.0, help="Weight of the class pictures in the loss.")
@@ -272,19 +278,23 @@ def build_parser() -> OneLineParser:
     flag("--sample_batch_size", type=int, default=4, help="Class pictures generated at a time.")
     flag("--prior_generation_precision", choices=("no", "fp32", "fp16", "bf16"), help="Number format for them.")
 
+
+def _lora_flags(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument_group("LoRA").add_argument
     flag("--rank", type=int, default=4, help="Rank of the LoRA matrices.")
     flag("--lora_alpha", type=int, default=4, help="LoRA scale; updates are multiplied by alpha / rank.")
     flag("--lora_dropout", type=float, default=0.0, help="Dropout in the LoRA layers.")
     flag(
         "--lora_layers",
-        type=names,
+        type=NAMES,
         help="Comma-separated ends of the names of the layers to adapt, within kept blocks.",
     )
-    flag("--lora_blocks", type=names, help="Comma-separated numbers of the only blocks to adapt, counted from 0.")
+    flag("--lora_blocks", type=NAMES, help="Comma-separated numbers of the only blocks to adapt, counted from 0.")
     flag("--train_text_encoder", action="store_true", help="Also train a LoRA on the CLIP text encoders.")
     flag("--fsdp_text_encoder", action="store_true", help="Not supported: sharding of the text encoder.")
 
+
+def _training_flags(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument_group("training").add_argument
     flag("--train_batch_size", type=int, default=4, help="Samples per step and process.")
     flag("--gradient_accumulation_steps", type=int, default=1, help="Batches per optimizer step.")
@@ -304,6 +314,8 @@ def build_parser() -> OneLineParser:
     flag("--logit_std", type=float, default=1.0, help="Standard deviation for --weighting_scheme logit_normal.")
     flag("--mode_scale", type=float, default=1.29, help="Scale for --weighting_scheme mode.")
 
+
+def _optimizer_flags(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument_group("optimizer").add_argument
     flag("--optimizer", default="AdamW", help="AdamW or prodigy.")
     flag("--learning_rate", type=float, default=1e-4, help="Peak learning rate; about 1 with prodigy.")
@@ -325,6 +337,8 @@ def build_parser() -> OneLineParser:
     flag("--prodigy_safeguard_warmup", type=parse_bool, default=True, help="Hold prodigy back in warmup: True, False.")
     flag("--max_grad_norm", type=float, default=1.0, help="Norm that gradients are clipped to.")
 
+
+def _validation_flags(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument_group("validation").add_argument
     flag("--validation_prompt", help="Prompt to draw pictures of during and after training.")
     flag("--num_validation_images", type=int, default=4, help="Pictures per validation.")
@@ -332,6 +346,8 @@ def build_parser() -> OneLineParser:
     flag("--final_validation_prompt", help="Prompt of the pictures after training; default: --validation_prompt.")
     flag("--skip_final_inference", action="store_true", help="Draw no pictures after training.")
 
+
+def _output_flags(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument_group("output").add_argument
     flag("--output_dir", default="flux-dreambooth-lora", help="Folder for the LoRA, reports and checkpoints.")
     flag("--checkpointing_steps", type=int, default=500, help="Steps between checkpoints.")
@@ -362,6 +378,8 @@ def build_parser() -> OneLineParser:
     flag("--hub_token", help="Token for the upload; logging in beforehand is safer.")
     flag("--hub_model_id", help="Name of the repository on the hub; default: the name of --output_dir.")
 
+
+def _machine_flags(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument_group("machine").add_argument
     flag("--mixed_precision", choices=("no", "fp16", "bf16"), help="Number format; default: accelerate's setting.")
     flag("--do_fp8_training", action="store_true", help="Not supported: training in float8.")
@@ -371,10 +389,36 @@ def build_parser() -> OneLineParser:
     flag("--enable_npu_flash_attention", action="store_true", help="Flash attention on Ascend NPUs.")
     flag("--local_rank", type=int, default=-1, help="Process number on this machine; LOCAL_RANK takes precedence.")
 
+
+def _family_flags(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument_group("flags of some model families").add_argument
     for name, own in sorted(family_flags().items()):
         owners = ", ".join(dict.fromkeys(f.name for f in FAMILIES.values() if own in f.own_flags))
         flag(f"--{name}", **{**own.settings, "help": f"{own.settings['help']} Only {owners}."})
+
+
+def build_parser() -> OneLineParser:
+    """Parser with the flags of the upstream DreamBooth-LoRA scripts of all families, and those of block skipping."""
+    # Without abbreviations a command keeps its meaning when flags are added.
+    parser = OneLineParser(
+        description="DreamBooth-LoRA on a diffusion transformer, with part of its blocks skipped.", allow_abbrev=False
+    )
+    for add_group in (
+        _settings_flags,
+        _model_flags,
+        _photos_flags,
+        _block_skipping_flags,
+        _patch_sampling_flags,
+        _prior_preservation_flags,
+        _lora_flags,
+        _training_flags,
+        _optimizer_flags,
+        _validation_flags,
+        _output_flags,
+        _machine_flags,
+        _family_flags,
+    ):
+        add_group(parser)
     return parser
 
 

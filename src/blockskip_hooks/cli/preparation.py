@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..data.photos import Photo, image_paths, load_dataset_photos, scan_photos
+from ..data.photos import Photo, image_paths, load_dataset_photos, scan_photos, summarize_photos
 from ..embedded import DEFAULT_SUBJECT, embedded_model, embedded_photos, embedded_subjects
 from ..families import Family, detect_family
 from ..loading.checks import check_model
@@ -86,6 +86,8 @@ def prepare_run(settings: TrainSettings) -> Run:
         )
     _check_pipeline(family, pipeline_kwargs)
     photos = _find_photos(settings)
+    for line in summarize_photos(photos, blocks["patch"].shapes).warnings():
+        logger.warning(line)
     if settings.with_prior_preservation:
         _check_class_images(settings.class_folder)
     if not settings.instance_prompt and any(photo.caption is None for photo in photos):

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..utils.errors import first_line, one_line
+from ..utils.errors import UserError, first_line, one_line
 from .folder import check_inside
 from .photo import Photo
 
@@ -37,7 +37,7 @@ def add_captions(photos: Sequence[Photo], folder: Path, where: str) -> list[Phot
         where: What names it in messages.
 
     Raises:
-        ValueError: listing every caption that cannot be read.
+        UserError: listing every caption that cannot be read.
     """
     files = _text_files(folder)
     broken: list[str] = []
@@ -61,7 +61,7 @@ def add_captions(photos: Sequence[Photo], folder: Path, where: str) -> list[Phot
             ]
     if broken:
         count = "1 caption" if len(broken) == 1 else f"{len(broken)} captions"
-        raise ValueError(f"{where}: {count} cannot be read: {', '.join(broken)}; correct (as UTF-8) or remove.")
+        raise UserError(f"{where}: {count} cannot be read: {', '.join(broken)}; correct (as UTF-8) or remove.")
     return captioned
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from ..utils.errors import first_line, one_line
+from ..utils.errors import UserError, first_line, one_line
 from .photo import Photo, ShowProgress, names
 
 
@@ -29,7 +29,7 @@ def check_photos(photos: Sequence[Photo], where: str, progress: ShowProgress) ->
         progress: Shows how far the work is.
 
     Raises:
-        ValueError: naming every photo that cannot be decoded.
+        UserError: naming every photo that cannot be decoded.
     """
     broken, checked, plain, black = [], [], [], []
     copies: dict[str, list[str]] = {}
@@ -51,7 +51,7 @@ def check_photos(photos: Sequence[Photo], where: str, progress: ShowProgress) ->
             black.append(photo.name)
     if broken:
         count = "1 image" if len(broken) == 1 else f"{len(broken)} images"
-        raise ValueError(f"{where}: {count} cannot be read: {', '.join(broken)}; replace or remove.")
+        raise UserError(f"{where}: {count} cannot be read: {', '.join(broken)}; replace or remove.")
     same = [" = ".join(group) for group in copies.values() if len(group) > 1]
     for found, problem in (
         (plain, "taken as sRGB, because their colour profile cannot be applied"),

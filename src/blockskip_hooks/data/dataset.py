@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image
 
-from ..utils.errors import first_line, one_line
+from ..utils.errors import UserError, first_line, one_line
 from .checks import check_photos
 from .photo import Photo, ShowProgress, without_progress
 from .picture import open_picture
@@ -43,7 +43,7 @@ def load_dataset_photos(
         progress: Shows how far the check is.
 
     Raises:
-        ValueError: if the dataset cannot be loaded, a column is missing or of the wrong kind, or listing every row
+        UserError: if the dataset cannot be loaded, a column is missing or of the wrong kind, or listing every row
             that cannot be decoded.
     """
     import datasets  # slow to import, and only this path needs it
@@ -53,15 +53,15 @@ def load_dataset_photos(
     columns = ", ".join(table.column_names)
     for flag, column in (("--image_column", image_column), ("--caption_column", caption_column)):
         if column is not None and column not in table.column_names:
-            raise ValueError(f"{flag} '{column}' is not in {where}; it has {columns}.")
+            raise UserError(f"{flag} '{column}' is not in {where}; it has {columns}.")
     if not isinstance(table.features[image_column], datasets.Image):
-        raise ValueError(f"--image_column '{image_column}' of {where} does not hold images; it has {columns}.")
+        raise UserError(f"--image_column '{image_column}' of {where} does not hold images; it has {columns}.")
     if len(table) == 0:
-        raise ValueError(f"{where} has no rows; name a dataset with at least one image.")
+        raise UserError(f"{where} has no rows; name a dataset with at least one image.")
 
     captions = [None] * len(table) if caption_column is None else list(table[caption_column])
     if any(caption is not None and not isinstance(caption, str) for caption in captions):
-        raise ValueError(f"--caption_column '{caption_column}' of {where} does not hold text; it has {columns}.")
+        raise UserError(f"--caption_column '{caption_column}' of {where} does not hold text; it has {columns}.")
     texts = [
         name for name, kind in table.features.items() if getattr(kind, "dtype", None) in ("string", "large_string")
     ]
@@ -92,14 +92,14 @@ def _train_split(name: str, config_name: str | None, cache_dir: str | None, wher
         else:
             splits = datasets.load_dataset(name, config_name, cache_dir=cache_dir)
     except Exception as error:  # builders, file systems and the hub client all raise their own kinds
-        raise ValueError(
+        raise UserError(
             f"{where} cannot be loaded ({_root_reason(error)}); check the id or folder, "
             "--dataset_config_name and access."
         ) from error
     if isinstance(splits, datasets.Dataset):
         return splits
     if "train" not in splits:
-        raise ValueError(f"{where} has no 'train' split, only {', '.join(splits)}; name a dataset that has one.")
+        raise UserError(f"{where} has no 'train' split, only {', '.join(splits)}; name a dataset that has one.")
     return splits["train"]
 
 

@@ -9,6 +9,7 @@ import logging
 from functools import partial
 from pathlib import Path
 
+from ..utils.errors import UserError
 from .buckets import nearest_bucket
 from .captions import add_captions
 from .checks import check_photos
@@ -37,12 +38,12 @@ def scan_photos(
         progress: Shows how far the check is.
 
     Raises:
-        ValueError: if the folder is missing or holds no picture, or listing every picture or caption that cannot
+        UserError: if the folder is missing or holds no picture, or listing every picture or caption that cannot
             be read.
     """
     paths = image_paths(folder) if folder.is_dir() else []
     if not paths:
-        raise ValueError(no_photos(folder, flag))
+        raise UserError(no_photos(folder, flag))
     where = f"{flag} {folder}"
     for reason, found in left_out(folder).items():
         logger.warning("%s: left out %s (%s).", where, names(found), reason)

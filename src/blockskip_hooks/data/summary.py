@@ -43,27 +43,26 @@ class PhotoSummary:
     enlarged: Sequence[str] = ()
     mostly_cut: Sequence[str] = ()
 
-    def describe(self) -> str:
-        """Three lines for the first screen."""
+    def describe(self, source: str, prompt: str) -> str:
+        """Three lines for the first screen.
+
+        Args:
+            source: Folder or dataset of the photos.
+            prompt: Prompt of photos without a caption.
+        """
         others = [name for found in self.left_out.values() for name in found]
-        captioned = sum(self.captions.values())
-        sources = ", ".join(f"{count} from {source}" for source, count in self.captions.items())
-        captions = f"{captioned} of {self.used}" + (f" ({sources})" if sources else "")
-        if captioned < self.used:
-            captions += "; the others train on --instance_prompt"
+        photos = f'{self.used} from {source}, prompt "{prompt}"' + (f"; left out: {names(others)}" if others else "")
+        captions = "none"
+        if self.captions:
+            sources = ", ".join(f"{count} from {kind}" for kind, count in self.captions.items())
+            captions = f"{sum(self.captions.values())} of {self.used} ({sources})"
         if self.unused_captions:
             captions += f"; not used: {names(self.unused_captions)}"
         sizes = _pixels(self.smallest)
         if self.smallest != self.largest:
             sizes += f" to {_pixels(self.largest)}"
         trained = _pixels(self.shapes[0]) if len(self.shapes) == 1 else f"{len(self.shapes)} aspect ratios"
-        return "\n".join(
-            [
-                f"Photos    {self.used} used" + (f"; left out: {names(others)}" if others else ""),
-                f"Captions  {captions}",
-                f"Sizes     {sizes} px, trained at {trained}",
-            ]
-        )
+        return f"Photos   {photos}\nCaptions {captions}\nSizes    {sizes} px, cropped to {trained}"
 
     def warnings(self) -> list[str]:
         """What is likely a mistake, given the training size: a line of each kind."""

@@ -21,8 +21,7 @@ from ..inference.streamed_model import (
     encode_for_images,
     load_image_transformer,
 )
-from ..residuals.store import file_digest
-from ..search.masking_search import fingerprint
+from ..utils.digests import file_digest, fingerprint
 from ..utils.files import replacing
 from .prompt_lists import EvaluationPrompt
 
@@ -65,7 +64,7 @@ class EvaluationRequest:
         lora, settings = self.loras[name], self.settings
         described: dict[str, Any] = describe_images(settings.family, settings.pipeline_kwargs, settings.dtype)
         described["lora"] = None if lora is None else file_digest(lora)
-        folder = self.folder / "images" / f"{_plain(name)}-{fingerprint(described)}"
+        folder = self.folder / "images" / f"{_plain(name)}-{fingerprint(described)[:16]}"
         return {
             (prompt.text, seed): folder / f"{_plain(prompt.text)}-{_digest(prompt.text)}-seed{seed}.png"
             for prompt in self.prompts

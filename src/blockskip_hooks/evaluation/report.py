@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..inference.image_encoders import ImageEncoder
 from ..inference.streamed_model import describe_images
-from ..residuals.store import file_digest
+from ..utils.digests import file_digest
 from ..utils.machine import versions
 from ..utils.pictures import SheetRow, contact_sheet
 from .images import EvaluationRequest

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..layouts import TransformerLayout, announce_transformer
+from ..loading.component_config import is_absent
+from ..utils.errors import UserError
 
 
 if TYPE_CHECKING:
@@ -79,7 +81,7 @@ def detect_family(model_path: Path) -> type[Family]:
     """The family of a pipeline folder.
 
     Raises:
-        ValueError: if the folder is not a pipeline, if no family supports the pipeline, or if the installed diffusers
+        UserError: if the folder is not a pipeline, if no family supports the pipeline, or if the installed diffusers
             does not have it.
     """
     where = f"--pretrained_model_name_or_path {model_path}"
@@ -87,19 +89,18 @@ def detect_family(model_path: Path) -> type[Family]:
     try:
         index = json.loads(index_file.read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"{where} is not a diffusers pipeline: {index_file.name} cannot be read ({type(error).__name__})."
         ) from error
     pipeline = str(index.get("_class_name")) if isinstance(index, dict) else "None"
     if pipeline not in FAMILIES:
-        raise ValueError(f"{where} is a {pipeline}; supported are {', '.join(FAMILIES)}.")
+        raise UserError(f"{where} is a {pipeline}; supported are {', '.join(FAMILIES)}.")
     family = FAMILIES[pipeline]
-    # A component without a class in the index comes from elsewhere.
-    optional = {name for name in family.text_components if (index.get(name) or [None])[0] is None}
+    optional = {name for name in family.optional_components if is_absent(index, name)}
     components = {"transformer", "vae", "scheduler", *family.text_components} - optional
     missing = sorted(name for name in components if not (model_path / name).is_dir())
     if missing:
-        raise ValueError(f"{where} lacks the folder(s) {', '.join(missing)}.")
+        raise UserError(f"{where} lacks the folder(s) {', '.join(missing)}.")
     family.find_pipeline_class()
     return family
 

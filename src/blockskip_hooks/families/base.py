@@ -13,6 +13,8 @@ import diffusers
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from ..loading.component_config import is_absent
+from ..utils.errors import UserError
 from .facts import ComfyUIFormat, FamilyFacts, Flag, PromptEmbeds
 
 
@@ -37,7 +39,7 @@ class Family(FamilyFacts):
             without: Components that are not wanted.
 
         Raises:
-            ValueError: naming the flag, if one cannot be loaded.
+            UserError: naming the flag, if one cannot be loaded.
         """
         return {}
 
@@ -71,6 +73,7 @@ class Family(FamilyFacts):
             streamed: Components whose layers are read from the checkpoint while they run.
         """
         components: dict[str, Any] = dict.fromkeys(("transformer", "vae", *self.unused_components, *streamed))
+        components |= self._absences()
         components |= self.outside_components(dtype, without=streamed)
         pipeline = self.pipeline_class.from_pretrained(
             self.model_path, **components, torch_dtype=dtype, variant=self.variant
@@ -89,9 +92,15 @@ class Family(FamilyFacts):
 
     def load_pipeline(self, dtype: torch.dtype) -> DiffusionPipeline:
         """The complete stock pipeline, on the CPU."""
+        components = self._absences() | self.outside_components(dtype)
         return self.pipeline_class.from_pretrained(
-            self.model_path, **self.outside_components(dtype), torch_dtype=dtype, variant=self.variant
+            self.model_path, **components, torch_dtype=dtype, variant=self.variant
         )
+
+    def _absences(self) -> dict[str, Any]:
+        # A pipeline has to be told of each component that it is to do without.
+        index = json.loads((self.model_path / "model_index.json").read_text())
+        return {name: None for name in self.optional_components if is_absent(index, name)}
 
     @abstractmethod
     def encode_prompts(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> list[PromptEmbeds]:
@@ -197,7 +206,7 @@ class Family(FamilyFacts):
         """The text encoders that ``--train_text_encoder`` adapts, by pipeline component.
 
         Raises:
-            ValueError: if the family has none.
+            UserError: if the family has none.
         """
         if not self.trained_text_components:
             raise self._no_trained_text()
@@ -213,8 +222,8 @@ class Family(FamilyFacts):
         """``embeds`` (with a batch dimension) with the trained encoders' part computed anew, with gradients."""
         raise self._no_trained_text()
 
-    def _no_trained_text(self) -> ValueError:
-        return ValueError(f"--train_text_encoder is not available for {self.name}; leave it out.")
+    def _no_trained_text(self) -> UserError:
+        return UserError(f"--train_text_encoder is not available for {self.name}; leave it out.")
 
     # Images and export
 

@@ -82,6 +82,8 @@ class FamilyFacts(ABC):
             prompt's embedding as a whole, but on no token: their outputs are recorded with the residuals.
         text_lora_layers: Linear layers that ``--train_text_encoder`` adapts, by name suffix.
         text_components: Pipeline components that encode prompts.
+        optional_components: Of these, the ones that a model may come without, null in its index: the pipeline does
+            without them, or flags say where they are.
         trained_text_components: Of these, the text encoders that ``--train_text_encoder`` adapts.
         unused_components: Pipeline components that training leaves alone.
         image_components: Of these, the ones that :meth:`image_pipeline` loads beside transformer and VAE.
@@ -108,6 +110,7 @@ class FamilyFacts(ABC):
     modulation_layers: ClassVar[tuple[str, ...]] = ()
     text_lora_layers: ClassVar[tuple[str, ...]] = ()
     text_components: ClassVar[tuple[str, ...]] = ()
+    optional_components: ClassVar[tuple[str, ...]] = ()
     trained_text_components: ClassVar[tuple[str, ...]] = ()
     unused_components: ClassVar[tuple[str, ...]] = ()
     image_components: ClassVar[tuple[str, ...]] = ()
@@ -135,7 +138,7 @@ class FamilyFacts(ABC):
         """Import the pipeline's class.
 
         Raises:
-            ValueError: if the installed diffusers does not have it.
+            UserError: if the installed diffusers does not have it.
         """
         return diffusers_class(cls.pipeline_name)
 
@@ -143,14 +146,14 @@ class FamilyFacts(ABC):
         """Find what would fail later: packages that are not installed, flags that do not fit the model.
 
         Raises:
-            ValueError: one line that says what to do.
+            UserError: one line that says what to do.
         """
 
     def transformer_class(self, transformer_config: Mapping[str, Any]) -> type[ModelMixin]:
         """The transformer's class, with LoRA methods.
 
         Raises:
-            ValueError: if the config does not name a model class of diffusers.
+            UserError: if the config does not name a model class of diffusers.
         """
         return model_class(transformer_config)
 

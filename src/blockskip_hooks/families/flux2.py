@@ -12,6 +12,7 @@ import torch
 
 from ..layouts import BlockLayout
 from ..loading.component_config import load_config
+from ..utils.errors import UserError
 from .base import ComfyUIFormat, Family, Flag, PromptEmbeds
 
 
@@ -76,13 +77,13 @@ class Flux2(Family):
     def check(self) -> None:
         index = json.loads((self.model_path / "model_index.json").read_text())
         if index["tokenizer"][1] == "PixtralProcessor" and importlib.util.find_spec("torchvision") is None:
-            raise ValueError("FLUX.2's text processor needs a package that is missing; run: pip install torchvision")
+            raise UserError("FLUX.2's text processor needs a package that is missing; run: pip install torchvision")
         encoder = load_config(self.model_path / "text_encoder")
         encoder = encoder.get("text_config", encoder)
         depth, layers = encoder["num_hidden_layers"], self.flags["text_encoder_out_layers"]
         wanted = load_config(self.model_path / "transformer")["joint_attention_dim"] // encoder["hidden_size"]
         if len(layers) != wanted or not all(0 <= layer <= depth for layer in layers):
-            raise ValueError(
+            raise UserError(
                 f"--text_encoder_out_layers {' '.join(map(str, layers))} does not fit this model; give {wanted} "
                 f"numbers from 0 to {depth}."
             )

@@ -13,6 +13,7 @@ import torch
 
 from ..layouts import BlockLayout
 from ..loading.component_config import defining_module
+from ..utils.errors import UserError
 from .base import ComfyUIFormat, Family, Flag, PromptEmbeds
 
 
@@ -48,6 +49,7 @@ class HiDream(Family):
         *("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4"),
         *("tokenizer", "tokenizer_2", "tokenizer_3", "tokenizer_4"),
     )
+    optional_components = ("text_encoder_4", "tokenizer_4")
     text_comes_first = False
     lora_layers = ("attn1.to_k", "attn1.to_q", "attn1.to_v", "attn1.to_out")
     modulation_layers = ("block.adaLN_modulation.1",)
@@ -119,7 +121,7 @@ class HiDream(Family):
         """Llama and its tokenizer where the model's folder lacks them, by pipeline component.
 
         Raises:
-            ValueError: naming the flag, if one cannot be loaded.
+            UserError: naming the flag, if one cannot be loaded.
         """
         from transformers import AutoTokenizer, LlamaForCausalLM
 
@@ -136,7 +138,7 @@ class HiDream(Family):
             try:
                 components[component] = load(self.flags[flag])
             except (OSError, ValueError) as error:
-                raise ValueError(
+                raise UserError(
                     f"--{flag} {self.flags[flag]} cannot be loaded ({str(error).splitlines()[0]}); name a folder with "
                     "Llama 3.1 8B Instruct, or a hub id that you have access to."
                 ) from error

@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from diffusers.training_utils import free_memory
 
 from ..loading.text_encoders import large_encoders
+from ..utils.errors import UserError
 from ..utils.progress import StageProgress, listed
 from . import Family, PromptEmbeds
 from .base import no_progress_bar
@@ -43,7 +44,7 @@ def check_embeds(
     """Check that prompts' embeddings are what the transformer takes, before it is loaded.
 
     Raises:
-        ValueError: if text encoders and transformer are of different models.
+        UserError: if text encoders and transformer are of different models.
     """
     shorter, longer = (family.empty_embeds(transformer_config, tokens, dtype) for tokens in (1, 2))
     for embedded in embeds.values():
@@ -51,7 +52,7 @@ def check_embeds(
             # Axes of tokens are as long as the prompt.
             sizes = zip(shorter[name].shape, longer[name].shape, embedded[name].shape)
             if any(first == second != size for first, second, size in sizes):
-                raise ValueError(
+                raise UserError(
                     f"--pretrained_model_name_or_path {family.model_path}: its text encoders make {name} of shape "
                     f"{tuple(embedded[name].shape)}, and its transformer takes {tuple(longer[name].shape)} for 2 "
                     "tokens; they are of different models."
@@ -86,6 +87,10 @@ def encode_prompts(
 
     Returns:
         Embeddings by prompt, on the CPU, and the kept encoders.
+
+    Raises:
+        ValueError: naming the prompt, if it is one that the model's pipeline does not take, or if its embeddings are
+            not finite.
     """
     prompts = list(dict.fromkeys(prompts))
     layered: list[str] = []
@@ -101,14 +106,21 @@ def encode_prompts(
     # One at a time: in a batch the last bits of a prompt's embeddings would depend on the others.
     shown = progress is None and len(prompts) >= PROGRESS_FROM
     for prompt in listed(prompts, "Encoding prompts", "prompt", total=len(prompts), shown=shown):
-        with measured_prompt(family.kept_tokens(pipeline)) as lengths:
-            (encoded,) = family.encode_prompts(pipeline, [prompt])
+        try:
+            with measured_prompt(family.kept_tokens(pipeline)) as lengths:
+                (encoded,) = family.encode_prompts(pipeline, [prompt])
+        except ValueError as error:
+            of_photos = f" of {', '.join(photos[prompt])}" if photos and photos.get(prompt) else ""
+            raise UserError(
+                f"The prompt '{prompt[:80]}'{of_photos} cannot be encoded ({error}); change it, or "
+                "--max_sequence_length."
+            ) from error
         if lengths.cut is not None:
             cut[prompt] = lengths.cut
         # Copies, because a view would keep all of what it is a part of.
         embeds[prompt] = {name: tensor.clone() for name, tensor in encoded.items()}
         if not all(bool(tensor.isfinite().all()) for tensor in encoded.values()):
-            raise ValueError(
+            raise UserError(
                 f"The text encoders make embeddings that are not finite of the prompt '{prompt[:80]}'; give another "
                 "--mixed_precision, or check the encoders' files."
             )

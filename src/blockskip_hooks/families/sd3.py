@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,13 +20,15 @@ class StableDiffusion3(Family):
     """Stable Diffusion 3 medium, 3.5 medium and large, and models of their architecture.
 
     A prompt is the joined tokens of both CLIPs, as many as these have positions, followed by
-    ``--max_sequence_length`` tokens of T5. The model was trained on the padding, so nothing is masked.
+    ``--max_sequence_length`` tokens of T5, zeros where the model comes without T5. The model was trained on the
+    padding, so nothing is masked.
     """
 
     name = "sd3"
     patch_size = None
     pipeline_name = "StableDiffusion3Pipeline"
     text_components = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+    optional_components = ("text_encoder_3", "tokenizer_3")
     trained_text_components = ("text_encoder", "text_encoder_2")
     unused_components = ("image_encoder", "feature_extractor")
     text_comes_first = False
@@ -77,8 +80,19 @@ class StableDiffusion3(Family):
             "pooled_prompt_embeds": torch.empty(transformer_config["pooled_projection_dim"], dtype=dtype),
         }
 
+    def check(self) -> None:
+        if (self.model_path / "text_encoder_3").is_dir() and not (self.model_path / "tokenizer_3").is_dir():
+            raise ValueError(
+                f"--pretrained_model_name_or_path {self.model_path} has T5 (text_encoder_3) without its tokenizer_3; "
+                "download it, or save the pipeline with neither."
+            )
+
     @torch.no_grad()
     def encode_prompts(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> list[PromptEmbeds]:
+        if pipeline.text_encoder_3 is None and pipeline.transformer is None:
+            # In the place of T5's tokens the pipeline makes zeros as wide as the transformer's config says.
+            width = load_config(self.model_path / "transformer")["joint_attention_dim"]
+            pipeline.transformer = SimpleNamespace(config=SimpleNamespace(joint_attention_dim=width))
         tokens, _, pooled, _ = pipeline.encode_prompt(
             list(prompts),
             prompt_2=None,

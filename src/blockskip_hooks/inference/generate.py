@@ -65,6 +65,9 @@ def generate_images(
 
     Returns:
         For each prompt an image of each seed, but for those of calls that were left out.
+
+    Raises:
+        ValueError: if the pipeline refuses what it is asked for, a size say.
     """
     device = vae.device
     dtype = model.dtype
@@ -90,7 +93,13 @@ def generate_images(
                 # What was asked for explicitly comes before a family's own settings.
                 call = {**inputs, **kwargs, "num_images_per_prompt": len(part)}
                 generators = [torch.Generator().manual_seed(seed) for seed in part]
-                images[-1] += pipeline(**call, generator=generators).images
+                try:
+                    images[-1] += pipeline(**call, generator=generators).images
+                except ValueError as error:
+                    raise ValueError(
+                        f"{family.pipeline_class.__name__} makes no images with these settings ({error}); correct "
+                        "--resolution, or pipeline_kwargs in the model's blockskip_defaults.json."
+                    ) from error
                 if progress is not None:
                     progress(len(part))
     model.train(was_training)

@@ -23,9 +23,9 @@ from ..loading.component_config import load_config
 from ..loading.download import check_weights, resolve_model
 from ..loading.model_defaults import model_defaults
 from ..loading.models import empty_model
-from ..residuals.store import folder_digest
 from ..transformer import DiTBlockSkipTransformer
 from ..utils.accelerator import start_accelerator, weight_dtype
+from ..utils.digests import folder_digest
 from .lora_files import load_text_adapters
 
 

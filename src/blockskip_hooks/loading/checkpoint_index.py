@@ -12,6 +12,8 @@ import torch
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
+from ..utils.errors import UserError
+
 
 def index_safetensors(folder: Path, variant: str | None = None) -> dict[str, Path]:
     """Map each tensor name of a model folder to the safetensors file that holds it.
@@ -21,18 +23,18 @@ def index_safetensors(folder: Path, variant: str | None = None) -> dict[str, Pat
         variant: Weight variant in the file names, such as ``"fp16"``.
 
     Raises:
-        ValueError: if the folder has no safetensors weights (pickled weights are never read), a shard is missing, or
+        UserError: if the folder has no safetensors weights (pickled weights are never read), a shard is missing, or
             a file is truncated.
     """
     files = weight_files(folder, SAFETENSORS_WEIGHTS_NAME.removesuffix(".safetensors"), variant)
     if not files:
-        raise ValueError(
+        raise UserError(
             f"{folder} holds no safetensors weights ({SAFETENSORS_WEIGHTS_NAME} or an index of shards); pickled "
             "weights are not read."
         )
     missing = sorted(path.name for path in files if not path.is_file())
     if missing:
-        raise ValueError(f"{folder} lacks the weight files {', '.join(missing)} that its index names.")
+        raise UserError(f"{folder} lacks the weight files {', '.join(missing)} that its index names.")
     return {name: path for path, names in files.items() for name in names or tensor_shapes(path)}
 
 
@@ -64,19 +66,17 @@ def read_weight_map(index_file: Path) -> dict[str, str]:
     """The file of each tensor by an index of shards.
 
     Raises:
-        ValueError: if it is no index, or names a file that is not beside it.
+        UserError: if it is no index, or names a file that is not beside it.
     """
     try:
         index = json.loads(index_file.read_text(encoding="utf-8"))
         weight_map = dict(index["weight_map"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{index_file} is no index of weight files; download it again.") from error
+        raise UserError(f"{index_file} is no index of weight files; download it again.") from error
     for file in weight_map.values():
         # Whoever made the index must not choose which of this machine's files are read.
         if not isinstance(file, str) or re.search(r"[/\\]", file) or not file.endswith(".safetensors"):
-            raise ValueError(
-                f"{index_file} names {file!r}, which is no safetensors file beside it; download it again."
-            )
+            raise UserError(f"{index_file} names {file!r}, which is no safetensors file beside it; download it again.")
     return weight_map
 
 
@@ -84,14 +84,14 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Shape of each tensor of a safetensors file, from its header, which is checked against the file's size.
 
     Raises:
-        ValueError: if the file is cut short or no safetensors file.
+        UserError: if the file is cut short or no safetensors file.
     """
     try:
         with safe_open(str(path), framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         reason = "it is empty" if path.is_file() and path.stat().st_size == 0 else str(error)
-        raise ValueError(f"{path} is not a whole safetensors file ({reason}); download it again.") from error
+        raise UserError(f"{path} is not a whole safetensors file ({reason}); download it again.") from error
 
 
 class CheckpointWeights(Mapping[str, torch.Tensor]):

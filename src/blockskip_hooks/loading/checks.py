@@ -13,7 +13,7 @@ import diffusers
 import torch
 import transformers
 
-from ..utils.errors import first_line
+from ..utils.errors import UserError, first_line
 from .checkpoint_index import tensor_shapes, weight_files
 from .component_config import load_config, model_class
 from .models import check_scales, check_surplus, empty_model
@@ -42,7 +42,7 @@ def check_model(model_path: Path, family: type[Family], variant: str | None) -> 
         variant: Weight variant in the file names.
 
     Raises:
-        ValueError: naming the first component that is damaged, or no part of this model.
+        UserError: naming the first component that is damaged, or no part of this model.
     """
     where = f"--pretrained_model_name_or_path {model_path}"
     index = json.loads((model_path / "model_index.json").read_text(encoding="utf-8"))
@@ -51,9 +51,7 @@ def check_model(model_path: Path, family: type[Family], variant: str | None) -> 
     for name in (name for name in used if (model_path / name).is_dir()):
         entry = index.get(name)
         if not (isinstance(entry, list) and len(entry) == 2 and entry[0] in _LIBRARIES):
-            raise ValueError(
-                f"{where}: model_index.json says that its {name} is {entry}, no class of a known library."
-            )
+            raise UserError(f"{where}: model_index.json says that its {name} is {entry}, no class of a known library.")
     _check_scheduler(model_path / "scheduler", where)
     for name in ("transformer", "vae", *family.image_components):
         if (model_path / name).is_dir():
@@ -74,25 +72,25 @@ def check_lora_file(file: Path, transformer: torch.nn.Module, flag: str) -> None
         flag: Flag and value that named the LoRA, for the messages.
 
     Raises:
-        ValueError: if not.
+        UserError: if not.
     """
     if file.suffix != ".safetensors":
-        raise ValueError(f"{flag}: {file.name} is no safetensors file; pickled weights are not read.")
+        raise UserError(f"{flag}: {file.name} is no safetensors file; pickled weights are not read.")
     try:
         found = tensor_shapes(file)
     except ValueError as error:
-        raise ValueError(f"{flag}: {error}") from error
+        raise UserError(f"{flag}: {error}") from error
     layers = {match[1]: shape for name, shape in found.items() if (match := _LORA_A.fullmatch(name))}
     modules = dict(transformer.named_modules())
     for name, shape in layers.items():
         wanted = getattr(modules.get(name), "in_features", None)
         if wanted != shape[1]:
             there = "does not have that layer" if wanted is None else f"has {wanted} there"
-            raise ValueError(
+            raise UserError(
                 f"{flag} is of another model: its LoRA of {name} takes {shape[1]} features, and this model {there}."
             )
     if not layers and not any("lora" in name for name in found):
-        raise ValueError(f"{flag} holds no LoRA.")
+        raise UserError(f"{flag} holds no LoRA.")
 
 
 def _check_scheduler(folder: Path, where: str) -> None:
@@ -101,25 +99,25 @@ def _check_scheduler(folder: Path, where: str) -> None:
         chosen = getattr(diffusers, config["_class_name"])
         scheduler = chosen.from_config(config)
     except Exception as error:  # whatever the class makes of values that it was not made for
-        raise ValueError(
+        raise UserError(
             f"{where}: scheduler/scheduler_config.json does not describe a scheduler ({_what(error)}); "
             "download it again."
         ) from error
     if len(scheduler.timesteps) == 0:
-        raise ValueError(f"{where}: scheduler/scheduler_config.json describes a schedule of no steps.")
+        raise UserError(f"{where}: scheduler/scheduler_config.json describes a schedule of no steps.")
 
 
 def _check_diffusers_part(folder: Path, variant: str | None, where: str) -> None:
     try:
         config = load_config(folder)
     except OSError as error:
-        raise ValueError(f"{where}: {first_line(error)}; download it again.") from error
+        raise UserError(f"{where}: {first_line(error)}; download it again.") from error
     chosen = model_class(config)
     try:
         model = empty_model(config)
         expected = _shapes(model)
     except Exception as error:  # whatever the class makes of values that it was not made for
-        raise ValueError(
+        raise UserError(
             f"{where}: {folder.name}/config.json does not describe a {chosen.__name__} ({_what(error)}); "
             "download it again."
         ) from error
@@ -128,7 +126,7 @@ def _check_diffusers_part(folder: Path, variant: str | None, where: str) -> None
     # Attention layers of old autoencoders had other names; diffusers translates them.
     missing = [name for name in expected if name not in found and ".attentions." not in name]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{where}: the weights of {folder.name} lack {len(missing)} tensors of its config, first {missing[0]}; "
             "they are of another model."
         )
@@ -142,7 +140,7 @@ def _check_text_encoder(folder: Path, class_name: str, variant: str | None, wher
     try:
         config = load_config(folder)
     except OSError as error:
-        raise ValueError(f"{where}: {first_line(error)}; download it again.") from error
+        raise UserError(f"{where}: {first_line(error)}; download it again.") from error
     found = _found_shapes(folder, "model", variant, where)
     if "quantization_config" in config:
         return  # Packed weights have shapes of their own.
@@ -150,14 +148,14 @@ def _check_text_encoder(folder: Path, class_name: str, variant: str | None, wher
     try:
         expected = _shapes(empty_text_encoder({**config, "architectures": [class_name]}, torch.float32))
     except Exception as error:  # whatever the class makes of values that it was not made for
-        raise ValueError(
+        raise UserError(
             f"{where}: {folder.name}/config.json does not describe a {class_name} ({_what(error)}); download it again."
         ) from error
     _check_shapes(expected, found, folder.name, where)
     wanted = Counter((name.rpartition(".")[2], shape) for name, shape in expected.items())
     known = wanted & Counter((name.rpartition(".")[2], shape) for name, shape in found.items())
     if known.total() < _KNOWN_PART * wanted.total():
-        raise ValueError(
+        raise UserError(
             f"{where}: {folder.name} has the weights of another model: of {wanted.total()} tensors that its config "
             f"asks for, {wanted.total() - known.total()} are not there."
         )
@@ -166,19 +164,19 @@ def _check_text_encoder(folder: Path, class_name: str, variant: str | None, wher
 def _check_tokenizer(folder: Path, class_name: str, where: str) -> None:
     chosen = getattr(transformers, class_name, None)
     if chosen is None:
-        raise ValueError(f"{where}: {folder.name} is a {class_name}, which transformers does not have; update it.")
+        raise UserError(f"{where}: {folder.name} is a {class_name}, which transformers does not have; update it.")
     files = dict(getattr(chosen, "vocab_files_names", None) or {})
     whole = files.pop("tokenizer_file", "tokenizer.json")
     missing = sorted(name for name in files.values() if not (folder / name).is_file())
     if not (folder / whole).is_file() and (missing or not files):
-        raise ValueError(f"{where}: {folder.name} lacks {' and '.join(missing) or whole}; download it again.")
+        raise UserError(f"{where}: {folder.name} lacks {' and '.join(missing) or whole}; download it again.")
     # Without it prompts would not be cut to the encoder's length.
     if not (folder / _TOKENIZER_CONFIG).is_file():
-        raise ValueError(f"{where}: {folder.name} lacks {_TOKENIZER_CONFIG}; download it again.")
+        raise UserError(f"{where}: {folder.name} lacks {_TOKENIZER_CONFIG}; download it again.")
     try:
         chosen.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers' own types say no more
-        raise ValueError(
+        raise UserError(
             f"{where}: {folder.name} cannot be read as a {class_name} ({_what(error)}); download it again."
         ) from error
 
@@ -189,25 +187,25 @@ def _found_shapes(folder: Path, stem: str, variant: str | None, where: str) -> d
         files = weight_files(folder, stem, variant) or {path: [] for path in sorted(folder.glob("*.safetensors"))}
         shapes = {path.name: tensor_shapes(path) for path in files if path.is_file()}
     except ValueError as error:
-        raise ValueError(f"--pretrained_model_name_or_path: {error}") from error
+        raise UserError(f"--pretrained_model_name_or_path: {error}") from error
     if not files:
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.ckpt"))
         what = " but pickles, which are not read" if pickled else ""
-        raise ValueError(f"{where}: {folder.name} holds no safetensors weights{what}; download them.")
+        raise UserError(f"{where}: {folder.name} holds no safetensors weights{what}; download them.")
     absent = sorted(path.name for path in files if not path.is_file())
     if absent:
-        raise ValueError(f"{where}: {folder.name} lacks the weight files {', '.join(absent)} that its index names.")
+        raise UserError(f"{where}: {folder.name} lacks the weight files {', '.join(absent)} that its index names.")
     for path, names in files.items():
         lost = sorted(set(names) - set(shapes[path.name]))
         if lost:
-            raise ValueError(f"{where}: {folder.name}/{path.name} lacks {lost[0]}, which the index says it holds.")
+            raise UserError(f"{where}: {folder.name}/{path.name} lacks {lost[0]}, which the index says it holds.")
     return {name: shape for part in shapes.values() for name, shape in part.items()}
 
 
 def _check_shapes(expected: Shapes, found: Shapes, component: str, where: str) -> None:
     for name, shape in expected.items():
         if found.get(name, shape) != shape:
-            raise ValueError(
+            raise UserError(
                 f"{where}: {component}'s {name} has the shape {found[name]}, but its config asks for {shape}; config "
                 "and weights are of different models."
             )

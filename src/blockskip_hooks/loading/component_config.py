@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import diffusers
 
-from ..utils.errors import first_line
+from ..utils.errors import UserError, first_line
 
 
 if TYPE_CHECKING:
@@ -33,16 +33,21 @@ def load_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
+def is_absent(index: Mapping[str, Any], component: str) -> bool:
+    """Whether a ``model_index.json`` gives a component no class, as pipelines save what they were made without."""
+    return (index.get(component) or [None])[0] is None
+
+
 def diffusers_class(name: str) -> Any:
     """A class of diffusers, which is imported when it is asked for.
 
     Raises:
-        ValueError: if the installed version has no class of this name, or cannot import it.
+        UserError: if the installed version has no class of this name, or cannot import it.
     """
     try:
         return getattr(diffusers, name)
     except (AttributeError, ImportError, RuntimeError) as error:
-        raise ValueError(
+        raise UserError(
             f"This model needs {name}, which diffusers {diffusers.__version__} does not have "
             f"({first_line(error)}); install a version that has it, or name another model."
         ) from error
@@ -52,7 +57,7 @@ def defining_module(name: str) -> Any:
     """The module that defines a class of diffusers, for what else it holds.
 
     Raises:
-        ValueError: as :func:`diffusers_class`.
+        UserError: as :func:`diffusers_class`.
     """
     return sys.modules[diffusers_class(name).__module__]
 
@@ -61,12 +66,12 @@ def model_class(config: Mapping[str, Any]) -> type[ModelMixin]:
     """The class of diffusers that a component's config names.
 
     Raises:
-        ValueError: if there is none of this name.
+        UserError: if there is none of this name.
     """
     name = str(config.get("_class_name"))
     found = getattr(diffusers, name, None)
     if found is None:
-        raise ValueError(
+        raise UserError(
             f"--pretrained_model_name_or_path: the model names the class {name}, which diffusers "
             f"{diffusers.__version__} does not have; update diffusers or name another model."
         )

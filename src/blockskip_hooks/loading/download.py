@@ -11,10 +11,12 @@ import diffusers
 from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
 
-from ..utils.errors import first_line
+from ..utils.errors import UserError, first_line
 
 
 _COMMIT = re.compile("[0-9a-f]{40}")
+# A variant comes before or behind the numbers of a shard.
+_VARIANT = re.compile(r"[\w-]*?model(?:-\d+-of-\d+)?\.(\w+?)(?:-\d+-of-\d+)?\.safetensors")
 
 
 def resolve_model(
@@ -35,10 +37,15 @@ def resolve_model(
         token: Access token of the hub.
 
     Raises:
-        ValueError: if it is neither a folder nor a hub id that can be downloaded.
+        UserError: if it is neither a folder nor a hub id that can be downloaded.
     """
     if Path(name).is_dir():
         return Path(name)
+    if Path(name).is_file():
+        raise ValueError(
+            f"--pretrained_model_name_or_path {name} is a single file, and a model is a folder in diffusers' layout; "
+            "make one of it with from_single_file and save_pretrained, as docs/troubleshooting.md shows."
+        )
     verbosity = diffusers.logging.get_verbosity()
     # The error below says in one line what the library would warn of.
     diffusers.logging.set_verbosity(diffusers.logging.CRITICAL)
@@ -50,7 +57,7 @@ def resolve_model(
         )
     except Exception as error:
         # The hub client raises many types for a missing id, a gated model, or no network.
-        raise ValueError(
+        raise UserError(
             f"--pretrained_model_name_or_path {name} is not a folder and could not be downloaded "
             f"({first_line(error)}); check the name, your access to it and the network."
         ) from error
@@ -78,13 +85,19 @@ def check_weights(model_path: Path, text_components: Sequence[str], variant: str
         variant: Weight variant in the file names.
 
     Raises:
-        ValueError: naming the component and the flag.
+        UserError: naming the component and the flag.
     """
     with_weights = [name for name in text_components if (model_path / name / "config.json").is_file()]
     for name in ("transformer", "vae", *with_weights):
         files = [path.name for path in (model_path / name).glob("*.safetensors")]
         if not files:
-            raise ValueError(f"--pretrained_model_name_or_path {model_path}: {name} holds no safetensors weights.")
+            raise UserError(f"--pretrained_model_name_or_path {model_path}: {name} holds no safetensors weights.")
+        variants = {match[1] for file in files if (match := _VARIANT.fullmatch(file))}
+        if not variant and not any(_VARIANT.fullmatch(file) is None for file in files):
+            raise UserError(
+                f"--pretrained_model_name_or_path {model_path}: {name} holds only the variant "
+                f"{', '.join(sorted(variants))} of its weights; give --variant {min(variants)}."
+            )
         # The transformer's reader takes weights without the variant where there are no others.
         if variant and name != "transformer" and not any(f".{variant}" in file for file in files):
-            raise ValueError(f"--variant {variant}: {model_path / name} has no such weights, only {', '.join(files)}.")
+            raise UserError(f"--variant {variant}: {model_path / name} has no such weights, only {', '.join(files)}.")

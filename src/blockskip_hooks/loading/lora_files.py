@@ -13,6 +13,7 @@ from peft import set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
 
+from ..utils.errors import UserError
 from ..utils.files import replacing
 
 
@@ -65,18 +66,18 @@ def load_lora(
     """Read weights that :func:`save_lora` wrote into adapters that are in place.
 
     Raises:
-        ValueError: if the file belongs to other layers.
+        UserError: if the file belongs to other layers.
     """
     try:
         state = family.pipeline_class.lora_state_dict(str(folder), weight_name=WEIGHTS_NAME)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"--resume_from_checkpoint {folder}: {WEIGHTS_NAME} cannot be read; name another.") from error
+        raise UserError(f"--resume_from_checkpoint {folder}: {WEIGHTS_NAME} cannot be read; name another.") from error
     for prefix, module in {"transformer": transformer, **(text_encoders or {})}.items():
         part = {k.removeprefix(f"{prefix}."): v for k, v in state.items() if k.startswith(f"{prefix}.")}
         part = convert_unet_state_dict_to_peft(part)
         expected = get_peft_model_state_dict(module)
         if part.keys() != expected.keys() or any(part[k].shape != v.shape for k, v in expected.items()):
-            raise ValueError(
+            raise UserError(
                 f"--resume_from_checkpoint {folder} was made with other LoRA layers or another rank than this run; "
                 "use the settings it was made with, or start anew in another --output_dir."
             )

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..utils.errors import UserError
+
 
 # What a model's folder may ask for. Where files go, what is uploaded and what is read are the user's alone.
 _MODEL_FLAGS: dict[str, tuple[type, ...]] = {
@@ -23,7 +25,7 @@ def model_defaults(model_path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         Defaults by flag name, and keyword arguments of the pipeline call; both empty without the file.
 
     Raises:
-        ValueError: if the file cannot be read, or asks for what a model has no say in.
+        UserError: if the file cannot be read, or asks for what a model has no say in.
     """
     file = model_path / "blockskip_defaults.json"
     if not file.is_file():
@@ -32,17 +34,17 @@ def model_defaults(model_path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         defaults = dict(json.loads(file.read_text(encoding="utf-8")))
         pipeline_kwargs = dict(defaults.pop("pipeline_kwargs", {}))
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{file} is no JSON object of flags; correct or remove it.") from error
+        raise UserError(f"{file} is no JSON object of flags; correct or remove it.") from error
     defaults.pop("schema", None)
     for name, value in defaults.items():
         if name not in _MODEL_FLAGS:
-            raise ValueError(f"{file} sets {name}, which is not for a model to say; remove it there.")
+            raise UserError(f"{file} sets {name}, which is not for a model to say; remove it there.")
         if type(value) not in _MODEL_FLAGS[name]:
-            raise ValueError(f"{file} sets {name} to {value!r}, which has the wrong type; correct it there.")
+            raise UserError(f"{file} sets {name} to {value!r}, which has the wrong type; correct it there.")
     for name, value in pipeline_kwargs.items():
         plain = all(isinstance(item, (bool, int, float, str, type(None))) for item in _items(value))
         if not plain or name.startswith("callback"):
-            raise ValueError(
+            raise UserError(
                 f"{file} gives the pipeline {name} = {value!r}, which is no plain value; correct it there."
             )
     return defaults, pipeline_kwargs

@@ -11,6 +11,7 @@ import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 
+from ..utils.errors import UserError
 from .checkpoint_index import CheckpointWeights, index_safetensors
 from .component_config import load_config, model_class
 from .quantization import QuantizationConfig, mark_quantized, quantize_layer
@@ -34,7 +35,7 @@ def empty_model(config: Mapping[str, Any], class_of_model: type[ModelMixin] | No
         class_of_model: Its class, by default the one that the config names.
 
     Raises:
-        ValueError: if the config does not name a model class of diffusers.
+        UserError: if the config does not name a model class of diffusers.
     """
     chosen: Any = class_of_model or model_class(config)
     with torch.device("meta"):
@@ -59,10 +60,10 @@ def check_scales(found: Iterable[str], where: str) -> None:
         where: What they are called in messages.
 
     Raises:
-        ValueError: if there are scales beside them.
+        UserError: if there are scales beside them.
     """
     if scales := sorted(name for name in found if _SCALES.search(name)):
-        raise ValueError(
+        raise UserError(
             f"{where} holds quantised weights, whose scales ({len(scales)} tensors, first {scales[0]}) would be "
             "ignored; name the model in bfloat16 or float16, and let --quantization make it small while it is loaded."
         )
@@ -77,14 +78,14 @@ def check_surplus(found: Iterable[str], model: torch.nn.Module, where: str) -> N
         where: What the checkpoint is called in messages.
 
     Raises:
-        ValueError: naming the first of them.
+        UserError: naming the first of them.
     """
     known = {*model.state_dict(), *(name for name, _ in model.named_buffers())}
     ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
     surplus = sorted(name for name in found if name not in known and not any(p.search(name) for p in ignored))
     check_scales(surplus, where)
     if surplus:
-        raise ValueError(
+        raise UserError(
             f"{where} holds {len(surplus)} tensors that its config's {type(model).__name__} does not have, first "
             f"{surplus[0]}; config and weights are of different models."
         )
@@ -103,7 +104,7 @@ class Checkpoint:
         model: The model, frozen; only its buffers have values.
 
     Raises:
-        ValueError: if weights of the model are missing, are not safetensors, or are of another model too.
+        UserError: if weights of the model are missing, are not safetensors, or are of another model too.
     """
 
     def __init__(
@@ -124,7 +125,7 @@ class Checkpoint:
         self._tensors = self.model.state_dict(keep_vars=True)
         missing = sorted(set(self._tensors) - set(self._index))
         if missing:
-            raise ValueError(f"{folder} lacks {len(missing)} tensors of {chosen.__name__}, first {missing[0]}.")
+            raise UserError(f"{folder} lacks {len(missing)} tensors of {chosen.__name__}, first {missing[0]}.")
         check_surplus(self._index, self.model, str(folder))
         self._weights = self.weights_of("")
 
@@ -153,7 +154,7 @@ class Checkpoint:
             shard: Divides the loaded weights of a module among processes; ``None`` keeps them whole.
 
         Raises:
-            ValueError: if a tensor has another shape than the config says.
+            UserError: if a tensor has another shape than the config says.
         """
         left_out = tuple(f"{name}." for name in (*without, *quantized))
         resident = [name for name in self._tensors if not name.startswith(left_out)]
@@ -190,7 +191,7 @@ class Checkpoint:
     def _read(self, name: str, device: torch.device | str) -> None:
         value, shape = self._weights[name], self._tensors[name].shape
         if value.shape != shape:
-            raise ValueError(
+            raise UserError(
                 f"{self._folder}: {name} has shape {tuple(value.shape)}, but the model's config asks for "
                 f"{tuple(shape)}."
             )

@@ -18,6 +18,8 @@ from typing import Any, Literal
 
 import torch
 
+from ..utils.errors import UserError
+
 
 METHODS = ("nf4", "int8", "none")
 # Weights that share one scale: bitsandbytes' blocks, and those of its nested quantisation of the scales.
@@ -127,7 +129,7 @@ def read_quantization(method: str, config_path: str | None = None) -> Quantizati
         config_path: Value of ``--bnb_quantization_config_path``.
 
     Raises:
-        ValueError: one line that names the flag and the fix.
+        UserError: one line that names the flag and the fix.
     """
     if config_path is None:
         config = QuantizationConfig.named(method)
@@ -136,7 +138,7 @@ def read_quantization(method: str, config_path: str | None = None) -> Quantizati
         return config
     flag = f"--bnb_quantization_config_path {config_path}"
     if method != "none":
-        raise ValueError(f"{flag} and --quantization {method} both say how to quantise; give one of them.")
+        raise UserError(f"{flag} and --quantization {method} both say how to quantise; give one of them.")
     return _from_bitsandbytes(_read_object(Path(config_path), flag), flag)
 
 
@@ -144,11 +146,11 @@ def _read_object(path: Path, flag: str) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text())
     except OSError:
-        raise ValueError(f"{flag} cannot be read; name a JSON file.") from None
+        raise UserError(f"{flag} cannot be read; name a JSON file.") from None
     except ValueError as error:
-        raise ValueError(f"{flag} is not JSON ({error}); correct the file.") from None
+        raise UserError(f"{flag} is not JSON ({error}); correct the file.") from None
     if not isinstance(settings, dict):
-        raise ValueError(f'{flag} holds no JSON object; write one, like {{"load_in_4bit": true}}.')
+        raise UserError(f'{flag} holds no JSON object; write one, like {{"load_in_4bit": true}}.')
     return settings
 
 
@@ -160,19 +162,19 @@ def _from_bitsandbytes(settings: dict[str, Any], flag: str) -> QuantizationConfi
     # What the class writes when it saves itself.
     unknown = sorted(set(settings) - {*known, *BitsAndBytesConfig._exclude_attributes_at_init})
     if unknown:
-        raise ValueError(f"{flag} has unknown keys: {', '.join(unknown)}; known ones are {', '.join(known)}.")
+        raise UserError(f"{flag} has unknown keys: {', '.join(unknown)}; known ones are {', '.join(known)}.")
     asked = [name for name in ("load_in_4bit", "load_in_8bit") if settings.get(name)]
     if len(asked) != 1:
-        raise ValueError(f"{flag} must set either load_in_4bit or load_in_8bit to true, and not both.")
+        raise UserError(f"{flag} must set either load_in_4bit or load_in_8bit to true, and not both.")
     _check_installed("bitsandbytes", flag)
     try:
         parsed = BitsAndBytesConfig(**settings)
     except (TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{flag} has a value that bitsandbytes cannot use: {error}.") from None
+        raise UserError(f"{flag} has a value that bitsandbytes cannot use: {error}.") from None
     if asked == ["load_in_4bit"] and parsed.bnb_4bit_quant_type not in ("nf4", "fp4"):
-        raise ValueError(f"{flag}: bnb_4bit_quant_type is '{parsed.bnb_4bit_quant_type}'; choose nf4 or fp4.")
+        raise UserError(f"{flag}: bnb_4bit_quant_type is '{parsed.bnb_4bit_quant_type}'; choose nf4 or fp4.")
     if parsed.llm_int8_has_fp16_weight:
-        raise ValueError(
+        raise UserError(
             f"{flag}: llm_int8_has_fp16_weight keeps weights in 16 bits, which saves nothing; leave it out."
         )
     return QuantizationConfig(
@@ -189,21 +191,21 @@ def _from_bitsandbytes(settings: dict[str, Any], flag: str) -> QuantizationConfi
 
 def _check_installed(package: str, flag: str) -> None:
     if importlib.util.find_spec(package) is None:
-        raise ValueError(f"{flag} needs a package that is not installed; run: pip install {package}")
+        raise UserError(f"{flag} needs a package that is not installed; run: pip install {package}")
 
 
 def check_device(config: QuantizationConfig, device: torch.device | str, dtype: torch.dtype) -> None:
     """Quantise a small layer and train through it.
 
     Raises:
-        ValueError: if the library cannot do that on this device.
+        UserError: if the library cannot do that on this device.
     """
     try:
         layer = quantize_layer(torch.nn.Linear(BLOCK_SIZE, BLOCK_SIZE, dtype=dtype), config, device)
         layer(torch.ones(2, BLOCK_SIZE, dtype=dtype, device=device, requires_grad=True)).sum().backward()
     except Exception as error:  # whatever a library raises, it means the same
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(
+        raise UserError(
             f"Quantisation to {config.name} does not work on this device ({device}): {reason}; leave "
             "--quantization or --bnb_quantization_config_path out."
         ) from error

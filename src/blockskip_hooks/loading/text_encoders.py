@@ -20,6 +20,7 @@ from accelerate.utils import (
     set_module_tensor_to_device,
 )
 
+from ..utils.errors import UserError
 from .streaming import plain_device, stream
 
 
@@ -38,12 +39,12 @@ def empty_text_encoder(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
         dtype: Dtype of its weights.
 
     Raises:
-        ValueError: if the config names no model class of transformers.
+        UserError: if the config names no model class of transformers.
     """
     settings = {name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")}
     encoder_class = getattr(transformers, (settings.get("architectures") or [""])[0], None)
     if encoder_class is None:
-        raise ValueError(
+        raise UserError(
             f"A text encoder's config names the architectures {settings.get('architectures')}, which transformers "
             f"{transformers.__version__} does not have."
         )
@@ -206,7 +207,7 @@ def _offloaded_weights(encoder: torch.nn.Module) -> OffloadedWeightsLoader:
         for part in getattr(hook, "hooks", (hook,)):
             if isinstance(part, AlignDevicesHook) and isinstance(part.weights_map, PrefixedDataset):
                 return part.weights_map.dataset
-    raise ValueError(f"{type(encoder).__name__} was loaded whole, so there is nothing to stream.")
+    raise UserError(f"{type(encoder).__name__} was loaded whole, so there is nothing to stream.")
 
 
 def _kept_in_float32(encoder: Any, dtype: torch.dtype) -> set[str]:

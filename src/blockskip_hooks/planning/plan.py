@@ -10,6 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..blocks import block_bytes, list_blocks
+from ..data.photos import summarize_photos
 from ..embedded import DEFAULT_SUBJECT
 from ..families import Family
 from ..inference.generate import VaePlacement
@@ -213,7 +214,8 @@ def describe_plan(run: Run, plan: dict[str, Any]) -> str:
     first, rest = format_plan(plan, model=model, outputs=outputs).split("\n", 1)
     if run.shares_weights:
         rest = f"Sharing  the processes divide the frozen weights of kept blocks (FSDP2)\n{rest}"
-    lines += [first, f'Photos   {len(run.photos)} from {photos}, prompt "{settings.instance_prompt}"', rest]
+    summary = summarize_photos(run.photos, run.patch.shapes)
+    lines += [first, summary.describe(str(photos), settings.instance_prompt or ""), rest]
     return "\n".join(lines)
 
 

@@ -20,13 +20,13 @@ from ..blocks import list_blocks, split_blocks
 from ..config import BlockSkipConfig
 from ..families import Family
 from ..families.prompts import place_embeds
-from ..hooks import CaptureDone, SpanResiduals
 from ..loading.models import cast_floating, empty_model
 from ..loading.quantization import QuantizationConfig, as_linear, on_channels
 from ..lora import add_lora
 from ..losses import combine_losses, flow_matching_loss
 from ..residuals.batches import Batch
 from ..residuals.precompute import base_model
+from ..state import CaptureDone, SpanResiduals
 from ..transformer import DiTBlockSkipTransformer
 from .counters import Meter
 from .equal_blocks import Depth, kind_of, shorten

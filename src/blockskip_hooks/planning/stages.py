@@ -16,12 +16,12 @@ import torch
 
 from ..config import BlockSkipConfig, PatchSamplingConfig
 from ..families import Family
-from ..hooks import SpanResiduals
 from ..loading.quantization import QuantizationConfig
 from ..loading.text_encoders import large_encoders
 from ..residuals.dtype import PACKED, ResidualDtype, packed_bytes
 from ..residuals.stretches import Stretches
 from ..selection import Selection
+from ..state import SpanResiduals
 from .components import simulate_text_encoder, simulate_vae
 from .simulation import FakeTransformer
 from .usage import Usage

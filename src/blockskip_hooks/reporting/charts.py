@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import logging
 import math
@@ -18,8 +17,6 @@ SIZES = {"wide": (1040, 290), "narrow": (358, 220)}
 """Width and height of each drawing in CSS pixels, by the class of its SVG; the page shows the one that fits."""
 RANGES = ("kept", "other", "third", "fourth")
 """Colours of the page for the ranges of timesteps."""
-
-Points = Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -110,7 +107,7 @@ def draw_harm(curves: Mapping[str, Sequence[float]], chosen: Mapping[str, int]) 
 
 def _draw(
     name: str,
-    lines: Mapping[str, tuple[Points, str, float]],
+    lines: Mapping[str, tuple[Sequence[tuple[float, float]], str, float]],
     x_label: str,
     *,
     limits: tuple[float, float],
@@ -164,10 +161,9 @@ def _inline(figure: Any, size: str) -> str:
     svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d\.\d)\d+", r"\1", tag[0]).replace("\n", ""), svg)
     svg = re.sub(r"\s*\n\s*", "\n", svg)
     # Identifiers of groups are not unique in a page of several charts, and nothing refers to them.
-    svg = re.sub(r'<g id="([^"]*)"', r'<g class="\1"', svg).replace(
-        "<svg", f'<svg class="{size}" aria-hidden="true"', 1
-    )
-    return functools.reduce(lambda text, name: text.replace(_stand_in(name), f"var(--{name})"), _COLOURS, svg)
+    svg = re.sub(r'<g id="([^"]*)"', r'<g class="\1"', svg)
+    svg = re.sub(r"#fe00(..)", lambda colour: f"var(--{_COLOURS[int(colour[1], 16)]})", svg)
+    return svg.replace("<svg", f'<svg class="{size}" aria-hidden="true"', 1)
 
 
 _COLOURS = ("page", "rule", "soft", "raw", *RANGES)

@@ -16,11 +16,14 @@ from PIL import Image
 from ..lora import WEIGHTS_NAME
 from ..planning.simulation import empty_model
 from ..residuals.batches import SampleMaker
-from ..residuals.store import folder_digest
 from ..residuals.stretches import Stretches
+from ..training.comfyui import COMFYUI_NAME
 from ..training.history import History
+from ..training.merged import MERGED_NAME
 from ..training.run import Run
+from ..utils.digests import folder_digest
 from ..utils.files import write_json
+from ..utils.formatting import format_seconds
 from ..utils.machine import describe_machine, versions
 from ..utils.monitor import StageMonitor
 from ..utils.pictures import SheetRow, contact_sheet
@@ -291,9 +294,29 @@ def _settings(run: Run) -> dict[str, Any]:
     return {name: value for name, value in sorted(run.settings.plain().items()) if name != "hub_token"}
 
 
+def closing_words(run: Run, report: dict[str, Any]) -> str:
+    """The last lines a user sees: what came out, and how to use it."""
+    losses = report["train"]["loss"]
+    loss = f", loss {losses[-1]:.4f}" if losses else ""
+    seconds = sum(stage["seconds"] for stage in report["stages"])
+    files = {"LoRA": WEIGHTS_NAME}
+    if run.settings.save_format == "comfyui":
+        files["ComfyUI"] = COMFYUI_NAME
+    if run.settings.export_merged:
+        files["Merged"] = MERGED_NAME
+    files["Report"] = "report.html"
+    width = max(map(len, files)) + 2
+    return "\n".join(
+        [
+            f"Trained {report['train']['steps']} steps in {format_seconds(seconds)}{loss}.",
+            *(f"{f'{name}:':<{width}}{run.output_dir / file}" for name, file in files.items()),
+        ]
+    )
+
+
 def _image(pixels: torch.Tensor) -> Image.Image:
     """A tensor ``(3, h, w)`` in [-1, 1] as an image."""
     return Image.fromarray(((pixels + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
 
 
-__all__ = ["RunOutputs", "lora_size", "sample_pictures", "training_photos"]
+__all__ = ["RunOutputs", "closing_words", "lora_size", "sample_pictures", "training_photos"]

@@ -55,7 +55,7 @@ class ReportImages:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image the way the page needs it."""
+    """An image inside the page."""
 
     src: str
     alt: str

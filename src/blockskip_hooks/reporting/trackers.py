@@ -41,7 +41,7 @@ def start_trackers(run: Run, accelerator: Accelerator) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     places = {"wandb": {"dir": str(folder)}, "swanlab": {"logdir": str(folder / "swanlab")}}
     try:
-        accelerator.init_trackers(f"dreambooth-{run.family.name}-lora", run.trackable_settings(), places)
+        accelerator.init_trackers(f"dreambooth-{run.family.name}-lora", _trackable_settings(run), places)
     except Exception as error:  # every service has errors of its own, of the network and of logging in
         logger.debug("A tracker did not start.", exc_info=True)
         accelerator.trackers.clear()
@@ -56,6 +56,15 @@ def start_trackers(run: Run, accelerator: Accelerator) -> None:
             f"--report_to {','.join(wanted)}: a tracker does not start ({one_line(first_line(error))}); "
             f"{'; '.join([*advice, 'or'])} give --report_to none."
         ) from error
+
+
+def _trackable_settings(run: Run) -> dict[str, Any]:
+    """The flags as trackers take them: plain values, and no token."""
+    return {
+        name: value if isinstance(value, (bool, int, float, str)) else str(value)
+        for name, value in run.settings.plain().items()
+        if name != "hub_token"
+    }
 
 
 class Tracking:

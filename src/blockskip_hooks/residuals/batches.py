@@ -15,7 +15,7 @@ from ..data.photos import PhotoSet
 from ..data.sample_plan import Sample, SampleKind, SamplePlan, derived_seed
 from ..families import Family, PromptEmbeds
 from ..families.prompts import place_embeds
-from ..hooks import SpanResiduals
+from ..state import SpanResiduals
 from .dtype import ResidualDtype, unpack_record
 from .store import DamagedRecord, Record, ResidualStore
 
@@ -41,9 +41,12 @@ class PhotoSource:
         caption = self.photos.caption(image) if self.use_captions else None
         return caption or self.prompt
 
-    def prompts(self) -> list[str]:
-        """Every prompt once, in order of first use."""
-        return list(dict.fromkeys(self.prompt_for(image) for image in range(len(self.photos))))
+    def prompts(self) -> dict[str, list[str]]:
+        """Every prompt once, in order of first use, with the names of its photos."""
+        found: dict[str, list[str]] = {}
+        for image in range(len(self.photos)):
+            found.setdefault(self.prompt_for(image), []).append(self.photos.name(image))
+        return found
 
 
 @dataclass

@@ -13,7 +13,7 @@ from diffusers import ModelMixin
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..data.sample_plan import Sample
-from ..hooks import SpanResiduals
+from ..state import SpanResiduals
 from ..transformer import DiTBlockSkipTransformer
 from ..utils.progress import SILENT, StageProgress
 from .batches import Batch, SampleMaker

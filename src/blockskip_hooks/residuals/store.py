@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..utils.digests import fingerprint
 from ..utils.files import save_tensors, write_json
 
 
@@ -52,35 +53,12 @@ def checksum(record: Record) -> int:
     return value
 
 
-def fingerprint(description: Mapping[str, Any]) -> str:
-    """A digest of everything records depend on, given as JSON-able values."""
-    canonical = json.dumps(description, sort_keys=True, default=str)
-    return hashlib.sha256(canonical.encode()).hexdigest()
-
-
 def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
     """A digest of tensors on the CPU and their names."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode() + tensors[name].contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def file_digest(path: Path, num_blocks: int = 16, block_bytes: int = 1 << 16) -> str:
-    """A cheap content digest of a weight file: its size, its head and evenly spaced blocks of it."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        for position in range(num_blocks):
-            file.seek(size * position // num_blocks)
-            digest.update(file.read(block_bytes))
-    return digest.hexdigest()
-
-
-def folder_digest(folder: Path) -> str:
-    """A cheap digest of a model component: its config and weight files."""
-    files = sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors", ".model", ".txt"))
-    return hashlib.sha256("".join(f"{p.name}:{file_digest(p)}" for p in files).encode()).hexdigest()
 
 
 class ResidualStore:

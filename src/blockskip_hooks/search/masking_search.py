@@ -6,9 +6,8 @@ with masked blocks of its own. What is finished is on disk, so that a killed sea
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,7 +93,7 @@ class MaskedImages:
             for subject in subjects
         }
         total = sum(map(len, missing.values()))
-        with progress_bar("Masked images", total, "image") as bar:
+        with closing(progress_bar("Masked images", total, "image")) as bar:
             for subject, variants in missing.items():
                 for start in range(0, len(variants), self.batch_size):
                     batch = variants[start : start + self.batch_size]
@@ -154,11 +153,6 @@ class MaskedImages:
 
 def _key(subject: Subject, seed: int, run: BlockRun) -> str:
     return f"{subject.name}/{seed}/{run[0]}-{run[1]}"
-
-
-def fingerprint(description: dict[str, Any]) -> str:
-    """A digest of everything that the images of a search depend on."""
-    return hashlib.sha256(json.dumps(description, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def leading_run(num_masked: int) -> BlockRun:

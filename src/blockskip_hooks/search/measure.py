@@ -23,15 +23,14 @@ from ..inference.streamed_model import (
     load_image_transformer,
 )
 from ..loading.component_config import load_config
-from ..residuals.store import folder_digest
 from ..selection import best_pairs
+from ..utils.digests import fingerprint, folder_digest
 from ..utils.machine import versions
 from .masking_search import (
     NOTHING,
     RATIOS,
     MaskedImages,
     Subject,
-    fingerprint,
     inner_runs,
     leading_run,
     search_curves,
@@ -144,7 +143,7 @@ def open_search(request: SearchRequest) -> MaskedImages:
         negative=negative,
         pipeline_kwargs=request.pipeline_kwargs,
         batch_size=request.images_at_once,
-        store=request.folder / f"masked-{fingerprint(request.describe())}.safetensors",
+        store=request.folder / f"masked-{fingerprint(request.describe())[:16]}.safetensors",
     )
 
 

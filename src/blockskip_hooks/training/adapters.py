@@ -23,6 +23,10 @@ class Adapters:
         text: The text encoders that train along, LoRA added and not wrapped yet; ``None`` if none do.
         parameters: Every parameter of the LoRA.
         device: Where the models run.
+
+    Attributes:
+        parameters: Every parameter of the LoRA.
+        text_encoders: The text encoders that train along, by pipeline component.
     """
 
     def __init__(
@@ -36,12 +40,12 @@ class Adapters:
         self.parameters = list(parameters)
         self._family, self._transformer, self._text, self._device = family, transformer, text, device
         # As they were made: what accelerate wraps is not what is saved.
-        self._encoders = dict(text.encoders) if text else {}
+        self.text_encoders = dict(text.encoders) if text else {}
 
     @property
     def modules(self) -> list[torch.nn.Module]:
         """The models that carry the LoRA."""
-        return [self._transformer, *self._encoders.values()]
+        return [self._transformer, *self.text_encoders.values()]
 
     def values(self) -> dict[str, torch.Tensor]:
         """A copy of every parameter on the CPU, by its number."""
@@ -73,7 +77,7 @@ class Adapters:
 
     def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         """Write ``pytorch_lora_weights.safetensors``, in another dtype if one is given."""
-        save_lora(folder, type(self._family), self._transformer, self._encoders, dtype=dtype)
+        save_lora(folder, type(self._family), self._transformer, self.text_encoders, dtype=dtype)
 
     def load(self, folder: Path) -> None:
         """Read what :meth:`save` wrote.
@@ -81,7 +85,7 @@ class Adapters:
         Raises:
             UserError: if the file is of other layers.
         """
-        load_lora(folder, type(self._family), self._transformer, self._encoders)
+        load_lora(folder, type(self._family), self._transformer, self.text_encoders)
 
     def check_gradients(self) -> None:
         """Check after the first backward that every LoRA has a gradient.

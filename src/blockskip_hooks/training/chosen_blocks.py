@@ -17,10 +17,10 @@ from ..families import Family
 from ..loading.component_config import load_config
 from ..lora import lora_targets
 from ..planning.selections import select_by_bytes
-from ..residuals.store import folder_digest
 from ..search.tables import SelectionTable, find_table, read_table
 from ..selection import Selection, select_blocks
 from ..transformer import DiTBlockSkipTransformer
+from ..utils.digests import folder_digest
 from ..utils.errors import UserError
 from .settings import TrainSettings
 

@@ -13,11 +13,11 @@ from diffusers.training_utils import free_memory
 from torch.utils.data import DataLoader
 
 from ..data.sample_plan import Sample, derived_seed
-from ..hooks import SpanResiduals
 from ..residuals.batches import Batch, RecordDataset, SampleMaker, collate_by_kind, read_ahead
 from ..residuals.precompute import capture, encode_latents, only_new_garbage, precompute_records
 from ..residuals.store import DamagedRecord, Record, ResidualStore, tensors_digest
 from ..residuals.stretches import Stretches
+from ..state import SpanResiduals
 from ..transformer import DiTBlockSkipTransformer
 from .adapters import Adapters
 from .context import Context

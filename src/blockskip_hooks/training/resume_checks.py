@@ -10,7 +10,7 @@ from typing import Any
 
 from ..loading.checkpoint_index import tensor_shapes
 from ..lora import WEIGHTS_NAME
-from ..residuals.store import folder_digest
+from ..utils.digests import folder_digest
 from ..utils.errors import UserError, one_line
 from .checkpoints import OPTIMIZER_NAME, SCHEMA, find_checkpoint, list_checkpoints, read_state, summary
 from .resume_flags import kept_flags

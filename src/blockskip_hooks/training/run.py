@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 
 from ..blocks import modulation_layers
 from ..config import BlockSkipConfig, PatchSamplingConfig
@@ -21,21 +18,11 @@ from ..data.sample_plan import SampleKind, SamplePlan
 from ..families import Family
 from ..loading.component_config import load_config
 from ..loading.quantization import QuantizationConfig, read_quantization
-from ..lora import WEIGHTS_NAME
 from ..residuals.batches import PhotoSource
-from ..residuals.store import folder_digest, recorded_seed
-from ..residuals.stretches import Stretches
 from ..search.tables import SelectionTable
 from ..selection import Selection
 from ..transformer import DiTBlockSkipTransformer
-from ..utils.errors import UserError
-from ..utils.formatting import format_seconds
-from ..utils.machine import versions
-from ..version import __version__
-from .checkpoints import read_state
 from .chosen_blocks import choose_blocks
-from .comfyui import COMFYUI_NAME
-from .merged import MERGED_NAME
 from .settings import TrainSettings
 from .sharding import bytes_elsewhere
 
@@ -244,74 +231,11 @@ class Run:
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         return min(DEFAULT_RESIDUAL_BUDGET, shutil.disk_usage(existing).free // 2)
 
-    def describe_records(self, plan: SamplePlan, sources: dict[SampleKind, PhotoSource], dtype: torch.dtype) -> dict:
-        """Everything that records depend on; its digest is the residual store's fingerprint."""
-        path, settings = self.family.model_path, self.settings
-        components = ("transformer", "vae", *self.family.text_components)
-        return {
-            "version": __version__,
-            "weights": {name: folder_digest(path / name) for name in components if (path / name).is_dir()},
-            "variant": settings.variant,
-            "libraries": {name: versions()[name] for name in ("torch", "diffusers", "transformers")},
-            "modulation": list(self.recorded_layers),
-            "spans": [self.config.leading, self.config.trailing] if self.config.residuals == "precomputed" else None,
-            **({"refreshed": True} if self.refreshes else {}),
-            "residual_dtype": settings.residual_dtype,
-            # Kept blocks lie between the spans, so the trailing residual depends on how they are held.
-            **({"quantization": self.quantization.describe()} if self.quantization and self.skips else {}),
-            "photos": {
-                kind: [[source.photos.digest(i), source.prompt_for(i)] for i in range(len(source.photos))]
-                for kind, source in sources.items()
-            },
-            "samples": {
-                field.name: str(getattr(plan, field.name)) for field in fields(plan) if field.name != "timesteps"
-            },
-            "timesteps": hashlib.sha256(plan.timesteps.numpy().tobytes()).hexdigest(),
-            **{flag.name: str(settings.family_flags[flag.name]) for flag in self.family.own_flags},
-            "max_sequence_length": settings.max_sequence_length,
-            "interpolation": settings.image_interpolation_mode,
-            "dtype": str(dtype),
-        }
-
     def num_steps(self, num_processes: int) -> int:
         """Optimiser steps of the run."""
         settings = self.settings
         num_images = {kind: settings.num_class_images if kind == "class" else len(self.photos) for kind in self.kinds}
         return self.schedule(self.sample_plan(settings.seed or 0, num_images), num_processes)[1]
-
-    def stretches(self, plan: dict[str, Any], num_processes: int, checkpoint: Path | None) -> Stretches:
-        """The run's stretches: the longest whose records fit the residual budget, unless flags ask for shorter ones.
-
-        A resumed run keeps the stretches it began with, whatever the disk has room for now, unless
-        ``--residual_budget`` says less: records then come out of the same batches. With other samples per step they
-        would be other batches anyway.
-
-        Raises:
-            UserError: if not even one step's records fit.
-        """
-        num_steps = self.num_steps(num_processes)
-        if not self.uses_store:
-            return Stretches(num_steps=num_steps, length=num_steps)
-        samples_per_step = self.samples_per_step(num_processes)
-        state = {} if checkpoint is None else read_state(checkpoint)
-        goes_on = bool(state) and state.get("samples_per_step", samples_per_step) == samples_per_step
-        if goes_on and self.settings.residual_budget is None:
-            return Stretches(num_steps=num_steps, length=state["stretch_steps"], repeats=self.record_repeats)
-        planned = plan["residuals"]
-        record_bytes = -(-planned["bytes"] // planned["records"])
-        step_bytes = record_bytes * samples_per_step * len(self.kinds)
-        budget = self.residual_budget()
-        if step_bytes > budget:
-            raise UserError(
-                f"--residual_budget is {budget} bytes, less than the records of one step need ({step_bytes}: "
-                f"{samples_per_step * len(self.kinds)} of {record_bytes}); raise it or lower --train_batch_size."
-            )
-        longest = state["stretch_steps"] if goes_on else self.longest_stretch(num_steps)
-        return Stretches(
-            num_steps=num_steps,
-            length=min(longest, budget // step_bytes * self.record_repeats),
-            repeats=self.record_repeats,
-        )
 
     def longest_stretch(self, num_steps: int) -> int:
         """Steps of a stretch as far as flags decide, whatever there is room for."""
@@ -322,49 +246,6 @@ class Run:
     def may_overwrite(self) -> bool:
         """Whether records of another run may be dropped: always in the run's own folder, else when told to."""
         return self.settings.overwrite_residuals or not self.settings.residual_dir
-
-    def trackable_settings(self) -> dict[str, Any]:
-        """The flags as trackers take them: plain values, and no token."""
-        return {
-            name: value if isinstance(value, (bool, int, float, str)) else str(value)
-            for name, value in self.settings.plain().items()
-            if name != "hub_token"
-        }
-
-    def closing_words(self, report: dict[str, Any]) -> str:
-        """The last lines a user sees: what came out, and how to use it."""
-        losses = report["train"]["loss"]
-        loss = f", loss {losses[-1]:.4f}" if losses else ""
-        seconds = sum(stage["seconds"] for stage in report["stages"])
-        files = {"LoRA": WEIGHTS_NAME}
-        if self.settings.save_format == "comfyui":
-            files["ComfyUI"] = COMFYUI_NAME
-        if self.settings.export_merged:
-            files["Merged"] = MERGED_NAME
-        files["Report"] = "report.html"
-        width = max(map(len, files)) + 2
-        return "\n".join(
-            [
-                f"Trained {report['train']['steps']} steps in {format_seconds(seconds)}{loss}.",
-                *(f"{f'{name}:':<{width}}{self.output_dir / file}" for name, file in files.items()),
-            ]
-        )
-
-    def resolve_seed(self, checkpoint: Path | None) -> int:
-        """The seed: the flag's, the checkpoint's, or a new one that is kept in the report.
-
-        A run that goes on with another seed than it began with draws the samples of the remaining steps from it.
-        """
-        seed = self.settings.seed
-        if checkpoint is not None and "seed" not in self.settings.given:
-            seed = read_state(checkpoint)["seed"]
-        elif seed is None and self.settings.resume_from_checkpoint:
-            # The run ended before its first checkpoint; what it left are records, which are of one seed.
-            seed = recorded_seed(self.residual_dir)
-        if seed is None:
-            # Every process must draw the same samples.
-            (seed,) = broadcast_object_list([int.from_bytes(os.urandom(4), "big")])
-        return seed
 
     def model_options(
         self, dtype: torch.dtype, device: torch.device, shard: Callable[..., None] | None = None

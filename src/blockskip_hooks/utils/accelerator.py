@@ -34,11 +34,12 @@ def _without_fsdp() -> Iterator[None]:
             os.environ[FSDP_SWITCH] = asked
 
 
-def start_accelerator(mixed_precision: str | None, **settings: Any) -> Accelerator:
+def start_accelerator(mixed_precision: str | None, *, plan_only: bool = False, **settings: Any) -> Accelerator:
     """Make the accelerator of a process.
 
     Args:
         mixed_precision: ``"no"``, ``"fp16"`` or ``"bf16"``; ``None`` for that of accelerate's config.
+        plan_only: Whether nothing is computed on this machine.
         **settings: Further arguments of ``Accelerator``.
 
     Raises:
@@ -47,9 +48,13 @@ def start_accelerator(mixed_precision: str | None, **settings: Any) -> Accelerat
     try:
         with _without_fsdp():
             handlers = [InitProcessGroupKwargs(timeout=PATIENCE)]
-            return Accelerator(mixed_precision=mixed_precision, kwargs_handlers=handlers, **settings)
+            accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=handlers, **settings)
     except ValueError as error:
         raise UserError(f"--mixed_precision {mixed_precision} cannot be used here: {error}") from error
+    # accelerate itself would go on without autocast. A plan is for another machine.
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu" and not plan_only:
+        raise UserError("--mixed_precision fp16 needs a GPU, and there is none here; give bf16 or no.")
+    return accelerator
 
 
 def weight_dtype(accelerator: Accelerator) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""What a run costs: seconds and peak memory of each stage, library versions, and crash-safe JSON files."""
+"""Time and peak memory of each stage of a run."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Protocol, TypeVar
 
 from tqdm import tqdm
@@ -111,20 +111,15 @@ class LogLines:
         """Print no more."""
         self.shown = False
 
-    def __enter__(self) -> LogLines:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def __str__(self) -> str:
-        elapsed, done = time.monotonic() - self._started, self.n - self.initial
-        parts = [f"{self.description}: {self.n}/{self.total} {self.unit}s ({self.n / self.total:.0%})"]
-        if done and elapsed:
-            each = elapsed / done
-            parts.append(f"{1 / each:.3g} {self.unit}s/s" if each < 1 else f"{each:.3g} s/{self.unit}")
+        elapsed = max(time.monotonic() - self._started, 1e-9)
+        each = elapsed / (self.n - self.initial)
+        parts = [
+            f"{self.description}: {self.n}/{self.total} {self.unit}s ({self.n / self.total:.0%})",
+            f"{1 / each:.3g} {self.unit}s/s" if each < 1 else f"{each:.3g} s/{self.unit}",
+        ]
         if self.n < self.total:
-            parts.append(f"{tqdm.format_interval(elapsed / done * (self.total - self.n)) if done else '?'} left")
+            parts.append(f"{tqdm.format_interval(each * (self.total - self.n))} left")
         elif not self.initial:
             parts.append(f"took {tqdm.format_interval(elapsed)}")
         return ", ".join([*parts, self.postfix] if self.postfix else parts)
@@ -154,7 +149,7 @@ def progress_bar(description: str, total: int, unit: str, *, initial: int = 0, s
 
 def listed(items: Iterable[T], description: str, unit: str, *, total: int, shown: bool = True) -> Iterator[T]:
     """The items, with a display of how many of them the caller has worked on."""
-    with progress_bar(description, total, unit, shown=shown) as bar:
+    with closing(progress_bar(description, total, unit, shown=shown)) as bar:
         for item in items:
             yield item
             bar.update()

@@ -11,6 +11,7 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from PIL import Image
 
+from blockskip_hooks.planning.plan import planned_batch_size
 from blockskip_hooks.training.checkpoints import list_checkpoints
 from tests import script
 from tests.kills import KillTest
@@ -116,9 +117,13 @@ def test_a_signal_to_one_process_ends_both_after_the_same_step(
 @pytest.mark.slow
 def test_two_processes_share_the_images_and_make_those_of_one(runs: KillTest):
     images = ("--validation_prompt", "a dog", "--num_validation_images", "3", "--validation_epochs", "1")
-    flags = (*images, "--report_to", "tensorboard")
-    assert runs.run_ranks("one, images", (0,), flags) == [0], runs.log("one, images")
-    assert runs.run_ranks("two, images", (0, 0), (*TWO, *flags)) == [0, 0], runs.log("two, images")
+    # Small steps, so that by plan the pipeline is called once for each image.
+    flags = (*images, "--report_to", "tensorboard", "--min_patch_size", "16", "--train_batch_size")
+    assert runs.run_ranks("one, images", (0,), (*flags, "2")) == [0], runs.log("one, images")
+    assert runs.run_ranks("two, images", (0, 0), (*flags, "1")) == [0, 0], runs.log("two, images")
+    for name in ("one", "two"):
+        plan = json.loads((runs.scratch / f"{name}, images" / "out" / "plan.json").read_text())
+        assert planned_batch_size(plan, "validate") == 1
     one, two = (logged_images(runs.scratch / f"{name}, images" / "out") for name in ("one", "two"))
     assert one.keys() == two.keys() and len(one) >= 3
     for name, pair in one.items():

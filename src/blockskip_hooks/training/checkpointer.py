@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
 import uuid
@@ -93,12 +94,13 @@ class Checkpointer:
                 grad_scaler=accelerator.scaler and accelerator.scaler.state_dict(),
                 saved_at=time.time(),
                 run=self._run_id,
-                made_with=self._made_with(),
+                made_with=self._made_with,
             )
             if records.stretch_adapters:
                 save_tensors(records.stretch_adapters, folder / STRETCH_NAME)
         self.after_save()
 
+    @functools.cached_property
     def _made_with(self) -> dict[str, Any]:
         """With the class photos, which a run makes itself before it trains."""
         made = made_with(self._run)
@@ -117,7 +119,7 @@ class Checkpointer:
         self._adapters.load(checkpoint)
         wanted = self._optimizer.state_dict()["param_groups"]
         state = load_training_state(checkpoint, self._optimizer, self._lr_scheduler)
-        made = self._made_with()
+        made = self._made_with
         if state.get("made_with", {}).get("class_photos", made.get("class_photos")) != made.get("class_photos"):
             raise UserError(
                 f"--resume_from_checkpoint {checkpoint} was made on other photos in --class_data_dir; {ADVICE}"

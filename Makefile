@@ -1,4 +1,4 @@
-.PHONY: quality style test test-slow bench docs build
+.PHONY: quality style test test-slow bench docs build versions
 
 quality:
 	ruff check .
@@ -29,3 +29,6 @@ docs:
 
 build:
 	python tools/check_build.py
+
+versions:
+	python tools/check_versions.py

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from blockskip_hooks.embedded import embedded_model, embedded_photos, embedded_subjects
 from blockskip_hooks.evaluation.metrics import Evaluation, evaluate_images
 from blockskip_hooks.inference.image_encoders import load_image_encoder
-from blockskip_hooks.training.trainer import Trainer
+from blockskip_hooks.training.records import RecordSource
 from blockskip_hooks.utils.files import write_json
 
 
@@ -29,7 +29,7 @@ IMAGES_PER_PROMPT, IMAGE_STEPS, IMAGE_SEED = 2, 12, 100
 
 
 def run_script(
-    output: Path, subject: str, seed: int, flags: Mapping[str, Any], trainer: type[Trainer] = Trainer
+    output: Path, subject: str, seed: int, flags: Mapping[str, Any], records: type[RecordSource] = RecordSource
 ) -> None:
     """Run the training script on one subject, in this process.
 
@@ -38,13 +38,13 @@ def run_script(
         subject: Name of an embedded subject.
         seed: Seed of the run.
         flags: Further flags; ``True`` for those without a value.
-        trainer: What trains, where a step is studied.
+        records: What batches come from, where a step is studied.
 
     Raises:
         RuntimeError: if the script fails.
     """
     script = load_script("train_dreambooth_blockskip")
-    script.Trainer = trainer  # type: ignore[attr-defined]
+    script.RecordSource = records  # type: ignore[attr-defined]
     settings = {
         "--instance_data_dir": embedded_photos(subject),
         "--instance_prompt": embedded_subjects()[subject]["instance_prompt"],
@@ -59,10 +59,10 @@ def run_script(
 
 
 def train(
-    output: Path, subject: str, seed: int, flags: Mapping[str, Any], trainer: type[Trainer] = Trainer
+    output: Path, subject: str, seed: int, flags: Mapping[str, Any], records: type[RecordSource] = RecordSource
 ) -> dict[str, Any]:
     """Train one LoRA by the script and return its ``run_report.json``; see :func:`run_script`."""
-    run_script(output, subject, seed, flags, trainer)
+    run_script(output, subject, seed, flags, records)
     return json.loads((output / "run_report.json").read_text())
 
 

@@ -25,7 +25,6 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import numpy as np
 import psutil
 import torch
-from accelerate import Accelerator
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from PIL import Image
 from tokenizers import Tokenizer
@@ -42,18 +41,19 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from blockskip_hooks import DiTBlockSkipTransformer
 from blockskip_hooks.cli.arguments import parse_args
 from blockskip_hooks.cli.preparation import prepare_run
-from blockskip_hooks.families.prompts import encode_prompts
+from blockskip_hooks.reporting.trackers import Tracking
 from blockskip_hooks.residuals.batches import SampleMaker
 from blockskip_hooks.residuals.store import ResidualStore
 from blockskip_hooks.residuals.stretches import Stretches
-from blockskip_hooks.training.trainer import Trainer
-from blockskip_hooks.utils.accelerator import weight_dtype
+from blockskip_hooks.training.checkpointer import Checkpointer
+from blockskip_hooks.training.context import Context
+from blockskip_hooks.training.history import History
+from blockskip_hooks.training.records import RecordSource
+from blockskip_hooks.training.run import Run
 from blockskip_hooks.utils.files import write_json
 from blockskip_hooks.utils.machine import versions
-from blockskip_hooks.utils.monitor import StageMonitor
 
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -207,33 +207,61 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def open_trainer(argv: Sequence[str]) -> Trainer:
+@dataclass
+class OpenRun:
+    """A run of the training script before its first precompute or step, to be taken on step by step.
+
+    Attributes:
+        run: Its settings and what follows from them.
+        context: Its surroundings.
+        maker: Builds batches.
+        store: Takes records, or ``None``.
+        learner: The model, its LoRA and the optimiser, as the script makes them.
+        records: Makes records, and batches of them.
+        history: The steps so far.
+    """
+
+    run: Run
+    context: Context
+    maker: SampleMaker
+    store: ResidualStore | None
+    learner: Any
+    records: RecordSource
+    history: History
+    _script: ModuleType
+
+    def precompute(self, steps: range, batch_size: int) -> None:
+        """Make the records of these steps."""
+        self.records.precompute(steps, steps.start, batch_size)
+
+    def train(self, steps: range) -> None:
+        """Train these steps by the script's loop."""
+        run, context, learner, history = self.run, self.context, self.learner, self.history
+        tracking = Tracking(context.accelerator, context.monitor, learner.model)
+        checkpointer = Checkpointer(
+            run,
+            context.accelerator,
+            learner.adapters,
+            learner.optimizer,
+            learner.lr_scheduler,
+            history,
+            self.records,
+        )
+        self._script.train_steps(steps, run, context, learner, self.records, history, tracking, checkpointer)
+
+
+def open_run(argv: Sequence[str]) -> OpenRun:
     """Everything the training script does with these flags before its first precompute or step."""
-    args = parse_args([*argv, "--report_to", "none", "--seed", "0", "--lr_warmup_steps", "0"])
-    run = prepare_run(args)
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
-    dtype, device, family = weight_dtype(accelerator), accelerator.device, run.family
-    sources = run.photo_sources()
-    prompts = [prompt for source in sources.values() for prompt in source.prompts()]
+    script = load_script("train_dreambooth_blockskip")
+    run = prepare_run(parse_args([*argv, "--report_to", "none", "--seed", "0", "--lr_warmup_steps", "0"]))
+    context = Context(script.make_accelerator(run))
     with quiet():
-        embeds, _ = encode_prompts(family, prompts, dtype=dtype, device=device)
-    sample_plan = run.sample_plan(0, {kind: len(source.photos) for kind, source in sources.items()})
-    maker = SampleMaker(sample_plan, sources, family, embeds, device, dtype, bool(run.recorded_layers))
-    _, steps = run.schedule(sample_plan, accelerator.num_processes)
-    store = None
-    if run.uses_store:
-        store = ResidualStore(run.residual_dir, run.describe_records(sample_plan, sources, dtype))
-    model = DiTBlockSkipTransformer.from_pretrained(
-        family.model_path,
-        run.config,
-        torch_dtype=dtype,
-        device=device,
-        stacks=family.block_stacks,
-        recorded_layers=run.recorded_layers,
-    )
-    return Trainer(
-        run, accelerator, StageMonitor(), maker, model, None, store, Stretches(num_steps=steps, length=steps)
-    )
+        maker, text, store = script.load_data(run, context, streamed=False)
+    _, steps = run.schedule(maker.plan, 1)
+    learner = script.make_learner(run, context.accelerator, text, steps)
+    stretches = Stretches(num_steps=steps, length=steps)
+    records = RecordSource(run, context, maker, learner.model, learner.adapters, store, stretches)
+    return OpenRun(run, context, maker, store, learner, records, History(context.accelerator, maker), script)
 
 
 def tree_rss(process: psutil.Process) -> int:

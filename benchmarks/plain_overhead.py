@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Plain LoRA by the library's trainer against a straightforward diffusers training loop.
+"""Plain LoRA by the training script against a straightforward diffusers training loop.
 
-With ``--skip_blocks none --patch_sampling none`` the trainer must cost what a short loop costs and train alike. Both
+With ``--skip_blocks none --patch_sampling none`` the script must cost what a short loop costs and train alike. Both
 train the same random FLUX from the same LoRA on the same samples, in one process, in turns. The loop gets its crops
-and noise ready-made; the trainer makes them in each step. The losses of both must be the same.
+and noise ready-made; the script makes them in each step. The losses of both must be the same.
 
 Example:
     python benchmarks/plain_overhead.py --json benchmarks/results/plain_overhead.json
@@ -24,8 +24,9 @@ import torch
 from common import (
     PROMPT,
     FluxSize,
+    OpenRun,
     benchmark_parser,
-    open_trainer,
+    open_run,
     print_targets,
     quiet,
     save_photos,
@@ -38,7 +39,6 @@ from peft import LoraConfig, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
 
 from blockskip_hooks.data.sample_plan import derived_seed
-from blockskip_hooks.training.trainer import Trainer
 
 
 RANK = 16
@@ -51,31 +51,31 @@ class PlainLoop:
 
     Args:
         folder: The pipeline.
-        trainer: Gives the flags, the text embeddings and the LoRA to start from.
+        ours: The script's run, which gives the settings, the text embeddings and the LoRA to start from.
     """
 
-    def __init__(self, folder: Path, trainer: Trainer) -> None:
-        args = trainer.run.args
+    def __init__(self, folder: Path, ours: OpenRun) -> None:
+        settings = ours.run.settings
         self.vae = AutoencoderKL.from_pretrained(folder, subfolder="vae").requires_grad_(False)
         self.transformer = FluxTransformer2DModel.from_pretrained(folder, subfolder="transformer")
         self.transformer.requires_grad_(False)
         self.transformer.add_adapter(
-            LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=trainer.run.targets)
+            LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=ours.run.targets)
         )
-        set_peft_model_state_dict(self.transformer, get_peft_model_state_dict(trainer.model.transformer))
+        set_peft_model_state_dict(self.transformer, get_peft_model_state_dict(ours.learner.model.transformer))
         self.transformer.train()
         self.parameters = [p for p in self.transformer.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters,
-            lr=args.learning_rate,
-            betas=(args.adam_beta1, args.adam_beta2),
-            weight_decay=args.adam_weight_decay,
-            eps=args.adam_epsilon,
+            lr=settings.learning_rate,
+            betas=(settings.adam_beta1, settings.adam_beta2),
+            weight_decay=settings.adam_weight_decay,
+            eps=settings.adam_epsilon,
         )
-        self.scheduler = trainer.run.family.scheduler
-        self.guidance, self.max_grad_norm = args.guidance_scale, args.max_grad_norm
-        embeds = trainer.maker.embeds[PROMPT]
-        batch = args.train_batch_size
+        self.scheduler = ours.run.family.scheduler
+        self.guidance, self.max_grad_norm = ours.run.family.flags["guidance_scale"], settings.max_grad_norm
+        embeds = ours.maker.embeds[PROMPT]
+        batch = settings.train_batch_size
         self.prompt_embeds = embeds["prompt_embeds"].expand(batch, -1, -1)
         self.pooled_embeds = embeds["pooled_prompt_embeds"].expand(batch, -1)
         self.losses: list[float] = []
@@ -111,9 +111,9 @@ class PlainLoop:
         self.step_seconds.append(time.perf_counter() - started)
 
 
-def draws(trainer: Trainer, number: int) -> dict[str, Any]:
-    """What the loop trains on in step ``number``: the samples of the trainer's plan."""
-    maker, per_step = trainer.maker, trainer.samples_per_step
+def draws(ours: OpenRun, number: int) -> dict[str, Any]:
+    """What the loop trains on in step ``number``: the samples of the run's plan."""
+    maker, per_step = ours.maker, ours.run.samples_per_step(1)
     samples = maker.samples(range(number * per_step, (number + 1) * per_step))
     side = maker.plan.patch.training_resolution // 8
 
@@ -128,7 +128,7 @@ def draws(trainer: Trainer, number: int) -> dict[str, Any]:
     }
 
 
-def measure(args: argparse.Namespace, folder: Path) -> tuple[Trainer, PlainLoop]:
+def measure(args: argparse.Namespace, folder: Path) -> tuple[OpenRun, PlainLoop]:
     """Train both in turns."""
     flux = save_random_flux(
         folder / "flux", FluxSize(args.double_blocks, args.single_blocks, args.heads), torch.float32
@@ -149,19 +149,21 @@ def measure(args: argparse.Namespace, folder: Path) -> tuple[Trainer, PlainLoop]
         "--lora_alpha": RANK,
         "--mixed_precision": "no",
     }
-    trainer = open_trainer([str(item) for pair in argv.items() for item in pair])
-    loop = PlainLoop(flux, trainer)
+    ours = open_run([str(item) for pair in argv.items() for item in pair])
+    loop = PlainLoop(flux, ours)
     for number in range(args.steps + 1):
-        inputs = draws(trainer, number)
+        inputs = draws(ours, number)
         # Who goes second finds warm caches; so they take turns at it.
-        for of_trainer in (True, False) if number % 2 else (False, True):
-            if of_trainer:
+        for is_ours in (True, False) if number % 2 else (False, True):
+            if is_ours:
                 with quiet():
-                    trainer.train(range(number, number + 1))
+                    ours.train(range(number, number + 1))
             else:
                 loop.step(**inputs)
-        print(f"step {number}: {trainer.step_seconds[-1]:.2f} s against {loop.step_seconds[-1]:.2f} s", flush=True)
-    return trainer, loop
+        print(
+            f"step {number}: {ours.history.step_seconds[-1]:.2f} s against {loop.step_seconds[-1]:.2f} s", flush=True
+        )
+    return ours, loop
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -185,13 +187,13 @@ def main(argv: list[str] | None = None) -> int:
     if args.smoke:
         vars(args).update(SMOKE)
 
-    # The trainer times its steps with perf_counter too.
+    # The history times steps with perf_counter too.
     clock = time.process_time if args.clock == "cpu" else time.perf_counter
     with tempfile.TemporaryDirectory() as folder, mock.patch("time.perf_counter", clock):
-        trainer, loop = measure(args, Path(folder))
+        run, loop = measure(args, Path(folder))
     # The first step of each allocates memory and prepares kernels.
-    ours, theirs = trainer.step_seconds[1:], loop.step_seconds[1:]
-    error = max(abs(a - b) / abs(b) for a, b in zip(trainer.losses, loop.losses, strict=True))
+    ours, theirs = run.history.step_seconds[1:], loop.step_seconds[1:]
+    error = max(abs(a - b) / abs(b) for a, b in zip(run.history.losses, loop.losses, strict=True))
     targets = [
         target("plain step / step of a straightforward loop", median(ours) / median(theirs), 1.05),
         target("largest relative difference of the losses", error, 1e-6),
@@ -204,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
         "loop_step_seconds_median": median(theirs),
         "trainer_step_seconds": ours,
         "loop_step_seconds": theirs,
-        "losses": trainer.losses,
+        "losses": run.history.losses,
     }
     write_figures(args.json, "plain_overhead", settings=settings, results=results, targets=targets)
     time_met, losses_met = (item["met"] for item in targets)

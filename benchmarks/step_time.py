@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Training steps with skipped blocks and dynamic patches against plain LoRA at full resolution.
 
-A random FLUX with 57 blocks is trained by the library's own trainer, once plainly and once with 30, 40 and 50 % of
-its blocks skipped, all in one process. The settings take turns step by step, so that a machine whose speed drifts
+A random FLUX with 57 blocks is trained by the loop of the training script, once plainly and once with 30, 40 and 50 %
+of its blocks skipped, all in one process. The settings take turns step by step, so that a machine whose speed drifts
 slows all of them alike. Records are dropped from the page cache before each step: they are read from disk.
 
 Example:
@@ -27,8 +27,9 @@ import torch
 from common import (
     PROMPT,
     FluxSize,
+    OpenRun,
     benchmark_parser,
-    open_trainer,
+    open_run,
     print_targets,
     quiet,
     save_photos,
@@ -37,11 +38,10 @@ from common import (
     write_figures,
 )
 
+from blockskip_hooks.cli.run_plan import plan_for
 from blockskip_hooks.planning.counters import LiveBytes
-from blockskip_hooks.planning.plan import plan_for, planned_batch_size
+from blockskip_hooks.planning.plan import planned_batch_size
 from blockskip_hooks.residuals.precompute import base_model
-from blockskip_hooks.training.trainer import Trainer
-from blockskip_hooks.utils.accelerator import weight_dtype
 from blockskip_hooks.utils.formatting import format_bytes
 
 
@@ -56,7 +56,7 @@ class Setting:
 
     Attributes:
         name: A key of :data:`SPANS`.
-        trainer: Its trainer.
+        run: Its run.
         step_seconds: Seconds of each timed step.
         load_seconds: Of each, the time until the step's batch is complete; only with records.
         precompute_seconds: Seconds of each precompute.
@@ -67,7 +67,7 @@ class Setting:
 
     def __init__(self, name: str, argv: list[str]) -> None:
         self.name = name
-        self.trainer: Trainer = open_trainer(argv)
+        self.run: OpenRun = open_run(argv)
         self.step_seconds: list[float] = []
         self.load_seconds: list[float] = []
         self.precompute_seconds: list[float] = []
@@ -75,12 +75,11 @@ class Setting:
         self.peak_bytes = self.resident_bytes = 0
         self.precompute_batch = 1
         self._loading = 0.0
-        if self.trainer.store is not None:
-            run = self.trainer.run
-            plan = plan_for(run, weight_dtype(self.trainer.accelerator), 1)
+        if self.run.store is not None:
+            plan = plan_for(self.run.run, self.run.maker.dtype, 1)
             self.precompute_batch = planned_batch_size(plan, "precompute") or 1
             # What a step waits for: reading the records, and making a batch of them.
-            store, maker = self.trainer.store, self.trainer.maker
+            store, maker = self.run.store, self.run.maker
             store.read = self._timed(store.read)  # type: ignore[method-assign]
             maker.batch_from_records = self._timed(maker.batch_from_records)  # type: ignore[method-assign]
 
@@ -93,32 +92,32 @@ class Setting:
 
         return call
 
-    def precompute(self, steps: range, full: Trainer) -> None:
+    def precompute(self, steps: range, full: OpenRun) -> None:
         """Records of ``steps``, and the bare forward of their samples by the whole resident model."""
-        if self.trainer.store is None:
+        if self.run.store is None:
             return
         started = time.perf_counter()
         with quiet():
-            self.trainer.precompute(steps, self.precompute_batch)
+            self.run.precompute(steps, self.precompute_batch)
         self.precompute_seconds.append(time.perf_counter() - started)
         self.forward_seconds.append(self._bare_forward(steps, full))
 
     @torch.no_grad()
-    def _bare_forward(self, steps: range, full: Trainer) -> float:
-        trainer = self.trainer
-        per_step = trainer.samples_per_step
-        samples = trainer.maker.samples(range(steps.start * per_step, steps.stop * per_step))
+    def _bare_forward(self, steps: range, full: OpenRun) -> float:
+        run, maker, model = self.run, self.run.maker, full.learner.model
+        per_step = run.run.samples_per_step(1)
+        samples = maker.samples(range(steps.start * per_step, steps.stop * per_step))
         seconds = 0.0
-        with trainer.vae() as vae:
+        with run.records.vae() as vae:
             for start in range(0, len(samples), self.precompute_batch):
                 part = samples[start : start + self.precompute_batch]
-                batch = trainer.maker.batch(part, trainer.maker.encode(vae, part))
-                inputs = trainer.run.family.transformer_inputs(
-                    full.model.config, batch.noisy_latents, batch.timesteps, batch.embeds
+                batch = maker.batch(part, maker.encode(vae, part))
+                inputs = run.run.family.transformer_inputs(
+                    model.config, batch.noisy_latents, batch.timesteps, batch.embeds
                 )
-                with base_model(full.model.transformer), full.accelerator.autocast():
+                with base_model(model.transformer), full.context.accelerator.autocast():
                     started = time.perf_counter()
-                    full.model.transformer(**inputs, return_dict=False)
+                    model.transformer(**inputs, return_dict=False)
                     seconds += time.perf_counter() - started
         return seconds
 
@@ -127,31 +126,31 @@ class Setting:
         self._drop_from_page_cache()
         self._loading = 0.0
         with quiet():
-            self.trainer.train(range(number, number + 1))
+            self.run.train(range(number, number + 1))
         if timed:
-            self.step_seconds.append(self.trainer.step_seconds[-1])
+            self.step_seconds.append(self.run.history.step_seconds[-1])
             self.load_seconds.append(self._loading)
 
     def _drop_from_page_cache(self) -> None:
-        if self.trainer.store is None or not hasattr(os, "posix_fadvise"):
+        if self.run.store is None or not hasattr(os, "posix_fadvise"):
             return
-        for path in self.trainer.store.directory.glob("records-*.safetensors"):
+        for path in self.run.store.directory.glob("records-*.safetensors"):
             with path.open("rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def measure_memory(self, number: int) -> None:
         """Train step ``number`` while live tensors are counted; only this setting's tensors are."""
-        trainer = self.trainer
+        run, learner = self.run, self.run.learner
         # Without records the VAE is part of training, and this is the resident one.
-        vae = contextlib.nullcontext() if trainer.store is not None else trainer.vae()
+        vae = contextlib.nullcontext() if run.store is not None else run.records.vae()
         with vae as resident_vae, LiveBytes() as live:
-            for module in (trainer.model, resident_vae):
+            for module in (learner.model, resident_vae):
                 if module is not None:
                     live.track(module.parameters())
                     live.track(module.buffers())
-            for state in trainer.optimizer.state.values():
+            for state in learner.optimizer.state.values():
                 live.track(value for value in state.values() if isinstance(value, torch.Tensor))
-            for embeds in trainer.maker.embeds.values():
+            for embeds in run.maker.embeds.values():
                 live.track(embeds.values())
             self.resident_bytes = live.current
             self.step(number, timed=False)
@@ -160,14 +159,15 @@ class Setting:
     def figures(self, plain: Setting) -> dict[str, Any]:
         """This setting's results, ratios to ``plain`` among them."""
         run_seconds = sum(self.precompute_seconds) + sum(self.step_seconds)
-        has_records = self.trainer.store is not None
-        record_bytes = self.trainer.store.num_bytes // len(self.trainer.store) if has_records else None
+        store = self.run.store
+        has_records = store is not None
+        record_bytes = None if store is None else store.num_bytes // len(store)
         loads = [load / step for load, step in zip(self.load_seconds, self.step_seconds)]
         return {
             "name": self.name,
-            "leading": self.trainer.run.config.leading,
-            "trailing": self.trainer.run.config.trailing,
-            "training_resolution": self.trainer.run.patch.training_resolution,
+            "leading": self.run.run.config.leading,
+            "trailing": self.run.run.config.trailing,
+            "training_resolution": self.run.run.patch.training_resolution,
             "step_seconds_median": median(self.step_seconds),
             "step_seconds": self.step_seconds,
             "step_ratio": median(self.step_seconds) / median(plain.step_seconds),
@@ -219,14 +219,14 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 
     print("warm-up", flush=True)
     for setting in settings:
-        setting.precompute(range(1), plain.trainer)
+        setting.precompute(range(1), plain.run)
         setting.step(0, timed=False)
         setting.precompute_seconds.clear()
         setting.forward_seconds.clear()
     for number in range(args.rounds):
         steps = range(1 + number * args.steps_per_round, 1 + (number + 1) * args.steps_per_round)
         for setting in settings:
-            setting.precompute(steps, plain.trainer)
+            setting.precompute(steps, plain.run)
         for step in steps:
             for setting in settings:
                 setting.step(step)
@@ -235,7 +235,7 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     last = range(num_steps - 1, num_steps)
     for setting in settings:
         with quiet():
-            setting.trainer.precompute(last, 1)
+            setting.run.precompute(last, 1)
         setting.measure_memory(last.start)
     return [setting.figures(plain) for setting in settings]
 
@@ -263,7 +263,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.smoke:
         vars(args).update(SMOKE, steps_per_round=2, mixed_precision="no")
 
-    # The trainer times its steps with perf_counter too.
+    # The history times steps with perf_counter too.
     clock = time.process_time if args.clock == "cpu" else time.perf_counter
     with tempfile.TemporaryDirectory() as folder, mock.patch("time.perf_counter", clock):
         results = measure(args, Path(folder))

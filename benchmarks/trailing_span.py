@@ -33,10 +33,11 @@ from cells import SUBJECTS, evaluate, read_cells, run_cells, train
 from common import benchmark_parser, write_figures
 
 from blockskip_hooks.embedded import embedded_subjects
+from blockskip_hooks.losses import flow_matching_loss
 from blockskip_hooks.residuals.batches import Batch
 from blockskip_hooks.residuals.precompute import capture
 from blockskip_hooks.state import SkipMode
-from blockskip_hooks.training.trainer import Trainer
+from blockskip_hooks.training.records import RecordSource
 
 
 ARMS = ("fixed", "refreshed", "recorded", "diagonal", "linear")
@@ -48,8 +49,8 @@ RIDGE = 0.3
 Correction = Callable[[torch.Tensor], torch.Tensor]
 
 
-class StudiedTrainer(Trainer):
-    """A trainer that measures the trailing span, and corrects its gradient by one of the arms.
+class StudiedRecords(RecordSource):
+    """A source of batches that measures the trailing span, and corrects its gradient by one of the arms.
 
     Attributes:
         arm: Name of the arm.
@@ -63,8 +64,10 @@ class StudiedTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        span = self.model.spans.trailing
+        span = self._model.spans.trailing
         self._span_input = self._span_output = torch.empty(0)
+        self._correct: Correction | None = None
+        self._step = 0
         span[0].module.register_forward_pre_hook(self._note_input, with_kwargs=True)
         span[-1].module.register_forward_hook(self._note_output)
         self._fitted_for = -1
@@ -72,17 +75,27 @@ class StudiedTrainer(Trainer):
 
     def _note_input(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
         self._span_input = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        if self._correct is not None and self._model.skip_state.mode is SkipMode.INJECT:
+            self._span_input.register_hook(self._correct)
+            self._correct = None
 
     def _note_output(self, module: torch.nn.Module, args: Any, output: Any) -> None:
         self._span_output = output[1] if isinstance(output, tuple) else output
 
     def _gradients(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Gradients of the whole model's loss by the span's input and output, ``(B, tokens, dim)``."""
-        family, model = self.run.family, self.model
+        family, model = self._run.family, self._model
         inputs = family.transformer_inputs(model.config, batch.noisy_latents, batch.timesteps, batch.embeds)
         model.skip_state.mode = SkipMode.RUN
         prediction = model.transformer(**inputs, return_dict=False)[0]
-        loss = self.each_loss(prediction, batch).sum()
+        prediction, target = family.loss_terms(
+            family.prediction_to_latents(prediction, batch.latents),
+            latents=batch.latents,
+            noise=batch.noise,
+            noisy_latents=batch.noisy_latents,
+            sigmas=batch.sigmas,
+        )
+        loss = flow_matching_loss(prediction, target, batch.sigmas, self._run.settings.weighting_scheme).sum()
         at_input, at_output = torch.autograd.grad(loss, [self._span_input, self._span_output])
         return at_input, at_output
 
@@ -108,8 +121,8 @@ class StudiedTrainer(Trainer):
 
     def _fit(self) -> None:
         """Fit the stretch's corrections to the gradients of its first steps' samples."""
-        assert self.store is not None
-        stretch = self.stretches.of(self.step)
+        assert self._store is not None
+        stretch = self.stretches.of(self._step)
         if self._fitted_for == stretch.start:
             return
         self._fitted_for = stretch.start
@@ -117,7 +130,7 @@ class StudiedTrainer(Trainer):
         with self._adapters_of_stretch():
             for step in list(stretch)[:FITTED_STEPS]:
                 samples = self.maker.samples(self._indices([step]))
-                records = [self.maker.read_record(sample, self.store) for sample in samples]
+                records = [self.maker.read_record(sample, self._store) for sample in samples]
                 batch = self.maker.batch_from_records(samples, records)
                 at_input, at_output = self._gradients(batch)
                 for row, quarter in enumerate(self._quarters(batch)):
@@ -131,17 +144,18 @@ class StudiedTrainer(Trainer):
                 squares += RIDGE * squares.diagonal().mean() * torch.eye(squares.shape[0])
                 self._fits[quarter] = torch.linalg.solve(squares, gradients.T @ changes)
 
-    def _loss(self, batch: Batch) -> torch.Tensor:
+    def complete(self, batch: Batch) -> None:
+        super().complete(batch)
         correct = self._correction(batch)
-        if self.step % self.every == self.every - 1:
+        if self._step % self.every == self.every - 1:
             self._measure(batch, correct)
-        loss = super()._loss(batch)
-        self._span_input.register_hook(correct)
-        return loss
+        # The next forward is that of the step.
+        self._correct = correct
+        self._step += 1
 
     def _measure(self, batch: Batch, correct: Correction) -> None:
         assert batch.residuals is not None and batch.residuals.trailing_hidden_states is not None
-        now = capture(self.model, self.maker, batch).trailing_hidden_states
+        now = capture(self._model, self.maker, batch).trailing_hidden_states
         assert now is not None
         error = (batch.residuals.trailing_hidden_states - now).norm() / now.norm()
         true, at_output = self._gradients(batch)
@@ -151,7 +165,7 @@ class StudiedTrainer(Trainer):
 
         self.measured.append(
             {
-                "step": self.step + 1,
+                "step": self._step + 1,
                 "value_error": error.item(),
                 "identity": cosine(at_output),
                 "corrected": cosine(correct(at_output)),
@@ -163,10 +177,10 @@ def run_cell(cell: tuple[str, str, int, str, int, Path]) -> dict[str, Any]:
     """Train one arm on one subject, and measure."""
     arm, subject, seed, skip, every, output = cell
     measured: list[dict[str, float]] = []
-    trainer = type("Studied", (StudiedTrainer,), {"arm": arm, "every": every, "measured": measured})
+    records = type("Studied", (StudiedRecords,), {"arm": arm, "every": every, "measured": measured})
     refresh = "--no-refresh_residuals" if arm == "fixed" else "--refresh_residuals"
     flags: dict[str, Any] = {"--skip_blocks": skip, "--patch_sampling": "none", refresh: True}
-    report = train(output, subject, seed, flags, trainer)
+    report = train(output, subject, seed, flags, records)
     fidelity = evaluate(output, subject).aggregate()["subject"]["mean"]
     loss = mean(report["train"]["loss"][-50:])
     return {"arm": arm, "subject": subject, "seed": seed, "fidelity": fidelity, "loss": loss, "measured": measured}

@@ -33,6 +33,7 @@ from blockskip_hooks.planning.presets import load_preset
 from blockskip_hooks.planning.stages import PlanRequest, plan_run
 from blockskip_hooks.training import class_images
 from tests import script
+from tests.tiers import fast_first, fast_rows
 from tests.tiny import TINY_FAMILIES, TinyFamily
 
 
@@ -101,7 +102,7 @@ def test_streamed_encoders_give_the_same_embeddings_and_nothing_of_an_encoder_st
     assert_same_embeds(embeds[True], embeds[False])
 
 
-@pytest.mark.parametrize("name", ["flux-dev", "qwen-image", "sana"])
+@pytest.mark.parametrize("name", fast_first(["flux-dev", "qwen-image", "sana"]))
 def test_streamed_encoders_give_the_same_embeddings_in_half_precision(name: str):
     family = tiny_named(name).make_family()
     assert_same_embeds(embed(family, torch.bfloat16, streamed=True), embed(family, torch.bfloat16))
@@ -256,7 +257,7 @@ def stage(plan: dict[str, Any], name: str) -> dict[str, Any]:
     return next(stage for stage in plan["stages"] if stage["name"] == name)
 
 
-@pytest.mark.parametrize(("name", "skipped"), [("flux.1-dev", (19, 9)), ("sd3.5-medium", (8, 6))])
+@pytest.mark.parametrize(("name", "skipped"), fast_rows([("flux.1-dev", (19, 9)), ("sd3.5-medium", (8, 6))]))
 def test_encoding_is_planned_within_the_training_peak(name: str, skipped: tuple[int, int]):
     plan = plan_run(request_for(name, skipped))
     assert stage(plan, "encode")["streamed"] is True

@@ -105,6 +105,7 @@ def pictures(tiny: TinyFamily, lora: Path | None) -> torch.Tensor:
 
 
 @pytest.mark.column("E4")
+@pytest.mark.fast_for("flux-dev", "sana")
 def test_the_lora_differs_from_the_full_model_by_the_trailing_approximation_only(tiny: TinyFamily, finished: Path):
     """With fresh residuals of the trained model the two agree to rounding; the base model's are another thing."""
     transformer = tiny.make_transformer()
@@ -129,6 +130,7 @@ def test_the_lora_differs_from_the_full_model_by_the_trailing_approximation_only
 
 
 @pytest.mark.column("export")
+@pytest.mark.fast_for("flux-dev", "sana")
 def test_the_lora_is_a_stock_one(tiny: TinyFamily, finished: Path):
     """Kept blocks only, names of the full model, metadata; the stock pipeline loads it and its image changes."""
     model = DiTBlockSkipTransformer(
@@ -146,6 +148,7 @@ def test_the_lora_is_a_stock_one(tiny: TinyFamily, finished: Path):
 
 
 @pytest.mark.column("E5")
+@pytest.mark.fast_for("flux-dev", "sana")
 def test_a_resumed_run_equals_the_one_that_was_never_stopped(train: Train, finished: Path, tmp_path: Path):
     halves = tmp_path / "halves"
     shutil.copytree(finished / "checkpoint-2", halves / "checkpoint-2")
@@ -156,6 +159,7 @@ def test_a_resumed_run_equals_the_one_that_was_never_stopped(train: Train, finis
 
 
 @pytest.mark.column("validation")
+@pytest.mark.fast_for("flux-dev", "sana")
 def test_validation_images_are_made(finished: Path):
     report = json.loads((finished / "run_report.json").read_text())
     assert "validate" in [stage["name"] for stage in report["stages"]]

@@ -4,12 +4,14 @@ import io
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms, features
+from PIL import Image, ImageCms
 
 from blockskip_hooks.data import picture
+from blockskip_hooks.data.folder import image_suffixes
 from blockskip_hooks.data.photos import Photo, load_dataset_photos, scan_photos, summarize_photos
 from tests.profiles import DISPLAY_P3, cmyk_profile, matrix_profile
 
@@ -37,6 +39,8 @@ def assert_colour(pixels, colour, within):
 
 @pytest.mark.parametrize("name", ["a.png", "a.webp", "a.tif", "a.jpg", "a.avif"])
 def test_a_profile_is_honoured(tmp_path, name):
+    if Path(name).suffix not in image_suffixes():
+        pytest.skip("this Pillow does not read it")
     lossless = {"lossless": True} if name == "a.webp" else {"quality": 100}
     Image.new("RGB", (16, 16), IN_DISPLAY_P3).save(tmp_path / name, icc_profile=DISPLAY_P3, **lossless)
     assert_colour(decoded(tmp_path), COLOUR, within=1 if name in ("a.png", "a.webp", "a.tif") else 3)
@@ -178,8 +182,7 @@ def test_every_format_of_photos_is_read(tmp_path):
         "ppm": ("ppm",),
     }
     formats |= {"qoi": ("qoi",)} if "QOI" in Image.SAVE else {}
-    formats |= {"jp2": ("jp2",)} if features.check("jpg_2000") else {}
-    formats |= {"avif": ("avif",)} if features.check("avif") else {}
+    formats |= {ending: (ending,) for ending in ("jp2", "avif") if f".{ending}" in image_suffixes()}
     names = []
     for format, endings in formats.items():
         buffer = io.BytesIO()

@@ -11,6 +11,7 @@ from blockskip_hooks.loading import download as model_files
 from blockskip_hooks.reporting.model_card import License, read_license
 from tests.fake_hub import USER, FakeHub, fake_hub
 from tests.script import PROMPT, WEIGHTS, load_script, save_photos, settings
+from tests.tiers import fast_first, fast_rows
 from tests.tiny import save_tiny_flux
 
 
@@ -123,7 +124,7 @@ def test_a_repository_that_is_there_is_used(hub, model, photos, tmp_path, capsys
     assert "Uploaded to club/dog." in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("status", [401, 403, 500])
+@pytest.mark.parametrize("status", fast_first([401, 403, 500]))
 def test_a_repository_that_cannot_be_opened_ends_the_run_before_it_begins(
     hub, model, photos, tmp_path, capsys, status
 ):
@@ -143,7 +144,7 @@ def test_no_network_ends_the_run_before_it_begins(hub, model, photos, tmp_path, 
     assert not (tmp_path / "out" / WEIGHTS).exists()
 
 
-@pytest.mark.parametrize(("route", "status"), [("/preupload/", 503), ("/commit/", 500), ("/commit/", 403)])
+@pytest.mark.parametrize(("route", "status"), fast_rows([("/preupload/", 503), ("/commit/", 500), ("/commit/", 403)]))
 def test_an_upload_that_fails_says_where_the_results_are(hub, model, photos, tmp_path, capsys, route, status):
     hub.failing = {route: status}
     assert push(model, photos, tmp_path / "out", "--hub_model_id", f"{USER}/lora{status}") == 1

@@ -19,6 +19,7 @@ from blockskip_hooks.planning.stages import RECORD_OVERHEAD, PlanRequest, plan_r
 from blockskip_hooks.residuals.dtype import PACKED, pack_record, packed_bytes, unpack_record
 from blockskip_hooks.residuals.store import ResidualStore
 from tests import script
+from tests.tiers import fast_first
 from tests.tiny import TINY_FAMILIES, TinyFamily
 
 
@@ -178,7 +179,7 @@ def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
-@pytest.mark.parametrize("kind", ["auto", "float8"])
+@pytest.mark.parametrize("kind", fast_first(["auto", "float8"]))
 def test_the_residual_budget_is_never_exceeded_on_disk(
     kind: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -205,6 +206,7 @@ def test_the_residual_budget_is_never_exceeded_on_disk(
     assert max(sizes) > parse_bytes(budget) / 2
 
 
+@pytest.mark.slow
 def test_records_behind_the_checkpoint_do_not_add_to_the_disk(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -17,10 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 from blockskip_hooks import BlockSkipConfig, DiTBlockSkipTransformer
 from blockskip_hooks.cli.arguments import parse_args
 from blockskip_hooks.cli.preparation import prepare_run
+from blockskip_hooks.cli.run_plan import plan_for
 from blockskip_hooks.loading.component_config import load_config
 from blockskip_hooks.lora import add_lora, lora_targets
-from blockskip_hooks.planning.plan import plan_for
-from blockskip_hooks.training.sharding import asks_for_sharding, average_gradients, shard
+from blockskip_hooks.training.sharding import asks_for_sharding, prepare_model, shard
 from tests import script
 from tests.test_several_processes import SHARED
 from tests.tiny import TINY_FAMILIES
@@ -59,9 +59,7 @@ def measure(rank: int, address: dict[str, str], models: list[tuple[str, str, lis
             )
             add_lora(model.transformer, layers, rank=2, alpha=2, dropout=0.0, seed=0)
             if shared:
-                ignored = model.frozen_parameter_names
-                DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
-                assert isinstance(average_gradients(accelerator, model), DistributedDataParallel)
+                assert isinstance(prepare_model(accelerator, model), DistributedDataParallel)
             residuals = model.capture_residuals(**inputs, return_dict=False)
             prediction = model(**inputs, residuals=residuals, return_dict=False)[0]
             prediction = torch.stack(prediction) if isinstance(prediction, list) else prediction

@@ -16,6 +16,7 @@ from blockskip_hooks.lora import add_lora, lora_targets
 from blockskip_hooks.transformer import BlockSkipConfig, DiTBlockSkipTransformer
 from tests import script
 from tests.script import PROMPT, WEIGHTS, assert_same_weights, losses, weights
+from tests.tiers import fast_first, fast_rows
 
 
 @pytest.fixture
@@ -85,7 +86,7 @@ def test_plain_mode_is_a_straightforward_loop(train, model: Path, photos: Path):
     assert losses(output) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("residuals", ["precomputed", "online"])
+@pytest.mark.parametrize("residuals", fast_first(["precomputed", "online"]))
 def test_without_trailing_span_training_is_lora_on_the_remaining_blocks(train, residuals: str):
     """E2 over whole runs: skipping the leading span changes neither losses nor weights."""
     flags = ("--patch_sampling", "none", "--lora_layers")
@@ -99,22 +100,25 @@ def test_without_trailing_span_training_is_lora_on_the_remaining_blocks(train, r
 
 @pytest.mark.parametrize(
     "flags",
-    [
-        ("--skip_blocks", "1,2"),
-        ("--skip_blocks", "none"),
-        ("--skip_blocks", "2,1", "--residual_budget", "40KB", "--lora_dropout", "0.3"),
-        ("--skip_blocks", "1,1", "--optimizer", "prodigy", "--learning_rate", "1", "--lr_scheduler", "cosine"),
-        ("--skip_blocks", "1,1", "--gradient_accumulation_steps", "2", "--train_text_encoder"),
-        ("--skip_blocks", "1,2", "--refresh_residuals", "--stretch_steps", "3", "--lora_dropout", "0.3"),
-        ("--skip_blocks", "1,1", "--refresh_residuals", "--stretch_steps", "3", "--train_text_encoder"),
-        ("--skip_blocks", "1,2", "--record_repeats", "2", "--stretch_steps", "3"),
-    ],
+    fast_first(
+        [
+            ("--skip_blocks", "1,2"),
+            ("--skip_blocks", "1,1", "--gradient_accumulation_steps", "2", "--train_text_encoder"),
+            ("--skip_blocks", "none"),
+            ("--skip_blocks", "2,1", "--residual_budget", "40KB", "--lora_dropout", "0.3"),
+            ("--skip_blocks", "1,1", "--optimizer", "prodigy", "--learning_rate", "1", "--lr_scheduler", "cosine"),
+            ("--skip_blocks", "1,2", "--refresh_residuals", "--stretch_steps", "3", "--lora_dropout", "0.3"),
+            ("--skip_blocks", "1,1", "--refresh_residuals", "--stretch_steps", "3", "--train_text_encoder"),
+            ("--skip_blocks", "1,2", "--record_repeats", "2", "--stretch_steps", "3"),
+        ],
+        fast=2,
+    ),
     ids=[
         "skip",
+        "accumulation and text encoder",
         "plain",
         "stretches and dropout",
         "prodigy and cosine",
-        "accumulation and text encoder",
         "refreshed, with dropout",
         "refreshed, with a text encoder",
         "repeated records",
@@ -176,12 +180,15 @@ def test_records_of_another_lora_are_not_used(train, tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("flags", "stretches"),
-    [
-        (("--skip_blocks", "1,2"), 4),
-        (("--skip_blocks", "3,0"), 1),
-        (("--skip_blocks", "1,2", "--no-refresh_residuals"), 1),
-        (("--skip_blocks", "1,2", "--residual_dir", "records"), 1),
-    ],
+    fast_rows(
+        [
+            (("--skip_blocks", "1,2"), 4),
+            (("--skip_blocks", "1,2", "--residual_dir", "records"), 1),
+            (("--skip_blocks", "3,0"), 1),
+            (("--skip_blocks", "1,2", "--no-refresh_residuals"), 1),
+        ],
+        fast=2,
+    ),
 )
 def test_trailing_residuals_are_refreshed_unless_records_are_kept(
     train, tmp_path: Path, monkeypatch, flags, stretches

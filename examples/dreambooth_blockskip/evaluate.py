@@ -16,24 +16,27 @@ Example:
 from __future__ import annotations
 
 import argparse
-import logging
-import os
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from blockskip_hooks.cli.startup import (
+    SETTINGS_ERROR,
+    WORK_ERROR,
+    errors_in_one_line,
+    make_parser,
+    quiet_libraries,
+    returns_exit_code,
+)
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-warnings.filterwarnings("ignore", category=FutureWarning)
-for _name in ("torchao", "bitsandbytes", "diffusers.quantizers", "torch.utils._pytree"):
-    logging.getLogger(_name).setLevel(logging.ERROR)
+
+quiet_libraries()
 
 from PIL import Image
 from tqdm.auto import tqdm
 
-from blockskip_hooks.cli.arguments import OneLineParser, printable_command
-from blockskip_hooks.cli.errors import explain
+from blockskip_hooks.cli.arguments import printable_command
+from blockskip_hooks.cli.model_flags import add_model_flags, image_flags
 from blockskip_hooks.data.photos import Photo, scan_photos
 from blockskip_hooks.embedded import DEFAULT_SUBJECT, embedded_photos, embedded_subjects
 from blockskip_hooks.evaluation.images import BASE_NAME, EvaluationRequest, count_missing, make_images
@@ -55,7 +58,8 @@ from blockskip_hooks.evaluation.report import (
 )
 from blockskip_hooks.inference.image_encoders import ENCODER_NAMES, ImageEncoder, load_image_encoder
 from blockskip_hooks.inference.lora_files import lora_file
-from blockskip_hooks.inference.streamed_model import add_model_flags, check_loras, image_settings
+from blockskip_hooks.inference.streamed_model import check_loras, image_settings
+from blockskip_hooks.utils.errors import UserError
 from blockskip_hooks.utils.files import write_json, write_text
 
 
@@ -64,9 +68,7 @@ NO_LORA = "none"
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags; those that the training script has mean the same here."""
-    parser = OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = make_parser(__doc__)
     add_model_flags(parser)
     flag = parser.add_argument
     flag("--lora_weights", nargs="+", default=[NO_LORA], help="LoRAs, files or folders; none is the model without.")
@@ -95,7 +97,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
+@returns_exit_code
+def main(argv: list[str] | None = None) -> None:
     """Run the script.
 
     Returns:
@@ -103,12 +106,12 @@ def main(argv: list[str] | None = None) -> int:
         line.
     """
     args = build_parser().parse_args(argv)
-    try:
+    with errors_in_one_line(SETTINGS_ERROR, "evaluate", args.hub_token):
         check_flags(args)
         photos = find_photos(args)
         prompts = find_prompts(args)
         loras = name_loras(args.lora_weights)
-        settings = image_settings(args)
+        settings = image_settings(image_flags(args))
         check_loras(settings.family, [lora for lora in loras.values() if lora is not None])
         sources = encoder_sources(args, embedded=settings.embedded)
         request = EvaluationRequest(
@@ -120,11 +123,6 @@ def main(argv: list[str] | None = None) -> int:
             batch_size=args.images_at_once,
         )
         total, missing = len(loras) * len(prompts) * len(request.seeds), count_missing(request)
-    except Exception as error:
-        if (line := explain(error, "evaluate", args.hub_token)) is None:
-            raise
-        print(f"error: {line}", file=sys.stderr)
-        return 2
     size = settings.pipeline_kwargs["height"]
     print(
         f"Model    {settings.model_name} ({settings.family.name}); LoRAs: {', '.join(loras)}\n"
@@ -133,17 +131,11 @@ def main(argv: list[str] | None = None) -> int:
         flush=True,
     )
     command = printable_command([Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)])
-    try:
+    with errors_in_one_line(WORK_ERROR, "evaluate", args.hub_token):
         # Before any image is made: a missing encoder must not show after an hour.
         encoders = {label: load_image_encoder(source, settings.device) for label, source in sources.items()}
         make_images(request)
         measure(args, request, encoders, photos, command)
-    except Exception as error:
-        if (line := explain(error, "evaluate", args.hub_token)) is None:
-            raise
-        print(f"error: {line}", file=sys.stderr)
-        return 1
-    return 0
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -155,15 +147,15 @@ def check_flags(args: argparse.Namespace) -> None:
     for name in ("images_per_prompt", "images_at_once", "num_inference_steps", "resolution", "max_sequence_length"):
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise ValueError(f"--{name} is {value}; give 1 or more.")
+            raise UserError(f"--{name} is {value}; give 1 or more.")
     if args.seeds is not None and args.images_per_prompt not in (None, len(args.seeds)):
-        raise ValueError(
+        raise UserError(
             f"--images_per_prompt is {args.images_per_prompt} and --seeds {len(args.seeds)}; leave one out."
         )
     if args.seeds is not None and len(set(args.seeds)) < len(args.seeds):
-        raise ValueError("--seeds names a seed twice, which would make the same images; remove it.")
+        raise UserError("--seeds names a seed twice, which would make the same images; remove it.")
     if args.output_dir.exists() and not args.output_dir.is_dir():
-        raise ValueError(f"--output_dir {args.output_dir} is a file; name a folder.")
+        raise UserError(f"--output_dir {args.output_dir} is a file; name a folder.")
 
 
 def embedded_subject(args: argparse.Namespace) -> str | None:
@@ -174,13 +166,13 @@ def embedded_subject(args: argparse.Namespace) -> str | None:
     """
     if args.pretrained_model_name_or_path is not None or args.instance_data_dir is not None:
         if args.subject is not None:
-            raise ValueError(
+            raise UserError(
                 "--subject is for the embedded model and photos; name photos by --instance_data_dir alone."
             )
         return None
     name = args.subject or DEFAULT_SUBJECT
     if name not in embedded_subjects():
-        raise ValueError(f"--subject is {name}; the embedded subjects are {', '.join(embedded_subjects())}.")
+        raise UserError(f"--subject is {name}; the embedded subjects are {', '.join(embedded_subjects())}.")
     return name
 
 
@@ -194,7 +186,7 @@ def find_photos(args: argparse.Namespace) -> list[Photo]:
     if subject is not None:
         return scan_photos(embedded_photos(subject))
     if args.instance_data_dir is None:
-        raise ValueError("--instance_data_dir is missing; name the folder of the subject's photos.")
+        raise UserError("--instance_data_dir is missing; name the folder of the subject's photos.")
     return scan_photos(args.instance_data_dir)
 
 
@@ -210,17 +202,17 @@ def find_prompts(args: argparse.Namespace) -> tuple[EvaluationPrompt, ...]:
             name for name in ("instance_prompt", "class_phrase", "class_kind") if getattr(args, name) is not None
         ]
         if unused:
-            raise ValueError(f"--{unused[0]} has no effect on the embedded subject's own prompts; leave it out.")
+            raise UserError(f"--{unused[0]} has no effect on the embedded subject's own prompts; leave it out.")
         return embedded_prompts(subject)
     instance_prompt = args.instance_prompt or (embedded_subjects()[subject]["instance_prompt"] if subject else None)
     if not instance_prompt:
-        raise ValueError('--instance_prompt is missing; give the one of training, like "a photo of sks dog".')
+        raise UserError('--instance_prompt is missing; give the one of training, like "a photo of sks dog".')
     if args.prompts is not None and args.class_kind is not None:
-        raise ValueError("--class_kind chooses among the shipped prompts, --prompts names others; leave one out.")
+        raise UserError("--class_kind chooses among the shipped prompts, --prompts names others; leave one out.")
     if args.prompts is None and args.pretrained_model_name_or_path is None:
-        raise ValueError("--prompts is missing; the shipped ones hold words that the embedded model does not know.")
+        raise UserError("--prompts is missing; the shipped ones hold words that the embedded model does not know.")
     if args.prompts is None and args.class_kind is None:
-        raise ValueError("--class_kind is missing; give object or live, or prompts of your own by --prompts.")
+        raise UserError("--class_kind is missing; give object or live, or prompts of your own by --prompts.")
     phrase = subject_phrase(instance_prompt)
     return read_prompts(args.prompts or template_file(args.class_kind), phrase, args.class_phrase or phrase)
 
@@ -236,7 +228,7 @@ def name_loras(sources: Sequence[str]) -> dict[str, Path | None]:
         path = Path(source)
         file = None if source == NO_LORA else lora_file(path)
         if file in loras.values():
-            raise ValueError(f"--lora_weights names {source} twice; remove it.")
+            raise UserError(f"--lora_weights names {source} twice; remove it.")
         name = BASE_NAME if file is None else path.resolve().name if path.is_dir() else path.stem
         loras[f"{name} {number}" if name in loras else name] = file
     return loras
@@ -252,12 +244,12 @@ def encoder_sources(args: argparse.Namespace, *, embedded: bool) -> dict[str, st
     labels: dict[str, str] = {}
     for name in names:
         if name == "offline":
-            raise ValueError("--encoders offline compares images of one noise, no photos; name another encoder.")
+            raise UserError("--encoders offline compares images of one noise, no photos; name another encoder.")
         if name == "subject" and not embedded:
-            raise ValueError("--encoders subject only knows what the embedded model draws; name dino or clip.")
+            raise UserError("--encoders subject only knows what the embedded model draws; name dino or clip.")
         label = encoder_label(name)
         if label in labels:
-            raise ValueError(f"--encoders names two that are called {label}; leave one out, or rename its folder.")
+            raise UserError(f"--encoders names two that are called {label}; leave one out, or rename its folder.")
         labels[label] = name
     return labels
 

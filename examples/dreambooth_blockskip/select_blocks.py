@@ -15,27 +15,29 @@ Example:
 from __future__ import annotations
 
 import argparse
-import logging
-import os
 import sys
 import time
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
+from blockskip_hooks.cli.startup import (
+    SETTINGS_ERROR,
+    WORK_ERROR,
+    errors_in_one_line,
+    make_parser,
+    quiet_libraries,
+    returns_exit_code,
+)
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-warnings.filterwarnings("ignore", category=FutureWarning)
-for _name in ("torchao", "bitsandbytes", "diffusers.quantizers", "torch.utils._pytree"):
-    logging.getLogger(_name).setLevel(logging.ERROR)
+
+quiet_libraries()
 
 from blockskip_hooks.cli.argument_checks import check_at_most, check_output_dir, check_texts
-from blockskip_hooks.cli.arguments import OneLineParser, printable_command
-from blockskip_hooks.cli.errors import explain
+from blockskip_hooks.cli.arguments import printable_command
+from blockskip_hooks.cli.model_flags import add_model_flags, image_flags
 from blockskip_hooks.inference.image_encoders import DEFAULT_ENCODER
 from blockskip_hooks.inference.lora_files import lora_file
 from blockskip_hooks.inference.streamed_model import (
-    add_model_flags,
     block_parameters,
     check_loras,
     image_settings,
@@ -55,6 +57,7 @@ from blockskip_hooks.search.measure import (
 )
 from blockskip_hooks.search.picture import draw_images, draw_table, masked_variants
 from blockskip_hooks.search.tables import cache_file, read_table
+from blockskip_hooks.utils.errors import UserError
 from blockskip_hooks.utils.files import write_json
 from blockskip_hooks.utils.formatting import format_seconds
 
@@ -64,9 +67,7 @@ LARGEST_SIDE = 512
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags; those that the training script has mean the same here."""
-    parser = OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = make_parser(__doc__)
     add_model_flags(parser)
     flag = parser.add_argument
     flag(
@@ -92,25 +93,21 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
+@returns_exit_code
+def main(argv: list[str] | None = None) -> None:
     """Run the script.
 
     Returns:
         The exit code: 0, 2 for settings that cannot work, 1 for a search that cannot go on. Both say why in one line.
     """
     args = build_parser().parse_args(argv)
-    try:
+    with errors_in_one_line(SETTINGS_ERROR, "select", args.hub_token):
         request = make_request(args)
         num_blocks = len(block_parameters(request.family, load_config(request.transformer_folder)))
         check_blocks(args, num_blocks)
         lengths = default_window_lengths(num_blocks) if args.window_lengths is None else tuple(args.window_lengths)
         spans = stream_all(num_blocks) if args.stream_blocks else None
         request = replace(request, window_lengths=lengths, spans=spans)
-    except Exception as error:
-        if (line := explain(error, "select", args.hub_token)) is None:
-            raise
-        print(f"error: {line}", file=sys.stderr)
-        return 2
     steps, number = request.pipeline_kwargs["num_inference_steps"], count_images(request, num_blocks)
     print(
         f"Model    {request.model_name} ({request.family.name}), {num_blocks} blocks\n"
@@ -120,17 +117,11 @@ def main(argv: list[str] | None = None) -> int:
         flush=True,
     )
     command = printable_command([Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)])
-    try:
+    with errors_in_one_line(WORK_ERROR, "select", args.hub_token):
         images = open_search(request)
         print(f"Estimate {estimate(images, request, number)}", flush=True)
         contents = measure_table(images, request, command)
         write_outputs(args, images, request, contents)
-    except Exception as error:
-        if (line := explain(error, "select", args.hub_token)) is None:
-            raise
-        print(f"error: {line}", file=sys.stderr)
-        return 1
-    return 0
 
 
 def make_request(args: argparse.Namespace) -> SearchRequest:
@@ -142,19 +133,19 @@ def make_request(args: argparse.Namespace) -> SearchRequest:
     for name in ("num_inference_steps", "search_stride", "images_at_once", "resolution", "max_sequence_length"):
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise ValueError(f"--{name} is {value}; give 1 or more.")
+            raise UserError(f"--{name} is {value}; give 1 or more.")
     check_at_most(vars(args))
     check_texts(vars(args))
     for seed in args.seeds:
         if not 0 <= seed < 2**32:
-            raise ValueError(f"--seeds has {seed}; give numbers from 0 to below 2**32.")
+            raise UserError(f"--seeds has {seed}; give numbers from 0 to below 2**32.")
     if len(set(args.seeds)) < len(args.seeds):
-        raise ValueError(f"--seeds {' '.join(map(str, args.seeds))} has a number twice; give each once.")
+        raise UserError(f"--seeds {' '.join(map(str, args.seeds))} has a number twice; give each once.")
     if any(not prompt.strip() for prompt in args.prompts or ()):
-        raise ValueError('--prompts has an empty prompt; give texts like "a photo of a dog".')
+        raise UserError('--prompts has an empty prompt; give texts like "a photo of a dog".')
     check_output_dir(args.output_dir)
     subjects = make_subjects(args, embedded=args.pretrained_model_name_or_path is None)
-    settings = image_settings(args, largest_side=LARGEST_SIDE)
+    settings = image_settings(image_flags(args), largest_side=LARGEST_SIDE)
     check_loras(settings.family, map(lora_file, args.lora_weights))
     args.output_dir.mkdir(parents=True, exist_ok=True)
     return SearchRequest(
@@ -183,9 +174,9 @@ def make_subjects(args: argparse.Namespace, *, embedded: bool) -> tuple[Subject,
         given = tuple(Subject(f"prompt {number}", prompt) for number, prompt in enumerate(prompts))
         return given or class_subjects(embedded=embedded)
     if args.stream_blocks:
-        raise ValueError("--stream_blocks leaves no weights for --lora_weights to change; leave one of them out.")
+        raise UserError("--stream_blocks leaves no weights for --lora_weights to change; leave one of them out.")
     if len(prompts) != len(args.lora_weights):
-        raise ValueError(
+        raise UserError(
             f"--lora_weights names {len(args.lora_weights)} LoRAs and --prompts {len(prompts)} prompts; give one "
             'prompt for each, like "a photo of sks dog".'
         )
@@ -207,7 +198,7 @@ def check_blocks(args: argparse.Namespace, num_blocks: int) -> None:
         *(("window_lengths", n) for n in args.window_lengths or ()),
     ]:
         if not 0 < value < num_blocks:
-            raise ValueError(f"--{name} is {value}; the model has {num_blocks} blocks: give 1 to {num_blocks - 1}.")
+            raise UserError(f"--{name} is {value}; the model has {num_blocks} blocks: give 1 to {num_blocks - 1}.")
 
 
 def estimate(images: MaskedImages, request: SearchRequest, number: int) -> str:

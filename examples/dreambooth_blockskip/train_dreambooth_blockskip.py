@@ -10,17 +10,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from blockskip_hooks.cli.startup import quiet_libraries
 
-# Optional packages that transformers misses (torchvision) do not matter here.
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-warnings.filterwarnings("ignore", category=FutureWarning)
-# Nor does what torchao and bitsandbytes, where they are installed, cannot do on this machine.
-for _name in ("torchao", "bitsandbytes", "diffusers.quantizers", "torch.utils._pytree"):
-    logging.getLogger(_name).setLevel(logging.ERROR)
+
+quiet_libraries()
 
 import torch
 from accelerate import Accelerator
@@ -32,11 +28,12 @@ from blockskip_hooks.cli.arguments import build_parser, parse_args, printable_co
 from blockskip_hooks.cli.config_files import dump_config
 from blockskip_hooks.cli.errors import explain, in_full
 from blockskip_hooks.cli.preparation import known_defaults, prepare_run
+from blockskip_hooks.cli.run_plan import describe_plan, make_plan
 from blockskip_hooks.families.prompts import TrainedText, check_embeds, encode_prompts
 from blockskip_hooks.loading.quantization import check_device
 from blockskip_hooks.lora import add_lora
 from blockskip_hooks.losses import combine_losses, flow_matching_loss
-from blockskip_hooks.planning.plan import describe_plan, make_plan, planned_batch_size, planned_vae, streams_text
+from blockskip_hooks.planning.plan import planned_batch_size, planned_vae, streams_text
 from blockskip_hooks.reporting.hub import open_repository, push_to_hub
 from blockskip_hooks.reporting.outputs import RunOutputs, closing_words, lora_size
 from blockskip_hooks.reporting.progress import Progress, photo_progress, set_log_level
@@ -68,23 +65,17 @@ from blockskip_hooks.utils.monitor import StageMonitor
 
 logger = logging.getLogger("blockskip_hooks.train")
 
+Plan = dict[str, Any]
+Data = tuple[SampleMaker, TrainedText | None, ResidualStore | None]
+
 
 class Learner(NamedTuple):
-    """What learns.
-
-    Attributes:
-        model: The transformer with its kept blocks in place.
-        wrapped: The same as accelerate prepared it; what trains is called through it.
-        adapters: The LoRA on it, and on the text encoders that train along.
-        trained: Everything that accelerate prepared for training, text encoders included.
-        optimizer: Updates the LoRA.
-        lr_scheduler: Its learning rate.
-    """
+    """What learns: the transformer with its kept blocks in place, the LoRA on it, and what updates that."""
 
     model: DiTBlockSkipTransformer
-    wrapped: torch.nn.Module
+    wrapped: torch.nn.Module  # The same as accelerate prepared it.
     adapters: Adapters
-    trained: list[torch.nn.Module]
+    trained: list[torch.nn.Module]  # All that accelerate prepared, text encoders that train along included.
     optimizer: Any
     lr_scheduler: Any
 
@@ -179,14 +170,7 @@ def make_accelerator(run: Run) -> Accelerator:
     )
 
 
-def train(
-    run: Run,
-    context: Context,
-    plan: dict[str, Any],
-    checkpoint: Path | None,
-    stretches: Stretches,
-    command: str,
-) -> None:
+def train(run: Run, context: Context, plan: Plan, checkpoint: Path | None, stretches: Stretches, command: str) -> None:
     """Prepare data and model, train stretch by stretch, save."""
     accelerator, monitor = context.accelerator, context.monitor
     if run.settings.push_to_hub and accelerator.is_main_process:
@@ -241,14 +225,8 @@ def train(
         finish(outputs, context, learner, records, history, validation, tracking)
 
 
-def load_data(
-    run: Run, context: Context, streamed: bool
-) -> tuple[SampleMaker, TrainedText | None, ResidualStore | None]:
-    """The sample plan over the photos, the embeddings of every prompt, and the store of records.
-
-    Returns:
-        What builds batches, the text encoders that train along, and the store if training reads records.
-    """
+def load_data(run: Run, context: Context, streamed: bool) -> Data:
+    """What builds batches, the text encoders that train along, and the store if training reads records."""
     settings, family, accelerator = run.settings, run.family, context.accelerator
     dtype, device = weight_dtype(accelerator), accelerator.device
 
@@ -275,10 +253,8 @@ def load_data(
             photos=sources["instance"].prompts(),
         )
     check_embeds(family, run.transformer_config, embeds, dtype)
-    records_modulation = bool(run.recorded_layers)
-    maker = SampleMaker(
-        sample_plan, sources, family, embeds, device, dtype, records_modulation, settings.residual_dtype
-    )
+    records_modulation, residual_dtype = bool(run.recorded_layers), settings.residual_dtype
+    maker = SampleMaker(sample_plan, sources, family, embeds, device, dtype, records_modulation, residual_dtype)
     return maker, text, store
 
 

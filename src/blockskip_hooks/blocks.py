@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from .config import BlockSkipConfig
 from .layouts import BlockLayout, layout_of
+from .utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def list_blocks(transformer: torch.nn.Module, stacks: Sequence[str] | None = Non
                 break
             blocks.append(Block(len(blocks), f"{stack_name}.{position}", module, metadata))
     if not blocks:
-        raise ValueError(
+        raise UserError(
             f"{type(transformer).__name__} has no stack of blocks that diffusers' TransformerBlockRegistry knows; "
             "register its block class first."
         )

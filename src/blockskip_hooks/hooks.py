@@ -98,7 +98,7 @@ class PlaceholderHook(ModelHook):
 
     def _check_lora(self, module: torch.nn.Module) -> None:
         if torch.is_grad_enabled() and any(p.requires_grad for n, p in module.named_parameters() if ".lora_" in n):
-            raise ValueError(
+            raise UserError(
                 f"The LoRA of {self.block_name} would never learn: the block is skipped. Add LoRA to the layers of "
                 "lora_targets, or freeze this one."
             )
@@ -106,14 +106,14 @@ class PlaceholderHook(ModelHook):
     def _checked(self, residual: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
         span = "leading" if self.is_leading else "trailing"
         if residual is None:
-            raise ValueError(f"No residual of the {span} span at {self.block_name}: pass `residuals=` to the forward.")
+            raise UserError(f"No residual of the {span} span at {self.block_name}: pass `residuals=` to the forward.")
         if residual.shape != like.shape:
-            raise ValueError(
+            raise UserError(
                 f"The residual of the {span} span has shape {tuple(residual.shape)} but {self.block_name} receives "
                 f"{tuple(like.shape)}: it belongs to another batch."
             )
         if not residual.is_floating_point():
-            raise ValueError(f"The residual of the {span} span has the dtype {residual.dtype}; give floating point.")
+            raise UserError(f"The residual of the {span} span has the dtype {residual.dtype}; give floating point.")
         # Under autocast layers cast what they read; a leading span's output may be wider than its input there.
         autocast = torch.is_autocast_enabled(like.device.type)
         return residual.to(like.device, residual.dtype if autocast else like.dtype)
@@ -188,7 +188,7 @@ class RecordedLayerHook(ModelHook):
         if self.state.mode is SkipMode.INJECT:
             modulation = self.state.residuals.modulation
             if modulation is None:
-                raise ValueError(f"No recorded output of {self.name}: pass `residuals=` to the forward.")
+                raise UserError(f"No recorded output of {self.name}: pass `residuals=` to the forward.")
             recorded = modulation[:, self.place].to(hidden_states.device)
             return recorded.reshape(*hidden_states.shape[:-1], -1)
         output = self.fn_ref.original_forward(hidden_states)
@@ -250,7 +250,7 @@ def apply_block_skip(
     """
     blocks = list_blocks(transformer, stacks)
     if any(_placeholder(block.module) is not None for block in blocks):
-        raise ValueError("Block skipping is applied to this transformer already; call remove_block_skip first.")
+        raise UserError("Block skipping is applied to this transformer already; call remove_block_skip first.")
     spans = split_blocks(blocks, config)
     state = BlockSkipState(config)
     for span, is_leading in ((spans.leading, True), (spans.trailing, False)):

@@ -18,6 +18,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 
 from .blocks import list_blocks
 from .utils.attention import Mask, masked_attention
+from .utils.errors import UserError
 
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def text_masked_by_row(transformer: ModelMixin, family: Family, rows: Sequence[C
     every = list_blocks(transformer, family.block_stacks)
     chosen = sorted(set().union(*rows))
     if chosen and not 0 <= chosen[0] <= chosen[-1] < len(every):
-        raise ValueError(f"Blocks {chosen} cannot be masked: the {len(every)} blocks are 0 to {len(every) - 1}.")
+        raise UserError(f"Blocks {chosen} cannot be masked: the {len(every)} blocks are 0 to {len(every) - 1}.")
     inputs: dict[str, Any] = {}
     parameters = signature(type(transformer).forward)
 

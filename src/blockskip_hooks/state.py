@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from .config import BlockSkipConfig
+from .utils.errors import UserError
 
 
 class SkipMode(enum.Enum):
@@ -93,9 +94,9 @@ class BlockSkipState:
     @mode.setter
     def mode(self, mode: SkipMode) -> None:
         if not isinstance(mode, SkipMode):
-            raise ValueError(f"{mode!r} is no mode of placeholders; set one of {', '.join(map(str, SkipMode))}.")
+            raise UserError(f"{mode!r} is no mode of placeholders; set one of {', '.join(map(str, SkipMode))}.")
         if mode is not SkipMode.RUN and not self._attached:
-            raise ValueError(f"{mode} needs the placeholders, which were removed; call apply_block_skip again.")
+            raise UserError(f"{mode} needs the placeholders, which were removed; call apply_block_skip again.")
         self._mode = mode
 
     def detach(self) -> None:

@@ -18,12 +18,13 @@ from ..data.buckets import parse_buckets
 from ..data.photos import INTERPOLATION
 from ..families import FAMILIES, Flag
 from ..loading.quantization import METHODS
-from ..planning.budget import MEMORY_OPTIONS, QUANTIZING_OPTIONS
+from ..planning.budget import MEMORY_OPTIONS
 from ..residuals.dtype import ResidualDtype
 from ..selection import parse_skip_blocks
 from ..training.settings import TrainSettings
 from ..utils.errors import UserError, one_line
 from .config_files import GONE, config_words
+from .startup import OneLineParser
 
 
 _BYTE_UNITS = {"": 1, "b": 1} | {
@@ -33,25 +34,6 @@ _BYTE_UNITS = {"": 1, "b": 1} | {
 }
 _TRUE_WORDS = ("true", "yes", "on", "1")
 _FALSE_WORDS = ("false", "no", "off", "0")
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Argument parser whose errors are one line; with some ninety flags the usage text would hide the reason.
-
-    Attributes:
-        source: Where the words come from, if not from the command line: stands before what is wrong with them.
-    """
-
-    source = ""
-
-    def error(self, message: str) -> NoReturn:
-        match = re.match("argument (--[a-zA-Z0-9_]+)(?:/--[a-zA-Z0-9_-]+)?: (.*)", message, re.DOTALL)
-        if match is not None:
-            flag, problem = match.groups()
-            joint = " " if problem.startswith("is ") else ": "
-            message = problem if problem.startswith(flag) else f"{flag}{joint}{problem}"
-        hint = "" if message.endswith(".") else " (--help lists every flag)"
-        self.exit(2, f"error: {self.source}{one_line(message)}{hint}\n")
 
 
 def printable_command(words: Sequence[str]) -> str:
@@ -499,8 +481,6 @@ def apply_defaults(settings: TrainSettings, defaults: Mapping[str, Any]) -> Trai
 
 
 __all__ = [
-    "MEMORY_OPTIONS",
-    "QUANTIZING_OPTIONS",
     "ByteCount",
     "OneLineParser",
     "apply_defaults",

@@ -11,22 +11,21 @@ import torch
 from safetensors import SafetensorError
 
 from ..training.stop_signals import is_lost_process
-from ..utils.errors import first_line, one_line
+from ..utils.errors import UserError, first_line, one_line
 
 
-_OUR_CODE = ("blockskip_hooks", "__main__", "train_dreambooth_blockskip", "select_blocks", "plan_memory", "evaluate")
 _OUT_OF_MEMORY = re.compile(
     "out of memory|can't allocate memory|not enough memory|No executable batch size found", re.IGNORECASE
 )
 _WORKER_KILLED = re.compile(r"DataLoader worker .* (is killed|exited unexpectedly)")
-_FROM_WORKER = re.compile(r"Caught \w+ in DataLoader worker process .*/blockskip_hooks/", re.DOTALL)
+_FROM_WORKER = re.compile(r"Caught UserError in DataLoader worker process")
 
 
 def explain(error: BaseException, stage: str | None = None, secret: str | None = None) -> str | None:
     """One line that tells a person what went wrong, or ``None`` for what only a traceback can tell.
 
-    Lines are told of our own ``ValueError``, of files and the disk, and of memory that ran out. Anything else, a
-    ``ValueError`` of a library among it, is taken for a bug.
+    Lines are told of a :class:`~blockskip_hooks.utils.errors.UserError`, of files and the disk, of memory that ran out
+    and of processes that are gone. Anything else is taken for a bug.
 
     Args:
         error: What was raised.
@@ -50,9 +49,9 @@ def explain(error: BaseException, stage: str | None = None, secret: str | None =
         line = _of_files(error)
     elif isinstance(error, SafetensorError):
         line = f"A safetensors file cannot be read ({first_line(error)}); make or download it again."
-    elif isinstance(error, ValueError) and (_is_ours(error) or _FROM_WORKER.match(text)):
-        # Of a worker's error the text ends with what it said, behind the name of its type.
-        line = re.sub(r"^\w+: ", "", text.strip().splitlines()[-1]) if _FROM_WORKER.match(text) else text
+    elif isinstance(error, UserError):
+        # Of a worker's error the text ends with its message, behind the name of its type.
+        line = re.sub(r"^[\w.]+: ", "", text.strip().splitlines()[-1]) if _FROM_WORKER.match(text) else text
     else:
         return None
     return one_line(line.replace(secret, "***") if secret else line)
@@ -77,13 +76,6 @@ def _of_files(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}."
     return text.strip() or type(error).__name__
-
-
-def _is_ours(error: BaseException) -> bool:
-    """Whether the error was raised by our own code, and not by what it calls."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    module = frames[-1].f_globals.get("__name__", "") if frames else ""
-    return module.split(".")[0] in _OUR_CODE
 
 
 __all__ = ["explain", "first_line", "in_full", "one_line"]

@@ -14,9 +14,10 @@ from ..data.photos import Photo, image_paths, load_dataset_photos, scan_photos, 
 from ..embedded import DEFAULT_SUBJECT, embedded_model, embedded_photos, embedded_subjects
 from ..families import Family, detect_family
 from ..loading.checks import check_model
-from ..loading.download import check_weights, resolve_model
+from ..loading.download import check_weights, has_weights, resolve_model
 from ..loading.model_defaults import model_defaults
 from ..loading.quantization import read_quantization
+from ..planning.budget import QUANTIZING_OPTIONS
 from ..reporting.progress import photo_progress
 from ..training.chosen_blocks import choose_blocks
 from ..training.run import Run
@@ -24,7 +25,7 @@ from ..training.settings import TrainSettings
 from ..training.sharding import asks_for_sharding
 from ..utils.errors import UserError
 from .argument_checks import check_family_flags, validate_args
-from .arguments import QUANTIZING_OPTIONS, apply_defaults
+from .arguments import apply_defaults
 
 
 logger = logging.getLogger(__name__)
@@ -65,8 +66,11 @@ def prepare_run(settings: TrainSettings) -> Run:
     if settings.validation_prompt is not None:
         prompts = [settings.validation_prompt]
 
-    check_weights(model_path, family_class.text_components, settings.variant)
-    check_model(model_path, family_class, settings.variant)
+    # A plan needs no weights; what is there is checked.
+    configs_only = settings.plan_only and not has_weights(model_path)
+    if not configs_only:
+        check_weights(model_path, family_class.text_components, settings.variant)
+    check_model(model_path, family_class, settings.variant, configs_only=configs_only)
     try:
         family = family_class(model_path, settings.variant, settings.flags())
         blocks = choose_blocks(settings, family, model_name)
@@ -149,6 +153,7 @@ def _find_model(settings: TrainSettings) -> Path:
         variant=settings.variant,
         cache_dir=settings.cache_dir,
         token=settings.hub_token,
+        configs_only=settings.plan_only,
     )
 
 

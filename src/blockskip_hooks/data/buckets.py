@@ -6,6 +6,8 @@ import math
 import re
 from collections.abc import Sequence
 
+from ..utils.errors import UserError
+
 
 # As wide and as high as cameras and screens are, between the widest (21:9) and the highest.
 ASPECT_RATIOS = ((1, 1), (5, 4), (4, 3), (3, 2), (16, 9), (21, 9))
@@ -20,7 +22,7 @@ def parse_buckets(text: str) -> tuple[tuple[int, int], ...]:
     parts = [part.strip() for part in text.split(";") if part.strip()]
     matches = [re.fullmatch(r"([0-9]{1,6})\s*,\s*([0-9]{1,6})", part, re.ASCII) for part in parts]
     if not parts or not all(matches):
-        raise ValueError(f"--aspect_ratio_buckets is '{text}'; write height,width pairs like 1024,1024;768,1360.")
+        raise UserError(f"--aspect_ratio_buckets is '{text}'; write height,width pairs like 1024,1024;768,1360.")
     return tuple(dict.fromkeys((int(match[1]), int(match[2])) for match in matches if match))
 
 

@@ -99,12 +99,12 @@ def _caption(photo: Photo, files: dict[tuple[str, str], Path], broken: list[str]
 def _read_text(path: Path, most: int = _MAX_CAPTION_BYTES) -> str:
     check_inside(path)
     if path.stat().st_size > most:
-        raise ValueError(f"{path.stat().st_size:,} bytes long")
+        raise UserError(f"{path.stat().st_size:,} bytes long")
     # "-sig": editors on Windows put a byte order mark first, which would become part of the prompt.
     text = path.read_text(encoding="utf-8-sig").strip()
     if "\0" in text:
         # Letters of UTF-16 without its mark pass for UTF-8.
-        raise ValueError("not UTF-8 text")
+        raise UserError("not UTF-8 text")
     return text
 
 
@@ -115,7 +115,7 @@ def _read_metadata(path: Path) -> dict[str, str]:
     for row in _json_rows(text) if path.suffix == ".jsonl" else csv.DictReader(io.StringIO(text, newline="")):
         caption = next((row[name] for name in _COLUMNS if name in row), None)
         if caption is not None and not isinstance(caption, str):
-            raise ValueError(f"not text for {one_line(str(row.get('file_name')))}")
+            raise UserError(f"not text for {one_line(str(row.get('file_name')))}")
         if caption and caption.strip() and "file_name" in row:
             captions[str(row["file_name"])] = caption.strip()
     return captions
@@ -127,9 +127,9 @@ def _json_rows(text: str) -> Iterator[dict[str, Any]]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise ValueError(f"not JSON in line {number}") from error
+                raise UserError(f"not JSON in line {number}") from error
             if not isinstance(row, dict):
-                raise ValueError(f"not JSON objects in line {number}")
+                raise UserError(f"not JSON objects in line {number}")
             yield row
 
 

@@ -38,7 +38,7 @@ def check_photos(photos: Sequence[Photo], where: str, progress: ShowProgress) ->
             image, ignored_profile = photo.read()
             # Web pages are full of them, and a download of photos brings them along.
             if image.size == (1, 1):
-                raise ValueError("a single pixel")
+                raise UserError("a single pixel")
         except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ...: all mean the same here
             broken.append(f"{one_line(photo.name)} ({_reason(photo, error)})")
             continue

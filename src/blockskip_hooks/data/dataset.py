@@ -114,7 +114,7 @@ class _Rows:
     def image(self, row: int) -> Image.Image:
         (stored,) = self.table[row].values()
         if stored is None:
-            raise ValueError("no image in this row")
+            raise UserError("no image in this row")
         path, content = stored["path"], stored["bytes"]
         if content is not None:
             return open_picture(io.BytesIO(content))
@@ -122,7 +122,7 @@ class _Rows:
             return self.decode(stored)
         real = Path(path).resolve()
         if not any(real.is_relative_to(root.resolve()) for root in self.roots):
-            raise ValueError("a path that leads out of the dataset; copy the file there")
+            raise UserError("a path that leads out of the dataset; copy the file there")
         return open_picture(real)
 
 

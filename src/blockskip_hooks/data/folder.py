@@ -10,6 +10,7 @@ from pathlib import Path
 
 from PIL import Image, features
 
+from ..utils.errors import UserError
 from .picture import HEIC_ADVICE
 
 
@@ -38,7 +39,8 @@ _KOHYA = re.compile(r"(\d+)_(.+)")
 def image_suffixes() -> frozenset[str]:
     """Endings of the files that are read as photos: those of this Pillow, and HEIC where its package is installed."""
     Image.init()
-    formats = [name for name in _FORMATS if name not in _OPTIONAL or features.check(_OPTIONAL[name])]
+    known = [name for name in _FORMATS if name in Image.OPEN or name == "MPO"]
+    formats = [name for name in known if name not in _OPTIONAL or features.check(_OPTIONAL[name])]
     suffixes = {suffix for suffix, name in Image.EXTENSION.items() if name in formats}
     return frozenset(suffixes | (set(_HEIC) if importlib.util.find_spec("pillow_heif") else set()))
 
@@ -142,12 +144,12 @@ def check_inside(path: Path, folder: Path | None = None) -> None:
     snapshots = next((parent for parent in (folder, *folder.parents) if parent.name == "snapshots"), None)
     allowed = [folder] if snapshots is None else [folder, snapshots.parent / "blobs"]
     if not any(real.is_relative_to(place) for place in allowed):
-        raise ValueError("a link that leads out of the folder; copy the file there")
+        raise UserError("a link that leads out of the folder; copy the file there")
     if not path.exists():
-        raise ValueError("a link to a file that is not there")
+        raise UserError("a link to a file that is not there")
     # Opening a pipe would wait for ever.
     if not path.is_file():
-        raise ValueError("not a file")
+        raise UserError("not a file")
 
 
 __all__ = ["check_inside", "image_paths", "image_suffixes", "left_out", "no_photos"]

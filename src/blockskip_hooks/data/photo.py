@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..utils.errors import one_line
+from ..utils.errors import UserError, one_line
 from .folder import check_inside
 from .picture import Picture, read_picture
 
@@ -60,7 +60,7 @@ class Photo:
         picture = read_picture(self.opener)
         width, height = picture.image.size
         if max(width, height) > _MAX_ASPECT_RATIO * min(width, height):
-            raise ValueError(f"{width} x {height} pixels is too narrow")
+            raise UserError(f"{width} x {height} pixels is too narrow")
         return picture
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..utils.errors import UserError
 from .buckets import nearest_bucket
 from .photo import Photo, ShowProgress, without_progress
 
@@ -52,9 +53,9 @@ class PhotoSet:
         progress: ShowProgress = without_progress,
     ) -> None:
         if not photos:
-            raise ValueError("PhotoSet needs at least one photo.")
+            raise UserError("PhotoSet needs at least one photo.")
         if max_size < 1:
-            raise ValueError(f"PhotoSet.max_size is {max_size}; give a number of pixels >= 1.")
+            raise UserError(f"PhotoSet.max_size is {max_size}; give a number of pixels >= 1.")
         self.max_size = max_size
         self.shapes = tuple(buckets) or ((max_size, max_size),)
         self._photos = list(photos)
@@ -133,9 +134,9 @@ class PhotoSet:
         patch, output = (size if isinstance(size, tuple) else (size, size) for size in (patch_size, output_size))
         limits = self.shapes[bucket]
         if not all(1 <= length <= limit for length, limit in zip(patch, limits)):
-            raise ValueError(f"patch_size is {patch_size}; it must be from 1 to that of the bucket, {limits}.")
+            raise UserError(f"patch_size is {patch_size}; it must be from 1 to that of the bucket, {limits}.")
         if min(output) < 1:
-            raise ValueError(f"output_size is {output_size}; give a number of pixels >= 1.")
+            raise UserError(f"output_size is {output_size}; give a number of pixels >= 1.")
         if (index, bucket) not in self._pixels:
             self._scale(self._photos[index].decode(), index, bucket)
         pixels = self._pixels[index, bucket]
@@ -166,7 +167,7 @@ class PhotoSet:
 
 def _offset(fraction: float, length: int, patch_size: int) -> int:
     if not 0 <= fraction < 1:
-        raise ValueError(f"A crop position is {fraction}; it must be at least 0 and below 1.")
+        raise UserError(f"A crop position is {fraction}; it must be at least 0 and below 1.")
     return math.floor(fraction * (length - patch_size + 1))
 
 

@@ -13,6 +13,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
+from ..utils.errors import UserError
+
 
 MAX_PIXELS = 500_000_000
 """Pictures with more pixels are refused: decoded, they would take more than 2 GB."""
@@ -55,7 +57,7 @@ def open_picture(source: Path | BinaryIO) -> Image.Image:
     try:
         import pillow_heif  # optional, and needed for these only
     except ImportError as error:
-        raise ValueError(HEIC_ADVICE) from error
+        raise UserError(HEIC_ADVICE) from error
     pillow_heif.register_heif_opener()
     return Image.open(source)
 
@@ -83,7 +85,7 @@ def read_picture(opener: Callable[[], Image.Image]) -> Picture:
     """
     with _large_pictures(), opener() as image:
         if image.width * image.height > MAX_PIXELS:
-            raise ValueError(
+            raise UserError(
                 f"{image.width * image.height / 1e6:.0f} megapixels; scale it down to {MAX_PIXELS / 1e6:.0f} at most"
             )
         white, inverted = _grey_scale(image)
@@ -186,7 +188,7 @@ def _by_profile(image: Image.Image, profile: bytes) -> Image.Image | None:
     mode = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}.get(space)
     has_one_channel = image.mode in ("L", "LA")
     if mode is None or (mode == "CMYK") != (image.mode == "CMYK") or mode == "L" and not has_one_channel:
-        raise ValueError(f"a profile of {space} for {image.mode}")
+        raise UserError(f"a profile of {space} for {image.mode}")
     return None if _changes_nothing(profile, mode) else _transform(profile, mode).apply(image.convert(mode))
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from ..embedded import embedded_photos, embedded_subjects
 from ..inference.image_encoders import ENCODER_NAMES, ImageEncoder, SubjectImageEncoder
+from ..utils.errors import UserError
 from .prompt_fidelity import prompt_fidelity
 from .statistics import bootstrap
 
@@ -87,7 +88,7 @@ def diversity(layers: Sequence[torch.Tensor]) -> float:
     """
     count = len(layers[0])
     if count < 2:
-        raise ValueError(f"Diversity is that of two or more images of a prompt, not of {count}.")
+        raise UserError(f"Diversity is that of two or more images of a prompt, not of {count}.")
     first, second = torch.triu_indices(count, count, offset=1)
     return feature_distances(layers)[first, second].mean().item()
 
@@ -182,7 +183,7 @@ def evaluate_images(
     result = Evaluation()
     for prompt, group in groupby(zip(prompts, images, strict=True), key=lambda pair: pair[0]):
         if prompt in result.prompts:
-            raise ValueError(f'The images of "{prompt}" are in two places; put them one after the other.')
+            raise UserError(f'The images of "{prompt}" are in two places; put them one after the other.')
         pictures = [image for _, image in group]
         columns: dict[str, Sequence[float | None]] = {}
         for label, encoder in named.items():

@@ -7,6 +7,7 @@ from importlib import resources
 from pathlib import Path
 
 from ..embedded import embedded_subjects
+from ..utils.errors import UserError
 
 
 PLACEHOLDER = "{}"
@@ -49,7 +50,7 @@ def read_prompts(file: Path, phrase: str, class_phrase: str) -> tuple[Evaluation
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--prompts {file} cannot be read as UTF-8 text; correct the name or the file.") from error
+        raise UserError(f"--prompts {file} cannot be read as UTF-8 text; correct the name or the file.") from error
     prompts: dict[str, EvaluationPrompt] = {}
     kind = None
     for number, line in enumerate(lines, 1):
@@ -58,13 +59,13 @@ def read_prompts(file: Path, phrase: str, class_phrase: str) -> tuple[Evaluation
             kind = template.strip("# ") or None
         elif template:
             if PLACEHOLDER not in template:
-                raise ValueError(f"--prompts {file}, line {number} has no {PLACEHOLDER} for the subject; add it.")
+                raise UserError(f"--prompts {file}, line {number} has no {PLACEHOLDER} for the subject; add it.")
             text, description = (template.replace(PLACEHOLDER, words) for words in (phrase, class_phrase))
             if text in prompts:
-                raise ValueError(f"--prompts {file}, line {number} repeats a prompt; remove it.")
+                raise UserError(f"--prompts {file}, line {number} repeats a prompt; remove it.")
             prompts[text] = EvaluationPrompt(text, description, kind)
     if not prompts:
-        raise ValueError(f"--prompts {file} holds no prompt; write one on each line, with {PLACEHOLDER}.")
+        raise UserError(f"--prompts {file} holds no prompt; write one on each line, with {PLACEHOLDER}.")
     return tuple(prompts.values())
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from ..utils.errors import UserError
+
 
 def bootstrap(values: Mapping[tuple[str, int], float], rounds: int = 2000) -> list[float]:
     """Mean and the bounds of its bootstrap 95 % interval, groups drawn first and then members of each.
@@ -24,7 +26,7 @@ def bootstrap(values: Mapping[tuple[str, int], float], rounds: int = 2000) -> li
     for (group, _), value in sorted(values.items()):
         groups.setdefault(group, []).append(value)
     if len({len(members) for members in groups.values()}) != 1:
-        raise ValueError("bootstrap needs values, and equally many in every group.")
+        raise UserError("bootstrap needs values, and equally many in every group.")
     # A table (groups, members).
     sample = np.array(list(groups.values()))
     generator = np.random.default_rng(0)

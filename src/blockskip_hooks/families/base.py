@@ -219,7 +219,7 @@ class Family(FamilyFacts):
     def refresh_embeds(
         self, encoders: Mapping[str, torch.nn.Module], tokens: Mapping[str, torch.Tensor], embeds: PromptEmbeds
     ) -> PromptEmbeds:
-        """``embeds`` (with a batch dimension) with the trained encoders' part computed anew, with gradients."""
+        """``embeds`` (with a batch dimension) with the trained encoders' part computed again, with gradients."""
         raise self._no_trained_text()
 
     def _no_trained_text(self) -> UserError:

@@ -143,7 +143,7 @@ class FamilyFacts(ABC):
         return diffusers_class(cls.pipeline_name)
 
     def check(self) -> None:  # noqa: B027 - most families have nothing to check
-        """Find what would fail later: packages that are not installed, flags that do not fit the model.
+        """Check packages that the family needs and flags that must fit the model.
 
         Raises:
             UserError: one line that says what to do.
@@ -158,7 +158,7 @@ class FamilyFacts(ABC):
         return model_class(transformer_config)
 
     def make_traceable(self, transformer: Any) -> None:  # noqa: B027 - most transformers need nothing
-        """Let an empty transformer run on fake tensors where what it does depends on the values of tensors."""
+        """Let an empty transformer run on fake tensors, where its computation depends on the values of tensors."""
 
     def load_scheduler(self) -> Any:
         """The training noise schedule, with ``timesteps`` and ``sigmas`` of all training steps, noisiest first."""

@@ -25,7 +25,7 @@ _LLAMA_CLASS = "LlamaForCausalLM"
 
 
 def _balanced_experts(moe: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    """The mixture of experts with as many tokens for each expert, whatever the router says."""
+    """The mixture of experts with equally many tokens for each expert; the router's choice is ignored."""
     tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
     scores = torch.nn.functional.linear(tokens, moe.gate.weight).softmax(dim=-1)
     weights = scores.topk(moe.num_activated_experts, dim=-1).values
@@ -89,7 +89,7 @@ class HiDream(Family):
         }
 
     def make_traceable(self, transformer: Any) -> None:
-        """Let a transformer run on fake tensors: what it does by the values of tensors, it then does by shapes."""
+        """Let a transformer run on fake tensors: what depends on values of tensors then depends on shapes."""
         experts = defining_module("HiDreamImageTransformer2DModel").MOEFeedForwardSwiGLU
         for module in transformer.modules():
             if isinstance(module, experts):
@@ -106,7 +106,7 @@ class HiDream(Family):
             from transformers import AutoConfig
 
             source, settings = self.text_encoder_source("text_encoder_4")
-            # What cannot be read is said when the encoder itself is to be loaded.
+            # An encoder that cannot be read is reported when it is loaded.
             with contextlib.suppress(OSError, ValueError):
                 config = AutoConfig.from_pretrained(source, trust_remote_code=False, **settings).to_dict()
                 configs["text_encoder_4"] = {**config, "architectures": [_LLAMA_CLASS]}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..loading.component_config import load_config
+from ..utils.errors import UserError
 from .base import ComfyUIFormat, Family, Flag, PromptEmbeds, repeat_given_embeds
 
 
@@ -82,7 +83,7 @@ class StableDiffusion3(Family):
 
     def check(self) -> None:
         if (self.model_path / "text_encoder_3").is_dir() and not (self.model_path / "tokenizer_3").is_dir():
-            raise ValueError(
+            raise UserError(
                 f"--pretrained_model_name_or_path {self.model_path} has T5 (text_encoder_3) without its tokenizer_3; "
                 "download it, or save the pipeline with neither."
             )

@@ -17,6 +17,7 @@ from PIL import Image
 from ..families import Family, PromptEmbeds
 from ..families.prompts import place_embeds
 from ..transformer import DiTBlockSkipTransformer
+from ..utils.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +97,7 @@ def generate_images(
                 try:
                     images[-1] += pipeline(**call, generator=generators).images
                 except ValueError as error:
-                    raise ValueError(
+                    raise UserError(
                         f"{family.pipeline_class.__name__} makes no images with these settings ({error}); correct "
                         "--resolution, or pipeline_kwargs in the model's blockskip_defaults.json."
                     ) from error

@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from ..embedded import embedded_model
+from ..utils.errors import UserError
 from .subject_encoder import SubjectEncoder
 
 
@@ -72,7 +73,7 @@ class ImageEncoder(ABC):
         Raises:
             ValueError: if the encoder knows images only.
         """
-        raise ValueError(f"The image encoder {self.name} does not read text; one of CLIP's kind does.")
+        raise UserError(f"The image encoder {self.name} does not read text; one of CLIP's kind does.")
 
     @abstractmethod
     def _features(self, images: list[Image.Image]) -> torch.Tensor:
@@ -171,7 +172,7 @@ class PretrainedImageEncoder(ImageEncoder):
             )
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise ValueError(
+            raise UserError(
                 f"The image encoder {source} cannot be loaded ({reason}); name a folder, a hub id that can be "
                 "reached, or offline."
             ) from error

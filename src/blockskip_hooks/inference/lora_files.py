@@ -15,6 +15,7 @@ from diffusers.utils import logging
 from ..families import Family
 from ..lora import WEIGHTS_NAME
 from ..transformer import DiTBlockSkipTransformer
+from ..utils.errors import UserError
 
 
 def lora_file(path: Path) -> Path:
@@ -25,7 +26,7 @@ def lora_file(path: Path) -> Path:
     """
     file = path if path.is_file() else path / WEIGHTS_NAME
     if not file.is_file():
-        raise ValueError(f"--lora_weights {path} is no file, nor a folder with {WEIGHTS_NAME}; correct it.")
+        raise UserError(f"--lora_weights {path} is no file, nor a folder with {WEIGHTS_NAME}; correct it.")
     return file
 
 
@@ -86,8 +87,8 @@ def load_adapter(family: Family, transformer: ModelMixin, vae: ModelMixin, lora:
         raise _other_model(lora)
 
 
-def _other_model(lora: Path) -> ValueError:
-    return ValueError(f"--lora_weights {lora} does not fit this model; name a LoRA that was trained on it.")
+def _other_model(lora: Path) -> UserError:
+    return UserError(f"--lora_weights {lora} does not fit this model; name a LoRA that was trained on it.")
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -26,12 +25,34 @@ from ..loading.models import empty_model
 from ..transformer import DiTBlockSkipTransformer
 from ..utils.accelerator import start_accelerator, weight_dtype
 from ..utils.digests import folder_digest
+from ..utils.errors import UserError
 from .lora_files import load_text_adapters
 
 
 GUIDANCE_FLAGS = ("guidance_scale", "true_cfg_scale")
 PIXELS_AT_ONCE = 16 * 256**2
 """Images in one forward hold about as many pixels as 16 of 256 px: one image of 1024 px."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFlags:
+    """What the flags of a script say about the model and its images; ``None`` where they say nothing.
+
+    The first ones mean what they mean in training. ``guidance_scale`` and ``true_cfg_scale`` go to pipelines that take
+    them.
+    """
+
+    pretrained_model_name_or_path: str | None
+    revision: str | None
+    variant: str | None
+    cache_dir: str | None
+    hub_token: str | None
+    max_sequence_length: int | None
+    mixed_precision: str | None
+    resolution: int | None
+    num_inference_steps: int | None
+    guidance_scale: float | None = None
+    true_cfg_scale: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,69 +76,52 @@ class ImageSettings:
     device: torch.device
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags that name the model and how it is read, with the meaning that they have in training."""
-    flag = parser.add_argument
-    flag("--pretrained_model_name_or_path", help="Hub id or folder of a pipeline; without it, the embedded model.")
-    flag("--revision", help="Branch, tag or commit of the model on the hub.")
-    flag("--variant", help="Weight file variant, fp16 say.")
-    flag("--cache_dir", help="Where downloaded models are kept.")
-    flag("--hub_token", help="Token for the download; logging in beforehand is safer.")
-    flag("--max_sequence_length", type=int, help="Tokens of a prompt; default: that of the model.")
-    flag("--mixed_precision", choices=("no", "fp16", "bf16"), help="Number format; default: accelerate's setting.")
-
-
-def image_settings(args: argparse.Namespace, *, largest_side: int | None = None) -> ImageSettings:
+def image_settings(flags: ImageFlags, *, largest_side: int | None = None) -> ImageSettings:
     """Resolve and check what the flags say about the model and its images; no weights are read.
 
     Args:
-        args: Flags of :func:`add_model_flags`, ``resolution`` and ``num_inference_steps``; those of
-            ``GUIDANCE_FLAGS`` count if they are there.
+        flags: The flags.
         largest_side: Images are not larger than this unless ``--resolution`` or the model asks for it.
 
     Raises:
         ValueError: one line that names the flag and the fix.
     """
-    embedded = args.pretrained_model_name_or_path is None
+    name = flags.pretrained_model_name_or_path
     model_path = (
         embedded_model()
-        if embedded
+        if name is None
         else resolve_model(
-            args.pretrained_model_name_or_path,
-            revision=args.revision,
-            variant=args.variant,
-            cache_dir=args.cache_dir,
-            token=args.hub_token,
+            name, revision=flags.revision, variant=flags.variant, cache_dir=flags.cache_dir, token=flags.hub_token
         )
     )
     family_class: type[Family] = detect_family(model_path)
-    check_weights(model_path, family_class.text_components, args.variant)
-    check_model(model_path, family_class, args.variant)
+    check_weights(model_path, family_class.text_components, flags.variant)
+    check_model(model_path, family_class, flags.variant)
     defaults, pipeline_kwargs = model_defaults(model_path)
-    length = args.max_sequence_length or defaults.get("max_sequence_length")
-    family = family_class(model_path, args.variant, {"max_sequence_length": length} if length else {})
+    length = flags.max_sequence_length or defaults.get("max_sequence_length")
+    family = family_class(model_path, flags.variant, {"max_sequence_length": length} if length else {})
     family.check()
     native = min(largest_side or family.image_size, family.image_size)
-    side = args.resolution or defaults.get("resolution") or native
+    side = flags.resolution or defaults.get("resolution") or native
     if side % family.latent_token_size:
-        raise ValueError(f"--resolution is {side}; give a multiple of {family.latent_token_size}.")
+        raise UserError(f"--resolution is {side}; give a multiple of {family.latent_token_size}.")
     pipeline_kwargs |= {"height": side, "width": side}
-    if args.num_inference_steps is not None:
-        pipeline_kwargs["num_inference_steps"] = args.num_inference_steps
+    if flags.num_inference_steps is not None:
+        pipeline_kwargs["num_inference_steps"] = flags.num_inference_steps
     taken = inspect.signature(family.pipeline_class.__call__).parameters
-    for name in GUIDANCE_FLAGS:
-        value = getattr(args, name, None)
-        if value is not None and name not in taken:
-            raise ValueError(f"--{name} is nothing that {family.pipeline_class.__name__} takes; leave it out.")
+    for guidance in GUIDANCE_FLAGS:
+        value = getattr(flags, guidance)
+        if value is not None and guidance not in taken:
+            raise UserError(f"--{guidance} is nothing that {family.pipeline_class.__name__} takes; leave it out.")
         if value is not None:
-            pipeline_kwargs[name] = value
+            pipeline_kwargs[guidance] = value
     if "true_cfg_scale" in pipeline_kwargs and family.negative_prompt is None:
         # Without a negative prompt there is nothing to guide away from.
         pipeline_kwargs.setdefault("negative_prompt", "")
-    accelerator = start_accelerator(args.mixed_precision)
+    accelerator = start_accelerator(flags.mixed_precision)
     return ImageSettings(
         family=family,
-        model_name="embedded micro-FLUX" if embedded else args.pretrained_model_name_or_path,
+        model_name="embedded micro-FLUX" if name is None else name,
         embedded=model_path.resolve() == embedded_model().resolve(),
         pipeline_kwargs=pipeline_kwargs,
         dtype=weight_dtype(accelerator),

@@ -1,1 +1,1 @@
-"""Weights from a checkpoint to the device: index, checks, quantised layers, download."""
+"""Weights from a checkpoint to the device: index, resident and streamed weights, quantisation, LoRA, checks."""

@@ -27,19 +27,20 @@ if TYPE_CHECKING:
 Shapes = Mapping[str, tuple[int, ...]]
 
 _LIBRARIES = ("diffusers", "transformers")
-# transformers renames and joins some weights while it loads them, so not all of a config's are in the files by name.
+# transformers renames and joins some weights while loading, so not all names of a config's tensors are in the files.
 _KNOWN_PART = 0.75
 _LORA_A = re.compile(r"transformer\.(.+)\.lora_A\.weight")
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
-def check_model(model_path: Path, family: type[Family], variant: str | None) -> None:
+def check_model(model_path: Path, family: type[Family], variant: str | None, *, configs_only: bool = False) -> None:
     """Check the files of every component that a run will load; none of their weights is read.
 
     Args:
         model_path: Folder of a pipeline of the family.
         family: The model's family.
         variant: Weight variant in the file names.
+        configs_only: Check no more than the configs: there need be no weights and tokenizers.
 
     Raises:
         UserError: naming the first component that is damaged, or no part of this model.
@@ -55,12 +56,12 @@ def check_model(model_path: Path, family: type[Family], variant: str | None) -> 
     _check_scheduler(model_path / "scheduler", where)
     for name in ("transformer", "vae", *family.image_components):
         if (model_path / name).is_dir():
-            _check_diffusers_part(model_path / name, variant, where)
+            _check_diffusers_part(model_path / name, variant, where, configs_only)
     for name in sorted(present):
-        if name.startswith("tokenizer"):
+        if not name.startswith("tokenizer"):
+            _check_text_encoder(model_path / name, index[name][1], variant, where, configs_only)
+        elif not configs_only:
             _check_tokenizer(model_path / name, index[name][1], where)
-        else:
-            _check_text_encoder(model_path / name, index[name][1], variant, where)
 
 
 def check_lora_file(file: Path, transformer: torch.nn.Module, flag: str) -> None:
@@ -98,7 +99,7 @@ def _check_scheduler(folder: Path, where: str) -> None:
         config = json.loads((folder / "scheduler_config.json").read_text(encoding="utf-8"))
         chosen = getattr(diffusers, config["_class_name"])
         scheduler = chosen.from_config(config)
-    except Exception as error:  # whatever the class makes of values that it was not made for
+    except Exception as error:  # a class may raise anything for a config it does not expect
         raise UserError(
             f"{where}: scheduler/scheduler_config.json does not describe a scheduler ({_what(error)}); "
             "download it again."
@@ -107,7 +108,7 @@ def _check_scheduler(folder: Path, where: str) -> None:
         raise UserError(f"{where}: scheduler/scheduler_config.json describes a schedule of no steps.")
 
 
-def _check_diffusers_part(folder: Path, variant: str | None, where: str) -> None:
+def _check_diffusers_part(folder: Path, variant: str | None, where: str, configs_only: bool) -> None:
     try:
         config = load_config(folder)
     except OSError as error:
@@ -116,11 +117,13 @@ def _check_diffusers_part(folder: Path, variant: str | None, where: str) -> None
     try:
         model = empty_model(config)
         expected = _shapes(model)
-    except Exception as error:  # whatever the class makes of values that it was not made for
+    except Exception as error:  # a class may raise anything for a config it does not expect
         raise UserError(
             f"{where}: {folder.name}/config.json does not describe a {chosen.__name__} ({_what(error)}); "
             "download it again."
         ) from error
+    if configs_only:
+        return
     found = _found_shapes(folder, "diffusion_pytorch_model", variant, where)
     _check_shapes(expected, found, folder.name, where)
     # Attention layers of old autoencoders had other names; diffusers translates them.
@@ -136,21 +139,23 @@ def _check_diffusers_part(folder: Path, variant: str | None, where: str) -> None
         check_surplus(found, model, f"{where}: {folder.name}")
 
 
-def _check_text_encoder(folder: Path, class_name: str, variant: str | None, where: str) -> None:
+def _check_text_encoder(folder: Path, class_name: str, variant: str | None, where: str, configs_only: bool) -> None:
     try:
         config = load_config(folder)
     except OSError as error:
         raise UserError(f"{where}: {first_line(error)}; download it again.") from error
-    found = _found_shapes(folder, "model", variant, where)
+    found = {} if configs_only else _found_shapes(folder, "model", variant, where)
     if "quantization_config" in config:
         return  # Packed weights have shapes of their own.
     check_scales(found, f"{where}: {folder.name}")
     try:
         expected = _shapes(empty_text_encoder({**config, "architectures": [class_name]}, torch.float32))
-    except Exception as error:  # whatever the class makes of values that it was not made for
+    except Exception as error:  # a class may raise anything for a config it does not expect
         raise UserError(
             f"{where}: {folder.name}/config.json does not describe a {class_name} ({_what(error)}); download it again."
         ) from error
+    if configs_only:
+        return
     _check_shapes(expected, found, folder.name, where)
     wanted = Counter((name.rpartition(".")[2], shape) for name, shape in expected.items())
     known = wanted & Counter((name.rpartition(".")[2], shape) for name, shape in found.items())
@@ -175,7 +180,7 @@ def _check_tokenizer(folder: Path, class_name: str, where: str) -> None:
         raise UserError(f"{where}: {folder.name} lacks {_TOKENIZER_CONFIG}; download it again.")
     try:
         chosen.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers' own types say no more
+    except Exception as error:  # the tokenizers raise types of their own
         raise UserError(
             f"{where}: {folder.name} cannot be read as a {class_name} ({_what(error)}); download it again."
         ) from error
@@ -212,7 +217,7 @@ def _check_shapes(expected: Shapes, found: Shapes, component: str, where: str) -
 
 
 def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
-    # Not the buffers that are never saved, nor what a class makes itself.
+    # Without buffers that are never saved.
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 

@@ -44,7 +44,7 @@ def empty_model(config: Mapping[str, Any], class_of_model: type[ModelMixin] | No
 
 def cast_floating(model: torch.nn.Module, dtype: torch.dtype) -> None:
     """Set the dtype of an empty model's weights; the modules that its class keeps in float32 stay so."""
-    # Not the method of diffusers' models, which warns of what the loop below takes care of.
+    # Not the method of diffusers' models: it warns about float32 modules, which the loop below handles.
     torch.nn.Module.to(model, dtype)
     for pattern in getattr(model, "_keep_in_fp32_modules", None) or ():
         for name, module in model.named_modules():
@@ -158,7 +158,7 @@ class Checkpoint:
         """
         left_out = tuple(f"{name}." for name in (*without, *quantized))
         resident = [name for name in self._tensors if not name.startswith(left_out)]
-        # Block by block, so that of weights to divide one block at a time is there in full.
+        # One block at a time is in memory in full before it is divided.
         divided = blocks if shard is not None else ()
         for block in divided:
             for name in resident:
@@ -181,7 +181,7 @@ class Checkpoint:
             shard(self.model, device)
 
     def _quantize(self, name: str, quantization: QuantizationConfig, device: torch.device | str) -> None:
-        """Read a layer and replace it by its quantised form: one layer at a time is there in full."""
+        """Read a layer and replace it by its quantised form: one layer at a time is in memory in full."""
         layer = self.model.get_submodule(name)
         for part, _ in layer.named_parameters():
             self._read(f"{name}.{part}", "cpu")

@@ -203,7 +203,7 @@ def check_device(config: QuantizationConfig, device: torch.device | str, dtype: 
     try:
         layer = quantize_layer(torch.nn.Linear(BLOCK_SIZE, BLOCK_SIZE, dtype=dtype), config, device)
         layer(torch.ones(2, BLOCK_SIZE, dtype=dtype, device=device, requires_grad=True)).sum().backward()
-    except Exception as error:  # whatever a library raises, it means the same
+    except Exception as error:  # each library raises types of its own
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"Quantisation to {config.name} does not work on this device ({device}): {reason}; leave "

@@ -1,4 +1,4 @@
-"""Text encoders that need not be in memory whole: their layers are read from the checkpoint while they run."""
+"""Text encoders that are never whole in memory: their layers are read from the checkpoint while they run."""
 
 from __future__ import annotations
 
@@ -110,8 +110,8 @@ def load_streamed_encoder(
 
     Of large tables of token embeddings only the rows in use are read, in host memory.
 
-    What transformers renames or converts when it loads a checkpoint is the same here: it loads the rest of the model
-    and says where each weight of a layer lies.
+    transformers itself loads the rest of the model and says where each weight of a layer is, so renamed and converted
+    weights are those of an ordinary load.
 
     Args:
         source: Folder of the encoder, or a hub id.
@@ -222,7 +222,7 @@ def _kept_in_float32(encoder: Any, dtype: torch.dtype) -> set[str]:
 
 @contextmanager
 def _no_warning_of_offloading() -> Iterator[None]:
-    """accelerate warns of what is meant here."""
+    """accelerate warns about offloading, which is intended here."""
     logger = logging.getLogger("accelerate.big_modeling")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..selection import Selection, from_table, select_number
+from ..utils.errors import UserError
 from ..utils.formatting import format_bytes
 
 
@@ -60,7 +61,7 @@ def select_by_bytes(budget: int, block_bytes: Sequence[int], table: SelectionTab
         if freed >= budget:
             return selection
     most, freed = selections[-1]
-    raise ValueError(
+    raise UserError(
         f"--skip_budget {format_bytes(budget)} is more than the blocks hold: skipping {most.leading} leading and "
         f"{most.trailing} trailing ones of {len(block_bytes)} frees {format_bytes(freed)}; lower it."
     )

@@ -11,7 +11,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, metadata_load
 
 from ..lora import WEIGHTS_NAME
 from ..training.comfyui import COMFYUI_NAME
-from ..utils.errors import first_line
+from ..utils.errors import UserError, first_line
 
 
 UPLOADED = (WEIGHTS_NAME, "README.md", "plan.json", "run_report.json", COMFYUI_NAME)
@@ -33,7 +33,7 @@ def open_repository(name: str, token: str | None) -> str:
     try:
         return HfApi(token=token).create_repo(name, exist_ok=True).repo_id
     except Exception as error:  # the hub client and the network below it raise their own kinds
-        raise ValueError(
+        raise UserError(
             f"--push_to_hub cannot open the repository {name} ({_reason(error)}); log in by `hf auth login`, "
             "give --hub_model_id OWNER/NAME, or leave --push_to_hub out."
         ) from error
@@ -63,7 +63,7 @@ def push_to_hub(repo_id: str, folder: Path, token: str | None) -> None:
     try:
         HfApi(token=token).create_commit(repo_id, operations, commit_message="End of training")
     except Exception as error:  # as above
-        raise ValueError(
+        raise UserError(
             f"The upload to {repo_id} failed ({_reason(error)}). Everything is in {folder}; log in by "
             f"`hf auth login` and run: hf upload {repo_id} {folder} --include "
             f"{' '.join(map(shlex.quote, [*UPLOADED, 'image_*.png']))}"

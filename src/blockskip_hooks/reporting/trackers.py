@@ -18,7 +18,7 @@ from PIL import Image
 from ..data.sample_plan import Sample
 from ..training.run import Run
 from ..transformer import DiTBlockSkipTransformer
-from ..utils.errors import first_line, one_line
+from ..utils.errors import UserError, first_line, one_line
 from ..utils.monitor import StageMonitor
 
 
@@ -52,7 +52,7 @@ def start_trackers(run: Run, accelerator: Accelerator) -> None:
         }
         wanted = [str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with]
         advice = [hints[name] for name in wanted if name in hints]
-        raise ValueError(
+        raise UserError(
             f"--report_to {','.join(wanted)}: a tracker does not start ({one_line(first_line(error))}); "
             f"{'; '.join([*advice, 'or'])} give --report_to none."
         ) from error

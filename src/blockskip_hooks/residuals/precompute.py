@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from ..data.sample_plan import Sample
 from ..state import SpanResiduals
 from ..transformer import DiTBlockSkipTransformer
+from ..utils.errors import UserError
 from ..utils.progress import SILENT, StageProgress
 from .batches import Batch, SampleMaker
 from .dtype import pack_record
@@ -111,7 +112,7 @@ def _check_latents(samples: Sequence[Sample], latents: torch.Tensor, maker: Samp
     finite = latents.flatten(1).isfinite().all(1).tolist()
     broken = [maker.describe(sample) for sample, fine in zip(samples, finite, strict=True) if not fine]
     if broken:
-        raise ValueError(
+        raise UserError(
             f"The VAE makes latents that are not finite of {broken[0]}, one of {len(broken)} in a batch; give another "
             "--mixed_precision, or check the photo and the VAE's files."
         )

@@ -28,6 +28,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..utils.digests import fingerprint
+from ..utils.errors import UserError
 from ..utils.files import save_tensors, write_json
 
 
@@ -83,20 +84,20 @@ class ResidualStore:
         self.records_written = 0
         self.bytes_written = 0
         if directory.exists() and not directory.is_dir():
-            raise ValueError(f"--residual_dir {directory} is a file; name a folder.")
+            raise UserError(f"--residual_dir {directory} is a file; name a folder.")
         directory.mkdir(parents=True, exist_ok=True)
         manifest = directory / "manifest.json"
         # Listed before the manifest is read: another process may be writing it, and shards after it.
         foreign = [path for path in directory.iterdir() if not _OWN_NAME.fullmatch(path.stem)]
         found = _read_manifest(manifest)
         if found is None and foreign:
-            raise ValueError(f"--residual_dir {directory} is neither empty nor a residual store; use another folder.")
+            raise UserError(f"--residual_dir {directory} is neither empty nor a residual store; use another folder.")
         if found is not None and found["fingerprint"] != self.fingerprint:
             if not overwrite:
                 differing = sorted(
                     key for key in description if found["description"].get(key) != _plain(description[key])
                 )
-                raise ValueError(
+                raise UserError(
                     f"--residual_dir {directory} holds records of another run (it differs in "
                     f"{', '.join(differing) or 'its format'}); use another folder or --overwrite_residuals."
                 )

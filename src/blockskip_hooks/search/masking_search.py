@@ -25,6 +25,7 @@ from ..inference.lora_files import load_adapter
 from ..masking import text_masked_by_row
 from ..selection import best_pairs
 from ..transformer import DiTBlockSkipTransformer
+from ..utils.errors import UserError
 from ..utils.files import save_tensors
 from ..utils.progress import progress_bar
 
@@ -83,7 +84,7 @@ class MaskedImages:
         try:
             self.vectors = load_file(self.store) if self.store.is_file() else {}
         except SafetensorError as error:
-            raise ValueError(f"{self.store} is damaged ({error}); remove it to make its images anew.") from error
+            raise UserError(f"{self.store} is damaged ({error}); remove it to make its images anew.") from error
 
     def measure(self, subjects: Sequence[Subject], seeds: Sequence[int], runs: Iterable[BlockRun]) -> None:
         """Make what is missing of the images of every subject, seed and masked run, and of the unmasked ones."""

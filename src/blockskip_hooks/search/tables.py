@@ -18,6 +18,7 @@ from typing import Literal
 from huggingface_hub.constants import HF_HOME
 
 from ..selection import Pair, best_pairs
+from ..utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def read_table(path: Path) -> SelectionTable:
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
         if table["schema"] != 1:
-            raise ValueError(f"its schema is {table['schema']}")
+            raise UserError(f"its schema is {table['schema']}")
         curves = table.get("curves", {"leading": {"mean": ()}, "trailing": {"mean": ()}})
         result = SelectionTable(
             model=table["model"],
@@ -132,12 +133,12 @@ def read_table(path: Path) -> SelectionTable:
         )
         measured = {len(result.leading), len(result.trailing)} == {result.num_blocks} and bool(result.weights)
         if result.source not in ("measured", "inferred") or measured != (result.source == "measured"):
-            raise ValueError(f"its source is '{result.source}', which its curves and weights do not bear out")
+            raise UserError(f"its source is '{result.source}', which its curves and weights do not bear out")
         if any(min(pair) < 0 or sum(pair) != k or k >= result.num_blocks for k, pair in result.pairs.items()):
-            raise ValueError("its pairs do not add up")
+            raise UserError("its pairs do not add up")
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path} is not a selection table of schema 1 ({reason}); make one anew.") from None
+        raise UserError(f"{path} is not a selection table of schema 1 ({reason}); make one anew.") from None
     return result
 
 

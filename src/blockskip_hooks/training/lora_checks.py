@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from ..transformer import DiTBlockSkipTransformer
+from ..utils.errors import UserError
 
 
 logger = logging.getLogger(__name__)
@@ -21,7 +22,7 @@ def check_gradients(model: torch.nn.Module) -> None:
     """
     for name, parameter in _lora_b(model).items():
         if parameter.grad is None or not bool(parameter.grad.any()):
-            raise ValueError(
+            raise UserError(
                 f"The LoRA of {_layer(name)} receives no gradient, so it would never learn; leave the layer out of "
                 "--lora_layers, or report this as a bug."
             )
@@ -47,7 +48,7 @@ def check_finite(model: torch.nn.Module) -> None:
     """
     for name, parameter in model.named_parameters():
         if "lora_" in name and parameter.requires_grad and not bool(parameter.isfinite().all()):
-            raise ValueError(
+            raise UserError(
                 f"The LoRA of {_layer(name)} is not finite; lower --learning_rate. Checkpoints written so far are "
                 "intact."
             )

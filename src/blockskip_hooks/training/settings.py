@@ -10,6 +10,7 @@ from typing import Any, Literal
 from ..config import PatchMode, ResidualMode
 from ..residuals.dtype import ResidualDtype
 from ..selection import parse_skip_blocks
+from ..utils.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +173,7 @@ class TrainSettings:
         """
         unknown = sorted(values.keys() - self.flags().keys())
         if unknown:
-            raise ValueError(f"Defaults for unknown flags: {', '.join(unknown)}; remove them or correct the names.")
+            raise UserError(f"Defaults for unknown flags: {', '.join(unknown)}; remove them or correct the names.")
         families = {name: values.get(name, value) for name, value in self.family_flags.items()}
         own = {name: value for name, value in values.items() if name not in families}
         return replace(self, family_flags=families, **own)

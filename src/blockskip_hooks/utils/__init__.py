@@ -1,1 +1,1 @@
-"""Helpers of every room: atomic files, the machine, what a stage costs."""
+"""Helpers of every room: atomic files, errors, formatting, the machine, what a stage costs."""

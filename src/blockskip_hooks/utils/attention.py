@@ -1,4 +1,4 @@
-"""A mask on every attention of a module, whatever the model does itself."""
+"""A mask on every attention of a module, in addition to the model's own."""
 
 from __future__ import annotations
 

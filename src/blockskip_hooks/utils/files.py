@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside their place, synced, renamed; and a full disk said in one line."""
+"""Files that are whole or absent: written under a temporary name, synced, renamed; full disks in one line."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def replacing(path: Path, needed: int | None = None, temporary: Path | None = No
             beside ``path``, which the next run writes over where one was killed.
 
     Raises:
-        OSError: if the file cannot be written. A full disk is said in one line, with what is needed and what is free.
+        OSError: if the file cannot be written. The message for a full disk says what is needed and what is free.
     """
     # In the same folder, because a rename is atomic only inside one file system.
     temporary = temporary or path.with_name(f".{path.name}.tmp")

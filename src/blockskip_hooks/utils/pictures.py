@@ -10,6 +10,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from .errors import UserError
 from .files import replacing
 
 
@@ -46,7 +47,7 @@ def contact_sheet(rows: Sequence[SheetRow], file: Path, *, side: int, panels: in
         ValueError: if there are no images.
     """
     if not any(row.images for row in rows):
-        raise ValueError(f"The contact sheet {file} has no images.")
+        raise UserError(f"The contact sheet {file} has no images.")
     font = ImageFont.load_default(size=FONT_SIZE)
     width = max(len(row.images) for row in rows) * (side + GAP) + GAP
     letters = max(int((width - 2 * GAP) / font.getlength("n")), 1)

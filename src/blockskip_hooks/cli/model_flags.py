@@ -1,0 +1,28 @@
+"""Flags that scripts other than training have for the model and its images."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+
+from ..inference.streamed_model import ImageFlags
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags that name the model and how it is read, with the meaning that they have in training."""
+    flag = parser.add_argument
+    flag("--pretrained_model_name_or_path", help="Hub id or folder of a pipeline; without it, the embedded model.")
+    flag("--revision", help="Branch, tag or commit of the model on the hub.")
+    flag("--variant", help="Weight file variant, fp16 say.")
+    flag("--cache_dir", help="Where downloaded models are kept.")
+    flag("--hub_token", help="Token for the download; logging in beforehand is safer.")
+    flag("--max_sequence_length", type=int, help="Tokens of a prompt; default: that of the model.")
+    flag("--mixed_precision", choices=("no", "fp16", "bf16"), help="Number format; default: accelerate's setting.")
+
+
+def image_flags(args: argparse.Namespace) -> ImageFlags:
+    """What the parsed flags of a script say about the model and its images."""
+    return ImageFlags(**{field.name: getattr(args, field.name, None) for field in fields(ImageFlags)})
+
+
+__all__ = ["add_model_flags", "image_flags"]

@@ -125,7 +125,8 @@ def run_script(settings: TrainSettings, command: str, stop: StopSignals, lock: F
     try:
         if accelerator.is_main_process:
             print(describe_plan(run, plan), flush=True)
-            if found := describe_output(run, checkpoint):
+            # A plan replaces nothing but the plan.
+            if not settings.plan_only and (found := describe_output(run, checkpoint)):
                 print(found, flush=True)
             write_json(run.output_dir / "plan.json", plan)
         if not settings.plan_only:

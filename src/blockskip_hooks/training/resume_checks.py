@@ -105,15 +105,18 @@ def describe_output(run: Run, checkpoint: Path | None) -> str:
         run: The run.
         checkpoint: What it goes on from; ``None`` if it begins.
     """
-    now, own = made_with(run), summary(checkpoint).get("run") if checkpoint else None
+    found = list_checkpoints(run.output_dir)
+    # Digests of a large model take seconds, which a folder without checkpoints need not cost.
+    now, own = made_with(run) if found else {}, summary(checkpoint).get("run") if checkpoint else None
     like, other = list[str](), list[str]()
     differing: list[str] = []
-    for path in list_checkpoints(run.output_dir):
+    for path in found:
         state = summary(path)
         if checkpoint is not None and state.get("run") == own:
             continue
-        differing = differences(state.get("made_with", {}), now) or differing
-        (other if differences(state.get("made_with", {}), now) else like).append(path.name)
+        here = differences(state.get("made_with", {}), now)
+        differing = here or differing
+        (other if here else like).append(path.name)
     lines = []
     if like:
         advice = "" if checkpoint else "; --resume_from_checkpoint latest goes on with it"

@@ -187,7 +187,7 @@ def test_a_new_run_in_a_used_folder_says_so_and_goes_on_from_its_own(train, capf
     capfd.readouterr()
     limited = (*CAT, "--checkpointing_steps", "1", "--checkpoints_total_limit", "1")
     train(*limited, "--max_train_steps", "2")
-    said = capfd.readouterr().out
+    said = " ".join(capfd.readouterr().out.split())
     assert "Output " in said and "holds checkpoint-2, checkpoint-4 of another run, made with the prompt" in said
     assert {"checkpoint-2", "checkpoint-2.earlier-1", "checkpoint-4"} <= names(out) and "checkpoint-1" not in names(
         out

@@ -12,6 +12,7 @@ from ..loading.checkpoint_index import tensor_shapes
 from ..lora import WEIGHTS_NAME
 from ..utils.digests import folder_digest
 from ..utils.errors import UserError, one_line
+from ..utils.formatting import fit_lines
 from .checkpoints import OPTIMIZER_NAME, SCHEMA, find_checkpoint, list_checkpoints, read_state, summary
 from .resume_flags import kept_flags
 from .run import Run
@@ -127,7 +128,7 @@ def describe_output(run: Run, checkpoint: Path | None) -> str:
         lines.append("they are not counted and stay; give another --output_dir to keep the LoRA and the report too")
     elif checkpoint is None and (run.output_dir / WEIGHTS_NAME).is_file():
         lines.append("holds the LoRA of an earlier run, which this one replaces; give another --output_dir to keep it")
-    return f"Output    {run.output_dir} {'; '.join(lines)}." if lines else ""
+    return fit_lines(f"Output   {run.output_dir} {'; '.join(lines)}.") if lines else ""
 
 
 def check_checkpoint(checkpoint: Path, run: Run, num_steps: int) -> None:

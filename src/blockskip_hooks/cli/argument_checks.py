@@ -14,7 +14,7 @@ import torch
 
 from ..families import FAMILIES, Family
 from ..loading.quantization import read_quantization
-from ..planning.budget import MEMORY_OPTIONS
+from ..planning.options import MEMORY_OPTIONS
 from ..selection import parse_skip_blocks
 from ..training.comfyui import check_comfyui
 from ..training.settings import TrainSettings

@@ -18,7 +18,7 @@ from ..data.buckets import parse_buckets
 from ..data.photos import INTERPOLATION
 from ..families import FAMILIES, Flag
 from ..loading.quantization import METHODS
-from ..planning.budget import MEMORY_OPTIONS
+from ..planning.options import MEMORY_OPTIONS
 from ..residuals.dtype import ResidualDtype
 from ..selection import parse_skip_blocks
 from ..training.settings import TrainSettings

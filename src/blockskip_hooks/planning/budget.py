@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..selection import Selection
 from ..utils.errors import UserError
 from ..utils.formatting import format_bytes
+from .options import LAST_MEMORY_OPTIONS, MEMORY_OPTIONS, QUANTIZING_OPTIONS
 from .plan import largest_stage
 from .selections import selections_by_bytes
 
@@ -19,20 +20,6 @@ if TYPE_CHECKING:
 
 PlanFor = Callable[[Selection, tuple[str, ...]], dict[str, Any]]
 """The plan of a run that skips these blocks and uses these options."""
-
-MEMORY_OPTIONS: dict[str, tuple[str, Any]] = {
-    "checkpointing": ("gradient_checkpointing", True),
-    "8bit_adam": ("use_8bit_adam", True),
-    "int8": ("quantization", "int8"),
-    "patches": ("patch_sampling", "dynamic"),
-    "nf4": ("quantization", "nf4"),
-}
-"""What ``--memory_budget`` may switch on beside skipping: by name, a flag and its value. The first costs least."""
-
-LAST_MEMORY_OPTIONS = ("nf4",)
-"""These cost the result more than skipping half of the blocks does."""
-
-QUANTIZING_OPTIONS = frozenset(name for name, (flag, _) in MEMORY_OPTIONS.items() if flag == "quantization")
 
 LARGEST_RATIO = 0.5
 """Beyond half of the blocks the method is not measured; more are skipped only when nothing else is left."""

@@ -151,6 +151,9 @@ ENVIRONMENT = {
     ),
     "full host memory": (
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+        ["Memory ran out in stage load", "--memory_budget"],
+    ),
+    "no memory for a BLAS library": (
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         ["Memory ran out in stage load", "--memory_budget"],
     ),

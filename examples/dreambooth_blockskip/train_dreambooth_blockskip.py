@@ -44,7 +44,6 @@ from blockskip_hooks.residuals.store import ResidualStore
 from blockskip_hooks.residuals.stretches import Stretches, segments
 from blockskip_hooks.training.adapters import Adapters
 from blockskip_hooks.training.checkpointer import Checkpointer
-from blockskip_hooks.training.checkpoints import find_checkpoint
 from blockskip_hooks.training.class_images import make_class_images
 from blockskip_hooks.training.context import Context
 from blockskip_hooks.training.export import export_lora
@@ -53,7 +52,7 @@ from blockskip_hooks.training.lora_checks import describe_trainable
 from blockskip_hooks.training.optimizers import make_optimizer
 from blockskip_hooks.training.record_plan import describe_records, plan_stretches, resolve_seed
 from blockskip_hooks.training.records import RecordSource
-from blockskip_hooks.training.resume_checks import check_checkpoint
+from blockskip_hooks.training.resume_checks import check_checkpoint, choose_checkpoint, describe_output
 from blockskip_hooks.training.run import Run
 from blockskip_hooks.training.settings import TrainSettings
 from blockskip_hooks.training.sharding import prepare_model, shard
@@ -61,6 +60,7 @@ from blockskip_hooks.training.stop_signals import Interrupted, StopSignals
 from blockskip_hooks.training.validation import Validation
 from blockskip_hooks.utils.accelerator import start_accelerator, weight_dtype
 from blockskip_hooks.utils.files import write_error, write_json
+from blockskip_hooks.utils.locks import FolderLock
 from blockskip_hooks.utils.monitor import StageMonitor
 
 
@@ -92,16 +92,16 @@ def main(argv: list[str] | None = None) -> int:
     command = printable_command(sys.argv if argv is None else [__file__, *argv])
     settings = parse_args(argv)
     set_log_level(settings.log_level)
-    with StopSignals() as stop:
+    with StopSignals() as stop, FolderLock() as lock:
         try:
-            return run_script(settings, command, stop)
+            return run_script(settings, command, stop, lock)
         except Interrupted as error:
             if os.environ.get("RANK", "0") == "0":
                 print(error, file=sys.stderr)
             return 128 + error.number
 
 
-def run_script(settings: TrainSettings, command: str, stop: StopSignals) -> int:
+def run_script(settings: TrainSettings, command: str, stop: StopSignals, lock: FolderLock) -> int:
     """Check the settings, plan, and train; see :func:`main`."""
     monitor = StageMonitor()
     try:
@@ -111,13 +111,15 @@ def run_script(settings: TrainSettings, command: str, stop: StopSignals) -> int:
         with monitor.stage("plan"):
             run = prepare_run(settings)
             accelerator = make_accelerator(run)
+            if accelerator.is_main_process:
+                lock.take(run.output_dir)
             dtype = weight_dtype(accelerator)
             if run.quantization:
                 check_device(run.quantization, accelerator.device, dtype)
-            checkpoint = find_checkpoint(run.output_dir, settings.resume_from_checkpoint)
             run, plan = make_plan(run, dtype, accelerator.num_processes)
+            checkpoint = choose_checkpoint(run)
             if checkpoint is not None:
-                check_checkpoint(checkpoint, run)
+                check_checkpoint(checkpoint, run, run.num_steps(accelerator.num_processes))
             stretches = plan_stretches(run, plan, accelerator.num_processes, checkpoint)
     except Exception as error:
         return fail(error, settings, monitor, code=2)
@@ -125,6 +127,9 @@ def run_script(settings: TrainSettings, command: str, stop: StopSignals) -> int:
         if accelerator.is_main_process:
             lines = training_lines(run, stretches.num_steps, accelerator.num_processes)
             print(describe_plan(run, plan, lines), flush=True)
+            # A plan replaces nothing but the plan.
+            if not settings.plan_only and (found := describe_output(run, checkpoint)):
+                print(found, flush=True)
             for line in training_warnings(run, stretches.num_steps):
                 logger.warning(line)
             write_json(run.output_dir / "plan.json", plan)
@@ -199,9 +204,9 @@ def train(run: Run, context: Context, plan: Plan, checkpoint: Path | None, stret
     images_at_once, placement = planned_batch_size(plan, "validate"), planned_vae(plan, "validate")
     validation = Validation(run, context, model, adapters, records, tracking, images_at_once, placement)
     command = f"accelerate launch {command}"
-    outputs = RunOutputs(run, maker, monitor, plan, command, stretches, accelerator.num_processes)
+    outputs = RunOutputs(run, maker, monitor, plan, command, stretches)
     optimizer, lr_scheduler = learner.optimizer, learner.lr_scheduler
-    checkpointer = Checkpointer(run, accelerator, adapters, optimizer, lr_scheduler, history, records)
+    checkpointer = Checkpointer(run, context, adapters, optimizer, lr_scheduler, history, records)
     checkpointer.after_save = lambda: outputs.write_so_far(history, validation.shown)
     if checkpoint is not None:
         checkpointer.resume(checkpoint)
@@ -376,14 +381,13 @@ def finish(
     """Export the LoRA, make the final images, write the report and the model card, upload."""
     run, accelerator, settings = outputs.run, context.accelerator, outputs.run.settings
     made = records.made()
+    learner.adapters.check_finite()
     # A warmup's first step has rate zero.
-    if history.step > 1:
-        learner.adapters.check_learned()
+    if history.step > 1 and accelerator.is_main_process:
+        learner.adapters.warn_unless_learned()
     if accelerator.is_main_process:
         export_lora(run, learner.adapters, context.monitor, records.maker.dtype)
-    # Processes that share weights run the model together or not at all.
-    if accelerator.is_main_process or learner.model.is_sharded:
-        before, after = validation.final(history.step)
+    before, after = validation.final(history.step)
     if accelerator.is_main_process:
         tracking.log_stages(history.step)
         report = outputs.report(history, made, lora_size(run, learner.model.transformer))

@@ -38,12 +38,17 @@ _FALSE_WORDS = ("false", "no", "off", "0")
 
 
 def printable_command(words: Sequence[str]) -> str:
-    """A command line as it may be shown and kept: quoted for a shell, without the token."""
-    shown, hides_next = [], False
+    """A command line as it may be shown and repeated: quoted for a shell, without the token.
+
+    ``--resume_from_checkpoint`` is left out: what repeats a run begins it anew.
+    """
+    shown, before = [], ""
     for word in words:
         name, given, _ = word.partition("=")
-        shown.append("***" if hides_next else f"{name}=***" if name == "--hub_token" and given else word)
-        hides_next = word == "--hub_token"
+        if "--resume_from_checkpoint" not in (name, before):
+            hidden = before == "--hub_token"
+            shown.append("***" if hidden else f"{name}=***" if name == "--hub_token" and given else word)
+        before = word
     return shlex.join(shown)
 
 

@@ -53,7 +53,6 @@ class RunOutputs:
         plan: Contents of plan.json.
         command: The command line that repeats the run.
         stretches: Its stretches.
-        num_processes: Processes that share the work.
     """
 
     run: Run
@@ -62,7 +61,6 @@ class RunOutputs:
     plan: Mapping[str, Any]
     command: str
     stretches: Stretches
-    num_processes: int
 
     def report(
         self, history: History, made: tuple[int, int] | None = None, lora: Mapping[str, int] | None = None
@@ -100,7 +98,7 @@ class RunOutputs:
             },
             "stages": self.monitor.as_list(),
             "train": {
-                **_train(history, run.samples_per_step(self.num_processes)),
+                **_train(history),
                 "dtype": dtype,
                 "quantization": run.quantization.name if run.quantization else None,
             },
@@ -268,17 +266,29 @@ def snippet_kwargs(run: Run) -> dict[str, Any]:
     }
 
 
-def _train(history: History, samples_per_step: int) -> dict[str, Any]:
+def _train(history: History) -> dict[str, Any]:
     allocated, reserved = zip(*history.step_memory) if history.step_memory else ((), ())
     return {
         "steps": history.step,
-        "samples": history.step * samples_per_step,
+        "samples": history.samples,
+        "changed_settings": _changed_settings(history),
         "step_seconds_median": statistics.median(history.step_seconds) if history.step_seconds else None,
         "loss": history.losses,
         "loss_by_timestep": history.loss_by_timestep,
         "step_seconds": history.step_seconds,
         "step_memory": {"allocated_bytes": allocated, "reserved_bytes": reserved} if allocated else None,
     }
+
+
+def _changed_settings(history: History) -> dict[str, list[dict[str, Any]]]:
+    """Flags whose value changed when the run went on from a checkpoint: each value, and its first step."""
+    changed: dict[str, list[dict[str, Any]]] = {}
+    for name in history.legs[0]["settings"] if history.legs else ():
+        values = [(leg["step"] + 1, leg["settings"].get(name)) for leg in history.legs]
+        kept = [pair for pair, before in zip(values, [None, *values]) if before is None or pair[1] != before[1]]
+        if len(kept) > 1:
+            changed[name] = [{"from_step": step, "value": value} for step, value in kept]
+    return changed
 
 
 def _settings(run: Run) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import jinja2
 from PIL import Image
 
 from ..utils.files import write_text
-from ..utils.formatting import format_bytes, format_seconds
+from ..utils.formatting import format_bytes, format_seconds, format_setting
 from ..utils.pictures import flattened
 from .charts import draw_harm, draw_losses, draw_losses_by_timestep, loss_curve
 from .hub import nearby, without_folders
@@ -103,6 +103,7 @@ def write_report(
     settings = run_report.get("settings") or {}
     skip = run_report.get("skip") or plan.get("skip") or {}
     train = run_report.get("train") or {}
+    changed = train.get("changed_settings") or {}
     loss = loss_curve(train.get("loss") or [])
     timesteps, timestep_colours = draw_losses_by_timestep(train.get("loss_by_timestep") or {})
     content = {
@@ -126,7 +127,11 @@ def write_report(
         "written": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
         "photos": [_picture(photo, f"Training photo {i}", PHOTO_PIXELS) for i, photo in enumerate(images.photos, 1)],
         "crops": [(text, _picture(crop, f"Training sample, {text}", PHOTO_PIXELS)) for text, crop in images.crops],
-        "settings": [(key, _mask(key, value)) for key, value in shown_settings.items() if value is not None],
+        "settings": [
+            (key, _mask(key, format_setting(value, changed.get(key, ()))))
+            for key, value in shown_settings.items()
+            if value is not None
+        ],
         "command": [word for word in re.split(r"(\s+)", _SECRET_TEXT.sub(r"\1***", shown_command)) if word],
         "shortened": shown_command != command,
         "snippet": snippet,

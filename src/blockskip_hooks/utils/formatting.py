@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 LABEL_WIDTH = 9
@@ -43,3 +45,14 @@ def format_seconds(seconds: float | None) -> str:
     if minutes < 60:
         return f"{minutes} min {round(seconds) % 60:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def format_setting(value: Any, changed: Sequence[Mapping[str, Any]] = ()) -> str:
+    """A setting for people, with every value that it had in the course of a run: ``0.001, from step 5 on 1e-06``.
+
+    Args:
+        value: Its value, the last one.
+        changed: ``from_step`` and ``value`` of each; empty if it never changed.
+    """
+    values = [f"from step {then['from_step']} on {then['value']}" for then in changed[1:]]
+    return ", ".join([str(changed[0]["value"]), *values]) if values else str(value)

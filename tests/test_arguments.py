@@ -301,7 +301,12 @@ def test_texts_are_read_once_and_are_texts_again_in_files(name, text, value):
 )
 def test_the_script_refuses_a_flag_before_it_reads_a_weight(pipeline, argv, words, tmp_path, capsys):
     model = tmp_path / "model"
-    for component in ("transformer", "vae", "scheduler"):
+    for component in (
+        "transformer",
+        "vae",
+        "scheduler",
+        *(f"{part}{n}" for part in ("text_encoder", "tokenizer") for n in ("", "_2")),
+    ):
         (model / component).mkdir(parents=True)
     (model / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
     named = ["--pretrained_model_name_or_path", str(model), *NAMED[2:], "--report_to", "none", "--output_dir", "out"]

@@ -14,7 +14,10 @@ from blockskip_hooks.cli.startup import errors_in_one_line, make_parser, returns
 
 ROOT = Path(__file__).parents[1]
 FIRST_WORDS = {
-    "train_dreambooth_blockskip": (["--plan_only", "--output_dir"], "No --pretrained_model_name_or_path: using"),
+    "train_dreambooth_blockskip": (
+        ["--plan_only", "--output_dir"],
+        "No --pretrained_model_name_or_path: the embedded model",
+    ),
     "plan_memory": (["--preset", "sana-0.6b", "--selection_table"], "error: --selection_table"),
     "evaluate": (["--encoders", "offline", "--output_dir"], "error: --encoders offline"),
     "select_blocks": (["--prompts", "", "--output_dir"], "error: --prompts has an empty prompt"),

@@ -34,7 +34,7 @@ REFUSED = {
     "buckets off the grid": ({"--aspect_ratio_buckets": "64,60"}, ["--aspect_ratio_buckets has 64,60", "8 px"]),
     "validation_resolution zero": ({"--validation_resolution": "0"}, ["--validation_resolution is 0", "1 or more"]),
     "validation_resolution off the grid": (
-        {"--validation_resolution": "60"},
+        {"--validation_resolution": "60", "--validation_prompt": "a photo of sks dog"},
         ["--validation_resolution is 60", "8 px", "64"],
     ),
     # Photos and prompts

@@ -153,6 +153,10 @@ ENVIRONMENT = {
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
         ["Memory ran out in stage load", "--memory_budget"],
     ),
+    "no memory for a BLAS library": (
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        ["Memory ran out in stage load", "--memory_budget"],
+    ),
     "no memory for Python": (MemoryError(), ["Memory ran out in stage load (MemoryError)"]),
     "a full disk": (OSError(errno.ENOSPC, "No space left on device", "x"), ["The disk is full", "--residual_budget"]),
     "a full disk below safetensors": (

@@ -15,7 +15,8 @@ from ..utils.errors import UserError, first_line, one_line
 
 
 _OUT_OF_MEMORY = re.compile(
-    "out of memory|can't allocate memory|not enough memory|No executable batch size found", re.IGNORECASE
+    "out of memory|can't allocate memory|not enough memory|CUBLAS_STATUS_ALLOC_FAILED|No executable batch size found",
+    re.IGNORECASE,
 )
 _WORKER_KILLED = re.compile(r"DataLoader worker .* (is killed|exited unexpectedly)")
 _FROM_WORKER = re.compile(r"Caught UserError in DataLoader worker process")

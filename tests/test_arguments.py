@@ -466,8 +466,6 @@ def test_good_commands_pass_without_a_word(argv, installed, caplog):
         (["--with_prior_preservation", "--class_data_dir", "dogs"], ["--class_prompt"]),
         (["--learning_rate", "nan"], ["--learning_rate", "nan"]),
         (["--learning_rate", "inf"], ["--learning_rate", "inf"]),
-        (["--seed", "4294967296"], ["--seed", "4.29497e+09"]),
-        (["--learning_rate", "1e300"], ["--learning_rate is 1e+300"]),
         (["--skip_ratio", "1.0"], ["--skip_ratio", "--skip_blocks none"]),
         (["--skip_ratio", "0"], ["--skip_ratio", "--skip_blocks none"]),
         (["--adam_beta2", "1"], ["--adam_beta2"]),

@@ -29,7 +29,7 @@ warnings.filterwarnings("ignore", category=FutureWarning)
 for _name in ("torchao", "bitsandbytes", "diffusers.quantizers", "torch.utils._pytree"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
-from blockskip_hooks.cli.argument_checks import check_at_most, check_output_dir, check_texts
+from blockskip_hooks.cli.argument_checks import check_output_dir, check_texts
 from blockskip_hooks.cli.arguments import OneLineParser, printable_command
 from blockskip_hooks.cli.errors import explain
 from blockskip_hooks.cli.model_flags import add_model_flags, image_flags
@@ -144,7 +144,6 @@ def make_request(args: argparse.Namespace) -> SearchRequest:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}; give 1 or more.")
-    check_at_most(vars(args))
     check_texts(vars(args))
     for seed in args.seeds:
         if not 0 <= seed < 2**32:

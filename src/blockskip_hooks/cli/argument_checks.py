@@ -117,7 +117,6 @@ def _check_numbers(values: Mapping[str, Any]) -> None:
             value = values[name]
             if value is not None and not (math.isfinite(value) and fits(value)):
                 raise UserError(f"--{name} is {value}; give {wanted}.")
-    check_at_most(values)
 
 
 def check_at_most(values: Mapping[str, Any]) -> None:

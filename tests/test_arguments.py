@@ -20,7 +20,7 @@ from blockskip_hooks.cli.arguments import (
 )
 from blockskip_hooks.cli.preparation import prepare_run
 from blockskip_hooks.data.buckets import standard_buckets
-from blockskip_hooks.data.photos import INTERPOLATION
+from blockskip_hooks.data.photo_set import INTERPOLATION
 from blockskip_hooks.families import FAMILIES
 from tests.script import load_script, save_photos
 from tests.tiny import TINY_FAMILIES
@@ -297,7 +297,7 @@ def test_texts_are_read_once_and_are_texts_again_in_files(name, text, value):
 )
 def test_the_script_refuses_a_flag_before_it_reads_a_weight(pipeline, argv, words, tmp_path, capsys):
     model = tmp_path / "model"
-    for component in ("transformer", "vae", "scheduler"):
+    for component in ("transformer", "vae", "scheduler", *FAMILIES[pipeline].text_components):
         (model / component).mkdir(parents=True)
     (model / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
     named = ["--pretrained_model_name_or_path", str(model), *NAMED[2:], "--report_to", "none", "--output_dir", "out"]

@@ -35,7 +35,8 @@ from tqdm.auto import tqdm
 from blockskip_hooks.cli.arguments import OneLineParser, printable_command
 from blockskip_hooks.cli.errors import explain
 from blockskip_hooks.cli.model_flags import add_model_flags, image_flags
-from blockskip_hooks.data.photos import Photo, scan_photos
+from blockskip_hooks.data.photo import Photo
+from blockskip_hooks.data.photos import scan_photos
 from blockskip_hooks.embedded import DEFAULT_SUBJECT, embedded_photos, embedded_subjects
 from blockskip_hooks.evaluation.images import BASE_NAME, EvaluationRequest, count_missing, make_images
 from blockskip_hooks.evaluation.metrics import encoder_label, evaluate_images

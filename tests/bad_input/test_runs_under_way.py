@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from blockskip_hooks.lora import WEIGHTS_NAME
+from blockskip_hooks.loading.lora_files import WEIGHTS_NAME
 from blockskip_hooks.losses import flow_matching_loss
 from tests.bad_input.harness import assert_one_line, assert_stopped, command
 from tests.script import load_script

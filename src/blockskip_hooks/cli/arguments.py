@@ -15,7 +15,7 @@ from typing import Any, NoReturn, get_args
 
 from ..config import PatchMode, ResidualMode
 from ..data.buckets import parse_buckets
-from ..data.photos import INTERPOLATION
+from ..data.photo_set import INTERPOLATION
 from ..families import FAMILIES, Flag
 from ..loading.quantization import METHODS
 from ..planning.budget import MEMORY_OPTIONS, QUANTIZING_OPTIONS

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import logging
 
 from ..families import Family
-from ..lora import WEIGHTS_NAME
+from ..loading.lora_files import WEIGHTS_NAME
 from ..transformer import DiTBlockSkipTransformer
 from ..utils.errors import UserError
 

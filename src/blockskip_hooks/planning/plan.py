@@ -10,13 +10,13 @@ import torch
 from tqdm.auto import tqdm
 
 from ..blocks import block_bytes, list_blocks
-from ..data.photos import summarize_photos
+from ..data.summary import summarize_photos
 from ..embedded import DEFAULT_SUBJECT
 from ..families import Family
 from ..inference.generate import VaePlacement
 from ..loading.component_config import load_config
+from ..loading.lora_files import WEIGHTS_NAME
 from ..loading.models import empty_model
-from ..lora import WEIGHTS_NAME
 from ..selection import Selection
 from ..utils.errors import UserError, first_line
 from ..utils.formatting import format_bytes

@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, metadata_load
 
-from ..lora import WEIGHTS_NAME
+from ..loading.lora_files import WEIGHTS_NAME
 from ..training.comfyui import COMFYUI_NAME
 from ..utils.errors import UserError, first_line
 

@@ -13,7 +13,7 @@ import torch
 from diffusers import ModelMixin
 from PIL import Image
 
-from ..lora import WEIGHTS_NAME
+from ..loading.lora_files import WEIGHTS_NAME
 from ..planning.simulation import empty_model
 from ..residuals.batches import SampleMaker
 from ..residuals.stretches import Stretches

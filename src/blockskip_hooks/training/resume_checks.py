@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..loading.checkpoint_index import tensor_shapes
-from ..lora import WEIGHTS_NAME
+from ..loading.lora_files import WEIGHTS_NAME
 from ..utils.digests import folder_digest
 from ..utils.errors import UserError
 from .checkpoints import OPTIMIZER_NAME, SCHEMA, read_state

@@ -45,6 +45,3 @@ def nearest_bucket(size: tuple[int, int], shapes: Sequence[tuple[int, int]]) -> 
     """Number of the shape whose aspect ratio is nearest to that of ``size``, both (height, width)."""
     ratio = math.log(size[0] / size[1])
     return min(range(len(shapes)), key=lambda number: abs(math.log(shapes[number][0] / shapes[number][1]) - ratio))
-
-
-__all__ = ["ASPECT_RATIOS", "nearest_bucket", "parse_buckets", "standard_buckets"]

@@ -150,6 +150,3 @@ def check_inside(path: Path, folder: Path | None = None) -> None:
     # Opening a pipe would wait for ever.
     if not path.is_file():
         raise UserError("not a file")
-
-
-__all__ = ["check_inside", "image_paths", "image_suffixes", "left_out", "no_photos"]

@@ -71,6 +71,3 @@ def names(items: Sequence[str]) -> str:
 def without_progress(photos: Sequence[Photo], title: str) -> Iterable[Photo]:
     """Show nothing."""
     return photos
-
-
-__all__ = ["Photo", "ShowProgress", "names", "without_progress"]

@@ -174,6 +174,3 @@ def _offset(fraction: float, length: int, patch_size: int) -> int:
 def _center_offset(length: int, patch_size: int) -> int:
     # Half a pixel is rounded as torchvision's CenterCrop does it, to the even neighbour.
     return round((length - patch_size) / 2)
-
-
-__all__ = ["INTERPOLATION", "PhotoSet"]

@@ -212,6 +212,3 @@ def _changes_nothing(profile: bytes, mode: str) -> bool:
         np.asarray(c, dtype=int) for c in (colours.convert("RGB"), _transform(profile, mode).apply(colours))
     )
     return int(np.abs(after - before).max()) <= _ROUNDING
-
-
-__all__ = ["HEIC_ADVICE", "MAX_PIXELS", "Picture", "open_picture", "read_picture"]

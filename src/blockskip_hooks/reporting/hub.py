@@ -83,6 +83,3 @@ def _reason(error: Exception) -> str:
     """The first line of the client's message, and the hub's own message if it sent one."""
     said = (getattr(error, "server_message", None) or "").strip().rstrip(".")
     return f"{first_line(error)}: {said}" if said and said not in first_line(error) else first_line(error)
-
-
-__all__ = ["open_repository", "push_to_hub", "without_folders"]

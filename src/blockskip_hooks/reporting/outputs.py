@@ -307,6 +307,3 @@ def closing_words(run: Run, report: dict[str, Any]) -> str:
 def _image(pixels: torch.Tensor) -> Image.Image:
     """A tensor ``(3, h, w)`` in [-1, 1] as an image."""
     return Image.fromarray(((pixels + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
-
-
-__all__ = ["RunOutputs", "closing_words", "lora_size", "sample_pictures", "training_photos"]

@@ -111,6 +111,3 @@ class StageBar:
             initial=self._done,
             shown=self._progress.shown,
         )
-
-
-__all__ = ["Progress", "StageBar", "photo_progress", "set_log_level"]

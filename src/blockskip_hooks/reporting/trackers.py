@@ -221,6 +221,3 @@ def _log_pairs(
     elif tracker.name == "comet_ml":
         for pair, caption in zip(pairs, captions, strict=True):
             tracker.tracker.log_image(pair, name=caption, step=step)
-
-
-__all__ = ["Tracking", "block_norms", "start_trackers"]

@@ -113,6 +113,3 @@ class Adapters:
         """
         for module in self.modules:
             check_learned(module)
-
-
-__all__ = ["Adapters"]

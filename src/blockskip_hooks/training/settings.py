@@ -223,6 +223,3 @@ def plain_value(name: str, value: Any) -> Any:
         return ",".join(value)
     # A number of bytes says how it was typed.
     return value if type(value) in (bool, int, float, str, list, type(None)) else str(value)
-
-
-__all__ = ["TrainSettings", "plain_value"]

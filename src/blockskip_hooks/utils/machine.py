@@ -74,6 +74,3 @@ def _version(library: str) -> str | None:
         return metadata.version(library)
     except metadata.PackageNotFoundError:
         return None
-
-
-__all__ = ["describe_machine", "is_first_process", "library_source", "versions"]

@@ -88,6 +88,3 @@ def _fitted(image: Image.Image, side: int) -> Image.Image:
     if factor := side // max(image.size) if max(image.size) < side else 0:
         image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     return ImageOps.pad(image, (side, side), Image.Resampling.LANCZOS, color="white", centering=(0, 0))
-
-
-__all__ = ["SheetRow", "contact_sheet", "flattened"]

@@ -153,6 +153,3 @@ def listed(items: Iterable[T], description: str, unit: str, *, total: int, shown
         for item in items:
             yield item
             bar.update()
-
-
-__all__ = ["SILENT", "LogLines", "RunProgress", "StageProgress", "listed", "progress_bar"]

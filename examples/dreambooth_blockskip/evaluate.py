@@ -153,7 +153,7 @@ def check_flags(args: argparse.Namespace) -> None:
     """Check the flags that need nothing else to be known.
 
     Raises:
-        ValueError: one line that names the flag and the fix.
+        UserError: one line that names the flag and the fix.
     """
     for name in ("images_per_prompt", "images_at_once", "num_inference_steps", "resolution", "max_sequence_length"):
         value = getattr(args, name)
@@ -173,7 +173,7 @@ def embedded_subject(args: argparse.Namespace) -> str | None:
     """The embedded subject that the images are of, if they are of one.
 
     Raises:
-        ValueError: if ``--subject`` goes with no embedded model or photos, or there is none of that name.
+        UserError: if ``--subject`` goes with no embedded model or photos, or there is none of that name.
     """
     if args.pretrained_model_name_or_path is not None or args.instance_data_dir is not None:
         if args.subject is not None:
@@ -191,7 +191,7 @@ def find_photos(args: argparse.Namespace) -> list[Photo]:
     """The subject's photos.
 
     Raises:
-        ValueError: one line that names the flag and the fix.
+        UserError: one line that names the flag and the fix.
     """
     subject = embedded_subject(args)
     if subject is not None:
@@ -205,7 +205,7 @@ def find_prompts(args: argparse.Namespace) -> tuple[EvaluationPrompt, ...]:
     """The prompts, with the subject's name in them.
 
     Raises:
-        ValueError: one line that names the flag and the fix.
+        UserError: one line that names the flag and the fix.
     """
     subject = embedded_subject(args)
     if subject is not None and args.prompts is None:
@@ -232,7 +232,7 @@ def name_loras(sources: Sequence[str]) -> dict[str, Path | None]:
     """Weight files by names that tell them apart.
 
     Raises:
-        ValueError: if one is missing or named twice.
+        UserError: if one is missing or named twice.
     """
     loras: dict[str, Path | None] = {}
     for number, source in enumerate(sources):
@@ -249,7 +249,7 @@ def encoder_sources(args: argparse.Namespace, *, embedded: bool) -> dict[str, st
     """Encoders by label.
 
     Raises:
-        ValueError: if one means nothing for these images, or two have one label.
+        UserError: if one means nothing for these images, or two have one label.
     """
     names = args.encoders or (["subject"] if embedded else ["dino", "clip"])
     labels: dict[str, str] = {}

@@ -138,7 +138,7 @@ def make_request(args: argparse.Namespace) -> SearchRequest:
     """Resolve and check everything that needs no weights.
 
     Raises:
-        ValueError: one line that names the flag and the fix.
+        UserError: one line that names the flag and the fix.
     """
     for name in ("num_inference_steps", "search_stride", "images_at_once", "resolution", "max_sequence_length"):
         value = getattr(args, name)
@@ -176,7 +176,7 @@ def make_subjects(args: argparse.Namespace, *, embedded: bool) -> tuple[Subject,
     """What the images show: the LoRAs' subjects, the given prompts, or classes of things.
 
     Raises:
-        ValueError: if LoRAs and prompts do not go together.
+        UserError: if LoRAs and prompts do not go together.
     """
     prompts = args.prompts or []
     if not args.lora_weights:
@@ -200,7 +200,7 @@ def check_blocks(args: argparse.Namespace, num_blocks: int) -> None:
     """Check the flags that count blocks.
 
     Raises:
-        ValueError: one line that names the flag and the fix.
+        UserError: one line that names the flag and the fix.
     """
     for name, value in [
         ("search_stride", args.search_stride),

@@ -17,7 +17,7 @@ def parse_buckets(text: str) -> tuple[tuple[int, int], ...]:
     """Read ``--aspect_ratio_buckets``: heights and widths in pixels, ``"1024,1024;768,1360"``.
 
     Raises:
-        ValueError: if the text has another form.
+        UserError: if the text has another form.
     """
     parts = [part.strip() for part in text.split(";") if part.strip()]
     matches = [re.fullmatch(r"([0-9]{1,6})\s*,\s*([0-9]{1,6})", part, re.ASCII) for part in parts]

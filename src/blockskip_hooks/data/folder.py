@@ -136,7 +136,7 @@ def check_inside(path: Path, folder: Path | None = None) -> None:
         folder: The folder; by default the one that the path names.
 
     Raises:
-        ValueError: if it is a link that leads elsewhere, or no file.
+        UserError: if it is a link that leads elsewhere, or no file.
     """
     folder = (path.parent if folder is None else folder).resolve()
     # resolve() also ends at what is not there.

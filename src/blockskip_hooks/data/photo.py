@@ -45,7 +45,7 @@ class Photo:
         """Decode the whole picture: first frame, upright, 8-bit sRGB, transparency on white.
 
         Raises:
-            ValueError: if the picture is no file of its folder, too large, or a sliver that cannot be scaled to a
+            UserError: if the picture is no file of its folder, too large, or a sliver that cannot be scaled to a
                 square.
             Exception: whatever Pillow raises for damaged files: OSError, SyntaxError, ValueError, ...
         """

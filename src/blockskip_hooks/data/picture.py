@@ -46,7 +46,7 @@ def open_picture(source: Path | BinaryIO) -> Image.Image:
     """Open a file, or the bytes of one, by its content; nothing is decoded yet.
 
     Raises:
-        ValueError: if it is a HEIC and the package that reads them is not installed.
+        UserError: if it is a HEIC and the package that reads them is not installed.
         UnidentifiedImageError: if it is no picture.
     """
     try:
@@ -80,7 +80,7 @@ def read_picture(opener: Callable[[], Image.Image]) -> Picture:
         opener: Returns a fresh, possibly lazy image of any mode.
 
     Raises:
-        ValueError: if it has more than `MAX_PIXELS`.
+        UserError: if it has more than `MAX_PIXELS`.
         Exception: whatever Pillow raises for damaged files: OSError, SyntaxError, ValueError, ...
     """
     with _large_pictures(), opener() as image:

@@ -20,7 +20,7 @@ def bootstrap(values: Mapping[tuple[str, int], float], rounds: int = 2000) -> li
         rounds: Samples drawn; the same ones in every call.
 
     Raises:
-        ValueError: if there are no values, or not equally many of every group.
+        UserError: if there are no values, or not equally many of every group.
     """
     groups: dict[str, list[float]] = {}
     for (group, _), value in sorted(values.items()):

@@ -14,7 +14,7 @@ import torch
 from ..layouts import BlockLayout
 from ..loading.component_config import defining_module
 from ..utils.errors import UserError
-from .base import ComfyUIFormat, Family, Flag, PromptEmbeds
+from .base import ComfyUIFormat, Family, Flag, PromptEmbeds, split_batch
 
 
 if TYPE_CHECKING:
@@ -149,9 +149,8 @@ class HiDream(Family):
         t5, _, llama, _, pooled, _ = pipeline.encode_prompt(
             list(prompts), do_classifier_free_guidance=False, max_sequence_length=self.flags["max_sequence_length"]
         )
-        rows = zip(t5.cpu(), llama.permute(1, 2, 0, 3).cpu(), pooled.cpu(), strict=True)
-        names = ("prompt_embeds_t5", "prompt_embeds_llama3", "pooled_prompt_embeds")
-        return [dict(zip(names, row, strict=True)) for row in rows]
+        layers_last = llama.permute(1, 2, 0, 3)
+        return split_batch(prompt_embeds_t5=t5, prompt_embeds_llama3=layers_last, pooled_prompt_embeds=pooled)
 
     def transformer_inputs(
         self,
@@ -188,9 +187,5 @@ class HiDream(Family):
         return -prediction
 
     def pipeline_inputs(self, embeds: PromptEmbeds, negative: PromptEmbeds | None) -> dict[str, Any]:
-        inputs: dict[str, Any] = {}
-        for prefix, prompt in (("", embeds), ("negative_", negative or {})):
-            inputs |= {f"{prefix}{name}": tensor for name, tensor in prompt.items()}
-            if prompt:
-                inputs[f"{prefix}prompt_embeds_llama3"] = prompt["prompt_embeds_llama3"].permute(2, 0, 1, 3)
-        return inputs
+        inputs = super().pipeline_inputs(embeds, negative)
+        return {k: v.permute(2, 0, 1, 3) if k.endswith("prompt_embeds_llama3") else v for k, v in inputs.items()}

@@ -60,6 +60,9 @@ class Ideogram4(Family):
     pipeline_name = "Ideogram4Pipeline"
     block_layouts = {"Ideogram4TransformerBlock": BlockLayout()}
     text_components = ("text_encoder", "tokenizer")
+    text_width = "llm_features_dim"
+    text_masks = {"prompt_mask": torch.bool}
+    trains_on_mode = True
     unused_components = ("unconditional_transformer", "prompt_enhancer_head")
     image_components = ("unconditional_transformer",)
     lora_layers = (
@@ -118,14 +121,6 @@ class Ideogram4(Family):
         channels, rows, columns = self.vae_latent_shape(height, width)
         return (channels * PATCH_SIZE**2, rows // PATCH_SIZE, columns // PATCH_SIZE)
 
-    def empty_embeds(
-        self, transformer_config: Mapping[str, Any], text_tokens: int, dtype: torch.dtype
-    ) -> PromptEmbeds:
-        return {
-            "prompt_embeds": torch.empty((text_tokens, transformer_config["llm_features_dim"]), dtype=dtype),
-            "prompt_mask": torch.ones(text_tokens, dtype=torch.bool),
-        }
-
     def streamable_text_encoders(self, *, trains_text: bool) -> list[str]:
         # Writing a prompt runs every layer once per word.
         return [] if self.flags["upsample_prompt"] else super().streamable_text_encoders(trains_text=trains_text)
@@ -157,11 +152,6 @@ class Ideogram4(Family):
             tokens = features[indicator == text].cpu()
             embeds.append({"prompt_embeds": tokens, "prompt_mask": torch.ones(len(tokens), dtype=torch.bool)})
         return embeds
-
-    def posterior(self, vae: ModelMixin, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        mean, std = super().posterior(vae, pixels)
-        # The upstream script trains on the posterior's mode.
-        return mean, torch.zeros_like(std)
 
     def scale_latents(self, vae: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
         # Within a token the place in the patch comes first, then the VAE's channel.

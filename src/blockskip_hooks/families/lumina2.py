@@ -22,6 +22,8 @@ class Lumina2(Family):
     patch_size = None
     pipeline_name = "Lumina2Pipeline"
     text_components = ("text_encoder", "tokenizer")
+    text_width = "cap_feat_dim"
+    text_masks = {"prompt_attention_mask": torch.long}
     lora_layers = ("attn.to_k", "attn.to_q", "attn.to_v", "attn.to_out.0")
     modulation_layers = ("norm1.linear",)
     block_stacks = ("layers",)
@@ -39,14 +41,6 @@ class Lumina2(Family):
     flag_defaults = {"max_sequence_length": 256, "output_dir": "lumina2-dreambooth-lora", "lora_alpha": None}
     negative_prompt = ""
     tags = ("lumina2", "lumina2-diffusers")
-
-    def empty_embeds(
-        self, transformer_config: Mapping[str, Any], text_tokens: int, dtype: torch.dtype
-    ) -> PromptEmbeds:
-        return {
-            "prompt_embeds": torch.empty((text_tokens, transformer_config["cap_feat_dim"]), dtype=dtype),
-            "prompt_attention_mask": torch.ones(text_tokens, dtype=torch.long),
-        }
 
     @torch.no_grad()
     def encode_prompts(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> list[PromptEmbeds]:

@@ -23,6 +23,8 @@ class Sana(Family):
     pipeline_name = "SanaPipeline"
     block_layouts = {"SanaTransformerBlock": BlockLayout()}
     text_components = ("text_encoder", "tokenizer")
+    text_width = "caption_channels"
+    text_masks = {"prompt_attention_mask": torch.long}
     cross_attention = "attn2"
     lora_layers = ("to_k", "to_q", "to_v")
     own_flags = (
@@ -47,14 +49,6 @@ class Sana(Family):
     @property
     def image_size(self) -> int:
         return 1024
-
-    def empty_embeds(
-        self, transformer_config: Mapping[str, Any], text_tokens: int, dtype: torch.dtype
-    ) -> PromptEmbeds:
-        return {
-            "prompt_embeds": torch.empty((text_tokens, transformer_config["caption_channels"]), dtype=dtype),
-            "prompt_attention_mask": torch.ones(text_tokens, dtype=torch.long),
-        }
 
     @torch.no_grad()
     def encode_prompts(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> list[PromptEmbeds]:
@@ -94,19 +88,13 @@ class Sana(Family):
             "timestep": timesteps * scale,
         }
 
-    def prediction_to_latents(self, prediction: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        return prediction
-
     def prompt_inputs(self, prompt: str) -> dict[str, Any]:
         return {"prompt": prompt, **self._prompt_settings()}
 
     def pipeline_inputs(self, embeds: PromptEmbeds, negative: PromptEmbeds | None) -> dict[str, Any]:
-        inputs: dict[str, Any] = dict(embeds)
-        if negative is not None:
-            inputs.update({f"negative_{name}": tensor for name, tensor in negative.items()})
-            # Its default is a text, which the pipeline does not take along with embeddings.
-            inputs["negative_prompt"] = None
-        return inputs
+        # The default of the negative prompt is a text, which the pipeline does not take along with embeddings.
+        no_text = {} if negative is None else {"negative_prompt": None}
+        return super().pipeline_inputs(embeds, negative) | no_text
 
 
 class SanaSprint(Sana):

@@ -10,7 +10,7 @@ import torch
 
 from ..loading.component_config import load_config
 from ..utils.errors import UserError
-from .base import ComfyUIFormat, Family, Flag, PromptEmbeds, repeat_given_embeds
+from .base import ComfyUIFormat, Family, Flag, PromptEmbeds, repeat_given_embeds, split_batch
 
 
 if TYPE_CHECKING:
@@ -101,9 +101,7 @@ class StableDiffusion3(Family):
             do_classifier_free_guidance=False,
             max_sequence_length=self.flags["max_sequence_length"],
         )
-        return [
-            {"prompt_embeds": t, "pooled_prompt_embeds": p} for t, p in zip(tokens.cpu(), pooled.cpu(), strict=True)
-        ]
+        return split_batch(prompt_embeds=tokens, pooled_prompt_embeds=pooled)
 
     def transformer_inputs(
         self,
@@ -119,9 +117,6 @@ class StableDiffusion3(Family):
             "pooled_projections": embeds["pooled_prompt_embeds"],
         }
 
-    def prediction_to_latents(self, prediction: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        return prediction
-
     def loss_terms(
         self,
         prediction: torch.Tensor,
@@ -133,16 +128,6 @@ class StableDiffusion3(Family):
         if self.flags["precondition_outputs"]:
             return noisy_latents - sigmas * prediction, latents
         return super().loss_terms(prediction, latents, noise, noisy_latents, sigmas)
-
-    def prompt_tokens(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-        tokenizers = {"text_encoder": pipeline.tokenizer, "text_encoder_2": pipeline.tokenizer_2}
-        length = pipeline.tokenizer_max_length
-        return {
-            name: tokenizer(
-                list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-            ).input_ids
-            for name, tokenizer in tokenizers.items()
-        }
 
     def refresh_embeds(
         self, encoders: Mapping[str, torch.nn.Module], tokens: Mapping[str, torch.Tensor], embeds: PromptEmbeds
@@ -163,9 +148,3 @@ class StableDiffusion3(Family):
         pipeline = super().image_pipeline(transformer, vae)
         repeat_given_embeds(pipeline)
         return pipeline
-
-    def pipeline_inputs(self, embeds: PromptEmbeds, negative: PromptEmbeds | None) -> dict[str, Any]:
-        inputs: dict[str, Any] = dict(embeds)
-        if negative is not None:
-            inputs |= {f"negative_{name}": tensor for name, tensor in negative.items()}
-        return inputs

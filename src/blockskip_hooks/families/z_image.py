@@ -14,7 +14,7 @@ from .flux import Flux
 
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline, ModelMixin
+    from diffusers import DiffusionPipeline
 
 
 class ZImage(Family):
@@ -27,6 +27,8 @@ class ZImage(Family):
     name = "z-image"
     pipeline_name = "ZImagePipeline"
     text_components = ("text_encoder", "tokenizer")
+    text_width = "cap_feat_dim"
+    trains_on_mode = True
     text_comes_first = False
     lora_layers = ("attention.to_k", "attention.to_q", "attention.to_v", "attention.to_out.0")
     modulation_layers = ("adaLN_modulation.0",)
@@ -44,11 +46,6 @@ class ZImage(Family):
     def image_size(self) -> int:
         return 1024
 
-    def empty_embeds(
-        self, transformer_config: Mapping[str, Any], text_tokens: int, dtype: torch.dtype
-    ) -> PromptEmbeds:
-        return {"prompt_embeds": torch.empty((text_tokens, transformer_config["cap_feat_dim"]), dtype=dtype)}
-
     @torch.no_grad()
     def encode_prompts(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> list[PromptEmbeds]:
         embeds, _ = pipeline.encode_prompt(
@@ -65,11 +62,6 @@ class ZImage(Family):
             # Only where they differ: reading a tensor's values costs a sync, and fake tensors have none.
             batch["prompt_lengths"] = torch.tensor(lengths)
         return batch
-
-    def posterior(self, vae: ModelMixin, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        mean, std = super().posterior(vae, pixels)
-        # The upstream script trains on the posterior's mode.
-        return mean, torch.zeros_like(std)
 
     def transformer_inputs(
         self,

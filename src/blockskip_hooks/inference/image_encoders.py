@@ -71,7 +71,7 @@ class ImageEncoder(ABC):
         """Embeddings ``(N, D)`` of prompts, like those of :meth:`embed`.
 
         Raises:
-            ValueError: if the encoder knows images only.
+            UserError: if the encoder knows images only.
         """
         raise UserError(f"The image encoder {self.name} does not read text; one of CLIP's kind does.")
 
@@ -157,7 +157,7 @@ class PretrainedImageEncoder(ImageEncoder):
         device: Where it runs.
 
     Raises:
-        ValueError: if it cannot be loaded.
+        UserError: if it cannot be loaded.
     """
 
     def __init__(self, source: str | Path, device: torch.device | str = "cpu") -> None:
@@ -215,7 +215,7 @@ def load_image_encoder(name_or_path: str | Path, device: torch.device | str = "c
         device: Where a pretrained one runs.
 
     Raises:
-        ValueError: if it cannot be loaded.
+        UserError: if it cannot be loaded.
     """
     if name_or_path == "subject":
         return SubjectImageEncoder()

@@ -28,7 +28,7 @@ def open_repository(name: str, token: str | None) -> str:
         token: Token of the Hub; by default the one of ``hf auth login``.
 
     Raises:
-        ValueError: if there is none that can be written.
+        UserError: if there is none that can be written.
     """
     try:
         return HfApi(token=token).create_repo(name, exist_ok=True).repo_id
@@ -51,7 +51,7 @@ def push_to_hub(repo_id: str, folder: Path, token: str | None) -> None:
         token: Token of the Hub; by default the one of ``hf auth login``.
 
     Raises:
-        ValueError: if the upload fails; the results are on disk.
+        UserError: if the upload fails; the results are on disk.
     """
     widget = (metadata_load(folder / "README.md") or {}).get("widget") or []
     files: dict[str, Path | bytes] = {entry["output"]["url"]: folder / entry["output"]["url"] for entry in widget}

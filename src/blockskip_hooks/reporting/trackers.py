@@ -34,7 +34,7 @@ def start_trackers(run: Run, accelerator: Accelerator) -> None:
     All trackers write their files to ``--logging_dir``.
 
     Raises:
-        ValueError: if a tracker cannot start.
+        UserError: if a tracker cannot start.
     """
     folder = run.output_dir / run.settings.logging_dir
     if accelerator.log_with:

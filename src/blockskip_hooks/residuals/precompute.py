@@ -107,7 +107,7 @@ def _check_latents(samples: Sequence[Sample], latents: torch.Tensor, maker: Samp
     """Check latents ``(B, ...)``, so that no record holds what would only show as a loss that is not a number.
 
     Raises:
-        ValueError: naming the samples whose latents are not finite.
+        UserError: naming the samples whose latents are not finite.
     """
     finite = latents.flatten(1).isfinite().all(1).tolist()
     broken = [maker.describe(sample) for sample, fine in zip(samples, finite, strict=True) if not fine]

@@ -71,7 +71,7 @@ class ResidualStore:
         overwrite: Drop records made for something else instead of refusing the folder.
 
     Raises:
-        ValueError: if the folder holds records of something else, or is not a store.
+        UserError: if the folder holds records of something else, or is not a store.
     """
 
     def __init__(self, directory: Path, description: Mapping[str, Any], overwrite: bool = False) -> None:

@@ -120,7 +120,7 @@ def open_search(request: SearchRequest) -> MaskedImages:
     """Load what a search needs; finished images of the same settings are found again.
 
     Raises:
-        ValueError: if the encoder or the model cannot be loaded.
+        UserError: if the encoder or the model cannot be loaded.
     """
     encoder = load_image_encoder(request.encoder, request.device)
     family = request.family

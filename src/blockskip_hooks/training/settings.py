@@ -169,7 +169,7 @@ class TrainSettings:
         """These settings with other values of some flags.
 
         Raises:
-            ValueError: if a name is not a flag's.
+            UserError: if a name is not a flag's.
         """
         unknown = sorted(values.keys() - self.flags().keys())
         if unknown:

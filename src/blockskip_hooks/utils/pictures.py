@@ -44,7 +44,7 @@ def contact_sheet(rows: Sequence[SheetRow], file: Path, *, side: int, panels: in
         panels: Number of columns that the rows are dealt into, one after the other.
 
     Raises:
-        ValueError: if there are no images.
+        UserError: if there are no images.
     """
     if not any(row.images for row in rows):
         raise UserError(f"The contact sheet {file} has no images.")

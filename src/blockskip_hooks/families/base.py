@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..loading.component_config import is_absent
 from ..utils.errors import UserError
-from .facts import ComfyUIFormat, FamilyFacts, Flag, PromptEmbeds
+from .facts import ComfyUIFormat, Config, FamilyFacts, Flag, PromptEmbeds
 
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class Family(FamilyFacts):
         """Noise levels ``(B, 1, 1, 1)`` of indices into the schedule."""
         return self.scheduler.sigmas[list(indices)].reshape(-1, 1, 1, 1)
 
-    def image_tokens(self, transformer_config: Mapping[str, Any], inputs: Mapping[str, Any]) -> int:
+    def image_tokens(self, transformer_config: Config, inputs: Mapping[str, Any]) -> int:
         """Tokens of an image in the blocks' sequence, given the arguments of the transformer's forward."""
         hidden_states = inputs["hidden_states"]
         if hidden_states.ndim == 3:
@@ -153,9 +153,7 @@ class Family(FamilyFacts):
         patch_size = transformer_config["patch_size"]
         return (hidden_states.shape[-2] // patch_size) * (hidden_states.shape[-1] // patch_size)
 
-    def text_positions(
-        self, transformer_config: Mapping[str, Any], inputs: Mapping[str, Any], length: int
-    ) -> torch.Tensor:
+    def text_positions(self, transformer_config: Config, inputs: Mapping[str, Any], length: int) -> torch.Tensor:
         """Which tokens of a block's sequence are text.
 
         Args:
@@ -171,11 +169,7 @@ class Family(FamilyFacts):
 
     @abstractmethod
     def transformer_inputs(
-        self,
-        transformer_config: Mapping[str, Any],
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        embeds: PromptEmbeds,
+        self, transformer_config: Config, noisy_latents: torch.Tensor, timesteps: torch.Tensor, embeds: PromptEmbeds
     ) -> dict[str, Any]:
         """Keyword arguments of the transformer's forward.
 
@@ -287,4 +281,4 @@ def no_progress_bar() -> Iterator[None]:
             module.enable_progress_bar()
 
 
-__all__ = ["ComfyUIFormat", "Family", "Flag", "PromptEmbeds", "no_progress_bar", "repeat_given_embeds"]
+__all__ = ["ComfyUIFormat", "Config", "Family", "Flag", "PromptEmbeds", "no_progress_bar", "repeat_given_embeds"]

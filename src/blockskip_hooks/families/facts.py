@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from diffusers import ModelMixin
 
 
+Config = Mapping[str, Any]
+"""A component's config file."""
+
 PromptEmbeds = dict[str, torch.Tensor]
 """One prompt's embeddings by name, without a batch dimension; tensors whose first axis is tokens may differ in it."""
 
@@ -155,7 +158,7 @@ class FamilyFacts(ABC):
             UserError: one line that says what to do.
         """
 
-    def transformer_class(self, transformer_config: Mapping[str, Any]) -> type[ModelMixin]:
+    def transformer_class(self, transformer_config: Config) -> type[ModelMixin]:
         """The transformer's class, with LoRA methods.
 
         Raises:
@@ -195,9 +198,7 @@ class FamilyFacts(ABC):
         """Shape of one image's latents in the family's layout, from its size in pixels."""
         return self.vae_latent_shape(height, width)
 
-    def empty_embeds(
-        self, transformer_config: Mapping[str, Any], text_tokens: int, dtype: torch.dtype
-    ) -> PromptEmbeds:
+    def empty_embeds(self, transformer_config: Config, text_tokens: int, dtype: torch.dtype) -> PromptEmbeds:
         """Embeddings of a prompt of ``text_tokens`` tokens: right shapes and dtypes, every token real, no values."""
         width = transformer_config[self.text_width]
         masks = {name: torch.ones(text_tokens, dtype=kind) for name, kind in self.text_masks.items()}

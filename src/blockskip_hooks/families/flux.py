@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .base import ComfyUIFormat, Family, Flag, PromptEmbeds, split_batch
+from .base import ComfyUIFormat, Config, Family, Flag, PromptEmbeds, split_batch
 
 
 if TYPE_CHECKING:
@@ -53,9 +53,7 @@ class Flux(Family):
     tags = ("flux", "flux-diffusers")
     comfyui = ComfyUIFormat(writes_alpha=True)
 
-    def empty_embeds(
-        self, transformer_config: Mapping[str, Any], text_tokens: int, dtype: torch.dtype
-    ) -> PromptEmbeds:
+    def empty_embeds(self, transformer_config: Config, text_tokens: int, dtype: torch.dtype) -> PromptEmbeds:
         return {
             "prompt_embeds": torch.empty((text_tokens, transformer_config["joint_attention_dim"]), dtype=dtype),
             "pooled_prompt_embeds": torch.empty(transformer_config["pooled_projection_dim"], dtype=dtype),
@@ -69,11 +67,7 @@ class Flux(Family):
         return split_batch(prompt_embeds=tokens, pooled_prompt_embeds=pooled)
 
     def transformer_inputs(
-        self,
-        transformer_config: Mapping[str, Any],
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        embeds: PromptEmbeds,
+        self, transformer_config: Config, noisy_latents: torch.Tensor, timesteps: torch.Tensor, embeds: PromptEmbeds
     ) -> dict[str, Any]:
         batch, channels, height, width = noisy_latents.shape
         device, dtype = noisy_latents.device, noisy_latents.dtype

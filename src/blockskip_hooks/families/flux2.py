@@ -13,7 +13,7 @@ import torch
 from ..layouts import BlockLayout
 from ..loading.component_config import load_config
 from ..utils.errors import UserError
-from .base import ComfyUIFormat, Family, Flag, PromptEmbeds, split_batch
+from .base import ComfyUIFormat, Config, Family, Flag, PromptEmbeds, split_batch
 
 
 if TYPE_CHECKING:
@@ -111,11 +111,7 @@ class Flux2(Family):
         return (patches - mean) / torch.sqrt(variance + vae.config["batch_norm_eps"])
 
     def transformer_inputs(
-        self,
-        transformer_config: Mapping[str, Any],
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        embeds: PromptEmbeds,
+        self, transformer_config: Config, noisy_latents: torch.Tensor, timesteps: torch.Tensor, embeds: PromptEmbeds
     ) -> dict[str, Any]:
         device = noisy_latents.device
         guidance = None

@@ -14,7 +14,7 @@ import torch
 from ..layouts import BlockLayout
 from ..loading.component_config import defining_module
 from ..utils.errors import UserError
-from .base import ComfyUIFormat, Family, Flag, PromptEmbeds, split_batch
+from .base import ComfyUIFormat, Config, Family, Flag, PromptEmbeds, split_batch
 
 
 if TYPE_CHECKING:
@@ -77,9 +77,7 @@ class HiDream(Family):
             self.model_path, subfolder="scheduler", shift=3.0
         )
 
-    def empty_embeds(
-        self, transformer_config: Mapping[str, Any], text_tokens: int, dtype: torch.dtype
-    ) -> PromptEmbeds:
+    def empty_embeds(self, transformer_config: Config, text_tokens: int, dtype: torch.dtype) -> PromptEmbeds:
         t5_width, llama_width = transformer_config["caption_channels"]
         layers = max(transformer_config["llama_layers"]) + 1
         return {
@@ -153,11 +151,7 @@ class HiDream(Family):
         return split_batch(prompt_embeds_t5=t5, prompt_embeds_llama3=layers_last, pooled_prompt_embeds=pooled)
 
     def transformer_inputs(
-        self,
-        transformer_config: Mapping[str, Any],
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        embeds: PromptEmbeds,
+        self, transformer_config: Config, noisy_latents: torch.Tensor, timesteps: torch.Tensor, embeds: PromptEmbeds
     ) -> dict[str, Any]:
         return {
             "hidden_states": noisy_latents,
@@ -167,7 +161,7 @@ class HiDream(Family):
             "pooled_embeds": embeds["pooled_prompt_embeds"],
         }
 
-    def image_tokens(self, transformer_config: Mapping[str, Any], inputs: Mapping[str, Any]) -> int:
+    def image_tokens(self, transformer_config: Config, inputs: Mapping[str, Any]) -> int:
         height, width = inputs["hidden_states"].shape[-2:]
         if inputs["hidden_states"].ndim == 4 and height != width:
             # Images that are not square are padded to the longest sequence.

@@ -12,7 +12,7 @@ from torch.nn.functional import pad, pixel_unshuffle
 
 from ..layouts import BlockLayout
 from ..loading.component_config import defining_module, diffusers_class
-from .base import Family, Flag, PromptEmbeds
+from .base import Config, Family, Flag, PromptEmbeds
 from .flux import Flux
 
 
@@ -65,6 +65,7 @@ class Ideogram4(Family):
     trains_on_mode = True
     unused_components = ("unconditional_transformer", "prompt_enhancer_head")
     image_components = ("unconditional_transformer",)
+    image_size = 2048
     lora_layers = (
         "attention.to_q",
         "attention.to_k",
@@ -113,10 +114,6 @@ class Ideogram4(Family):
             self.model_path, subfolder="scheduler", shift=shift, use_dynamic_shifting=False
         )
 
-    @property
-    def image_size(self) -> int:
-        return 2048
-
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         channels, rows, columns = self.vae_latent_shape(height, width)
         return (channels * PATCH_SIZE**2, rows // PATCH_SIZE, columns // PATCH_SIZE)
@@ -160,11 +157,7 @@ class Ideogram4(Family):
         return (patches - vae.bn.running_mean[:, None, None].to(patches)) / std[:, None, None].to(patches)
 
     def transformer_inputs(
-        self,
-        transformer_config: Mapping[str, Any],
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        embeds: PromptEmbeds,
+        self, transformer_config: Config, noisy_latents: torch.Tensor, timesteps: torch.Tensor, embeds: PromptEmbeds
     ) -> dict[str, Any]:
         ids = _constants()
         batch, _, height, width = noisy_latents.shape
@@ -185,9 +178,7 @@ class Ideogram4(Family):
             "indicator": indicator,
         }
 
-    def text_positions(
-        self, transformer_config: Mapping[str, Any], inputs: Mapping[str, Any], length: int
-    ) -> torch.Tensor:
+    def text_positions(self, transformer_config: Config, inputs: Mapping[str, Any], length: int) -> torch.Tensor:
         return inputs["indicator"] == _constants().LLM_TOKEN_INDICATOR
 
     def prediction_to_latents(self, prediction: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from ..layouts import BlockLayout
-from .base import ComfyUIFormat, Flag, PromptEmbeds, split_batch
+from .base import ComfyUIFormat, Config, Flag, PromptEmbeds, split_batch
 from .qwen_image import VideoLatents
 
 
@@ -30,6 +30,7 @@ class Krea2(VideoLatents):
     pipeline_name = "Krea2Pipeline"
     block_layouts = {"Krea2TransformerBlock": BlockLayout()}
     text_components = ("text_encoder", "tokenizer")
+    image_size = 1024
     lora_layers = (
         "img_in",
         "final_layer.linear",
@@ -73,13 +74,7 @@ class Krea2(VideoLatents):
     tags = ("krea2", "krea2-diffusers")
     comfyui = ComfyUIFormat()
 
-    @property
-    def image_size(self) -> int:
-        return 1024
-
-    def empty_embeds(
-        self, transformer_config: Mapping[str, Any], text_tokens: int, dtype: torch.dtype
-    ) -> PromptEmbeds:
+    def empty_embeds(self, transformer_config: Config, text_tokens: int, dtype: torch.dtype) -> PromptEmbeds:
         length = max(text_tokens, self.flags["max_sequence_length"])
         shape = (length, transformer_config["num_text_layers"], transformer_config["text_hidden_dim"])
         return {
@@ -93,11 +88,7 @@ class Krea2(VideoLatents):
         return split_batch(prompt_embeds=embeds, prompt_embeds_mask=masks)
 
     def transformer_inputs(
-        self,
-        transformer_config: Mapping[str, Any],
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        embeds: PromptEmbeds,
+        self, transformer_config: Config, noisy_latents: torch.Tensor, timesteps: torch.Tensor, embeds: PromptEmbeds
     ) -> dict[str, Any]:
         patches = pixel_unshuffle(noisy_latents, PATCH_SIZE)
         text_tokens = embeds["prompt_embeds"].shape[1]

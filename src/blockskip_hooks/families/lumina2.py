@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..layouts import BlockLayout
-from .base import Family, Flag, PromptEmbeds, repeat_given_embeds
+from .base import Config, Family, Flag, PromptEmbeds, repeat_given_embeds
 
 
 if TYPE_CHECKING:
@@ -58,11 +58,7 @@ class Lumina2(Family):
         return results
 
     def transformer_inputs(
-        self,
-        transformer_config: Mapping[str, Any],
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        embeds: PromptEmbeds,
+        self, transformer_config: Config, noisy_latents: torch.Tensor, timesteps: torch.Tensor, embeds: PromptEmbeds
     ) -> dict[str, Any]:
         return {
             "hidden_states": noisy_latents,
@@ -71,9 +67,7 @@ class Lumina2(Family):
             "encoder_attention_mask": embeds["prompt_attention_mask"],
         }
 
-    def text_positions(
-        self, transformer_config: Mapping[str, Any], inputs: Mapping[str, Any], length: int
-    ) -> torch.Tensor:
+    def text_positions(self, transformer_config: Config, inputs: Mapping[str, Any], length: int) -> torch.Tensor:
         # Every sample begins with its own text, without padding.
         lengths = inputs["encoder_attention_mask"].sum(1)
         return torch.arange(length, device=lengths.device) < lengths[:, None]

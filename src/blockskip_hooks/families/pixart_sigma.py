@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
 
 from ..loading.component_config import diffusers_class
-from .base import Family, PromptEmbeds, split_batch
+from .base import Config, Family, PromptEmbeds, split_batch
 
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class PixArtSigma(Family):
     def find_pipeline_class(cls) -> Any:
         return _with_lora("PixArtSigmaLoraPipeline")
 
-    def transformer_class(self, transformer_config: Mapping[str, Any]) -> type[ModelMixin]:
+    def transformer_class(self, transformer_config: Config) -> type[ModelMixin]:
         return _with_lora("PixArtLoraTransformer")
 
     def load_scheduler(self) -> DDPMScheduler:
@@ -75,11 +75,7 @@ class PixArtSigma(Family):
         return signal * latents + noise_level * noise
 
     def transformer_inputs(
-        self,
-        transformer_config: Mapping[str, Any],
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        embeds: PromptEmbeds,
+        self, transformer_config: Config, noisy_latents: torch.Tensor, timesteps: torch.Tensor, embeds: PromptEmbeds
     ) -> dict[str, Any]:
         return {
             "hidden_states": noisy_latents,

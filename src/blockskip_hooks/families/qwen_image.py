@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from .base import ComfyUIFormat, Family, Flag, PromptEmbeds
+from .base import ComfyUIFormat, Config, Family, Flag, PromptEmbeds
 
 
 if TYPE_CHECKING:
@@ -91,11 +91,7 @@ class QwenImage(VideoLatents):
         return collated
 
     def transformer_inputs(
-        self,
-        transformer_config: Mapping[str, Any],
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        embeds: PromptEmbeds,
+        self, transformer_config: Config, noisy_latents: torch.Tensor, timesteps: torch.Tensor, embeds: PromptEmbeds
     ) -> dict[str, Any]:
         batch, channels, height, width = noisy_latents.shape
         return {

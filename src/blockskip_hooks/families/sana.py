@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from ..layouts import BlockLayout
-from .base import Family, Flag, PromptEmbeds
+from .base import Config, Family, Flag, PromptEmbeds
 
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ class Sana(Family):
     text_width = "caption_channels"
     text_masks = {"prompt_attention_mask": torch.long}
     cross_attention = "attn2"
+    image_size = 1024
     lora_layers = ("to_k", "to_q", "to_v")
     own_flags = (
         Flag(
@@ -45,10 +46,6 @@ class Sana(Family):
     @property
     def vae_scale_factor(self) -> int:
         return 2 ** (len(self.vae_config["encoder_block_out_channels"]) - 1)
-
-    @property
-    def image_size(self) -> int:
-        return 1024
 
     @torch.no_grad()
     def encode_prompts(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> list[PromptEmbeds]:
@@ -73,11 +70,7 @@ class Sana(Family):
         return latents, torch.zeros_like(latents)
 
     def transformer_inputs(
-        self,
-        transformer_config: Mapping[str, Any],
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        embeds: PromptEmbeds,
+        self, transformer_config: Config, noisy_latents: torch.Tensor, timesteps: torch.Tensor, embeds: PromptEmbeds
     ) -> dict[str, Any]:
         # Configs from before SANA-Sprint lack the entry.
         scale = transformer_config.get("timestep_scale", 1.0)
@@ -114,11 +107,7 @@ class SanaSprint(Sana):
     _guidance_scale: ClassVar[float] = 4.5
 
     def transformer_inputs(
-        self,
-        transformer_config: Mapping[str, Any],
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        embeds: PromptEmbeds,
+        self, transformer_config: Config, noisy_latents: torch.Tensor, timesteps: torch.Tensor, embeds: PromptEmbeds
     ) -> dict[str, Any]:
         guidance = self._guidance_scale * transformer_config["guidance_embeds_scale"]
         return {

@@ -10,7 +10,7 @@ import torch
 
 from ..loading.component_config import load_config
 from ..utils.errors import UserError
-from .base import ComfyUIFormat, Family, Flag, PromptEmbeds, repeat_given_embeds, split_batch
+from .base import ComfyUIFormat, Config, Family, Flag, PromptEmbeds, repeat_given_embeds, split_batch
 
 
 if TYPE_CHECKING:
@@ -71,9 +71,7 @@ class StableDiffusion3(Family):
     tags = ("sd3", "sd3-diffusers")
     comfyui = ComfyUIFormat()
 
-    def empty_embeds(
-        self, transformer_config: Mapping[str, Any], text_tokens: int, dtype: torch.dtype
-    ) -> PromptEmbeds:
+    def empty_embeds(self, transformer_config: Config, text_tokens: int, dtype: torch.dtype) -> PromptEmbeds:
         clip_tokens = load_config(self.model_path / "text_encoder")["max_position_embeddings"]
         width = transformer_config["joint_attention_dim"]
         return {
@@ -104,11 +102,7 @@ class StableDiffusion3(Family):
         return split_batch(prompt_embeds=tokens, pooled_prompt_embeds=pooled)
 
     def transformer_inputs(
-        self,
-        transformer_config: Mapping[str, Any],
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        embeds: PromptEmbeds,
+        self, transformer_config: Config, noisy_latents: torch.Tensor, timesteps: torch.Tensor, embeds: PromptEmbeds
     ) -> dict[str, Any]:
         return {
             "hidden_states": noisy_latents,

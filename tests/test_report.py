@@ -166,10 +166,10 @@ def test_sections_carry_the_figures(tmp_path: Path):
     assert not page.of("details")[0]  # closed
 
 
-@pytest.mark.parametrize("source", ["flag", "table", "search", "rule"])
+@pytest.mark.parametrize("source", ["flag", "table", "rule"])
 def test_block_numbers_say_where_they_come_from(tmp_path: Path, source: str):
     text = words(report(tmp_path, RUN | {"skip": RUN["skip"] | {"source": source}}))
-    origin = {"flag": "--skip_blocks", "table": "table", "search": "masking search", "rule": "general rule"}[source]
+    origin = {"flag": "--skip_blocks", "table": "table", "rule": "general rule"}[source]
     assert re.search(rf"n = 2, m = 3, [^)]*{origin}", text)
 
 

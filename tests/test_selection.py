@@ -1,7 +1,6 @@
 """Which blocks are skipped: by the flag, by a shipped table, or by the written rule."""
 
 import math
-from dataclasses import replace
 
 import pytest
 
@@ -128,11 +127,6 @@ def test_other_forms_are_refused_with_the_ones_that_work(text):
 def test_curves_give_the_least_harmful_pair_of_every_size(skipped, pair, harm):
     selection = selections.select_blocks(str(skipped), 0.3, 5, CURVED)
     assert spans(selection) == pair and selection.harm == pytest.approx(harm) and selection.source == "table"
-
-
-def test_a_table_that_the_run_measured_is_a_search():
-    searched = replace(CURVED, searched=True)
-    assert selections.select_blocks("auto", 0.4, 5, searched).source == "search"
 
 
 def test_a_byte_budget_takes_the_least_harm_that_frees_enough():

@@ -31,7 +31,7 @@ class Selection:
         blocks: N, number of blocks of the transformer.
         leading: n.
         trailing: m.
-        source: ``"flag"``, ``"table"``, ``"search"`` (a table measured by this run) or ``"rule"``.
+        source: ``"flag"``, ``"table"`` or ``"rule"``.
         table: Name and origin of the table, or the rule's wording.
         harm: D[n] + D[m] of the table's curves (Eq. 2), if it has some.
     """
@@ -39,7 +39,7 @@ class Selection:
     blocks: int
     leading: int
     trailing: int
-    source: Literal["flag", "table", "search", "rule"]
+    source: Literal["flag", "table", "rule"]
     table: str | None = None
     harm: float | None = None
 
@@ -142,6 +142,5 @@ def select_number(skipped: int, num_blocks: int, table: SelectionTable | None = 
 
 def from_table(table: SelectionTable, pair: Pair) -> Selection:
     """The selection of a pair of a table."""
-    source: Literal["search", "table"] = "search" if table.searched else "table"
     harm = table.leading[pair[0]] + table.trailing[pair[1]] if table.leading else None
-    return Selection(table.num_blocks, *pair, source, table.describe(), harm)
+    return Selection(table.num_blocks, *pair, "table", table.describe(), harm)

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from ..utils.errors import UserError
+from ..utils.pictures import flattened
 
 
 MAX_PIXELS = 500_000_000
@@ -178,7 +179,7 @@ def _to_rgb(image: Image.Image, profile: bytes | None) -> Picture:
         rgb = image.convert("RGB")
     if alpha is not None:
         rgb.putalpha(alpha)
-        rgb = Image.alpha_composite(Image.new("RGBA", rgb.size, "white"), rgb).convert("RGB")
+        rgb = flattened(rgb)
     return Picture(rgb, ignored)
 
 

@@ -13,7 +13,7 @@ import torch
 
 from ..layouts import BlockLayout
 from ..loading.component_config import defining_module
-from ..utils.errors import UserError
+from ..utils.errors import UserError, first_line
 from .base import ComfyUIFormat, Config, Family, Flag, PromptEmbeds, split_batch
 
 
@@ -137,7 +137,7 @@ class HiDream(Family):
                 components[component] = load(self.flags[flag])
             except (OSError, ValueError) as error:
                 raise UserError(
-                    f"--{flag} {self.flags[flag]} cannot be loaded ({str(error).splitlines()[0]}); name a folder with "
+                    f"--{flag} {self.flags[flag]} cannot be loaded ({first_line(error)}); name a folder with "
                     "Llama 3.1 8B Instruct, or a hub id that you have access to."
                 ) from error
         return components

@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from ..embedded import embedded_model
-from ..utils.errors import UserError
+from ..utils.errors import UserError, first_line
 from .subject_encoder import SubjectEncoder
 
 
@@ -171,10 +171,9 @@ class PretrainedImageEncoder(ImageEncoder):
                 AutoTokenizer.from_pretrained(source, trust_remote_code=False) if self.reads_text else None
             )
         except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
             raise UserError(
-                f"The image encoder {source} cannot be loaded ({reason}); name a folder, a hub id that can be "
-                "reached, or offline."
+                f"The image encoder {source} cannot be loaded ({first_line(error)}); name a folder, a hub id that "
+                "can be reached, or offline."
             ) from error
 
     @torch.no_grad()

@@ -173,7 +173,6 @@ def _skip(skip: Mapping[str, Any]) -> dict[str, Any] | None:
     origin = {
         "flag": "chosen with --skip_blocks",
         "table": f"from the table {skip.get('table') or 'shipped with the package'}",
-        "search": "found by a masking search",
         "rule": "from the general rule, as no table has this model",
     }
     spans = (("leading", 0, leading), ("kept", leading, blocks - trailing), ("trailing", blocks - trailing, blocks))

@@ -53,7 +53,6 @@ class SelectionTable:
         known_pairs: Pairs of an inferred table, by k.
         leading: D of the first n blocks masked, for n from 0 to N-1; empty if inferred.
         trailing: D of the last m blocks masked, for m from 0 to N-1; empty if inferred.
-        searched: Whether it was measured by the run that uses it.
     """
 
     model: str
@@ -66,7 +65,6 @@ class SelectionTable:
     known_pairs: Mapping[int, Pair] | None = None
     leading: tuple[float, ...] = ()
     trailing: tuple[float, ...] = ()
-    searched: bool = False
 
     def describe(self) -> str:
         """The table in a few words, for plans and reports."""

@@ -38,8 +38,9 @@ from common import (
     write_figures,
 )
 
+from blockskip_hooks.cli.run_plan import plan_for
 from blockskip_hooks.planning.counters import LiveBytes
-from blockskip_hooks.planning.plan import plan_for, planned_batch_size
+from blockskip_hooks.planning.plan import planned_batch_size
 from blockskip_hooks.residuals.precompute import base_model
 from blockskip_hooks.utils.formatting import format_bytes
 

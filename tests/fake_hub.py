@@ -1,8 +1,9 @@
-"""A hub on loopback: the few routes that an upload needs, and a memory of what it was asked."""
+"""A hub on loopback: the few routes that an upload or a download needs, and a memory of what it was asked."""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import threading
 from collections.abc import Iterator
@@ -36,7 +37,7 @@ class FakeHub:
         failing: Status by the part of a route, such as ``"/commit/"``.
         requests: All that came, in order.
         repositories: Names of those that were made.
-        files: What was committed, by repository and path.
+        files: What was committed or is there to be downloaded, by repository and path.
     """
 
     token: str
@@ -46,7 +47,7 @@ class FakeHub:
     repositories: list[str] = field(default_factory=list)
     files: dict[str, dict[str, bytes]] = field(default_factory=dict)
 
-    def answer(self, request: Request) -> tuple[int, dict[str, Any]]:
+    def answer(self, request: Request) -> tuple[int, Any]:
         """Status and JSON of the answer."""
         self.requests.append(request)
         path = request.path.partition("?")[0]
@@ -82,7 +83,25 @@ class FakeHub:
             return 200, {"success": True, "commitOid": COMMIT, "commitUrl": url}
         if route in ("", "revision/main"):
             return 200, {"id": repository, "sha": COMMIT, "siblings": [], "private": False, "tags": []}
+        if route.startswith("tree/"):
+            names = self.files.get(repository, {})
+            entries = [{"type": "file", "path": n, "size": len(c), "oid": COMMIT} for n, c in names.items()]
+            return 200, entries
         return 404, {"error": f"this hub does not know {path}"}
+
+    def download(self, request: Request) -> bytes | None:
+        """The contents of the file that is asked for, if it is one."""
+        repository, found, file = request.path.partition("?")[0].lstrip("/").partition("/resolve/")
+        content = self.files.get(repository, {}).get(file.partition("/")[2]) if found else None
+        if content is not None:
+            self.requests.append(request)
+        return content
+
+    @property
+    def downloaded(self) -> set[str]:
+        """Names of the files that were sent."""
+        paths = [request.path for request in self.requests if request.method == "GET" and "/resolve/" in request.path]
+        return {path.partition("/resolve/")[2].partition("/")[2] for path in paths}
 
 
 @contextmanager
@@ -94,15 +113,23 @@ def fake_hub(token: str) -> Iterator[FakeHub]:
         def _serve(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             headers = {name.lower(): value for name, value in self.headers.items()}
-            status, answer = hub.answer(Request(self.command, self.path, headers, body))
-            data = json.dumps(answer).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
+            request = Request(self.command, self.path, headers, body)
+            data = hub.download(request)
+            if data is None:
+                status, answer = hub.answer(request)
+                data = json.dumps(answer).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+            else:
+                self.send_response(200)
+                self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+                self.send_header("X-Repo-Commit", COMMIT)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
-            self.wfile.write(data)
+            if self.command != "HEAD":
+                self.wfile.write(data)
 
-        do_GET = do_POST = _serve  # noqa: N815
+        do_GET = do_POST = do_HEAD = _serve  # noqa: N815
 
         def log_message(self, *args: object) -> None:
             """Say nothing."""

@@ -22,6 +22,7 @@ from blockskip_hooks.cli.preparation import prepare_run
 from blockskip_hooks.data.buckets import standard_buckets
 from blockskip_hooks.data.photo_set import INTERPOLATION
 from blockskip_hooks.families import FAMILIES
+from blockskip_hooks.utils.files import expand_home
 from tests.script import load_script, save_photos
 from tests.tiny import TINY_FAMILIES
 
@@ -51,14 +52,14 @@ OUR_FLAGS = {
     "--skip_blocks": (None, "none", None),
     "--skip_ratio": (float, 0.3, None),
     "--skip_budget": (None, None, None),
-    "--selection_table": (None, None, None),
+    "--selection_table": (expand_home, None, None),
     "--strict_table": ("store_true", False, None),
     "--residuals": (None, "precomputed", ("precomputed", "online", "none")),
     "--residual_dtype": (None, "auto", ("auto", "float8")),
     "--stretch_steps": (int, None, None),
     "--record_repeats": (int, 1, None),
     "--refresh_residuals": ("--no-refresh_residuals", None, None),
-    "--residual_dir": (None, None, None),
+    "--residual_dir": (expand_home, None, None),
     "--keep_modulation": ("store_true", False, None),
     "--memory_budget": (None, None, None),
     "--memory_options": (None, [], None),
@@ -71,17 +72,20 @@ OUR_FLAGS = {
     "--quantization": (None, "none", ("nf4", "int8", "none")),
     "--min_patch_size": (int, None, None),
     "--max_patch_size": (int, None, None),
-    "--config": (None, None, None),
+    "--config": (expand_home, None, None),
     "--dump_config": ("store_true", False, None),
     "--save_format": (None, "diffusers", ("diffusers", "comfyui")),
     "--export_merged": ("store_true", False, None),
+    "--validation_resolution": (int, None, None),
 }
+# The upstream scripts take one.
+SEVERAL = {"--validation_prompt"}
 # Texts that are read as something else, whatever the upstream script does with them.
 PARSED = dict.fromkeys(
     """--skip_blocks --skip_budget --memory_budget --residual_budget --lora_layers --lora_blocks --report_to
     --aspect_ratio_buckets""".split()  # noqa: SIM905
 )
-TYPES = {"str": (None, str), "int": (int,), "float": (float,), "bool": (parse_bool,)}
+TYPES = {"str": (None, str, expand_home), "int": (int,), "float": (float,), "bool": (parse_bool,)}
 NAMED = [
     "--pretrained_model_name_or_path",
     "some/model",
@@ -158,7 +162,7 @@ def test_upstream_flags_keep_their_form(name):
             "required": not action.required and (not flag["required"] or flag["name"] in NOT_REQUIRED_HERE),
             "help": bool(action.help),
             "action": (action.nargs == 0 and action.const is True) if switch else action.const is None,
-            "nargs": switch or action.nargs == flag["nargs"],
+            "nargs": switch or action.nargs == ("+" if flag["name"] in SEVERAL else flag["nargs"]),
             "type": switch or kind in TYPES[flag["type"]],
         }
         wrong += [(flag["name"], what) for what, holds in fits.items() if not holds]
@@ -546,6 +550,8 @@ def test_missing_tracker(monkeypatch):
         (["--optimizer", "prodigy"], "--learning_rate 0.0001 is low for prodigy"),
         (["--prodigy_decouple", "False"], "--prodigy_decouple has no effect without --optimizer prodigy"),
         (["--text_encoder_lr", "1e-5"], "--text_encoder_lr has no effect without --train_text_encoder"),
+        (["--lr_warmup_steps", "5"], "--lr_warmup_steps has no effect without --lr_scheduler other than constant"),
+        (["--lr_power", "2"], "--lr_power has no effect without --lr_scheduler polynomial"),
         (["--caption_column", "text"], "--caption_column has no effect without --dataset_name"),
         (["--instance_data_dir", "cat"], "No --instance_prompt for your photos"),
     ],

@@ -78,6 +78,22 @@ def test_residuals_reproduce_the_full_model(tiny: TinyFamily, spans: tuple[int, 
         assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("spans", [(2, 0), (0, 2), (1, 2)], ids=str)
+def test_bfloat16_is_exact_up_to_rounding(spans: tuple[int, int]):
+    """A trailing residual is a difference of rounded numbers and rounded itself; a leading output is kept as it is."""
+    tiny = next(tiny for tiny in TINY_FAMILIES if tiny.family is Flux)
+    inputs = {
+        name: value.bfloat16() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in tiny.make_inputs(2).items()
+    }
+    with torch.no_grad():
+        expected = forward(tiny.make_transformer().bfloat16(), inputs)
+    model = wrap(tiny, tiny.make_transformer().bfloat16(), BlockSkipConfig(leading=spans[0], trailing=spans[1]))
+    actual = forward(model, inputs, residuals=model.capture_residuals(**inputs))
+    off = ((actual - expected).abs().max() / expected.abs().max()).item()
+    assert off < 0.0015 and (off > 0) == (spans[1] > 0)
+
+
 def test_skipped_blocks_matter_and_do_not_run(tiny: TinyFamily):
     """Without residuals the prediction is another one; with them the skipped weights are not read at all."""
     inputs = tiny.make_inputs(1)

@@ -1,14 +1,15 @@
-"""``--memory_budget``: the fewest skipped blocks that fit, options in their order, what is said when nothing fits."""
+"""``--memory_budget``: what costs the result least comes first, and what is said when nothing fits."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from blockskip_hooks.planning.budget import fit_budget
+from blockskip_hooks.planning.budget import BudgetSteps, fit_budget, selections_for_budget
 from blockskip_hooks.selection import Selection
 from tests import script
 from tests.tiny import TINY_FAMILIES
@@ -17,36 +18,47 @@ from tests.tiny import TINY_FAMILIES
 GIB = 2**30
 
 
-SELECTIONS = [Selection(20, number, 0, "rule") for number in range(20)]
+SELECTIONS = selections_for_budget([GIB] * 20)
 
 
 def plan_for(selection: Selection, options: tuple[str, ...]) -> dict[str, Any]:
     """A model of 20 blocks of 1 GiB beside 4 GiB; each option takes 2 GiB off."""
-    num_skipped = selection.num_skipped
-    train = (24 - num_skipped - 2 * len(options)) * GIB
+    train = (24 - selection.num_skipped - 2 * len(options)) * GIB
     stages = [{"name": "encode", "peak_device_bytes": 3 * GIB}, {"name": "train", "peak_device_bytes": train}]
-    return {"stages": stages, "skip": {"leading": num_skipped, "trailing": 0}}
+    return {"stages": stages, "skip": {"leading": selection.leading, "trailing": selection.trailing}}
 
 
 @pytest.mark.parametrize(
-    ("gib", "options", "num_skipped", "used"),
+    ("gib", "options", "last", "spans", "used"),
     [
-        (30, (), 0, ()),
-        (24, (), 0, ()),
-        (23.5, (), 1, ()),
-        (14, (), 10, ()),
-        (13, (), 11, ()),
-        (13, ("a", "b"), 9, ("a",)),
-        (11, ("a", "b"), 9, ("a", "b")),
-        (14, ("a", "b"), 10, ()),
-        (7, ("a", "b"), 13, ("a", "b")),
-        (5, (), 19, ()),
+        (30, (), (), (0, 0), ()),
+        (24, (), (), (0, 0), ()),
+        (23.5, (), (), (1, 0), ()),
+        (14, (), (), (10, 0), ()),
+        (13, (), (), (10, 1), ()),
+        (5, (), (), (10, 9), ()),
+        # What costs the result less than skipping comes first, what costs it more after half of the blocks.
+        (23.5, ("a", "b"), ("z",), (0, 0), ("a",)),
+        (21, ("a", "b"), ("z",), (0, 0), ("a", "b")),
+        (19, ("a", "b"), ("z",), (1, 0), ("a", "b")),
+        (10, ("a", "b"), ("z",), (10, 0), ("a", "b")),
+        (8, ("a", "b"), ("z",), (10, 0), ("a", "b", "z")),
+        (7, ("a", "b"), ("z",), (10, 1), ("a", "b", "z")),
     ],
 )
-def test_the_fewest_blocks_with_the_fewest_options(gib: float, options: tuple, num_skipped: int, used: tuple):
-    choice = fit_budget(plan_for, SELECTIONS, int(gib * GIB), options)
-    assert (choice.selection.num_skipped, choice.options) == (num_skipped, used)
-    assert f"{num_skipped} of 20" in choice.reason and all(option in choice.reason for option in used)
+def test_what_costs_the_result_least_comes_first(gib: float, options: tuple, last: tuple, spans: tuple, used: tuple):
+    choice = fit_budget(plan_for, BudgetSteps(SELECTIONS, options, last), int(gib * GIB))
+    assert ((choice.selection.leading, choice.selection.trailing), choice.options) == (spans, used)
+    assert f"{sum(spans)} of 20" in choice.reason and all(option in choice.reason for option in used)
+
+
+def test_more_memory_never_costs_the_result_more():
+    steps = BudgetSteps(SELECTIONS, ("a", "b"), ("z",))
+    choices = [fit_budget(plan_for, steps, tenths * GIB // 10) for tenths in range(30, 260)]
+    for poorer, richer in itertools.pairwise(choices):
+        assert richer.selection.leading <= poorer.selection.leading
+        assert richer.selection.trailing <= poorer.selection.trailing
+        assert set(richer.options) <= set(poorer.options)
 
 
 def test_curves_choose_by_harm_and_the_reason_says_so():
@@ -56,7 +68,7 @@ def test_curves_choose_by_harm_and_the_reason_says_so():
         Selection(20, 0, 6, "table", "t", 0.1),
         Selection(20, 7, 0, "table", "t", 0.4),
     ]
-    choice = fit_budget(plan_for, selections, 20 * GIB)
+    choice = fit_budget(plan_for, BudgetSteps(selections), 20 * GIB)
     assert choice.selection == selections[1] and choice.reason.startswith(
         "the least harmful selection that fits, 6 of 20"
     )
@@ -69,7 +81,7 @@ def test_it_asks_for_few_plans():
         asked.append(args)
         return plan_for(*args)
 
-    fit_budget(counted, SELECTIONS, 17 * GIB)
+    fit_budget(counted, BudgetSteps(SELECTIONS), 17 * GIB)
     assert len(asked) <= 6
 
 
@@ -78,7 +90,7 @@ def test_the_least_is_said_when_nothing_fits(options: tuple):
     with pytest.raises(
         ValueError, match="^--memory_budget 2.50 GiB is less than any setting needs: the least is"
     ) as e:
-        fit_budget(plan_for, SELECTIONS, int(2.5 * GIB), options)
+        fit_budget(plan_for, BudgetSteps(SELECTIONS, options), int(2.5 * GIB))
     assert "\n" not in str(e.value) and ("3.00 GiB" if options else "5.00 GiB") in str(e.value)
 
 
@@ -107,23 +119,44 @@ def test_the_script_skips_as_few_blocks_as_fit(photos: Path, tmp_path: Path, cap
     assert f"{fewest} of 5" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_allowed_options_are_used_before_more_than_half_is_skipped(photos: Path, tmp_path: Path):
-    half = plan_only(photos, tmp_path / "half", "--skip_blocks", "2")
-    budget = peak(half) - 1
-    without = plan_only(photos, tmp_path / "without", "--memory_budget", str(budget))
-    options = ("--memory_budget", str(budget), "--memory_options", "checkpointing", "nf4")
-    allowed = plan_only(photos, tmp_path / "with", *options)
-    assert without["skip"]["ratio"] > 0.5 >= allowed["skip"]["ratio"]
-    assert peak(allowed) <= budget
-    assert "checkpointing" in allowed["fits"]["reason"]
+def test_more_memory_never_costs_a_run_more(photos: Path, tmp_path: Path):
+    """From all that the model needs to the least there is."""
+    options = ("--memory_options", "checkpointing", "8bit_adam", "int8", "patches", "nf4")
+    largest, choices = peak(plan_only(photos, tmp_path / "plain")), []
+    for share in (1.0, 0.8, 0.5):
+        budget = int(share * largest)
+        plan = plan_only(photos, tmp_path / str(share), "--memory_budget", str(budget), *options)
+        assert peak(plan) <= budget
+        choices.append((plan["skip"]["leading"] + plan["skip"]["trailing"], len(used_options(plan))))
+    assert choices == sorted(choices) and choices[0] == (0, 0) and choices[1][0] == 0 < choices[1][1]
+
+
+def used_options(plan: dict[str, Any]) -> list[str]:
+    names = ("checkpointing", "8bit_adam", "int8", "patches", "nf4")
+    return [name for name in names if name in plan["fits"]["reason"]]
+
+
+def test_fixed_spans_get_the_options_that_they_need(photos: Path, tmp_path: Path):
+    fixed = plan_only(photos, tmp_path / "fixed", "--skip_blocks", "1,1")
+    flags = (
+        "--skip_blocks",
+        "1,1",
+        "--memory_budget",
+        str(peak(fixed) - 1),
+        "--memory_options",
+        "checkpointing",
+        "nf4",
+    )
+    plan = plan_only(photos, tmp_path / "fits", *flags)
+    assert (plan["skip"]["leading"], plan["skip"]["trailing"]) == (1, 1) and plan["fits"]["ok"]
+    assert used_options(plan)[:1] == ["checkpointing"]
 
 
 def test_fixed_spans_that_do_not_fit_are_refused(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     with pytest.raises(AssertionError, match="ended with 2"):
         plan_only(photos, tmp_path, "--skip_blocks", "1,1", "--memory_budget", "10KB")
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: --skip_blocks 1,1 needs") and "--memory_budget 10KB" in error
+    assert error.startswith("error: --skip_blocks 1,1 needs") and "--memory_budget 9.77 KiB" in error
     assert not list(tmp_path.glob("*"))
 
 

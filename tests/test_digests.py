@@ -12,6 +12,7 @@ from blockskip_hooks.utils import digests
 from blockskip_hooks.utils.digests import file_digest, folder_digest
 
 
+@pytest.mark.slow
 def test_altering_any_tensor_of_a_model_changes_its_digest(tmp_path):
     folder = shutil.copytree(embedded_model() / "transformer", tmp_path / "transformer")
     (path,) = folder.glob("*.safetensors")

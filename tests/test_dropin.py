@@ -26,7 +26,7 @@ from blockskip_hooks.training.history import History
 from blockskip_hooks.training.records import RecordSource
 from tests import script
 from tests.script import WEIGHTS, assert_same_weights, losses, weights
-from tests.tiers import fast_first
+from tests.tiers import fast_first, fast_rows
 from tests.tiny import TINY_FAMILIES, TinyFamily
 
 
@@ -132,16 +132,18 @@ def test_lora_layers_are_the_only_ones_that_train(tiny: TinyFamily, spans: str, 
 
 @pytest.mark.parametrize(
     "flags, expected",
-    [
-        (["--lora_blocks", "0"], None),
-        (["--lora_layers", "attn.to_k"], [f"transformer_blocks.{n}.attn.to_k" for n in range(5)]),
-        (["--lora_blocks", "0", "--lora_layers", "attn.to_k"], ["transformer_blocks.0.attn.to_k"]),
-        (
-            ["--lora_blocks", "1,3", "--lora_layers", "attn.to_k,attn.to_q", "--skip_blocks", "1,1"],
-            [f"transformer_blocks.{n}.attn.to_{which}" for n in (1, 3) for which in "kq"],
-        ),
-    ],
-    ids=["block", "layer", "layer of a block", "layers of kept blocks"],
+    fast_rows(
+        [
+            (
+                ["--lora_blocks", "1,3", "--lora_layers", "attn.to_k,attn.to_q", "--skip_blocks", "1,1"],
+                [f"transformer_blocks.{n}.attn.to_{which}" for n in (1, 3) for which in "kq"],
+            ),
+            (["--lora_blocks", "0"], None),
+            (["--lora_layers", "attn.to_k"], [f"transformer_blocks.{n}.attn.to_k" for n in range(5)]),
+            (["--lora_blocks", "0", "--lora_layers", "attn.to_k"], ["transformer_blocks.0.attn.to_k"]),
+        ]
+    ),
+    ids=["layers of kept blocks", "block", "layer", "layer of a block"],
 )
 def test_sd3_trains_the_blocks_and_layers_that_are_named(
     flags: list[str], expected: list[str] | None, photos: Path, tmp_path: Path

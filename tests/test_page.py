@@ -37,7 +37,7 @@ def test_each_checkpoint_has_a_page_that_says_how_far_the_run_is(pages):
     for step, text in enumerate(checkpoints, 1):
         assert re.search(rf"Step {step} of 3, \d{{4}}-\d\d-\d\d \d\d:\d\d\.", text)
         assert "so far" in text and "Whole run" not in text
-        assert f'/checkpoint-{step}")' in text
+        assert f'("checkpoint-{step}")' in text
     assert "of 3," not in final and "so far" not in final and "Whole run" in final and "written 20" in final
 
 

@@ -5,23 +5,27 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from blockskip_hooks import BlockSkipConfig, DiTBlockSkipTransformer, PatchSamplingConfig, SpanResiduals
+from blockskip_hooks.embedded import embedded_photos
 from blockskip_hooks.families import FAMILIES, Family
 from blockskip_hooks.lora import add_lora, lora_targets
 from blockskip_hooks.losses import flow_matching_loss
 from blockskip_hooks.planning.components import simulate_vae
 from blockskip_hooks.planning.counters import CountFlops, LiveBytes
 from blockskip_hooks.planning.description import format_plan
-from blockskip_hooks.planning.presets import Preset, load_preset
+from blockskip_hooks.planning.presets import Preset, load_preset, write_preset
 from blockskip_hooks.planning.simulation import FakeTransformer, empty_model
 from blockskip_hooks.planning.stages import RECORD_OVERHEAD, PlanRequest, plan_run
+from tests.script import load_script as load_training_script
 from tests.tiny import TINY_FAMILIES
 
 
@@ -326,11 +330,13 @@ def load_script() -> Any:
 
 
 @pytest.mark.parametrize("as_json", [True, False])
-def test_script(
-    preset: Preset, as_json: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_script(as_json: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def write_tiny(name: str, folder: Path, pipeline_settings: Any) -> str:
+        shutil.copytree(TINY_FAMILIES[0].folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+        return name
+
     script = load_script()
-    monkeypatch.setattr(script, "load_preset", lambda name: preset)
+    monkeypatch.setattr(script, "write_preset", write_tiny)
     command = ["--preset", "tiny", "--skip_blocks", "1,2", "--resolution", "64", "--max_sequence_length", "5"]
     command += ["--precompute_batch_size", "1"]
     if as_json:
@@ -341,6 +347,26 @@ def test_script(
     else:
         assert script.main(command) == 0
         assert "plain LoRA at 64 px, simulated" in capsys.readouterr().out
+
+
+def test_a_preset_is_planned_as_the_training_script_plans_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same numbers for the folder that a preset is written to."""
+    flags = ["--skip_blocks", "6,2", "--resolution", "512", "--train_batch_size", "1", "--mixed_precision", "bf16"]
+    assert load_script().main(["--preset", "sana-0.6b", *flags, "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    name = write_preset("sana-0.6b", tmp_path / "model")
+    command = ["--pretrained_model_name_or_path", str(tmp_path / "model"), "--instance_prompt", "a dog", *flags]
+    command += ["--instance_data_dir", str(embedded_photos()), "--max_train_steps", "500", "--plan_only"]
+    command += ["--residual_budget", "16GB", "--skip_final_inference", "--output_dir", str(tmp_path / "out")]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert load_training_script().main(command) == 0
+    plan = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert planned["model"] == name
+    for written in (plan, planned):
+        written["stages"] = [{key: s[key] for key in s if "second" not in key} for s in written["stages"]]
+    assert plan == {key: planned[key] for key in plan}
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from blockskip_hooks.planning.presets import Preset, load_preset, preset_names
 from blockskip_hooks.planning.simulation import empty_model
 from blockskip_hooks.planning.stages import PlanRequest, plan_run
 from blockskip_hooks.selection import select_blocks
+from tests.tiers import fast_first
 
 
 class Published(NamedTuple):
@@ -190,15 +191,9 @@ def with_few_blocks(preset: Preset) -> Preset:
 # One of each architecture; the SANAs differ in their attention.
 @pytest.mark.parametrize(
     "name",
-    [
-        "flux.2-dev",
-        "flux.2-klein-4b",
-        "qwen-image",
-        "sana-0.6b",
-        "sana-4.8b",
-        "sd3.5-medium",
-        "z-image",
-    ],
+    fast_first(
+        ["flux.2-klein-4b", "sana-0.6b", "flux.2-dev", "qwen-image", "sana-4.8b", "sd3.5-medium", "z-image"], fast=2
+    ),
 )
 def test_full_width_runs_can_be_planned(name: str) -> None:
     preset = with_few_blocks(load_preset(name))

@@ -11,7 +11,7 @@ from blockskip_hooks.loading import download as model_files
 from blockskip_hooks.reporting.model_card import License, read_license
 from tests.fake_hub import USER, FakeHub, fake_hub
 from tests.script import PROMPT, WEIGHTS, load_script, save_photos, settings
-from tests.tiers import fast_rows
+from tests.tiers import fast_first, fast_rows
 from tests.tiny import save_tiny_flux
 
 
@@ -124,7 +124,7 @@ def test_a_repository_that_is_there_is_used(hub, model, photos, tmp_path, capsys
     assert "Uploaded to club/dog." in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("status", [401, 403, 500])
+@pytest.mark.parametrize("status", fast_first([401, 403, 500]))
 def test_a_repository_that_cannot_be_opened_ends_the_run_before_it_begins(
     hub, model, photos, tmp_path, capsys, status
 ):

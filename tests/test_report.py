@@ -160,7 +160,7 @@ def test_sections_carry_the_figures(tmp_path: Path):
         "peft not installed",
         "load_lora_weights",
         "accelerate launch train.py --skip_blocks auto",
-        "All 4 settings",
+        "The 3 settings in use",
     ):
         assert expected in text, expected
     assert not page.of("details")[0]  # closed

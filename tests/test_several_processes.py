@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
+from PIL import Image
 
+from blockskip_hooks.planning.plan import planned_batch_size
 from blockskip_hooks.training.checkpoints import list_checkpoints
 from tests import script
 from tests.kills import KillTest
@@ -110,6 +114,25 @@ def test_a_signal_to_one_process_ends_both_after_the_same_step(
     assert_like_one_process(runs, name)
 
 
+@pytest.mark.slow
+def test_two_processes_share_the_images_and_make_those_of_one(runs: KillTest):
+    images = ("--validation_prompt", "a dog", "--num_validation_images", "3", "--validation_epochs", "1")
+    # Small steps, so that by plan the pipeline is called once for each image.
+    flags = (*images, "--report_to", "tensorboard", "--min_patch_size", "16", "--train_batch_size")
+    assert runs.run_ranks("one, images", (0,), (*flags, "2")) == [0], runs.log("one, images")
+    assert runs.run_ranks("two, images", (0, 0), (*flags, "1")) == [0, 0], runs.log("two, images")
+    for name in ("one", "two"):
+        plan = json.loads((runs.scratch / f"{name}, images" / "out" / "plan.json").read_text())
+        assert planned_batch_size(plan, "validate") == 1
+    one, two = (logged_images(runs.scratch / f"{name}, images" / "out") for name in ("one", "two"))
+    assert one.keys() == two.keys() and len(one) >= 3
+    for name, pair in one.items():
+        middle = pair.shape[1] // 2
+        assert (two[name][:, :middle] == pair[:, :middle]).all(), "the base model's"
+        # The LoRA's weights differ in their last bits.
+        assert abs(two[name].astype(int) - pair).max() <= 2
+
+
 FOLLOWING = {
     "records that follow the LoRA": ("--refresh_residuals",),
     "online residuals": ("--residuals", "online"),
@@ -142,6 +165,21 @@ def test_records_lost_in_training_end_a_run_with_shared_weights(runs: KillTest, 
     assert "cannot be read, and processes that share weights make records together only" in runs.log("lost")
     assert "Traceback" not in runs.log("lost")
     assert runs.run_ranks("lost", (0, 0), flags, SHARED) == [0, 0], runs.log("lost")
+
+
+def logged_images(output: Path) -> dict[str, np.ndarray]:
+    """The validation images that tensorboard was given, by name and step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    images = {}
+    for folder in (output / "logs").glob("*"):
+        events = EventAccumulator(str(folder), size_guidance={"images": 0})
+        events.Reload()
+        for name in events.Tags()["images"]:
+            for event in events.Images(name):
+                image = Image.open(io.BytesIO(event.encoded_image_string)).convert("RGB")
+                images[f"{name} {event.step}"] = np.asarray(image)
+    return images
 
 
 def trailing_errors(output: Path) -> list[float]:

@@ -17,9 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 from blockskip_hooks import BlockSkipConfig, DiTBlockSkipTransformer
 from blockskip_hooks.cli.arguments import parse_args
 from blockskip_hooks.cli.preparation import prepare_run
+from blockskip_hooks.cli.run_plan import plan_for
 from blockskip_hooks.loading.component_config import load_config
 from blockskip_hooks.lora import add_lora, lora_targets
-from blockskip_hooks.planning.plan import plan_for
 from blockskip_hooks.training.sharding import asks_for_sharding, prepare_model, shard
 from tests import script
 from tests.test_several_processes import SHARED
@@ -107,8 +107,8 @@ def test_every_family_computes_the_same_with_shared_weights(tmp_path: Path):
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "asks for DeepSpeed"),
-        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP in version 1; set fsdp_version: 2"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "distributed_type: DEEPSPEED, which no run can follow"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "fsdp_version: 1, which no run can follow: set fsdp_version: 2"),
         ({**SHARED, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "give --gradient_checkpointing"),
         ({**SHARED, "FSDP_OFFLOAD_PARAMS": "true"}, "skip more blocks"),
         ({**SHARED, "FSDP_RESHARD_AFTER_FORWARD": "false"}, "needs more memory than whole weights"),

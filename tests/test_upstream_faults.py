@@ -28,7 +28,7 @@ from blockskip_hooks.training.history import History
 from blockskip_hooks.training.records import RecordSource
 from tests import script
 from tests.script import PROMPT, WEIGHTS, assert_same_weights, losses, weights
-from tests.tiers import fast_first
+from tests.tiers import fast_first, fast_rows
 from tests.tiny import TINY_FAMILIES
 
 
@@ -155,7 +155,7 @@ def bfloat16_runs(captioned: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @every_family
-@pytest.mark.parametrize("spans", ["none", "1,1"])
+@pytest.mark.parametrize("spans", fast_first(["none", "1,1"]))
 def test_cached_latents_meet_the_caption_of_their_own_photo(name: str, spans: str, captioned: Path, tmp_path: Path):
     """Over five epochs of batches of two from three photos; each photo is encoded again and compared."""
     flags = ("--cache_latents", "--skip_blocks", spans, "--max_train_steps", "8", "--random_flip")
@@ -192,7 +192,7 @@ def test_cached_latents_meet_the_caption_of_their_own_photo(name: str, spans: st
 
 
 @every_family
-@pytest.mark.parametrize("own_captions", [False, True], ids=["one prompt", "captions"])
+@pytest.mark.parametrize("own_captions", fast_first([True, False]), ids=["captions", "one prompt"])
 def test_each_prompt_is_encoded_once_and_no_text_encoder_is_left_for_training(
     name: str, own_captions: bool, photos: Path, captioned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -239,11 +239,11 @@ def test_resuming_in_the_middle_of_an_epoch_stops_at_max_train_steps(name: str, 
 # 4, 5 and 6
 
 
-@pytest.mark.parametrize("with_prior", [False, True], ids=["plain", "prior"])
+@pytest.mark.parametrize("with_prior", fast_first([True, False]), ids=["prior", "plain"])
 @pytest.mark.parametrize(
     "name, flags",
-    [("flux-dev", ()), ("flux-dev", TRAIN_TEXT), ("sana", ()), ("sd3", ()), ("sd3", TRAIN_TEXT)],
-    ids=["flux", "flux-text", "sana", "sd3", "sd3-text"],
+    fast_rows([("flux-dev", TRAIN_TEXT), ("flux-dev", ()), ("sana", ()), ("sd3", ()), ("sd3", TRAIN_TEXT)]),
+    ids=["flux-text", "flux", "sana", "sd3", "sd3-text"],
 )
 def test_a_batch_of_two_gives_every_picture_its_prompt(
     name: str, flags: tuple[str, ...], with_prior: bool, photos: Path, prior_flags: tuple[str, ...], tmp_path: Path
@@ -271,7 +271,7 @@ def test_a_batch_of_two_gives_every_picture_its_prompt(
         assert any(told_apart) == with_prior
 
 
-@pytest.mark.parametrize("name", ["flux-dev", "sd3"])
+@pytest.mark.parametrize("name", fast_first(["flux-dev", "sd3"]))
 def test_trained_text_encoders_move_the_embeddings_of_both_prompts(
     name: str, photos: Path, prior_flags: tuple[str, ...], tmp_path: Path
 ):

@@ -16,24 +16,26 @@ Example:
 from __future__ import annotations
 
 import argparse
-import logging
-import os
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from blockskip_hooks.cli.startup import (
+    SETTINGS_ERROR,
+    WORK_ERROR,
+    errors_in_one_line,
+    make_parser,
+    quiet_libraries,
+    returns_exit_code,
+)
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-warnings.filterwarnings("ignore", category=FutureWarning)
-for _name in ("torchao", "bitsandbytes", "diffusers.quantizers", "torch.utils._pytree"):
-    logging.getLogger(_name).setLevel(logging.ERROR)
+
+quiet_libraries()
 
 from PIL import Image
 from tqdm.auto import tqdm
 
-from blockskip_hooks.cli.arguments import OneLineParser, printable_command
-from blockskip_hooks.cli.errors import explain
+from blockskip_hooks.cli.arguments import printable_command
 from blockskip_hooks.cli.model_flags import add_model_flags, image_flags
 from blockskip_hooks.data.photo import Photo
 from blockskip_hooks.data.photos import scan_photos
@@ -59,7 +61,7 @@ from blockskip_hooks.inference.image_encoders import ENCODER_NAMES, ImageEncoder
 from blockskip_hooks.inference.lora_files import lora_file
 from blockskip_hooks.inference.streamed_model import check_loras, image_settings
 from blockskip_hooks.utils.errors import UserError
-from blockskip_hooks.utils.files import write_json, write_text
+from blockskip_hooks.utils.files import expand_home, home_path, write_json, write_text
 
 
 NO_LORA = "none"
@@ -67,25 +69,30 @@ NO_LORA = "none"
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags; those that the training script has mean the same here."""
-    parser = OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = make_parser(__doc__)
     add_model_flags(parser)
     flag = parser.add_argument
-    flag("--lora_weights", nargs="+", default=[NO_LORA], help="LoRAs, files or folders; none is the model without.")
+    flag(
+        "--lora_weights",
+        nargs="+",
+        type=expand_home,
+        default=[NO_LORA],
+        help="LoRAs, files or folders; none is the model without.",
+    )
     flag("--subject", help=f"Embedded subject, for the embedded model; default: {DEFAULT_SUBJECT}.")
-    flag("--instance_data_dir", type=Path, help="Folder of the subject's photos.")
+    flag("--instance_data_dir", type=home_path, help="Folder of the subject's photos.")
     flag("--instance_prompt", help='Prompt of training: "a photo of sks dog" makes "sks dog" of the {} in prompts.')
     flag("--class_phrase", help='What CLIP reads for the subject: "a dog"; default: what the model reads.')
     flag(
         "--class_kind", choices=CLASS_KINDS, help="Which of the shipped prompts: of things, or of people and animals."
     )
-    flag("--prompts", type=Path, help="File of other prompts, one on a line, {} for the subject.")
+    flag("--prompts", type=home_path, help="File of other prompts, one on a line, {} for the subject.")
     flag("--images_per_prompt", type=int, help="Images of each prompt, with seeds from 0 on; default: 4.")
     flag("--seeds", nargs="+", type=int, help="Seeds of each prompt's images, instead of --images_per_prompt.")
     flag(
         "--encoders",
         nargs="+",
+        type=expand_home,
         help=f"Image encoders: {', '.join(ENCODER_NAMES)}, hub ids or folders; default: dino clip. The first one "
         "measures the diversity.",
     )
@@ -94,11 +101,12 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--guidance_scale", type=float, help="Guidance of the pipeline; default: its own.")
     flag("--true_cfg_scale", type=float, help="Guidance by a negative prompt, of pipelines that have both kinds.")
     flag("--images_at_once", type=int, help="Images in one forward; default: by their size.")
-    flag("--output_dir", type=Path, default=Path("evaluation"), help="Folder for images and results.")
+    flag("--output_dir", type=home_path, default=Path("evaluation"), help="Folder for images and results.")
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
+@returns_exit_code
+def main(argv: list[str] | None = None) -> None:
     """Run the script.
 
     Returns:
@@ -106,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
         line.
     """
     args = build_parser().parse_args(argv)
-    try:
+    with errors_in_one_line(SETTINGS_ERROR, "evaluate", args.hub_token):
         check_flags(args)
         photos = find_photos(args)
         prompts = find_prompts(args)
@@ -123,11 +131,6 @@ def main(argv: list[str] | None = None) -> int:
             batch_size=args.images_at_once,
         )
         total, missing = len(loras) * len(prompts) * len(request.seeds), count_missing(request)
-    except Exception as error:
-        if (line := explain(error, "evaluate", args.hub_token)) is None:
-            raise
-        print(f"error: {line}", file=sys.stderr)
-        return 2
     size = settings.pipeline_kwargs["height"]
     print(
         f"Model    {settings.model_name} ({settings.family.name}); LoRAs: {', '.join(loras)}\n"
@@ -136,17 +139,11 @@ def main(argv: list[str] | None = None) -> int:
         flush=True,
     )
     command = printable_command([Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)])
-    try:
+    with errors_in_one_line(WORK_ERROR, "evaluate", args.hub_token):
         # Before any image is made: a missing encoder must not show after an hour.
         encoders = {label: load_image_encoder(source, settings.device) for label, source in sources.items()}
         make_images(request)
         measure(args, request, encoders, photos, command)
-    except Exception as error:
-        if (line := explain(error, "evaluate", args.hub_token)) is None:
-            raise
-        print(f"error: {line}", file=sys.stderr)
-        return 1
-    return 0
 
 
 def check_flags(args: argparse.Namespace) -> None:

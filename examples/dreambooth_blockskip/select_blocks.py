@@ -15,23 +15,25 @@ Example:
 from __future__ import annotations
 
 import argparse
-import logging
-import os
 import sys
 import time
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
+from blockskip_hooks.cli.startup import (
+    SETTINGS_ERROR,
+    WORK_ERROR,
+    errors_in_one_line,
+    make_parser,
+    quiet_libraries,
+    returns_exit_code,
+)
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-warnings.filterwarnings("ignore", category=FutureWarning)
-for _name in ("torchao", "bitsandbytes", "diffusers.quantizers", "torch.utils._pytree"):
-    logging.getLogger(_name).setLevel(logging.ERROR)
+
+quiet_libraries()
 
 from blockskip_hooks.cli.argument_checks import check_output_dir, check_texts
-from blockskip_hooks.cli.arguments import OneLineParser, printable_command
-from blockskip_hooks.cli.errors import explain
+from blockskip_hooks.cli.arguments import printable_command
 from blockskip_hooks.cli.model_flags import add_model_flags, image_flags
 from blockskip_hooks.inference.image_encoders import DEFAULT_ENCODER
 from blockskip_hooks.inference.lora_files import lora_file
@@ -56,7 +58,7 @@ from blockskip_hooks.search.measure import (
 from blockskip_hooks.search.picture import draw_images, draw_table, masked_variants
 from blockskip_hooks.search.tables import cache_file, read_table
 from blockskip_hooks.utils.errors import UserError
-from blockskip_hooks.utils.files import write_json
+from blockskip_hooks.utils.files import expand_home, home_path, write_json
 from blockskip_hooks.utils.formatting import format_seconds
 
 
@@ -65,15 +67,13 @@ LARGEST_SIDE = 512
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags; those that the training script has mean the same here."""
-    parser = OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = make_parser(__doc__)
     add_model_flags(parser)
     flag = parser.add_argument
     flag(
         "--lora_weights",
         nargs="+",
-        type=Path,
+        type=home_path,
         default=[],
         help="LoRAs of subjects, files or folders; needs --prompts.",
     )
@@ -81,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--prompts", nargs="+", help="One prompt for each LoRA, or prompts for the base model; default: some classes."
     )
     flag("--seeds", nargs="+", type=int, default=list(DEFAULT_SEEDS), help="Seeds of each subject's images.")
-    flag("--encoder", help=f"Image encoder: hub id, folder, or offline; default: {DEFAULT_ENCODER}.")
+    flag("--encoder", type=expand_home, help=f"Image encoder: hub id, folder, or offline; default: {DEFAULT_ENCODER}.")
     flag("--resolution", type=int, help="Side of the images in pixels; default: 512, or what the model asks for.")
     flag("--num_inference_steps", type=int, default=DEFAULT_STEPS, help="Denoising steps of the images.")
     flag("--search_stride", type=int, default=1, help="Measure every how many blocks, then closer where it counts.")
@@ -89,29 +89,27 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--images_at_once", type=int, help="Images in one forward; default: by their size.")
     flag("--stream_blocks", action="store_true", help="Read blocks from the files as they run, whatever is free.")
     flag("--no_cache", action="store_true", help="Do not keep the table where --skip_blocks auto looks for it.")
-    flag("--output_dir", type=Path, default=Path("block-selection"), help="Folder for the table and the pictures.")
+    flag(
+        "--output_dir", type=home_path, default=Path("block-selection"), help="Folder for the table and the pictures."
+    )
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
+@returns_exit_code
+def main(argv: list[str] | None = None) -> None:
     """Run the script.
 
     Returns:
         The exit code: 0, 2 for settings that cannot work, 1 for a search that cannot go on. Both say why in one line.
     """
     args = build_parser().parse_args(argv)
-    try:
+    with errors_in_one_line(SETTINGS_ERROR, "select", args.hub_token):
         request = make_request(args)
         num_blocks = len(block_parameters(request.family, load_config(request.transformer_folder)))
         check_blocks(args, num_blocks)
         lengths = default_window_lengths(num_blocks) if args.window_lengths is None else tuple(args.window_lengths)
         spans = stream_all(num_blocks) if args.stream_blocks else None
         request = replace(request, window_lengths=lengths, spans=spans)
-    except Exception as error:
-        if (line := explain(error, "select", args.hub_token)) is None:
-            raise
-        print(f"error: {line}", file=sys.stderr)
-        return 2
     steps, number = request.pipeline_kwargs["num_inference_steps"], count_images(request, num_blocks)
     print(
         f"Model    {request.model_name} ({request.family.name}), {num_blocks} blocks\n"
@@ -121,17 +119,11 @@ def main(argv: list[str] | None = None) -> int:
         flush=True,
     )
     command = printable_command([Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)])
-    try:
+    with errors_in_one_line(WORK_ERROR, "select", args.hub_token):
         images = open_search(request)
         print(f"Estimate {estimate(images, request, number)}", flush=True)
         contents = measure_table(images, request, command)
         write_outputs(args, images, request, contents)
-    except Exception as error:
-        if (line := explain(error, "select", args.hub_token)) is None:
-            raise
-        print(f"error: {line}", file=sys.stderr)
-        return 1
-    return 0
 
 
 def make_request(args: argparse.Namespace) -> SearchRequest:

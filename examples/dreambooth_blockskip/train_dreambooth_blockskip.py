@@ -10,17 +10,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from blockskip_hooks.cli.startup import quiet_libraries
 
-# Optional packages that transformers misses (torchvision) do not matter here.
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-warnings.filterwarnings("ignore", category=FutureWarning)
-# Nor does what torchao and bitsandbytes, where they are installed, cannot do on this machine.
-for _name in ("torchao", "bitsandbytes", "diffusers.quantizers", "torch.utils._pytree"):
-    logging.getLogger(_name).setLevel(logging.ERROR)
+
+quiet_libraries()
 
 import torch
 from accelerate import Accelerator
@@ -31,12 +27,14 @@ from blockskip_hooks import DiTBlockSkipTransformer
 from blockskip_hooks.cli.arguments import build_parser, parse_args, printable_command
 from blockskip_hooks.cli.config_files import dump_config
 from blockskip_hooks.cli.errors import explain, in_full
+from blockskip_hooks.cli.first_screen import training_lines, training_warnings
 from blockskip_hooks.cli.preparation import known_defaults, prepare_run
+from blockskip_hooks.cli.run_plan import describe_plan, make_plan
 from blockskip_hooks.families.prompts import TrainedText, check_embeds, encode_prompts
 from blockskip_hooks.loading.quantization import check_device
 from blockskip_hooks.lora import add_lora
 from blockskip_hooks.losses import combine_losses, flow_matching_loss
-from blockskip_hooks.planning.plan import describe_plan, make_plan, planned_batch_size, planned_vae, streams_text
+from blockskip_hooks.planning.plan import planned_batch_size, planned_vae, streams_text
 from blockskip_hooks.reporting.hub import open_repository, push_to_hub
 from blockskip_hooks.reporting.outputs import RunOutputs, closing_words, lora_size
 from blockskip_hooks.reporting.progress import Progress, photo_progress, set_log_level
@@ -46,7 +44,6 @@ from blockskip_hooks.residuals.store import ResidualStore
 from blockskip_hooks.residuals.stretches import Stretches, segments
 from blockskip_hooks.training.adapters import Adapters
 from blockskip_hooks.training.checkpointer import Checkpointer
-from blockskip_hooks.training.checkpoints import find_checkpoint
 from blockskip_hooks.training.class_images import make_class_images
 from blockskip_hooks.training.context import Context
 from blockskip_hooks.training.export import export_lora
@@ -55,7 +52,7 @@ from blockskip_hooks.training.lora_checks import describe_trainable
 from blockskip_hooks.training.optimizers import make_optimizer
 from blockskip_hooks.training.record_plan import describe_records, plan_stretches, resolve_seed
 from blockskip_hooks.training.records import RecordSource
-from blockskip_hooks.training.resume_checks import check_checkpoint
+from blockskip_hooks.training.resume_checks import check_checkpoint, choose_checkpoint, describe_output
 from blockskip_hooks.training.run import Run
 from blockskip_hooks.training.settings import TrainSettings
 from blockskip_hooks.training.sharding import prepare_model, shard
@@ -63,6 +60,7 @@ from blockskip_hooks.training.stop_signals import Interrupted, StopSignals
 from blockskip_hooks.training.validation import Validation
 from blockskip_hooks.utils.accelerator import start_accelerator, weight_dtype
 from blockskip_hooks.utils.files import write_error, write_json
+from blockskip_hooks.utils.locks import FolderLock
 from blockskip_hooks.utils.monitor import StageMonitor
 
 
@@ -94,16 +92,16 @@ def main(argv: list[str] | None = None) -> int:
     command = printable_command(sys.argv if argv is None else [__file__, *argv])
     settings = parse_args(argv)
     set_log_level(settings.log_level)
-    with StopSignals() as stop:
+    with StopSignals() as stop, FolderLock() as lock:
         try:
-            return run_script(settings, command, stop)
+            return run_script(settings, command, stop, lock)
         except Interrupted as error:
             if os.environ.get("RANK", "0") == "0":
                 print(error, file=sys.stderr)
             return 128 + error.number
 
 
-def run_script(settings: TrainSettings, command: str, stop: StopSignals) -> int:
+def run_script(settings: TrainSettings, command: str, stop: StopSignals, lock: FolderLock) -> int:
     """Check the settings, plan, and train; see :func:`main`."""
     monitor = StageMonitor()
     try:
@@ -113,19 +111,27 @@ def run_script(settings: TrainSettings, command: str, stop: StopSignals) -> int:
         with monitor.stage("plan"):
             run = prepare_run(settings)
             accelerator = make_accelerator(run)
+            if accelerator.is_main_process:
+                lock.take(run.output_dir)
             dtype = weight_dtype(accelerator)
             if run.quantization:
                 check_device(run.quantization, accelerator.device, dtype)
-            checkpoint = find_checkpoint(run.output_dir, settings.resume_from_checkpoint)
             run, plan = make_plan(run, dtype, accelerator.num_processes)
+            checkpoint = choose_checkpoint(run)
             if checkpoint is not None:
-                check_checkpoint(checkpoint, run)
+                check_checkpoint(checkpoint, run, run.num_steps(accelerator.num_processes))
             stretches = plan_stretches(run, plan, accelerator.num_processes, checkpoint)
     except Exception as error:
         return fail(error, settings, monitor, code=2)
     try:
         if accelerator.is_main_process:
-            print(describe_plan(run, plan), flush=True)
+            lines = training_lines(run, stretches.num_steps, accelerator.num_processes)
+            print(describe_plan(run, plan, lines), flush=True)
+            # A plan replaces nothing but the plan.
+            if not settings.plan_only and (found := describe_output(run, checkpoint)):
+                print(found, flush=True)
+            for line in training_warnings(run, stretches.num_steps):
+                logger.warning(line)
             write_json(run.output_dir / "plan.json", plan)
         if not settings.plan_only:
             progress = Progress(monitor, shown=accelerator.is_main_process and settings.log_level != "error")
@@ -198,9 +204,9 @@ def train(run: Run, context: Context, plan: Plan, checkpoint: Path | None, stret
     images_at_once, placement = planned_batch_size(plan, "validate"), planned_vae(plan, "validate")
     validation = Validation(run, context, model, adapters, records, tracking, images_at_once, placement)
     command = f"accelerate launch {command}"
-    outputs = RunOutputs(run, maker, monitor, plan, command, stretches, accelerator.num_processes)
+    outputs = RunOutputs(run, maker, monitor, plan, command, stretches)
     optimizer, lr_scheduler = learner.optimizer, learner.lr_scheduler
-    checkpointer = Checkpointer(run, accelerator, adapters, optimizer, lr_scheduler, history, records)
+    checkpointer = Checkpointer(run, context, adapters, optimizer, lr_scheduler, history, records)
     checkpointer.after_save = lambda: outputs.write_so_far(history, validation.shown)
     if checkpoint is not None:
         checkpointer.resume(checkpoint)
@@ -375,14 +381,13 @@ def finish(
     """Export the LoRA, make the final images, write the report and the model card, upload."""
     run, accelerator, settings = outputs.run, context.accelerator, outputs.run.settings
     made = records.made()
+    learner.adapters.check_finite()
     # A warmup's first step has rate zero.
-    if history.step > 1:
-        learner.adapters.check_learned()
+    if history.step > 1 and accelerator.is_main_process:
+        learner.adapters.warn_unless_learned()
     if accelerator.is_main_process:
         export_lora(run, learner.adapters, context.monitor, records.maker.dtype)
-    # Processes that share weights run the model together or not at all.
-    if accelerator.is_main_process or learner.model.is_sharded:
-        before, after = validation.final(history.step)
+    before, after = validation.final(history.step)
     if accelerator.is_main_process:
         tracking.log_stages(history.step)
         report = outputs.report(history, made, lora_size(run, learner.model.transformer))

@@ -200,7 +200,7 @@ MODEL_CASES: dict[str, Case] = {
     ),
     "no layers": (
         {MODEL: setting("transformer/config.json", num_layers=0, num_single_layers=0)},
-        ["of different models"],
+        ["transformer holds", "config and weights are of different models"],
     ),
     "a variant that only some have": ({"--variant": "bf16"}, ["--variant bf16", "vae"]),
     "a shard that is missing": (

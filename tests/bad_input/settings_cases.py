@@ -32,6 +32,11 @@ REFUSED = {
         ["--aspect_ratio_buckets is '64x96'"],
     ),
     "buckets off the grid": ({"--aspect_ratio_buckets": "64,60"}, ["--aspect_ratio_buckets has 64,60", "8 px"]),
+    "validation_resolution zero": ({"--validation_resolution": "0"}, ["--validation_resolution is 0", "1 or more"]),
+    "validation_resolution off the grid": (
+        {"--validation_resolution": "60"},
+        ["--validation_resolution is 60", "8 px", "64"],
+    ),
     # Photos and prompts
     "no photos": ({"--instance_data_dir": None}, ["--instance_data_dir", "--dataset_name"]),
     "absent photos": ({"--instance_data_dir": "nowhere"}, ["--instance_data_dir nowhere", "does not exist"]),

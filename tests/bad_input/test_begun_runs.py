@@ -49,11 +49,10 @@ def test_a_budget_below_one_step_is_refused(begin, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"--rank": "8"}, ["--resume_from_checkpoint", "rank"]),
+        ({"--rank": "8"}, ["--resume_from_checkpoint", "--rank 4 (now 8)"]),
         ({"--optimizer": "prodigy", "--learning_rate": "1"}, ["--resume_from_checkpoint", "optimizer"]),
-        ({"--seed": "1"}, ["--seed 1"]),
     ],
-    ids=["rank", "optimizer", "seed"],
+    ids=["rank", "optimizer"],
 )
 def test_a_checkpoint_of_other_settings_is_refused_and_kept(begin, finished, tmp_path, changes, words):
     if changes.get("--optimizer") == "prodigy":

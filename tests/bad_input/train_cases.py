@@ -143,18 +143,23 @@ RESUME, LORA = "--resume_from_checkpoint", "pytorch_lora_weights.safetensors"
 _DONE = {RESUME: "finished/out/checkpoint-1", "--max_train_steps": "2"}
 
 RESUME_CASES: dict[str, Case] = {
-    "another rank": ({**_DONE, "--rank": "8"}, [RESUME, "another rank"]),
+    "another rank": ({**_DONE, "--rank": "8"}, [RESUME, "--rank 4 (now 8)"]),
     "other layers": ({**_DONE, "--lora_layers": "attn.to_q"}, [RESUME, "other LoRA layers"]),
     "fewer blocks with LoRA": ({**_DONE, "--lora_blocks": "2"}, [RESUME, "other LoRA layers"]),
-    "fewer skipped blocks": ({**_DONE, "--skip_blocks": "1,0"}, [RESUME, "other LoRA layers"]),
-    "nothing skipped": ({**_DONE, "--skip_blocks": "none"}, [RESUME, "other LoRA layers"]),
+    "fewer skipped blocks": ({**_DONE, "--skip_blocks": "1,0"}, [RESUME, "--skip_blocks 1,1 (now 1,0)"]),
+    "nothing skipped": ({**_DONE, "--skip_blocks": "none"}, [RESUME, "--skip_blocks 1,1 (now 0,0)"]),
     "another pair with the same layers": (
         {**_DONE, RESUME: state(made_with={"skip": [0, 1]})},
-        [RESUME, "--skip_blocks 0,1", "skips 1,1"],
+        [RESUME, "--skip_blocks 0,1 (now 1,1)"],
     ),
     "other weights": ({**_DONE, RESUME: state(made_with={"base_weights": "0"})}, [RESUME, "other weights"]),
     "a text encoder": ({**_DONE, "--train_text_encoder": True}, [RESUME, "without --train_text_encoder"]),
-    "another seed": ({**_DONE, "--seed": "1"}, ["--seed 1"]),
+    "another prompt": ({**_DONE, "--instance_prompt": "a cat"}, [RESUME, "dog' (now 'a cat')"]),
+    "another alpha": ({**_DONE, "--lora_alpha": "64"}, [RESUME, "--lora_alpha 4 (now 64)"]),
+    "fewer steps": (
+        {**_DONE, RESUME: state(step=3), "--no-refresh_residuals": True},
+        [RESUME, "3 steps done", "--max_train_steps 2", "earlier checkpoint"],
+    ),
     "another model": (
         {**_DONE, MODEL: model(lambda folder: _noise(folder / "transformer" / f"{TRANSFORMER}.safetensors"))},
         [RESUME, "other weights"],

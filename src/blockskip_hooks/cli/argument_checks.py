@@ -6,11 +6,9 @@ import importlib.util
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ..families import FAMILIES, Family
 from ..loading.quantization import read_quantization
@@ -18,6 +16,7 @@ from ..planning.budget import MEMORY_OPTIONS
 from ..selection import parse_skip_blocks
 from ..training.comfyui import check_comfyui
 from ..training.settings import TrainSettings
+from ..training.used_flags import without_effect
 from ..utils.errors import UserError, one_line
 from .arguments import family_flags
 
@@ -60,9 +59,9 @@ def check_family_flags(settings: TrainSettings, family: type[Family]) -> None:
 
 _AT_LEAST_ONE = (
     "resolution repeats max_sequence_length min_patch_size max_patch_size precompute_batch_size rank lora_alpha "
-    "train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps sample_batch_size "
-    "num_class_images validation_epochs validation_num_inference_steps checkpointing_steps checkpoints_total_limit "
-    "lr_num_cycles stretch_steps record_repeats"
+    "validation_resolution train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps "
+    "sample_batch_size num_class_images validation_epochs validation_num_inference_steps checkpointing_steps "
+    "checkpoints_total_limit lr_num_cycles stretch_steps record_repeats"
 )
 _NOT_NEGATIVE = (
     "dataloader_num_workers lr_warmup_steps num_validation_images seed guidance_scale validation_guidance_scale "
@@ -70,13 +69,10 @@ _NOT_NEGATIVE = (
 )
 _ABOVE_ZERO = "learning_rate text_encoder_lr adam_epsilon max_grad_norm logit_std lr_power"
 _FROM_ZERO_BELOW_ONE = "lora_dropout caption_dropout adam_beta1 adam_beta2 prodigy_beta3"
-# No tensor is larger, and no number beyond float32's is one to compute with.
-_LARGEST = {int: 2**32 - 1, float: float(torch.finfo(torch.float32).max)}
 # Texts that mean something when they are empty; any other is a shell variable that was not set.
 _MAY_BE_EMPTY = frozenset(
     ["instance_prompt", "class_prompt", "class_data_dir", "validation_prompt", "final_validation_prompt"]
 )
-_PRODIGY_FLAGS = "prodigy_beta3 prodigy_decouple prodigy_use_bias_correction prodigy_safeguard_warmup"
 
 
 def validate_args(settings: TrainSettings, *, warn: bool = True) -> None:
@@ -98,8 +94,9 @@ def validate_args(settings: TrainSettings, *, warn: bool = True) -> None:
     _check_skipping(settings)
     read_quantization(settings.quantization, settings.bnb_quantization_config_path)
     _check_optimizer(settings)
+    _check_validation(settings)
     _check_output(settings)
-    for name, needs in _without_effect(settings) if warn else ():
+    for name, needs in without_effect(settings) if warn else ():
         if name in settings.given:
             logger.warning("--%s has no effect without %s.", name, needs)
 
@@ -117,21 +114,6 @@ def _check_numbers(values: Mapping[str, Any]) -> None:
             value = values[name]
             if value is not None and not (math.isfinite(value) and fits(value)):
                 raise UserError(f"--{name} is {value}; give {wanted}.")
-
-
-def check_at_most(values: Mapping[str, Any]) -> None:
-    """Refuse numbers that no run could count to or compute with.
-
-    Args:
-        values: Values by flag name.
-
-    Raises:
-        UserError: naming the flag and the most that it takes.
-    """
-    for name, value in values.items():
-        most = _LARGEST.get(type(value))
-        if most is not None and abs(value) > most:
-            raise UserError(f"--{name} is {value}; give at most {most:g}.")
 
 
 def check_texts(values: Mapping[str, Any]) -> None:
@@ -217,6 +199,16 @@ def _check_optimizer(settings: TrainSettings) -> None:
         raise UserError(f"--lr_scheduler is '{settings.lr_scheduler}'; choose one of {', '.join(schedulers)}.")
 
 
+def _check_validation(settings: TrainSettings) -> None:
+    prompts = settings.validation_prompt or ()
+    # A shell takes an unquoted sentence for as many prompts as it has words.
+    if len(prompts) > 1 and not any(len(prompt.split()) > 1 for prompt in prompts):
+        raise UserError(
+            f"--validation_prompt has {len(prompts)} prompts of one word; put quotes around each: "
+            f'--validation_prompt "{" ".join(prompts)}".'
+        )
+
+
 def _check_output(settings: TrainSettings) -> None:
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
@@ -276,48 +268,3 @@ def check_output_dir(folder: Path) -> None:
         raise UserError(f"--output_dir {folder}: {existing} is a file; name a folder.")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"--output_dir {folder} cannot be written; name a folder that you may write to.")
-
-
-def _without_effect(settings: TrainSettings) -> Iterator[tuple[str, str]]:
-    """Pairs of a flag that this run does not look at, and what would make it count."""
-    skipping = settings.skips
-    prodigy = settings.optimizer.lower() == "prodigy"
-    embedded = settings.pretrained_model_name_or_path is None
-    for useful, names, needs in (
-        (settings.with_prior_preservation, ("class_data_dir", "class_prompt"), "--with_prior_preservation"),
-        (settings.dataset_name, ("dataset_config_name", "image_column", "caption_column"), "--dataset_name"),
-        (parse_skip_blocks(settings.skip_blocks) == "auto", ("skip_ratio",), "--skip_blocks auto"),
-        (not settings.skip_budget, ("skip_ratio",), "a choice by ratio, which --skip_budget replaces"),
-        (
-            settings.looks_up_blocks,
-            ("selection_table", "strict_table"),
-            "--skip_blocks auto or a number of blocks",
-        ),
-        (skipping or settings.memory_budget, ("residuals",), "skipped blocks"),
-        (settings.memory_budget, ("memory_options",), "--memory_budget"),
-        (
-            skipping and settings.residuals == "precomputed",
-            (
-                *("residual_dir", "residual_dtype", "residual_budget"),
-                *("precompute_batch_size", "overwrite_residuals", "keep_modulation"),
-                *("stretch_steps", "record_repeats", "refresh_residuals"),
-            ),
-            "precomputed residuals of skipped blocks",
-        ),
-        (settings.patch_mode != "none", ("min_patch_size",), "--patch_sampling other than none"),
-        (settings.train_text_encoder, ("text_encoder_lr", "adam_weight_decay_text_encoder"), "--train_text_encoder"),
-        (prodigy, _PRODIGY_FLAGS.split(), "--optimizer prodigy"),
-        (not prodigy, ("use_8bit_adam",), "--optimizer AdamW"),
-        (settings.weighting_scheme == "logit_normal", ("logit_mean", "logit_std"), "--weighting_scheme logit_normal"),
-        (settings.weighting_scheme == "mode", ("mode_scale",), "--weighting_scheme mode"),
-        (
-            settings.validation_prompt or settings.final_validation_prompt or embedded,
-            ("num_validation_images",),
-            "--validation_prompt",
-        ),
-        (settings.validation_prompt, ("validation_epochs",), "--validation_prompt"),
-        (settings.push_to_hub, ("hub_model_id",), "--push_to_hub"),
-    ):
-        if not useful:
-            for name in names:
-                yield name, needs

@@ -18,12 +18,14 @@ from ..data.buckets import parse_buckets
 from ..data.photo_set import INTERPOLATION
 from ..families import FAMILIES, Flag
 from ..loading.quantization import METHODS
-from ..planning.budget import MEMORY_OPTIONS, QUANTIZING_OPTIONS
+from ..planning.budget import MEMORY_OPTIONS
 from ..residuals.dtype import ResidualDtype
 from ..selection import parse_skip_blocks
 from ..training.settings import TrainSettings
 from ..utils.errors import UserError, one_line
+from ..utils.files import expand_home
 from .config_files import GONE, config_words
+from .startup import OneLineParser
 
 
 _BYTE_UNITS = {"": 1, "b": 1} | {
@@ -35,32 +37,18 @@ _TRUE_WORDS = ("true", "yes", "on", "1")
 _FALSE_WORDS = ("false", "no", "off", "0")
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """Argument parser whose errors are one line; with some ninety flags the usage text would hide the reason.
-
-    Attributes:
-        source: Where the words come from, if not from the command line: stands before what is wrong with them.
-    """
-
-    source = ""
-
-    def error(self, message: str) -> NoReturn:
-        match = re.match("argument (--[a-zA-Z0-9_]+)(?:/--[a-zA-Z0-9_-]+)?: (.*)", message, re.DOTALL)
-        if match is not None:
-            flag, problem = match.groups()
-            joint = " " if problem.startswith("is ") else ": "
-            message = problem if problem.startswith(flag) else f"{flag}{joint}{problem}"
-        hint = "" if message.endswith(".") else " (--help lists every flag)"
-        self.exit(2, f"error: {self.source}{one_line(message)}{hint}\n")
-
-
 def printable_command(words: Sequence[str]) -> str:
-    """A command line as it may be shown and kept: quoted for a shell, without the token."""
-    shown, hides_next = [], False
+    """A command line as it may be shown and repeated: quoted for a shell, without the token.
+
+    ``--resume_from_checkpoint`` is left out: what repeats a run begins it anew.
+    """
+    shown, before = [], ""
     for word in words:
         name, given, _ = word.partition("=")
-        shown.append("***" if hides_next else f"{name}=***" if name == "--hub_token" and given else word)
-        hides_next = word == "--hub_token"
+        if "--resume_from_checkpoint" not in (name, before):
+            hidden = before == "--hub_token"
+            shown.append("***" if hidden else f"{name}=***" if name == "--hub_token" and given else word)
+        before = word
     return shlex.join(shown)
 
 
@@ -145,27 +133,41 @@ def family_flags() -> dict[str, Flag]:
 
 def _settings_flags(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument_group("settings").add_argument
-    flag("--config", help="YAML file with flags as keys; what is typed wins over it.")
+    flag("--config", type=expand_home, help="YAML file with flags as keys; what is typed wins over it.")
     flag("--dump_config", action="store_true", help="Print all settings as such a file, and stop.")
 
 
 def _model_flags(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument_group("model").add_argument
-    flag("--pretrained_model_name_or_path", help="Hub id or folder of a pipeline; without it, the embedded model.")
+    flag(
+        "--pretrained_model_name_or_path",
+        type=expand_home,
+        help="Hub id or folder of a pipeline; without it, the embedded model.",
+    )
     flag("--revision", help="Branch, tag or commit of the model on the hub.")
     flag("--variant", help="Weight file variant, fp16 say.")
-    flag("--cache_dir", help="Where downloaded models and datasets are kept.")
+    flag("--cache_dir", type=expand_home, help="Where downloaded models and datasets are kept.")
     flag("--max_sequence_length", type=int, default=512, help="Tokens of a prompt that the long text encoder sees.")
-    flag("--bnb_quantization_config_path", help="JSON file that says how bitsandbytes holds kept blocks' weights.")
+    flag(
+        "--bnb_quantization_config_path",
+        type=expand_home,
+        help="JSON file that says how bitsandbytes holds kept blocks' weights.",
+    )
     flag("--quantization", choices=METHODS, default="none", help="Hold kept blocks in 4 (nf4) or 8 bits (int8).")
 
 
 def _photos_flags(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument_group("photos").add_argument
-    flag("--instance_data_dir", help="Folder with photos of the subject; name.txt beside name.jpg is its caption.")
+    flag(
+        "--instance_data_dir",
+        type=expand_home,
+        help="Folder with photos of the subject; name.txt beside name.jpg is its caption.",
+    )
     flag("--instance_prompt", help="Prompt for photos without a caption, with the subject's rare word in it.")
     flag(
-        "--dataset_name", help="Dataset with the photos, a hub id or a local folder, in place of --instance_data_dir."
+        "--dataset_name",
+        type=expand_home,
+        help="Dataset with the photos, a hub id or a local folder, in place of --instance_data_dir.",
     )
     flag("--dataset_config_name", help="Configuration of --dataset_name.")
     flag("--image_column", default="image", help="Column of --dataset_name with the photos.")
@@ -201,6 +203,7 @@ def _block_skipping_flags(parser: argparse.ArgumentParser) -> None:
     flag("--skip_budget", type=SIZE, help="Bytes of parameters that --skip_blocks auto frees instead, like 10GiB.")
     flag(
         "--selection_table",
+        type=expand_home,
         help="Table that says which blocks to skip, from select_blocks.py; default: what is known.",
     )
     flag("--strict_table", action="store_true", help="Refuse to choose blocks by anything that was not measured.")
@@ -221,7 +224,7 @@ def _block_skipping_flags(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="Number format of the records: that of the hidden states, or float8, which halves the disk.",
     )
-    flag("--residual_dir", help="Folder of the residual records; by default inside --output_dir.")
+    flag("--residual_dir", type=expand_home, help="Folder of the residual records; by default inside --output_dir.")
     flag(
         "--residual_budget",
         type=SIZE,
@@ -267,7 +270,7 @@ def _prior_preservation_flags(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument_group("prior preservation").add_argument
     flag("--with_prior_preservation", action="store_true", help="Also train on pictures of the subject's class.")
     flag("--prior_loss_weight", type=float, default=1.0, help="Weight of the class pictures in the loss.")
-    flag("--class_data_dir", help="Folder of class pictures; those that are missing are generated.")
+    flag("--class_data_dir", type=expand_home, help="Folder of class pictures; those that are missing are generated.")
     flag("--class_prompt", help="Prompt of the class pictures.")
     flag("--num_class_images", type=int, default=100, help="Class pictures wanted in --class_data_dir.")
     flag("--sample_batch_size", type=int, default=4, help="Class pictures generated at a time.")
@@ -335,8 +338,13 @@ def _optimizer_flags(parser: argparse.ArgumentParser) -> None:
 
 def _validation_flags(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument_group("validation").add_argument
-    flag("--validation_prompt", help="Prompt to draw pictures of during and after training.")
+    flag("--validation_prompt", nargs="+", help="Prompts, each in quotes, to draw pictures of in and after training.")
     flag("--num_validation_images", type=int, default=4, help="Pictures per validation.")
+    flag(
+        "--validation_resolution",
+        type=int,
+        help="Side of the pictures in pixels; default: the model's own, or --resolution where it has none.",
+    )
     flag("--validation_epochs", type=int, default=50, help="Epochs between validations.")
     flag("--final_validation_prompt", help="Prompt of the pictures after training; default: --validation_prompt.")
     flag("--skip_final_inference", action="store_true", help="Draw no pictures after training.")
@@ -344,10 +352,15 @@ def _validation_flags(parser: argparse.ArgumentParser) -> None:
 
 def _output_flags(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument_group("output").add_argument
-    flag("--output_dir", default="flux-dreambooth-lora", help="Folder for the LoRA, reports and checkpoints.")
+    flag(
+        "--output_dir",
+        type=expand_home,
+        default="flux-dreambooth-lora",
+        help="Folder for the LoRA, reports and checkpoints.",
+    )
     flag("--checkpointing_steps", type=int, default=500, help="Steps between checkpoints.")
     flag("--checkpoints_total_limit", type=int, help="Checkpoints kept; older ones are removed.")
-    flag("--resume_from_checkpoint", help="Checkpoint folder to go on from, or latest.")
+    flag("--resume_from_checkpoint", type=expand_home, help="Checkpoint folder to go on from, or latest.")
     flag("--upcast_before_saving", action="store_true", help="Save the LoRA in float32.")
     flag(
         "--save_format",
@@ -356,7 +369,7 @@ def _output_flags(parser: argparse.ArgumentParser) -> None:
         help="comfyui: beside the file that diffusers reads, one that ComfyUI reads.",
     )
     flag("--export_merged", action="store_true", help="Also write the transformer with the LoRA in its weights.")
-    flag("--logging_dir", default="logs", help="Folder for tracker logs, inside --output_dir.")
+    flag("--logging_dir", type=expand_home, default="logs", help="Folder for tracker logs, inside --output_dir.")
     flag(
         "--report_to",
         type=argument_type(parse_trackers),
@@ -450,6 +463,8 @@ def parse_args(argv: Sequence[str] | None = None) -> TrainSettings:
         _refuse_unknown(parser, unknown)
     typed = {name: value for name, value in vars(found).items() if value is not untyped}
     values = {**defaults, **typed}
+    if values["validation_prompt"] is not None:
+        values["validation_prompt"] = tuple(dict.fromkeys(values["validation_prompt"]))
     launcher_rank = os.environ.get("LOCAL_RANK", "-1")
     if launcher_rank != "-1":
         values["local_rank"] = int(launcher_rank)
@@ -464,8 +479,9 @@ def parse_args(argv: Sequence[str] | None = None) -> TrainSettings:
 def _config_file(words: Sequence[str]) -> Path | None:
     """The file of ``--config``, if the command line names one."""
     parser = OneLineParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", type=Path)
-    return parser.parse_known_args(words)[0].config
+    parser.add_argument("--config", type=expand_home)
+    path = parser.parse_known_args(words)[0].config
+    return None if path is None else Path(path)
 
 
 def _refuse_unknown(parser: OneLineParser, unknown: Sequence[str]) -> NoReturn:
@@ -494,8 +510,6 @@ def apply_defaults(settings: TrainSettings, defaults: Mapping[str, Any]) -> Trai
 
 
 __all__ = [
-    "MEMORY_OPTIONS",
-    "QUANTIZING_OPTIONS",
     "ByteCount",
     "OneLineParser",
     "apply_defaults",

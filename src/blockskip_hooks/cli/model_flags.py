@@ -6,15 +6,20 @@ import argparse
 from dataclasses import fields
 
 from ..inference.streamed_model import ImageFlags
+from ..utils.files import expand_home
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Flags that name the model and how it is read, with the meaning that they have in training."""
     flag = parser.add_argument
-    flag("--pretrained_model_name_or_path", help="Hub id or folder of a pipeline; without it, the embedded model.")
+    flag(
+        "--pretrained_model_name_or_path",
+        type=expand_home,
+        help="Hub id or folder of a pipeline; without it, the embedded model.",
+    )
     flag("--revision", help="Branch, tag or commit of the model on the hub.")
     flag("--variant", help="Weight file variant, fp16 say.")
-    flag("--cache_dir", help="Where downloaded models are kept.")
+    flag("--cache_dir", type=expand_home, help="Where downloaded models are kept.")
     flag("--hub_token", help="Token for the download; logging in beforehand is safer.")
     flag("--max_sequence_length", type=int, help="Tokens of a prompt; default: that of the model.")
     flag("--mixed_precision", choices=("no", "fp16", "bf16"), help="Number format; default: accelerate's setting.")

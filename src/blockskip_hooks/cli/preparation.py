@@ -18,17 +18,19 @@ from ..data.summary import summarize_photos
 from ..embedded import DEFAULT_SUBJECT, embedded_model, embedded_photos, embedded_subjects
 from ..families import Family, detect_family
 from ..loading.checks import check_model
-from ..loading.download import check_weights, resolve_model
+from ..loading.download import check_weights, has_weights, resolve_model
 from ..loading.model_defaults import model_defaults
 from ..loading.quantization import read_quantization
+from ..planning.budget import QUANTIZING_OPTIONS
 from ..reporting.progress import photo_progress
 from ..training.chosen_blocks import choose_blocks
 from ..training.run import Run
 from ..training.settings import TrainSettings
 from ..training.sharding import asks_for_sharding
 from ..utils.errors import UserError
+from ..utils.launcher import check_launcher
 from .argument_checks import check_family_flags, validate_args
-from .arguments import QUANTIZING_OPTIONS, apply_defaults
+from .arguments import apply_defaults
 
 
 logger = logging.getLogger(__name__)
@@ -46,6 +48,7 @@ def prepare_run(settings: TrainSettings) -> Run:
         UserError: one line that names the flag and the fix.
         OSError: if a folder cannot be read or written.
     """
+    check_launcher(settings.mixed_precision)
     embedded = settings.pretrained_model_name_or_path is None
     model_name = settings.pretrained_model_name_or_path or "embedded micro-FLUX"
     if not embedded:
@@ -64,18 +67,20 @@ def prepare_run(settings: TrainSettings) -> Run:
     if settings.lora_alpha is None:
         settings = settings.with_values({"lora_alpha": settings.rank})
     validate_args(settings)
-    if embedded:
-        pipeline_kwargs = {"height": settings.resolution, "width": settings.resolution, **pipeline_kwargs}
     if settings.validation_prompt is not None:
-        prompts = [settings.validation_prompt]
+        prompts = list(settings.validation_prompt)
 
-    check_weights(model_path, family_class.text_components, settings.variant)
-    check_model(model_path, family_class, settings.variant)
+    # A plan needs no weights; what is there is checked.
+    configs_only = settings.plan_only and not has_weights(model_path)
+    if not configs_only:
+        check_weights(model_path, family_class.text_components, settings.variant)
+    check_model(model_path, family_class, settings.variant, configs_only=configs_only)
     try:
         family = family_class(model_path, settings.variant, settings.flags())
         blocks = choose_blocks(settings, family, model_name)
     except OSError as error:
         raise UserError(f"--pretrained_model_name_or_path {model_path} cannot be used: {error}") from error
+    pipeline_kwargs = _image_size(settings, family) | pipeline_kwargs
     skeleton = blocks["skeleton"]
     quantization = read_quantization(settings.quantization, settings.bnb_quantization_config_path)
     if quantization and not quantization.layers(skeleton.transformer, [block.name for block in skeleton.spans.kept]):
@@ -153,7 +158,30 @@ def _find_model(settings: TrainSettings) -> Path:
         variant=settings.variant,
         cache_dir=settings.cache_dir,
         token=settings.hub_token,
+        configs_only=settings.plan_only,
     )
+
+
+def _image_size(settings: TrainSettings, family: Family) -> dict[str, Any]:
+    """The size of images where the pipeline's own are not those of the model.
+
+    Raises:
+        UserError: if the model cannot make images of the size that the flag asks for.
+    """
+    multiple, wanted = family.latent_token_size, settings.validation_resolution
+    if wanted is not None and wanted % multiple:
+        raise UserError(
+            f"--validation_resolution is {wanted}, which is not a multiple of this model's latent token size "
+            f"({multiple} px); use {max(multiple, round(wanted / multiple) * multiple)}."
+        )
+    named = settings.pretrained_model_name_or_path
+    size = None if named is None else family.known_image_size
+    if size is None:
+        # A name on the hub is that of a published model.
+        published = named is not None and not Path(named).is_dir()
+        size = family.image_size if published else settings.resolution
+    size = max(size // multiple, 1) * multiple
+    return {} if size == family.image_size else family.image_arguments(size)
 
 
 def _check_pipeline(family: Family, pipeline_kwargs: Mapping[str, Any]) -> None:

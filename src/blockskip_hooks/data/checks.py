@@ -21,7 +21,7 @@ _BLACK = 16
 
 
 def check_photos(photos: Sequence[Photo], where: str, progress: ShowProgress) -> list[Photo]:
-    """Decode every photo and add its size; warn of what is likely a mistake, in one line of each kind.
+    """Decode every photo and add its size and digest; warn of what is likely a mistake, in one line of each kind.
 
     Args:
         photos: Photos that have not been decoded.
@@ -32,7 +32,7 @@ def check_photos(photos: Sequence[Photo], where: str, progress: ShowProgress) ->
         UserError: naming every photo that cannot be decoded.
     """
     broken, checked, plain, black = [], [], [], []
-    copies: dict[bytes, list[str]] = {}
+    copies: dict[str, list[str]] = {}
     for photo in progress(photos, "Checking photos"):
         try:
             image, ignored_profile = photo.read()
@@ -42,8 +42,9 @@ def check_photos(photos: Sequence[Photo], where: str, progress: ShowProgress) ->
         except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ...: all mean the same here
             broken.append(f"{one_line(photo.name)} ({_reason(photo, error)})")
             continue
-        checked.append(replace(photo, size=(image.height, image.width)))
-        copies.setdefault(_digest(image), []).append(photo.name)
+        digest = _digest(image)
+        checked.append(replace(photo, size=(image.height, image.width), digest=digest))
+        copies.setdefault(digest, []).append(photo.name)
         if ignored_profile:
             plain.append(photo.name)
         if np.asarray(image).max() <= _BLACK:
@@ -62,8 +63,8 @@ def check_photos(photos: Sequence[Photo], where: str, progress: ShowProgress) ->
     return checked
 
 
-def _digest(image: Image.Image) -> bytes:
-    return hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
+def _digest(image: Image.Image) -> str:
+    return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
 
 
 def _reason(photo: Photo, error: Exception) -> str:

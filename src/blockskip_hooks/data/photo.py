@@ -32,6 +32,7 @@ class Photo:
         path: The file, or None for a dataset row.
         size: Upright height and width in pixels, once the picture has been checked.
         caption_source: File name or dataset column that the caption is from.
+        digest: SHA-256 (hex) of the upright size and the pixels, once the picture has been checked.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Photo:
     path: Path | None = None
     size: tuple[int, int] | None = None
     caption_source: str | None = None
+    digest: str | None = None
 
     def decode(self) -> Image.Image:
         """Decode the whole picture: first frame, upright, 8-bit sRGB, transparency on white.

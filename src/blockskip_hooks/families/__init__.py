@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..layouts import TransformerLayout, announce_transformer
-from ..loading.component_config import is_absent
 from ..utils.errors import UserError
 
 
@@ -95,6 +94,8 @@ def detect_family(model_path: Path) -> type[Family]:
     pipeline = str(index.get("_class_name")) if isinstance(index, dict) else "None"
     if pipeline not in FAMILIES:
         raise UserError(f"{where} is a {pipeline}; supported are {', '.join(FAMILIES)}.")
+    from ..loading.component_config import is_absent  # imports diffusers, which the package alone does without
+
     family = FAMILIES[pipeline]
     optional = {name for name in family.optional_components if is_absent(index, name)}
     components = {"transformer", "vae", "scheduler", *family.text_components} - optional

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -188,6 +189,29 @@ class FamilyFacts(ABC):
     def image_size(self) -> int:
         """Side in pixels of the images that the pipeline makes unless told otherwise."""
         return load_config(self.model_path / "transformer").get("sample_size", 128) * self.vae_scale_factor
+
+    @property
+    def known_image_size(self) -> int | None:
+        """Side in pixels of the images that this model is made for; ``None`` if its configs do not say.
+
+        VAEs of published models say 1024, for pipelines that make images of the family's size; a lower number is that
+        of a smaller model.
+        """
+        latents = load_config(self.model_path / "transformer").get("sample_size")
+        pixels = self.vae_config.get("sample_size")
+        if isinstance(latents, int):
+            return latents * self.vae_scale_factor
+        if not isinstance(pixels, int):
+            return None
+        return self.image_size if pixels >= 1024 else pixels
+
+    def image_arguments(self, side: int) -> dict[str, Any]:
+        """Arguments of the pipeline call that make it draw square images of this side in pixels, and no others."""
+        arguments: dict[str, Any] = {"height": side, "width": side}
+        # Such pipelines draw at the nearest size that they were trained on, and scale the image.
+        if "use_resolution_binning" in inspect.signature(self.pipeline_class.__call__).parameters:
+            arguments["use_resolution_binning"] = False
+        return arguments
 
     def vae_latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         """Shape of one image's latents as the VAE encodes and decodes them, from its size in pixels."""

@@ -14,6 +14,7 @@ import torch
 from ..layouts import BlockLayout
 from ..loading.component_config import defining_module
 from ..utils.errors import UserError, first_line
+from ..utils.files import expand_home
 from .base import ComfyUIFormat, Config, Family, Flag, PromptEmbeds, split_batch
 
 
@@ -60,11 +61,15 @@ class HiDream(Family):
     own_flags = (
         Flag(
             "pretrained_text_encoder_4_name_or_path",
-            {"type": str, "default": _LLAMA, "help": "Llama to encode prompts with, where the model brings none."},
+            {
+                "type": expand_home,
+                "default": _LLAMA,
+                "help": "Llama to encode prompts with, where the model brings none.",
+            },
         ),
         Flag(
             "pretrained_tokenizer_4_name_or_path",
-            {"type": str, "default": _LLAMA, "help": "Llama's tokenizer, where the model brings none."},
+            {"type": expand_home, "default": _LLAMA, "help": "Llama's tokenizer, where the model brings none."},
         ),
     )
     flag_defaults = {"max_sequence_length": 128, "output_dir": "hidream-dreambooth-lora", "lora_alpha": None}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from ..utils.files import expand_home
 from .base import ComfyUIFormat, Config, Family, Flag, PromptEmbeds
 
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 UPSTREAM_LEFTOVER = {
-    "type": str,
+    "type": expand_home,
     "default": "meta-llama/Meta-Llama-3.1-8B-Instruct",
     "help": "No effect; kept because the upstream script takes it.",
 }

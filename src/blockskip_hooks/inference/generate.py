@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ def generate_images(
     images_at_once: int | None = None,
     placement: VaePlacement | None = None,
     progress: Callable[[int], None] | None = None,
+    calls: Callable[[int], bool] = lambda number: True,
 ) -> list[list[Image.Image]]:
     """Make images with the stock pipeline around the loaded modules.
 
@@ -59,9 +61,11 @@ def generate_images(
         images_at_once: Images per call of the pipeline; by default all of a prompt.
         placement: How the VAE works; by default beside the transformer and on whole images.
         progress: Called with the number of images that have been made since the call before.
+        calls: Which of the pipeline's calls are made, by their number from 0: processes that share the images leave
+            each other's out.
 
     Returns:
-        For each prompt an image of each seed.
+        For each prompt an image of each seed, but for those of calls that were left out.
 
     Raises:
         UserError: if the pipeline refuses what it is asked for, a size say.
@@ -79,9 +83,12 @@ def generate_images(
     was_training = model.training
     model.eval()
     with model.full_model(), _decoding(vae, model, placement or VaePlacement()):
+        number = itertools.count()
         for embeds in prompts:
             images.append([])
             for start in range(0, len(seeds), at_once):
+                if not calls(next(number)):
+                    continue
                 part = seeds[start : start + at_once]
                 inputs = family.pipeline_inputs(batched(embeds), None if negative is None else batched(negative))
                 # What was asked for explicitly comes before a family's own settings.
@@ -92,7 +99,7 @@ def generate_images(
                 except ValueError as error:
                     raise UserError(
                         f"{family.pipeline_class.__name__} makes no images with these settings ({error}); correct "
-                        "--resolution, or pipeline_kwargs in the model's blockskip_defaults.json."
+                        "--validation_resolution, or pipeline_kwargs in the model's blockskip_defaults.json."
                     ) from error
                 if progress is not None:
                     progress(len(part))

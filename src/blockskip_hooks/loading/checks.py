@@ -30,13 +30,14 @@ _LORA_A = re.compile(r"transformer\.(.+)\.lora_A\.weight")
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
-def check_model(model_path: Path, family: type[Family], variant: str | None) -> None:
+def check_model(model_path: Path, family: type[Family], variant: str | None, *, configs_only: bool = False) -> None:
     """Check the files of every component that a run will load; none of their weights is read.
 
     Args:
         model_path: Folder of a pipeline of the family.
         family: The model's family.
         variant: Weight variant in the file names.
+        configs_only: Check no more than the configs: there need be no weights and tokenizers.
 
     Raises:
         UserError: naming the first component that is damaged, or no part of this model.
@@ -52,12 +53,12 @@ def check_model(model_path: Path, family: type[Family], variant: str | None) -> 
     _check_scheduler(model_path / "scheduler", where)
     for name in ("transformer", "vae", *family.image_components):
         if (model_path / name).is_dir():
-            _check_diffusers_part(model_path / name, variant, where)
+            _check_diffusers_part(model_path / name, variant, where, configs_only)
     for name in sorted(present):
-        if name.startswith("tokenizer"):
+        if not name.startswith("tokenizer"):
+            _check_text_encoder(model_path / name, index[name][1], variant, where, configs_only)
+        elif not configs_only:
             _check_tokenizer(model_path / name, index[name][1], where)
-        else:
-            _check_text_encoder(model_path / name, index[name][1], variant, where)
 
 
 def check_lora_file(file: Path, transformer: torch.nn.Module, flag: str) -> None:
@@ -104,7 +105,7 @@ def _check_scheduler(folder: Path, where: str) -> None:
         raise UserError(f"{where}: scheduler/scheduler_config.json describes a schedule of no steps.")
 
 
-def _check_diffusers_part(folder: Path, variant: str | None, where: str) -> None:
+def _check_diffusers_part(folder: Path, variant: str | None, where: str, configs_only: bool) -> None:
     try:
         config = load_config(folder)
     except OSError as error:
@@ -118,6 +119,8 @@ def _check_diffusers_part(folder: Path, variant: str | None, where: str) -> None
             f"{where}: {folder.name}/config.json does not describe a {chosen.__name__} ({_what(error)}); "
             "download it again."
         ) from error
+    if configs_only:
+        return
     found = _found_shapes(folder, "diffusion_pytorch_model", variant, where)
     _check_shapes(expected, found, folder.name, where)
     # Attention layers of old autoencoders had other names; diffusers translates them.
@@ -133,12 +136,12 @@ def _check_diffusers_part(folder: Path, variant: str | None, where: str) -> None
         check_surplus(found, model, f"{where}: {folder.name}")
 
 
-def _check_text_encoder(folder: Path, class_name: str, variant: str | None, where: str) -> None:
+def _check_text_encoder(folder: Path, class_name: str, variant: str | None, where: str, configs_only: bool) -> None:
     try:
         config = load_config(folder)
     except OSError as error:
         raise UserError(f"{where}: {first_line(error)}; download it again.") from error
-    found = _found_shapes(folder, "model", variant, where)
+    found = {} if configs_only else _found_shapes(folder, "model", variant, where)
     if "quantization_config" in config:
         return  # Packed weights have shapes of their own.
     check_scales(found, f"{where}: {folder.name}")
@@ -148,6 +151,8 @@ def _check_text_encoder(folder: Path, class_name: str, variant: str | None, wher
         raise UserError(
             f"{where}: {folder.name}/config.json does not describe a {class_name} ({_what(error)}); download it again."
         ) from error
+    if configs_only:
+        return
     _check_shapes(expected, found, folder.name, where)
     # transformers renames and joins weights while loading, so of the names only the ends count.
     ends = [{(name.rpartition(".")[2], shape) for name, shape in shapes.items()} for shapes in (expected, found)]

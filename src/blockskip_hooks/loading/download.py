@@ -6,10 +6,11 @@ import contextlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import diffusers
 from diffusers import DiffusionPipeline
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 
 from ..utils.errors import UserError, first_line
 
@@ -17,6 +18,9 @@ from ..utils.errors import UserError, first_line
 _COMMIT = re.compile("[0-9a-f]{40}")
 # A variant comes before or behind the numbers of a shard.
 _VARIANT = re.compile(r"[\w-]*?model(?:-\d+-of-\d+)?\.(\w+?)(?:-\d+-of-\d+)?\.safetensors")
+_WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt"})
+# All that a plan reads: configs, indices of weights, tokenizers.
+_PLAN_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 
 
 def resolve_model(
@@ -26,6 +30,7 @@ def resolve_model(
     variant: str | None = None,
     cache_dir: str | None = None,
     token: str | None = None,
+    configs_only: bool = False,
 ) -> Path:
     """The local folder of a model; a hub id is downloaded as its pipeline would be.
 
@@ -35,6 +40,7 @@ def resolve_model(
         variant: Weight variant in the file names, such as ``"fp16"``.
         cache_dir: Where downloads are kept; ``None`` for the hub's own cache.
         token: Access token of the hub.
+        configs_only: Download no weights, which a plan does without.
 
     Raises:
         UserError: if it is neither a folder nor a hub id that can be downloaded.
@@ -50,11 +56,10 @@ def resolve_model(
     # The error below says in one line what the library would warn of.
     diffusers.logging.set_verbosity(diffusers.logging.CRITICAL)
     try:
-        folder = Path(
-            DiffusionPipeline.download(
-                name, revision=revision, variant=variant, cache_dir=cache_dir, token=token, use_safetensors=True
-            )
-        )
+        place: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
+        if configs_only:
+            return Path(snapshot_download(name, allow_patterns=list(_PLAN_FILES), **place))
+        folder = Path(DiffusionPipeline.download(name, variant=variant, use_safetensors=True, **place))
     except Exception as error:
         # The hub client raises many types for a missing id, a gated model, or no network.
         raise UserError(
@@ -74,6 +79,11 @@ def _fetch_card(name: str, folder: Path, revision: str | None, cache_dir: str | 
     # A run does without the card, whatever goes wrong.
     with contextlib.suppress(Exception):
         hf_hub_download(name, "README.md", revision=commit, cache_dir=cache_dir, token=token)
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a model or one of its components is there with weights, and not as configs alone."""
+    return any(path.suffix in _WEIGHTS for path in folder.rglob("*"))
 
 
 def check_weights(model_path: Path, text_components: Sequence[str], variant: str | None) -> None:

@@ -1,14 +1,20 @@
-"""``--memory_budget``: the settings that fit with the least harm, by simulation alone."""
+"""``--memory_budget``: the settings that fit with the least harm to the result, by simulation alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..selection import Selection
 from ..utils.errors import UserError
 from ..utils.formatting import format_bytes
+from .plan import largest_stage
+from .selections import selections_by_bytes
+
+
+if TYPE_CHECKING:
+    from ..search.tables import SelectionTable
 
 
 PlanFor = Callable[[Selection, tuple[str, ...]], dict[str, Any]]
@@ -18,14 +24,45 @@ MEMORY_OPTIONS: dict[str, tuple[str, Any]] = {
     "checkpointing": ("gradient_checkpointing", True),
     "8bit_adam": ("use_8bit_adam", True),
     "int8": ("quantization", "int8"),
+    "patches": ("patch_sampling", "dynamic"),
     "nf4": ("quantization", "nf4"),
 }
-"""What ``--memory_budget`` may switch on beside skipping: a flag and its value by the name of the option."""
+"""What ``--memory_budget`` may switch on beside skipping: by name, a flag and its value. The first costs least."""
+
+LAST_MEMORY_OPTIONS = ("nf4",)
+"""These cost the result more than skipping half of the blocks does."""
 
 QUANTIZING_OPTIONS = frozenset(name for name, (flag, _) in MEMORY_OPTIONS.items() if flag == "quantization")
 
 LARGEST_RATIO = 0.5
 """Beyond half of the blocks the method is not measured; more are skipped only when nothing else is left."""
+LEADING_FIRST = "budget: leading blocks first, because their residuals are exact"
+
+
+@dataclass(frozen=True)
+class BudgetSteps:
+    """What may be done to fit a budget, from what costs the result least on. Each step keeps those before it.
+
+    Attributes:
+        selections: Which blocks may be skipped, the least harmful ones first, each freeing more memory than those
+            before it.
+        options: Names of options that cost the result less than skipping blocks does.
+        last_options: Names of options that cost it more; they are used once half of the blocks are skipped.
+    """
+
+    selections: Sequence[Selection]
+    options: Sequence[str] = ()
+    last_options: Sequence[str] = ()
+
+    def __iter__(self) -> Iterator[tuple[Sequence[Selection], tuple[str, ...]]]:
+        """Options of a step, and the selections to choose from with them."""
+        half = [s for s in self.selections if s.num_skipped <= LARGEST_RATIO * s.blocks] or list(self.selections)[:1]
+        for count in range(len(self.options) + 1):
+            yield half[:1], tuple(self.options[:count])
+        yield half[1:], tuple(self.options)
+        for count in range(1, len(self.last_options) + 1):
+            yield half[-1:], (*self.options, *self.last_options[:count])
+        yield self.selections[len(half) :], (*self.options, *self.last_options)
 
 
 @dataclass(frozen=True)
@@ -45,71 +82,92 @@ class Choice:
     reason: str
 
 
-def largest_stage(plan: dict[str, Any]) -> dict[str, Any]:
-    """The stage of a plan that needs the most memory."""
-    return max(plan["stages"], key=lambda stage: stage["peak_device_bytes"])
+def selections_for_budget(block_bytes: Sequence[int], table: SelectionTable | None = None) -> list[Selection]:
+    """Which blocks may be skipped to save memory, from none on, the least harmful ones first.
+
+    By a table that was measured; otherwise leading blocks first, up to half of all, and then trailing ones too.
+
+    Args:
+        block_bytes: Bytes of each block's parameters.
+        table: What is known of the model.
+    """
+    if table is not None and table.trade_off(block_bytes):
+        return [selection for selection, _ in selections_by_bytes(block_bytes, table)]
+    num_blocks = len(block_bytes)
+    most = int(LARGEST_RATIO * num_blocks)
+    pairs = [(min(skipped, most), max(skipped - most, 0)) for skipped in range(1, num_blocks)]
+    none = Selection(num_blocks, 0, 0, "flag")
+    return [none, *(Selection(num_blocks, *pair, "rule", LEADING_FIRST) for pair in pairs)]
 
 
-def fit_budget(plan_for: PlanFor, selections: Sequence[Selection], budget: int, options: Sequence[str] = ()) -> Choice:
-    """Find the first selection with which every stage fits in ``budget`` bytes.
+def fit_budget(plan_for: PlanFor, steps: BudgetSteps, budget: int) -> Choice:
+    """Find the first step with which every stage fits in ``budget`` bytes.
 
-    Up to half of the blocks may be skipped before the first option is used, then half again with it, and so on; when
-    all options are in use, any number of blocks.
+    Steps are always tried in the same order, so a larger budget never skips more blocks or uses more options.
 
     Args:
         plan_for: Makes plans.
-        selections: Which blocks may be skipped, from none on: the least harmful ones first, each freeing more memory
-            than those before it.
+        steps: What may be done.
         budget: Bytes.
-        options: Names of allowed options, in the order in which they are to be tried; each is used along with those
-            before it.
 
     Raises:
         ValueError: if nothing fits, with the least that would.
     """
     least: dict[str, Any] | None = None
-    for used, allowed in _attempts(selections, options):
-        plans: dict[int, dict[str, Any]] = {}
-
-        def fits(
-            position: int,
-            used: tuple[str, ...] = used,
-            allowed: Sequence[Selection] = allowed,
-            plans: dict[int, Any] = plans,
-        ) -> bool:
-            if position not in plans:
-                plans[position] = plan_for(allowed[position], used)
-            return largest_stage(plans[position])["peak_device_bytes"] <= budget
-
-        most = len(allowed) - 1
-        if not fits(most):
-            least = min((p for p in (least, plans[most]) if p), key=lambda p: largest_stage(p)["peak_device_bytes"])
+    for selections, options in steps:
+        found = _first_that_fits(plan_for, selections, options, budget)
+        if found is None:
             continue
-        low, high = 0, most
+        selection, plan = found
+        if _peak(plan) <= budget:
+            return Choice(selection, options, plan, _reason(selection, budget, options, plan))
+        least = plan if least is None or _peak(plan) < _peak(least) else least
+    assert least is not None
+    raise _nothing_fits(steps, least, budget)
+
+
+def _nothing_fits(steps: BudgetSteps, least: dict[str, Any], budget: int) -> UserError:
+    stage, skip = largest_stage(least), least["skip"]
+    used, needed = ", ".join((*steps.options, *steps.last_options)), format_bytes(stage["peak_device_bytes"])
+    if len(steps.selections) == 1:
+        return UserError(
+            f"--skip_blocks {skip['leading']},{skip['trailing']} needs {needed} in stage {stage['name']}"
+            f"{used and f' with {used}'}, more than --memory_budget {format_bytes(budget)}; use --skip_blocks auto."
+        )
+    return UserError(
+        f"--memory_budget {format_bytes(budget)} is less than any setting needs: the least is {needed}, in stage "
+        f"{stage['name']} with {skip['leading'] + skip['trailing']} of {steps.selections[0].blocks} blocks skipped"
+        f"{used and f' and {used}'}; raise the budget, lower --resolution or --train_batch_size, or allow more "
+        "--memory_options."
+    )
+
+
+def _first_that_fits(
+    plan_for: PlanFor, selections: Sequence[Selection], options: tuple[str, ...], budget: int
+) -> tuple[Selection, dict[str, Any]] | None:
+    """The first selection that fits, and its plan; the last one where none fits, and ``None`` where there is none."""
+    if not selections:
+        return None
+    plans: dict[int, dict[str, Any]] = {}
+
+    def fits(position: int) -> bool:
+        if position not in plans:
+            plans[position] = plan_for(selections[position], options)
+        return _peak(plans[position]) <= budget
+
+    low, high = 0, len(selections) - 1
+    if fits(high):
         while low < high:
             middle = (low + high) // 2
             low, high = (low, middle) if fits(middle) else (middle + 1, high)
         fits(low)
-        return Choice(allowed[low], used, plans[low], _reason(allowed[low], budget, used, plans[low]))
-    assert least is not None
-    stage = largest_stage(least)
-    raise UserError(
-        f"--memory_budget {format_bytes(budget)} is less than any setting needs: the least is "
-        f"{format_bytes(stage['peak_device_bytes'])}, in stage {stage['name']} with "
-        f"{least['skip']['leading'] + least['skip']['trailing']} of {selections[0].blocks} blocks skipped"
-        + (f" and {', '.join(options)}" if options else "")
-        + "; raise the budget, lower --resolution or --train_batch_size, or allow more --memory_options."
-    )
+    else:
+        low = high
+    return selections[low], plans[low]
 
 
-def _attempts(
-    selections: Sequence[Selection], options: Sequence[str]
-) -> Iterator[tuple[tuple[str, ...], Sequence[Selection]]]:
-    """Options to use and the selections to choose from with them, from the mildest to the hardest."""
-    half = [selection for selection in selections if selection.num_skipped <= LARGEST_RATIO * selection.blocks]
-    for count in range(len(options) + 1):
-        yield tuple(options[:count]), half
-    yield tuple(options), selections
+def _peak(plan: dict[str, Any]) -> int:
+    return largest_stage(plan)["peak_device_bytes"]
 
 
 def _reason(selection: Selection, budget: int, used: tuple[str, ...], plan: dict[str, Any]) -> str:
@@ -123,4 +181,12 @@ def _reason(selection: Selection, budget: int, used: tuple[str, ...], plan: dict
     )
 
 
-__all__ = ["MEMORY_OPTIONS", "QUANTIZING_OPTIONS", "Choice", "fit_budget", "largest_stage"]
+__all__ = [
+    "LAST_MEMORY_OPTIONS",
+    "MEMORY_OPTIONS",
+    "QUANTIZING_OPTIONS",
+    "BudgetSteps",
+    "Choice",
+    "fit_budget",
+    "selections_for_budget",
+]

@@ -11,9 +11,9 @@ from torch._subclasses import FakeTensorMode
 from ..families import Family
 from ..loading.models import empty_model
 from ..loading.text_encoders import empty_text_encoder, large_tables, layer_stacks
-from .counters import Meter
-from .equal_blocks import kind_of, shorten
+from .equal_blocks import Depth, kind_of, shorten
 from .fake_modules import materialise, num_bytes, streamed_weights
+from .measure import Measure
 from .usage import Usage
 
 
@@ -34,16 +34,16 @@ def simulate_vae(
     vae.requires_grad_(False)
     if tiled:
         vae.enable_tiling()
-    with FakeTensorMode(), torch.no_grad(), Meter() as meter:
+    with FakeTensorMode(), torch.no_grad():
         for module in vae.modules():
             materialise(module)
-        parameter_bytes = meter.current
-        if decode:
-            vae.decode(torch.empty((batch_size, *family.vae_latent_shape(*size)), dtype=dtype), return_dict=False)
-        else:
-            family.posterior(vae, torch.empty((batch_size, 3, *size), dtype=dtype))
-    (done,) = meter.phases()
-    return Usage(done.peak_bytes, parameter_bytes, 0, done.product_flops, done.attention_flops)
+        measure = Measure(vae, {}, Depth({}, {}))
+        with measure.counted() as meter:
+            if decode:
+                vae.decode(torch.empty((batch_size, *family.vae_latent_shape(*size)), dtype=dtype), return_dict=False)
+            else:
+                family.posterior(vae, torch.empty((batch_size, 3, *size), dtype=dtype))
+    return measure.usage(meter)
 
 
 def simulate_text_encoder(
@@ -88,22 +88,11 @@ def simulate_text_encoder(
                 materialise(module)
         # Layers that share their weights, such as input and output embeddings, have got a copy each.
         encoder.tie_weights()
-        with Meter() as meter:
-            resident = dict(encoder.named_parameters()) | dict(encoder.named_buffers())
-            resident = {name: tensor for name, tensor in resident.items() if tensor.device.type != "meta"}
-            meter.track(resident.values())
-            held, copied = meter.current, sum((depth.times(n) - 1) * num_bytes(t) for n, t in resident.items())
-            for name, layer in layers.items():
-                layer.register_forward_pre_hook(_begins(meter, name))
-            with streamed_weights(read_late):
-                encoder(input_ids=torch.zeros((batch_size, tokens), dtype=torch.long))
-    done = depth.in_full(meter.phases(), copied)
-    held += copied + max((sum(map(num_bytes, layer.parameters())) for layer in read_late), default=0)
-    return Usage(done.peak_bytes, held, 0, done.product_flops, done.attention_flops)
-
-
-def _begins(meter: Meter, name: str) -> Callable[..., None]:
-    return lambda module, args: meter.begin(name)
+        measure = Measure(encoder, layers, depth)
+        with measure.counted() as meter, streamed_weights(read_late):
+            encoder(input_ids=torch.zeros((batch_size, tokens), dtype=torch.long))
+    largest = max((sum(map(num_bytes, layer.parameters())) for layer in read_late), default=0)
+    return measure.usage(meter, streamed_bytes=largest)
 
 
 def _looked_up_elsewhere(table: torch.nn.Embedding) -> Callable[[torch.Tensor], torch.Tensor]:

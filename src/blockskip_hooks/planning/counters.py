@@ -115,12 +115,16 @@ class CountFlops(TorchDispatchMode):
             self.products += flop_registry[packet](*args, **kwargs, out_val=output)
 
 
+ALL_BLOCKS = "all blocks"
+"""Name of a phase in which something that every block left is freed."""
+
+
 @dataclass(frozen=True)
 class Phase:
     """A part of a piece of work, such as what one block does.
 
     Attributes:
-        name: The block; ``None`` for what is done for all blocks, before or after them.
+        name: The block; ``None`` for what is done before or after the blocks.
         peak_bytes: Most live bytes at a time.
         left_bytes: Live bytes at its end less those at its beginning.
         product_flops: FLOPs of matrix products and convolutions.

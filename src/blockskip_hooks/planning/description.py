@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,7 +25,8 @@ def format_plan(plan: Mapping[str, Any], *, model: str | None = None, outputs: M
     if kept == skip["blocks"]:
         lines.append(f"         all {kept} blocks train")
     else:
-        source = skip["table"] or skip["source"]
+        # How its figures were come by is a long line, and in plan.json.
+        source = re.sub(r" \((\w+)[^()]*\)$", r", \1", skip["table"] or skip["source"])
         lines.append(
             f"         {kept} of {skip['blocks']} train (■); skipped (□): first {skip['leading']}, last "
             f"{skip['trailing']}, {skip['ratio']:.0%} ({source})"
@@ -61,7 +63,7 @@ def format_plan(plan: Mapping[str, Any], *, model: str | None = None, outputs: M
     if records["records"]:
         stretches = f"{records['stretches']} stretch" + ("es" if records["stretches"] != 1 else "")
         most = -(-records["bytes"] // max(records["stretches"], 1))
-        at_once = "" if records["stretches"] <= 1 else f", about {format_bytes(most)} at a time"
+        at_once = "" if records["stretches"] <= 1 else f" of {format_bytes(most)}"
         size = format_bytes(records["bytes"])
         lines.append(f"Disk     {records['records']} records, {size} in {stretches}{at_once} (simulated)")
     if fits["ok"] is not None:

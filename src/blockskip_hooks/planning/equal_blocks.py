@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .counters import Phase
+from .counters import ALL_BLOCKS, Phase
 
 
 SIMULATED = 3
@@ -70,8 +70,7 @@ class Depth:
             added = copies * phase.left_bytes
             peak = max(peak, bytes_before + phase.peak_bytes, bytes_before + added + phase.peak_bytes)
             bytes_before += added
-            if phase.name is None:
-                # What was kept of every block until now, such as weights that autocast has cast.
+            if phase.name == ALL_BLOCKS:
                 freed = phase.freed_bytes.items()
                 bytes_before -= sum(self.copies.get(block, 0) * num_bytes for block, num_bytes in freed)
             products += (1 + copies) * phase.product_flops

@@ -28,9 +28,10 @@ from ..residuals.batches import Batch
 from ..residuals.precompute import base_model
 from ..state import CaptureDone, SpanResiduals
 from ..transformer import DiTBlockSkipTransformer
-from .counters import Meter
+from .counters import ALL_BLOCKS, Meter
 from .equal_blocks import Depth, kind_of, shorten
 from .fake_modules import QuantizedLinear, ValuesAsPlanned, materialise, num_bytes, streamed_weights
+from .measure import Measure
 from .usage import Usage
 
 
@@ -109,10 +110,14 @@ class FakeTransformer:
             for module in transformer.modules():
                 if id(module) not in skipped:
                     materialise(module)
+        self._lora = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+        simulated = self.model.spans.leading + self.model.spans.kept + self.model.spans.trailing
+        self._measure = Measure(transformer, {block.name: block.module for block in simulated}, self._depth)
 
     def lora_sizes(self) -> list[int]:
         """Number of elements of every LoRA weight of the full model."""
-        return [size for name, p in self._lora().items() for size in [p.numel()] * self._depth.times(name)]
+        parameters = self.model.transformer.named_parameters()
+        return [size for name, p in parameters if p.requires_grad for size in [p.numel()] * self._depth.times(name)]
 
     def capture(
         self, batch_size: int, size: tuple[int, int], text_tokens: int, *, with_adapters: bool = False
@@ -129,7 +134,7 @@ class FakeTransformer:
             What it needs, and fake residuals with the batch's shapes.
         """
         adapters = contextlib.nullcontext() if with_adapters else base_model(self.model.transformer)
-        with adapters, self._measured(text_tokens) as meter:
+        with adapters, self._counted(text_tokens) as meter:
             inputs = self._inputs(self._batch(batch_size, size, text_tokens))
             with self._autocast(), streamed_weights(self._streamed):
                 residuals = self.model.capture_residuals(**inputs, return_dict=False)
@@ -141,7 +146,7 @@ class FakeTransformer:
         if modulation is not None:
             with self.fake_mode:
                 residuals.modulation = torch.empty((batch_size, self._recorded_width), dtype=modulation.dtype)
-        return self._usage(meter, self._largest_streamed_module()), residuals
+        return self._measure.usage(meter, streamed_bytes=self._largest_streamed_module()), residuals
 
     def block(self, name: str) -> torch.nn.Module:
         """A block that is simulated, such as the first one of its kind, by its name in the full model."""
@@ -185,11 +190,11 @@ class FakeTransformer:
     @torch.no_grad()
     def infer(self, batch_size: int, size: tuple[int, int], text_tokens: int) -> Usage:
         """A forward of the whole model without gradients, skipped blocks streamed one at a time."""
-        with self._measured(text_tokens) as meter:
+        with self._counted(text_tokens) as meter:
             inputs = self._inputs(self._batch(batch_size, size, text_tokens))
             with self._autocast(), streamed_weights(self._streamed), self.model.full_model() as transformer:
                 transformer(**inputs, return_dict=False)
-        return self._usage(meter, self._largest_streamed_module())
+        return self._measure.usage(meter, streamed_bytes=self._largest_streamed_module())
 
     def train(
         self,
@@ -218,9 +223,9 @@ class FakeTransformer:
         if gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         self.model.train()
-        with self._measured(text_tokens) as meter, self._followed_backward(meter):
+        with self._counted(text_tokens) as meter, self._measure.backward_followed(meter):
             if accumulated_gradients:
-                for parameter in self._lora().values():
+                for parameter in self._lora:
                     parameter.grad = torch.zeros_like(parameter)
             batch = self._batch(batch_size, size, text_tokens)
             batch.residuals = SpanResiduals(
@@ -229,8 +234,8 @@ class FakeTransformer:
             inputs = self._inputs(batch)
             with self._autocast():
                 prediction = self.model(**inputs, residuals=batch.residuals, return_dict=False)[0]
-                meter.begin(None)
-            # Autocast's copies of the LoRA weights are gone, and only then the loss is computed.
+                # Autocast has kept its copies of the LoRA weights until now.
+                meter.begin(ALL_BLOCKS)
             meter.begin(None)
             prediction, target = self.family.loss_terms(
                 self.family.prediction_to_latents(prediction, batch.latents).float(),
@@ -241,9 +246,9 @@ class FakeTransformer:
             )
             losses = flow_matching_loss(prediction, target, batch.sigmas, "none")
             combine_losses(losses, with_prior_preservation=False, prior_loss_weight=0.0).backward()
-        for parameter in self._lora().values():
+        for parameter in self._lora:
             parameter.grad = None
-        return self._usage(meter, 0, self._copied_lora_bytes() if accumulated_gradients else 0)
+        return self._measure.usage(meter, accumulates=accumulated_gradients)
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         """Mixed precision as accelerate sets it up."""
@@ -273,80 +278,12 @@ class FakeTransformer:
         )
 
     @contextlib.contextmanager
-    def _measured(self, text_tokens: int) -> Iterator[Meter]:
-        """Count what is done in this context, block by block."""
-
-        def begins(name: str) -> Callable[..., None]:
-            return lambda module, args: meter.begin(name)
-
-        blocks = self.model.spans.leading + self.model.spans.kept + self.model.spans.trailing
-        with self.fake_mode, Meter() as meter, ValuesAsPlanned(text_tokens):
-            meter.track(self._resident().values())
-            handles = [block.module.register_forward_pre_hook(begins(block.name)) for block in blocks]
-            try:
-                yield meter
-            finally:
-                for handle in handles:
-                    handle.remove()
-
-    @contextlib.contextmanager
-    def _followed_backward(self, meter: Meter) -> Iterator[None]:
-        """Within this context a block's backward begins when the gradient of what it returned is there."""
-
-        def follow(name: str) -> Callable[..., None]:
-            def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
-                tensors = output if isinstance(output, tuple) else (output,)
-                first = next((t for t in tensors if isinstance(t, torch.Tensor) and t.requires_grad), None)
-                if first is not None:
-                    first.register_hook(lambda gradient: meter.begin(name))
-
-            return hook
-
-        handles = [block.module.register_forward_hook(follow(block.name)) for block in self.model.spans.kept]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _lora(self) -> dict[str, torch.nn.Parameter]:
-        """The trainable weights by name."""
-        return {name: p for name, p in self.model.transformer.named_parameters() if p.requires_grad}
-
-    def _resident(self) -> dict[str, torch.Tensor]:
-        """What is in memory all the time, by name."""
-        tensors: dict[str, torch.Tensor] = dict(self.model.transformer.named_parameters())
-        tensors |= dict(self.model.transformer.named_buffers())
-        # Constants in plain attributes, such as tables of rotary embeddings.
-        for name, module in self.model.transformer.named_modules():
-            tensors |= {f"{name}.{key}": v for key, v in vars(module).items() if isinstance(v, torch.Tensor)}
-        return {name: tensor for name, tensor in tensors.items() if tensor.device.type != "meta"}
+    def _counted(self, text_tokens: int) -> Iterator[Meter]:
+        with self.fake_mode, self._measure.counted() as meter, ValuesAsPlanned(text_tokens):
+            yield meter
 
     def _largest_streamed_module(self) -> int:
         return max((sum(map(num_bytes, module.parameters())) for module in self._streamed), default=0)
-
-    def _copied_lora_bytes(self) -> int:
-        return sum((self._depth.times(name) - 1) * num_bytes(p) for name, p in self._lora().items())
-
-    def _usage(self, meter: Meter, streamed_bytes: int, copied_bytes: int = 0) -> Usage:
-        """What was counted, as of the full model.
-
-        Args:
-            meter: What was counted.
-            streamed_bytes: Of the largest module that had weights only while it ran.
-            copied_bytes: Of what else the blocks that were taken out would hold all the time.
-        """
-        resident = {name: (num_bytes(tensor), self._depth.times(name)) for name, tensor in self._resident().items()}
-        copied_bytes += sum(size * (times - 1) for size, times in resident.values())
-        done = self._depth.in_full(meter.phases(), copied_bytes)
-        lora_bytes = sum(map(num_bytes, self._lora().values())) + self._copied_lora_bytes()
-        return Usage(
-            peak_bytes=done.peak_bytes,
-            parameter_bytes=sum(size * times for size, times in resident.values()) - lora_bytes + streamed_bytes,
-            lora_bytes=lora_bytes,
-            product_flops=done.product_flops,
-            attention_flops=done.attention_flops,
-        )
 
 
 def _shorten(

@@ -151,9 +151,8 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
     Raises:
         ValueError: if the spans leave no block, or the config names no model class.
     """
-    family, size = request.family, request.training_size
     fake = FakeTransformer(
-        family,
+        request.family,
         request.transformer_config,
         request.config,
         rank=request.rank,
@@ -163,56 +162,22 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
         quantization=request.quantization,
     )
     states = _optimizer_state_bytes(fake.lora_sizes(), request.use_8bit_adam)
-    residuals = SpanResiduals()
-    capture = None
-    if request.config.num_skipped and request.config.residuals != "none":
-        online = request.config.residuals == "online"
-        first_batch = request.batch_size if online else request.precompute_batch_size or 1
-        capture, residuals = fake.capture(first_batch, size, request.text_tokens, with_adapters=online)
-    train = fake.train(
-        request.batch_size,
-        size,
-        request.text_tokens,
-        residuals,
-        gradient_checkpointing=request.gradient_checkpointing,
-        accumulated_gradients=request.gradient_accumulation_steps > 1,
-    ).beside(parameter_bytes=request.beside_bytes, lora_bytes=states)
-    if capture is not None:
-        # LoRA and its optimizer are there from the start of training; a later stretch finds them in the way.
-        capture = capture.beside(parameter_bytes=request.beside_bytes, lora_bytes=states)
-
+    train, capture, residuals = _training_step(request, fake, states)
     vae = _Vae(request, base=train, limit=train.peak_bytes)
     stages: list[dict[str, Any]] = []
-    in_step: Usage | None = None
+    if request.class_batch_size is not None:
+        side, wanted = request.class_resolution, request.class_batch_size
+        stages.append(_make_images("class_images", request, fake, vae, wanted, side, states))
     if request.text_encoders or request.text_encoder_parameter_bytes:
         usage, streamed = _encode_text(request, train.peak_bytes)
         stages.append({**_stage("encode", usage, 1), "streamed": streamed})
-    if request.stores_residuals:
-        assert capture is not None
-        batch_size, capture = _precompute_batch(request, fake, capture, train, vae, states)
-        # All photos of a stretch are encoded first; the VAE is gone when the transformer runs.
-        encode, alone = vae.encode(batch_size)
-        stages.append({**_stage("precompute", encode.then(capture), batch_size, encode), "vae_alone": alone})
-    elif request.cache_latents:
-        encode, alone = vae.encode(1)
-        stages.append({**_stage("precompute", encode, 1, encode), "vae_alone": alone})
-    else:
-        # Without records every step encodes its crops, so the VAE stays.
-        if capture is not None:
-            train = capture.then(train)
-        in_step = vae.beside_transformer(request.batch_size)
-        train = in_step.then(train.beside(parameter_bytes=vae.parameter_bytes))
-    stages.append(_stage("train", train, request.batch_size, in_step))
-    if request.class_batch_size is not None:
-        side, wanted = request.class_resolution, request.class_batch_size
-        stages.insert(0, _make_images("class_images", request, fake, vae, wanted, side, states))
+    stages += _records_and_training(request, fake, vae, train, capture, states)
     if request.validation_resolution is not None:
         side, wanted = request.validation_resolution, request.validation_batch_size
         stages.append(_make_images("validate", request, fake, vae, wanted, side, states))
 
     largest = max(stage["peak_device_bytes"] for stage in stages)
-    budget = request.memory_budget_bytes
-    config = request.config
+    budget, config = request.memory_budget_bytes, request.config
     selection = request.selection or Selection(fake.num_blocks, config.leading, config.trailing, "flag")
     return {
         "schema": SCHEMA,
@@ -228,6 +193,57 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
         "residuals": _records(request, residuals),
         "fits": {"budget_bytes": budget, "ok": None if budget is None else largest <= budget, "reason": None},
     }
+
+
+def _training_step(
+    request: PlanRequest, fake: FakeTransformer, states: int
+) -> tuple[Usage, Usage | None, SpanResiduals]:
+    """A training step, the forward that its residuals come from if there is one, and the residuals.
+
+    Args:
+        request: The settings.
+        fake: The transformer.
+        states: Bytes of the optimizer's state.
+    """
+    size, residuals, capture = request.training_size, SpanResiduals(), None
+    if request.config.num_skipped and request.config.residuals != "none":
+        online = request.config.residuals == "online"
+        first_batch = request.batch_size if online else request.precompute_batch_size or 1
+        capture, residuals = fake.capture(first_batch, size, request.text_tokens, with_adapters=online)
+        # LoRA and its optimizer are there from the start of training; a later stretch finds them in the way.
+        capture = capture.beside(parameter_bytes=request.beside_bytes, lora_bytes=states)
+    train = fake.train(
+        request.batch_size,
+        size,
+        request.text_tokens,
+        residuals,
+        gradient_checkpointing=request.gradient_checkpointing,
+        accumulated_gradients=request.gradient_accumulation_steps > 1,
+    )
+    return train.beside(parameter_bytes=request.beside_bytes, lora_bytes=states), capture, residuals
+
+
+def _records_and_training(
+    request: PlanRequest, fake: FakeTransformer, vae: _Vae, train: Usage, capture: Usage | None, states: int
+) -> list[dict[str, Any]]:
+    """The stages that make records, if there are any, and train."""
+    if request.stores_residuals:
+        assert capture is not None
+        batch_size, capture = _precompute_batch(request, fake, capture, train, vae, states)
+        # All photos of a stretch are encoded first; the VAE is gone when the transformer runs.
+        encode, alone = vae.encode(batch_size)
+        precompute = {**_stage("precompute", encode.then(capture), batch_size, encode), "vae_alone": alone}
+        return [precompute, _stage("train", train, request.batch_size)]
+    if request.cache_latents:
+        encode, alone = vae.encode(1)
+        precompute = {**_stage("precompute", encode, 1, encode), "vae_alone": alone}
+        return [precompute, _stage("train", train, request.batch_size)]
+    # Without records every step encodes its crops, so the VAE stays.
+    if capture is not None:
+        train = capture.then(train)
+    in_step = vae.beside_transformer(request.batch_size)
+    train = in_step.then(train.beside(parameter_bytes=vae.parameter_bytes))
+    return [_stage("train", train, request.batch_size, in_step)]
 
 
 class _Vae:

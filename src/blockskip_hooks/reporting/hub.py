@@ -79,6 +79,14 @@ def without_folders(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
+def nearby(path: str | Path) -> str:
+    """A path for a page that may be shared: below the folder of now as seen from it, else its last part alone."""
+    place, here = Path(path), Path.cwd()
+    if not place.is_absolute():
+        return str(path)
+    return str(place.relative_to(here)) if place.is_relative_to(here) else place.name
+
+
 def _reason(error: Exception) -> str:
     """The first line of the client's message, and the hub's own message if it sent one."""
     said = (getattr(error, "server_message", None) or "").strip().rstrip(".")

@@ -15,7 +15,7 @@ from PIL import Image
 
 from ..training.comfyui import COMFYUI_NAME
 from ..utils.files import write_text
-from ..utils.formatting import format_bytes, format_seconds
+from ..utils.formatting import format_bytes, format_seconds, format_setting
 from .charts import loss_curve
 
 
@@ -224,7 +224,12 @@ def training_figures(run_report: Mapping[str, Any]) -> list[tuple[str, str]]:
     if train.get("steps"):
         samples = f", {train['samples']:,} samples" if train.get("samples") else ""
         rows.append(("Steps", f"{train['steps']:,}{samples}"))
-    rows += [(label, str(settings[key])) for key, label in _SETTINGS.items() if settings.get(key) is not None]
+    changed = train.get("changed_settings") or {}
+    rows += [
+        (label, format_setting(settings[key], changed.get(key, ())))
+        for key, label in _SETTINGS.items()
+        if settings.get(key) is not None
+    ]
     if loss := loss_curve(train.get("loss") or []):
         rows.append(("Loss", f"{loss.first:.3g} to {loss.final:.3g}, means of {loss.window} steps"))
     if train.get("step_seconds_median"):

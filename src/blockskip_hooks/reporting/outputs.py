@@ -27,9 +27,10 @@ from ..utils.formatting import format_seconds
 from ..utils.machine import describe_machine, versions
 from ..utils.monitor import StageMonitor
 from ..utils.pictures import SheetRow, contact_sheet
-from .hub import without_folders
+from .hub import nearby, without_folders
 from .model_card import License, read_license, usage_snippet, write_model_card
 from .page import ReportImages, write_report
+from .settings_list import listed_settings
 
 
 Images = Sequence[Sequence[Image.Image]]
@@ -52,7 +53,6 @@ class RunOutputs:
         plan: Contents of plan.json.
         command: The command line that repeats the run.
         stretches: Its stretches.
-        num_processes: Processes that share the work.
     """
 
     run: Run
@@ -61,7 +61,6 @@ class RunOutputs:
     plan: Mapping[str, Any]
     command: str
     stretches: Stretches
-    num_processes: int
 
     def report(
         self, history: History, made: tuple[int, int] | None = None, lora: Mapping[str, int] | None = None
@@ -99,7 +98,7 @@ class RunOutputs:
             },
             "stages": self.monitor.as_list(),
             "train": {
-                **_train(history, run.samples_per_step(self.num_processes)),
+                **_train(history),
                 "dtype": dtype,
                 "quantization": run.quantization.name if run.quantization else None,
             },
@@ -138,21 +137,20 @@ class RunOutputs:
                 folder / "before_after.png",
                 side=max(first.size) * max(1, SHEET_PIXELS // max(first.size)),
             )
-        result = report["settings"]["hub_model_id"] or report["settings"]["output_dir"]
-        snippet = self._snippet(run.model_name, result)
-        self._write_page(report, images, snippet)
+        result = run.settings.hub_model_id or str(folder)
+        self._write_page(report, images, self._snippet(nearby(run.model_name), nearby(result)))
+        # A name like "." says nothing elsewhere.
+        shared = result if folder.name not in ("", "..") else folder.resolve().name
         base_license = License("apache-2.0") if run.embedded else read_license(run.family.model_path, run.model_name)
         write_model_card(
             folder,
             report,
             [(prompt, image) for prompt, row in zip(run.final_prompts, after) for image in row],
-            repo_id=report["settings"]["hub_model_id"] or folder.name,
+            repo_id=run.settings.hub_model_id or folder.resolve().name,
             base_license=base_license,
             tags=run.family.tags,
-            # Where the base model lies on this machine is of no use to those who find the card on the Hub.
-            snippet=self._snippet(without_folders(run.model_name), result)
-            if report["settings"]["push_to_hub"]
-            else snippet,
+            # Where things lie on this machine is of no use to those who find the card, and nobody's business.
+            snippet=self._snippet(without_folders(run.model_name), without_folders(shared)),
         )
 
     def write_so_far(
@@ -169,7 +167,8 @@ class RunOutputs:
         report = self.report(history)
         step, prompts, before, after = shown or (None, [], [], [])
         images = self._images(report, prompts, before, after, step)
-        snippet = self._snippet(self.run.model_name, self.run.output_dir / f"checkpoint-{history.step}")
+        checkpoint = self.run.output_dir / f"checkpoint-{history.step}"
+        snippet = self._snippet(nearby(self.run.model_name), nearby(checkpoint))
         self._write_page(report, images, snippet, self.stretches.num_steps)
 
     def _images(
@@ -195,6 +194,7 @@ class RunOutputs:
             images=images,
             command=self.command,
             snippet=snippet,
+            settings=listed_settings(self.run, self.plan, self.stretches, self.maker.dtype),
             curves={"leading": table.leading, "trailing": table.trailing} if table else None,
             total_steps=total_steps,
         )
@@ -266,17 +266,29 @@ def snippet_kwargs(run: Run) -> dict[str, Any]:
     }
 
 
-def _train(history: History, samples_per_step: int) -> dict[str, Any]:
+def _train(history: History) -> dict[str, Any]:
     allocated, reserved = zip(*history.step_memory) if history.step_memory else ((), ())
     return {
         "steps": history.step,
-        "samples": history.step * samples_per_step,
+        "samples": history.samples,
+        "changed_settings": _changed_settings(history),
         "step_seconds_median": statistics.median(history.step_seconds) if history.step_seconds else None,
         "loss": history.losses,
         "loss_by_timestep": history.loss_by_timestep,
         "step_seconds": history.step_seconds,
         "step_memory": {"allocated_bytes": allocated, "reserved_bytes": reserved} if allocated else None,
     }
+
+
+def _changed_settings(history: History) -> dict[str, list[dict[str, Any]]]:
+    """Flags whose value changed when the run went on from a checkpoint: each value, and its first step."""
+    changed: dict[str, list[dict[str, Any]]] = {}
+    for name in history.legs[0]["settings"] if history.legs else ():
+        values = [(leg["step"] + 1, leg["settings"].get(name)) for leg in history.legs]
+        kept = [pair for pair, before in zip(values, [None, *values]) if before is None or pair[1] != before[1]]
+        if len(kept) > 1:
+            changed[name] = [{"from_step": step, "value": value} for step, value in kept]
+    return changed
 
 
 def _settings(run: Run) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,9 +18,10 @@ import jinja2
 from PIL import Image
 
 from ..utils.files import write_text
-from ..utils.formatting import format_bytes, format_seconds
+from ..utils.formatting import format_bytes, format_seconds, format_setting
 from ..utils.pictures import flattened
 from .charts import draw_harm, draw_losses, draw_losses_by_timestep, loss_curve
+from .hub import nearby, without_folders
 
 
 # Longest side of an embedded picture. Base64 of untouched camera photos would make a page of a hundred megabytes.
@@ -72,6 +74,7 @@ def write_report(
     images: ReportImages,
     command: str,
     snippet: str,
+    settings: Mapping[str, Any] | None = None,
     curves: Mapping[str, Sequence[float]] | None = None,
     total_steps: int | None = None,
 ) -> Path:
@@ -82,8 +85,9 @@ def write_report(
         run_report: Contents of run_report.json. Tokens in its settings are masked.
         plan: Contents of plan.json.
         images: Pictures to show.
-        command: Command line that repeats the run. Tokens in it are masked.
+        command: Command line that repeats the run. Tokens in it are masked, and folders shortened.
         snippet: Python code that loads and runs the LoRA, see `usage_snippet`.
+        settings: The settings to list; by default all of the report's.
         curves: Harm of masking 0, 1, ... blocks of the ends ``"leading"`` and ``"trailing"``, where it was measured.
         total_steps: Number of steps of the whole run, for the page of a run that has not ended.
 
@@ -92,9 +96,14 @@ def write_report(
     """
     output_dir = Path(output_dir)
     model = str(run_report.get("model") or "path/to/base-model")
+    # The page may be shared; where things lie on this machine stays in run_report.json.
+    run_report, plan = without_folders(dict(run_report)), without_folders(dict(plan))
+    command, shown_command = command.strip(), _with_near_paths(command)
+    shown_settings = without_folders(dict(settings or run_report.get("settings") or {}))
     settings = run_report.get("settings") or {}
     skip = run_report.get("skip") or plan.get("skip") or {}
     train = run_report.get("train") or {}
+    changed = train.get("changed_settings") or {}
     loss = loss_curve(train.get("loss") or [])
     timesteps, timestep_colours = draw_losses_by_timestep(train.get("loss_by_timestep") or {})
     content = {
@@ -118,12 +127,26 @@ def write_report(
         "written": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
         "photos": [_picture(photo, f"Training photo {i}", PHOTO_PIXELS) for i, photo in enumerate(images.photos, 1)],
         "crops": [(text, _picture(crop, f"Training sample, {text}", PHOTO_PIXELS)) for text, crop in images.crops],
-        "settings": [(key, _mask(key, value)) for key, value in settings.items()],
-        "command": [word for word in re.split(r"(\s+)", _SECRET_TEXT.sub(r"\1***", command.strip())) if word],
+        "settings": [
+            (key, _mask(key, format_setting(value, changed.get(key, ()))))
+            for key, value in shown_settings.items()
+            if value is not None
+        ],
+        "command": [word for word in re.split(r"(\s+)", _SECRET_TEXT.sub(r"\1***", shown_command)) if word],
+        "shortened": shown_command != command,
         "snippet": snippet,
     }
     write_text(output_dir / "report.html", _environment().get_template("report.html").render(content))
     return output_dir / "report.html"
+
+
+def _with_near_paths(command: str) -> str:
+    """A command line without the folders of this machine, see `nearby`."""
+    words = []
+    for word in shlex.split(command):
+        name, given, value = word.partition("=")
+        words.append(f"{name}={nearby(value)}" if given and Path(value).is_absolute() else nearby(word))
+    return shlex.join(words)
 
 
 def _environment() -> jinja2.Environment:
@@ -223,6 +246,4 @@ def _unbroken(formatter: Callable[[float | None], str]) -> Callable[[float | Non
 
 
 def _mask(key: str, value: Any) -> str:
-    if value is None:
-        return "–"
     return "***" if _SECRET_KEY.search(key) else _SECRET_TEXT.sub(r"\1***", str(value))

@@ -86,6 +86,11 @@ class Tracking:
         return bool(self.accelerator.trackers)
 
     @property
+    def main_is_on(self) -> bool:
+        """Whether the main process has trackers; the same in every process."""
+        return bool(self.accelerator.log_with)
+
+    @property
     def is_on_somewhere(self) -> bool:
         """Whether some process has trackers whose figures need this process, because weights are shared."""
         return self.is_on or (self.model.is_sharded and bool(self.accelerator.log_with))

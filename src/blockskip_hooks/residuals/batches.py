@@ -166,7 +166,7 @@ class SampleMaker:
         """
         if self.plan.fixed_crops:
             posteriors = [self._fixed_posterior(vae, sample) for sample in samples]
-            mean, std = (torch.stack(parts) for parts in zip(*posteriors, strict=True))
+            mean, std = (torch.stack(parts).to(vae.device) for parts in zip(*posteriors, strict=True))
         else:
             if crops is None:
                 crops = torch.stack([self.crop(sample) for sample in samples])
@@ -180,11 +180,11 @@ class SampleMaker:
         return self.family.scale_latents(vae, mean + std * torch.stack(noise).to(mean)).to(self.dtype)
 
     def _fixed_posterior(self, vae: ModelMixin, sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
-        """The posterior of an image whose crop never changes, computed once."""
+        """The posterior of an image whose crop never changes, computed once and kept on the CPU."""
         key = (sample.kind, sample.image, sample.bucket)
         if key not in self._posteriors:
             mean, std = self.family.posterior(vae, self.crop(sample)[None])
-            self._posteriors[key] = (mean[0], std[0])
+            self._posteriors[key] = (mean[0].cpu(), std[0].cpu())
         return self._posteriors[key]
 
     def batch(self, samples: Sequence[Sample], latents: torch.Tensor, residuals: SpanResiduals | None = None) -> Batch:

@@ -11,7 +11,7 @@ from ..families import Family, PromptEmbeds
 from ..families.prompts import TrainedText
 from ..loading.lora_files import load_lora, save_lora
 from ..residuals.batches import Batch
-from .lora_checks import check_finite, check_gradients, check_learned
+from .lora_checks import check_finite, check_gradients, warn_unless_learned
 
 
 class Adapters:
@@ -105,11 +105,7 @@ class Adapters:
         for module in self.modules:
             check_finite(module)
 
-    def check_learned(self) -> None:
-        """Check before the final export that every LoRA has learnt something.
-
-        Raises:
-            UserError: naming the first layer that is still at zero or not finite.
-        """
+    def warn_unless_learned(self) -> None:
+        """Warn before the final export of LoRA that has learnt nothing."""
         for module in self.modules:
-            check_learned(module)
+            warn_unless_learned(module)

@@ -6,12 +6,13 @@ few numbers are all.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,11 @@ OPTIMIZER_NAME = "optimizer.safetensors"
 STATE_NAME = "training_state.json"
 STRETCH_NAME = "stretch.safetensors"
 """The LoRA as it was when the stretch began, for runs whose residuals follow it."""
+_BY_FLAGS = (
+    *("initial_lr", "betas", "weight_decay", "eps"),
+    *("beta3", "decouple", "use_bias_correction", "safeguard_warmup"),
+)
+"""What flags say of a parameter group; optimisers keep more there."""
 _PATTERN = re.compile(r"checkpoint-(\d+)")
 
 
@@ -42,6 +48,15 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
         if (match := _PATTERN.fullmatch(path.name)) and (path / STATE_NAME).is_file()
     }
     return [found[step] for step in sorted(found)]
+
+
+def summary(checkpoint: Path) -> dict[str, Any]:
+    """The JSON part of a checkpoint, to tell runs apart by; empty where it cannot be read."""
+    try:
+        state = read_state(checkpoint)
+    except UserError:
+        return {}
+    return state if isinstance(state, dict) else {}
 
 
 def find_checkpoint(output_dir: Path, resume_from: str | None) -> Path | None:
@@ -90,18 +105,32 @@ def clear_unfinished(output_dir: Path) -> None:
 
 
 def commit_checkpoint(folder: Path, total_limit: int | None) -> Path:
-    """Give a written checkpoint its name, then drop the oldest ones above the limit."""
-    final = folder.with_suffix("")
+    """Give a written checkpoint its name, then drop the oldest ones of the same run above the limit.
+
+    One of that name that another run left gets a name that does not count.
+    """
+    final, run = folder.with_suffix(""), summary(folder).get("run")
     sync(folder)
     if final.exists():
-        _remove(final)
+        if summary(final).get("run") == run:
+            _remove(final)
+        else:
+            _set_aside(final)
     folder.rename(final)
     sync(final.parent)
     if total_limit is not None:
-        others = [path for path in list_checkpoints(final.parent) if path != final]
+        found = (path for path in list_checkpoints(final.parent) if path != final)
+        others = [path for path in found if summary(path).get("run") == run]
         for old in others[: max(len(others) + 1 - total_limit, 0)]:
             _remove(old)
     return final
+
+
+def _set_aside(checkpoint: Path) -> None:
+    """Rename a checkpoint of another run, whose name is needed."""
+    numbers = itertools.count(1)
+    free = (path for n in numbers if not (path := checkpoint.with_name(f"{checkpoint.name}.earlier-{n}")).exists())
+    checkpoint.rename(next(free))
 
 
 def _remove(checkpoint: Path) -> None:
@@ -197,6 +226,21 @@ def load_training_state(folder: Path, optimizer: Any, scheduler: Any) -> dict[st
     optimizer.load_state_dict({"state": entries, "param_groups": groups})
     scheduler.load_state_dict(state["scheduler"])
     return state
+
+
+def use_settings(optimizer: Any, wanted: Sequence[Mapping[str, Any]], scheduler: Any) -> None:
+    """Let flags decide what they decide in a run that begins, whatever the loaded state says.
+
+    Args:
+        optimizer: Its state loaded.
+        wanted: Its parameter groups as the flags made them, before anything was loaded.
+        scheduler: A torch ``LambdaLR``, its state loaded; its learning rate becomes that of its step by the flags.
+    """
+    for number, (group, new) in enumerate(zip(optimizer.param_groups, wanted, strict=True)):
+        group.update({name: new[name] for name in _BY_FLAGS if name in new})
+        scheduler.base_lrs[number] = new["initial_lr"]
+        group["lr"] = new["initial_lr"] * scheduler.lr_lambdas[number](scheduler.last_epoch)
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
 def load_stretch(folder: Path, parameters: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:

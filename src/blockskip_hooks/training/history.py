@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -43,25 +45,62 @@ class History:
     Attributes:
         step: Optimiser steps done.
         losses: Loss of each of them.
-        loss_by_timestep: Steps and their mean loss by range of timesteps, of those since the run began or went on.
-        step_seconds: Seconds of each step of this process.
+        loss_by_timestep: Steps and their mean loss by range of timesteps.
+        step_seconds: Seconds of each step of this process; of a run that goes on, those that its checkpoint kept too.
         step_memory: What :func:`~blockskip_hooks.utils.monitor.device_memory` says after each; empty without a device.
+        legs: From which step on it trained with which settings: ``step`` (steps done before), ``samples_per_step``
+            and ``settings``. More than one where a run went on with others.
     """
 
     def __init__(self, accelerator: Accelerator, maker: SampleMaker) -> None:
-        self.step = 0
+        self.step = self._clocked = 0
         self.losses: list[float] = []
         self.loss_by_timestep: dict[str, list[tuple[int, float]]] = {}
         self.step_seconds: list[float] = []
         self.step_memory: list[tuple[int, int]] = []
+        self.legs: list[dict[str, Any]] = []
         self._accelerator, self._timesteps = accelerator, maker.plan.timesteps
         self._sample_losses = SampleLosses(maker)
         self._gathered: list[torch.Tensor] = []
         self._since = time.perf_counter()
 
-    def resume(self, step: int, losses: list[float]) -> None:
-        """Go on after ``step`` steps with these losses."""
-        self.step, self.losses = step, list(losses)
+    def begin_leg(self, settings: Mapping[str, Any], samples_per_step: int) -> None:
+        """Train the steps that follow with these settings."""
+        leg = {"step": self.step, "samples_per_step": samples_per_step, "settings": dict(settings)}
+        kept = [leg for leg in self.legs if leg["step"] < self.step]
+        same = kept and all(kept[-1][name] == leg[name] for name in ("samples_per_step", "settings"))
+        self.legs = kept if same else [*kept, leg]
+
+    @property
+    def samples(self) -> int:
+        """Samples of a kind that were trained on, over all processes."""
+        ends = [*(leg["step"] for leg in self.legs[1:]), self.step]
+        return sum(leg["samples_per_step"] * (end - leg["step"]) for leg, end in zip(self.legs, ends))
+
+    def state(self) -> dict[str, Any]:
+        """All of it for a checkpoint, as JSON takes it."""
+        seconds, memory = self.step_seconds, self.step_memory
+        if self._clocked < self.step:
+            # A checkpoint is written before the clock of its step stops.
+            seconds = [*seconds, time.perf_counter() - self._since]
+            memory = [*memory, *filter(None, [device_memory()])]
+        return {
+            "loss": self.losses,
+            "loss_by_timestep": self.loss_by_timestep,
+            "step_seconds": seconds,
+            "step_memory": memory,
+            "legs": self.legs,
+        }
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on after ``state["step"]`` steps with what :meth:`state` kept of them; older checkpoints have less."""
+        self.step, self.losses = state["step"], list(state["loss"])
+        self._clocked = self.step
+        by_timestep = state.get("loss_by_timestep", {})
+        self.loss_by_timestep = {name: [(step, loss) for step, loss in points] for name, points in by_timestep.items()}
+        self.step_seconds = list(state.get("step_seconds", ()))
+        self.step_memory = [(allocated, reserved) for allocated, reserved in state.get("step_memory", ())]
+        self.legs = list(state.get("legs", self.legs))
 
     def start_clock(self) -> None:
         """Let the seconds of the next step begin now."""
@@ -105,6 +144,7 @@ class History:
     def stop_clock(self) -> None:
         """Take the seconds and the memory of the step that ended, with all that was done after it."""
         self.step_seconds.append(time.perf_counter() - self._since)
+        self._clocked = self.step
         if memory := device_memory():
             self.step_memory.append(memory)
         self.start_clock()

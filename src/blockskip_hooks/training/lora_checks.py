@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 import torch
 
 from ..transformer import DiTBlockSkipTransformer
 from ..utils.errors import UserError
+
+
+logger = logging.getLogger(__name__)
 
 
 def check_gradients(model: torch.nn.Module) -> None:
@@ -24,16 +28,16 @@ def check_gradients(model: torch.nn.Module) -> None:
             )
 
 
-def check_learned(model: torch.nn.Module) -> None:
-    """Before saving: no LoRA may still be at zero, or hold a value that is not finite.
-
-    Raises:
-        UserError: naming the first layer.
-    """
-    for name, parameter in _lora_b(model).items():
-        if not bool(parameter.any()):
-            raise UserError(f"The LoRA of {_layer(name)} is still zero after training; nothing was learnt there.")
-    check_finite(model)
+def warn_unless_learned(model: torch.nn.Module) -> None:
+    """After training: warn of LoRA that is still at zero. All of it is saved; what the rest learnt is not lost."""
+    zero = [_layer(name) for name, parameter in _lora_b(model).items() if not bool(parameter.any())]
+    if zero:
+        logger.warning(
+            "The LoRA of %s%s is still zero after training: nothing was learnt there. Raise --learning_rate, or leave "
+            "these layers out of --lora_layers.",
+            zero[0],
+            f" and {len(zero) - 1} other layers" if len(zero) > 1 else "",
+        )
 
 
 def check_finite(model: torch.nn.Module) -> None:

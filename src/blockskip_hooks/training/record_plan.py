@@ -26,15 +26,11 @@ from .run import Run
 def resolve_seed(run: Run, checkpoint: Path | None) -> int:
     """The seed: the flag's, the checkpoint's, or a new one that is kept in the report.
 
-    Raises:
-        UserError: if the flag contradicts the checkpoint.
+    A run that goes on with another seed than it began with draws the samples of the remaining steps from it.
     """
     seed = run.settings.seed
-    if checkpoint is not None:
-        resumed = read_state(checkpoint)["seed"]
-        if seed not in (None, resumed):
-            raise UserError(f"--seed {seed} is not the seed of {checkpoint}, {resumed}; leave the flag out.")
-        seed = resumed
+    if checkpoint is not None and "seed" not in run.settings.given:
+        seed = read_state(checkpoint)["seed"]
     elif seed is None and run.settings.resume_from_checkpoint:
         # The run ended before its first checkpoint; what it left are records, which are of one seed.
         seed = recorded_seed(run.residual_dir)
@@ -77,8 +73,9 @@ def describe_records(
 def plan_stretches(run: Run, plan: dict[str, Any], num_processes: int, checkpoint: Path | None) -> Stretches:
     """The run's stretches: the longest whose records fit the residual budget, unless flags ask for shorter ones.
 
-    A resumed run keeps the stretches it began with, whatever the disk has room for now: records then come out
-    of the same batches. With other samples per step they would be other batches anyway.
+    A resumed run keeps the stretches it began with, whatever the disk has room for now, unless ``--residual_budget``
+    says less: records then come out of the same batches. With other samples per step they would be other batches
+    anyway.
 
     Raises:
         UserError: if not even one step's records fit.
@@ -88,7 +85,8 @@ def plan_stretches(run: Run, plan: dict[str, Any], num_processes: int, checkpoin
         return Stretches(num_steps=num_steps, length=num_steps)
     samples_per_step = run.samples_per_step(num_processes)
     state = {} if checkpoint is None else read_state(checkpoint)
-    if state and state.get("samples_per_step", samples_per_step) == samples_per_step:
+    goes_on = bool(state) and state.get("samples_per_step", samples_per_step) == samples_per_step
+    if goes_on and run.settings.residual_budget is None:
         return Stretches(num_steps=num_steps, length=state["stretch_steps"], repeats=run.record_repeats)
     planned = plan["residuals"]
     record_bytes = -(-planned["bytes"] // planned["records"])
@@ -99,8 +97,9 @@ def plan_stretches(run: Run, plan: dict[str, Any], num_processes: int, checkpoin
             f"--residual_budget is {budget} bytes, less than the records of one step need ({step_bytes}: "
             f"{samples_per_step * len(run.kinds)} of {record_bytes}); raise it or lower --train_batch_size."
         )
+    longest = state["stretch_steps"] if goes_on else run.longest_stretch(num_steps)
     return Stretches(
         num_steps=num_steps,
-        length=min(run.longest_stretch(num_steps), budget // step_bytes * run.record_repeats),
+        length=min(longest, budget // step_bytes * run.record_repeats),
         repeats=run.record_repeats,
     )

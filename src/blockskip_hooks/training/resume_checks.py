@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..loading.checkpoint_index import tensor_shapes
 from ..loading.lora_files import WEIGHTS_NAME
 from ..utils.digests import folder_digest
-from ..utils.errors import UserError
-from .checkpoints import OPTIMIZER_NAME, SCHEMA, read_state
+from ..utils.errors import UserError, one_line
+from .checkpoints import OPTIMIZER_NAME, SCHEMA, find_checkpoint, list_checkpoints, read_state, summary
+from .resume_flags import kept_flags
 from .run import Run
 
 
@@ -25,22 +28,115 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
 }
 
 
+ADVICE = "use the settings it was made with, or start anew in another --output_dir."
+
+
 def made_with(run: Run) -> dict[str, Any]:
-    """What a run must share with a checkpoint beside its LoRA layers: base weights, skipped blocks, optimizer."""
+    """What decides a run's weights, and so what it must share with a checkpoint that it goes on from."""
+    path = run.family.model_path
+    others = [name for name in ("vae", *run.family.text_components) if (path / name).is_dir()]
     return {
         "skip": [run.config.leading, run.config.trailing],
+        "layers": hashlib.sha256("\n".join(run.targets).encode()).hexdigest(),
         "optimizer": run.settings.optimizer.lower() + (" of 8 bits" if run.settings.use_8bit_adam else ""),
         # Checkpoints of before have a digest under "weights" that most tensors were no part of.
-        "base_weights": folder_digest(run.family.model_path / "transformer"),
+        "base_weights": folder_digest(path / "transformer"),
+        "components": {name: folder_digest(path / name) for name in others},
+        "photos": [photo.digest for photo in run.photos],
+        "prompts": [photo.caption or run.settings.instance_prompt or "" for photo in run.photos],
+        "flags": kept_flags(run),
     }
 
 
-def check_checkpoint(checkpoint: Path, run: Run) -> None:
-    """Check that a checkpoint can be read and was made by a run like this one.
+def choose_checkpoint(run: Run) -> Path | None:
+    """The checkpoint that ``--resume_from_checkpoint`` means, or ``None`` to start anew.
+
+    Of ``latest`` the one that a run like this wrote last; where there are others only, the last of them, which
+    :func:`check_checkpoint` refuses.
+
+    Raises:
+        UserError: if a named checkpoint is not a complete one.
+    """
+    named = find_checkpoint(run.output_dir, run.settings.resume_from_checkpoint)
+    if named is None or run.settings.resume_from_checkpoint != "latest":
+        return named
+    found, now = list_checkpoints(run.output_dir), made_with(run)
+    own = [path for path in found if not differences(summary(path).get("made_with", {}), now)]
+    return max(own or found, key=lambda path: summary(path).get("saved_at", 0))
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """In words how what a checkpoint was made with differs from :func:`made_with` of a run.
+
+    Older checkpoints know less; what one does not know is not compared.
+    """
+    then = {**now, **then}
+    found = []
+    was, is_now = ({"transformer": made["base_weights"], **made["components"]} for made in (then, now))
+    if parts := sorted(name for name in {**was, **is_now} if was.get(name) != is_now.get(name)):
+        found.append(f"on other weights of {' and '.join(parts)}")
+    if then["photos"] != now["photos"]:
+        found.append(f"on other photos ({len(then['photos'])}, now {len(now['photos'])})")
+    prompts = zip(then["prompts"], now["prompts"])
+    if other := next(((one_line(old), one_line(new)) for old, new in prompts if old != new), None):
+        found.append("with the prompt '{}' (now '{}')".format(*other))
+    if then["skip"] != now["skip"]:
+        found.append("with --skip_blocks {},{} (now {},{})".format(*then["skip"], *now["skip"]))
+    elif then["layers"] != now["layers"]:
+        found.append("with other LoRA layers")
+    if then["optimizer"] != now["optimizer"]:
+        found.append(f"with the optimizer {then['optimizer']} (now {now['optimizer']})")
+    flags = {**now["flags"], **then["flags"]}
+    return found + [_flag(name, flags[name], value) for name, value in now["flags"].items() if flags[name] != value]
+
+
+def _flag(name: str, then: Any, now: Any) -> str:
+    """A flag's two values in words."""
+    is_now = "without" if now in (None, False) else "with" if now is True else now
+    if then in (None, False):
+        return f"without --{name} (now {is_now})"
+    return f"with --{name}{'' if then is True else f' {then}'} (now {is_now})"
+
+
+def describe_output(run: Run, checkpoint: Path | None) -> str:
+    """What earlier runs left in ``--output_dir``, for the first screen; empty where that is nothing.
+
+    Args:
+        run: The run.
+        checkpoint: What it goes on from; ``None`` if it begins.
+    """
+    found = list_checkpoints(run.output_dir)
+    # Digests of a large model take seconds, which a folder without checkpoints need not cost.
+    now, own = made_with(run) if found else {}, summary(checkpoint).get("run") if checkpoint else None
+    like, other = list[str](), list[str]()
+    differing: list[str] = []
+    for path in found:
+        state = summary(path)
+        if checkpoint is not None and state.get("run") == own:
+            continue
+        here = differences(state.get("made_with", {}), now)
+        differing = here or differing
+        (other if here else like).append(path.name)
+    lines = []
+    if like:
+        advice = "" if checkpoint else "; --resume_from_checkpoint latest goes on with it"
+        lines.append(f"holds {', '.join(like)} of an earlier run like this one{advice}")
+    if other:
+        lines.append(f"holds {', '.join(other)} of another run, made {', '.join(differing)}")
+    if lines:
+        lines.append("they are not counted and stay; give another --output_dir to keep the LoRA and the report too")
+    elif checkpoint is None and (run.output_dir / WEIGHTS_NAME).is_file():
+        lines.append("holds the LoRA of an earlier run, which this one replaces; give another --output_dir to keep it")
+    return f"Output    {run.output_dir} {'; '.join(lines)}." if lines else ""
+
+
+def check_checkpoint(checkpoint: Path, run: Run, num_steps: int) -> None:
+    """Check that a checkpoint can be read, and that it is one of this run or of one like it.
 
     Args:
         checkpoint: Its folder.
         run: The run that is to continue it, with the blocks that it will skip.
+        num_steps: Steps of the whole run.
 
     Raises:
         UserError: one line that says what differs, or which file is damaged.
@@ -52,62 +148,43 @@ def check_checkpoint(checkpoint: Path, run: Run) -> None:
     damaged = [name for name, kind in _FIELDS.items() if not isinstance(state.get(name, ...), kind)]
     if damaged:
         raise UserError(f"{where} is damaged: its state lacks {', '.join(damaged)}; name another one.")
-    wanted = run.settings.max_train_steps
-    if wanted is not None and state["step"] > wanted:
-        raise UserError(
-            f"{where} has trained {state['step']} steps, more than --max_train_steps {wanted}; give more, or start "
-            "anew in another --output_dir."
-        )
-    if run.settings.seed not in (None, state["seed"]):
-        raise UserError(
-            f"--seed {run.settings.seed} is not the seed of {checkpoint}, {state['seed']}; leave the flag out."
-        )
     try:
         lora = tensor_shapes(checkpoint / WEIGHTS_NAME)
         tensor_shapes(checkpoint / OPTIMIZER_NAME)
     except ValueError as error:
         raise UserError(f"{where} cannot be read ({error}); name another one.") from error
+    if differing := differences(state.get("made_with", {}), made_with(run)):
+        raise UserError(f"{where} is of another run, made {', '.join(differing)}; {ADVICE}")
     _check_lora(lora, run, where)
-    then, now = state.get("made_with", {}), made_with(run)
-    if then.get("skip", now["skip"]) != now["skip"]:
-        then_skipped, now_skipped = (",".join(map(str, pair["skip"])) for pair in (then, now))
+    if state["step"] > num_steps:
+        settings = run.settings
+        flag = "max_train_steps" if settings.max_train_steps else "num_train_epochs"
         raise UserError(
-            f"{where} was made with --skip_blocks {then_skipped}, and this run skips {now_skipped}; use the settings "
-            "it was made with, or start anew in another --output_dir."
-        )
-    if then.get("optimizer", now["optimizer"]) != now["optimizer"]:
-        raise UserError(
-            f"{where} was made with the optimizer {then['optimizer']}, and this run's is {now['optimizer']}; use the "
-            "settings it was made with, or start anew in another --output_dir."
-        )
-    if then.get("base_weights", now["base_weights"]) != now["base_weights"]:
-        raise UserError(
-            f"{where} was made on other weights than those of {run.model_name}; name the model it was made on, or "
-            "start anew in another --output_dir."
+            f"{where} has {state['step']} steps done, and --{flag} {settings.flags()[flag]} is a run of {num_steps}; "
+            "raise it, or name an earlier checkpoint."
         )
 
 
 def _check_lora(found: dict[str, tuple[int, ...]], run: Run, where: str) -> None:
     """Compare the layers and the rank of a checkpoint's LoRA to those of the run."""
     layers = {match[1]: shape for name, shape in found.items() if (match := _LORA_A.fullmatch(name))}
-    advice = "use the settings it was made with, or start anew in another --output_dir."
     if layers.keys() != set(run.targets):
         differing = sorted(layers.keys() ^ set(run.targets))
         raise UserError(
             f"{where} was made with other LoRA layers than this run ({len(differing)} differ, first {differing[0]}); "
-            f"{advice}"
+            f"{ADVICE}"
         )
     for name, shape in layers.items():
         wanted = (run.settings.rank, run.skeleton.transformer.get_submodule(name).in_features)
         if shape != wanted:
             raise UserError(
                 f"{where} was made with another rank or model: its LoRA of {name} has the shape {shape}, and this "
-                f"run's {wanted}; {advice}"
+                f"run's {wanted}; {ADVICE}"
             )
     trains_text = any(name.startswith("text_encoder") for name in found)
     if trains_text != bool(run.settings.train_text_encoder):
         was = "with" if trains_text else "without"
-        raise UserError(f"{where} was made {was} --train_text_encoder; {advice}")
+        raise UserError(f"{where} was made {was} --train_text_encoder; {ADVICE}")
 
 
-__all__ = ["check_checkpoint", "made_with"]
+__all__ = ["check_checkpoint", "choose_checkpoint", "describe_output", "differences", "made_with"]

@@ -154,8 +154,19 @@ class Run:
         return list(dict.fromkeys(prompts))
 
     @property
+    def image_kwargs(self) -> dict[str, Any]:
+        """Arguments of the pipeline call that makes validation images."""
+        side = self.settings.validation_resolution
+        return self.pipeline_kwargs | ({} if side is None else self.family.image_arguments(side))
+
+    @property
     def image_size(self) -> int:
         """Height in pixels of validation images."""
+        return self.image_kwargs.get("height", self.family.image_size)
+
+    @property
+    def class_image_size(self) -> int:
+        """Height in pixels of class images."""
         return self.pipeline_kwargs.get("height", self.family.image_size)
 
     @property

@@ -127,8 +127,9 @@ class TrainSettings:
     prodigy_safeguard_warmup: bool
     max_grad_norm: float
     # validation
-    validation_prompt: str | None
+    validation_prompt: tuple[str, ...] | None
     num_validation_images: int
+    validation_resolution: int | None
     validation_epochs: int
     final_validation_prompt: str | None
     skip_final_inference: bool
@@ -217,6 +218,9 @@ def plain_value(name: str, value: Any) -> Any:
     """A flag's value as it is typed: texts stay texts, and lists with separators become one."""
     if name == "aspect_ratio_buckets" and value is not None:
         return ";".join(f"{height},{width}" for height, width in value)
+    if name == "validation_prompt" and value is not None:
+        # One is a text, as upstream's scripts have it.
+        return value[0] if len(value) == 1 else list(value)
     if name == "report_to":
         return ",".join(value) or "none"
     if isinstance(value, tuple):

@@ -13,49 +13,22 @@ from collections.abc import Collection, Sequence
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import FullyShardedDataParallelPlugin, disable_fsdp_ram_efficient_loading
+from accelerate.utils import disable_fsdp_ram_efficient_loading
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from ..blocks import Block
 from ..transformer import DiTBlockSkipTransformer
-from ..utils.accelerator import FSDP_SWITCH
-from ..utils.errors import UserError
+from ..utils.launcher import FSDP_SWITCH, is_set
 
 
 def asks_for_sharding() -> bool:
-    """Whether accelerate's config asks for FSDP and there is more than one process.
-
-    Raises:
-        UserError: if it asks for what is not supported.
-    """
-    if _is_set("ACCELERATE_USE_DEEPSPEED"):
-        raise UserError(
-            "accelerate's config asks for DeepSpeed, which is not supported; use configs/fsdp2.yaml, which divides "
-            "frozen weights among processes, or configs/multi_gpu.yaml."
-        )
-    if not _is_set(FSDP_SWITCH):
+    """Whether accelerate's config asks for FSDP and there is more than one process."""
+    if not is_set(FSDP_SWITCH):
         return False
-    version = os.environ.get("FSDP_VERSION", "1")
-    if version != "2":
-        raise UserError(f"accelerate's config asks for FSDP in version {version}; set fsdp_version: 2 in it.")
     # It has transformers load text encoders in parts only, for accelerate to send the rest, and nothing does.
     disable_fsdp_ram_efficient_loading()
-    plugin = FullyShardedDataParallelPlugin()
-    if plugin.activation_checkpointing:
-        raise UserError(
-            "accelerate's config has fsdp_activation_checkpointing; take it out and give --gradient_checkpointing."
-        )
-    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
-        raise UserError(
-            "accelerate's config has fsdp_offload_params; take it out and skip more blocks: those leave the device."
-        )
-    if not plugin.reshard_after_forward:
-        raise UserError(
-            "accelerate's config has fsdp_reshard_after_forward: false, which needs more memory than whole weights; "
-            "set it to true, or use configs/multi_gpu.yaml."
-        )
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
@@ -118,7 +91,3 @@ def bytes_elsewhere(
     ]
     whole = sum(resident)
     return max(whole - whole // num_processes - sum(sorted(resident)[-2:]), 0)
-
-
-def _is_set(name: str) -> bool:
-    return os.environ.get(name, "false").lower() == "true"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from accelerate.utils import gather_object
 from PIL import Image
 
 from ..inference.generate import VaePlacement, generate_images
@@ -29,6 +31,9 @@ Images = list[list[Image.Image]]
 
 class Validation:
     """Validation images and the trailing approximation of a run; the same seeds each time.
+
+    Processes share the images: each makes a part of the pipeline's calls that one process would make, and all get
+    every image. Where they share the model's weights instead, each makes all of them.
 
     Args:
         run: The run, its seed resolved.
@@ -64,18 +69,21 @@ class Validation:
         self._checked_step = 0
 
     def during(self, step: int) -> None:
-        """Make the images of a validation during training and log them."""
+        """Make the images of a validation during training and log them; every process must call this."""
         prompts = self._run.prompts
         trained = self._images(prompts, with_adapters=True)
         base: Images = []
-        if self._tracking.is_on_somewhere and self._seeds:
+        if self._tracking.main_is_on and self._seeds:
             base = self._base_images(prompts)
             self._tracking.log_images(step, prompts, self._seeds, base, trained)
         self.shown = step, prompts, base, trained
         self.check_records(step)
 
     def final(self, step: int) -> tuple[Images, Images]:
-        """Make the base model's and the trained model's images after training, log and return them."""
+        """Make the base model's and the trained model's images after training, log and return them.
+
+        Every process must call this.
+        """
         prompts = self._run.final_prompts
         if not prompts or not self._seeds:
             return [], []
@@ -112,7 +120,9 @@ class Validation:
         embeds = self._records.maker.embeds
         if with_adapters:
             embeds = self._adapters.current(embeds, [*prompts, *([] if negative is None else [negative])])
-        sharded = self._model.is_sharded
+        sharded, accelerator = self._model.is_sharded, context.accelerator
+        others = 1 if sharded else accelerator.num_processes
+        at_once = self._images_at_once or len(self._seeds)
         name = f"validate ({'LoRA' if with_adapters else 'base model'})"
         with (
             context.stop.held() if sharded else contextlib.nullcontext(),
@@ -120,7 +130,7 @@ class Validation:
             self._records.vae() as vae,
             contextlib.nullcontext() if with_adapters else base_model(self._model.transformer),
             context.accelerator.autocast(),
-            context.progress.stage(name, images=len(prompts) * len(self._seeds)) as progress,
+            context.progress.stage(name, images=-(-len(prompts) * len(self._seeds) // others)) as progress,
         ):
 
             def made(images: int) -> None:
@@ -128,18 +138,35 @@ class Validation:
                 if sharded:
                     context.check_stop_together()
 
-            return generate_images(
+            images = generate_images(
                 [embeds[prompt] for prompt in prompts],
                 family=family,
                 model=self._model,
                 vae=vae,
                 negative=None if negative is None else embeds[negative],
                 seeds=self._seeds,
-                pipeline_kwargs=self._run.pipeline_kwargs,
-                images_at_once=self._images_at_once,
+                pipeline_kwargs=self._run.image_kwargs,
+                images_at_once=at_once,
                 placement=self._placement,
                 progress=made,
+                calls=lambda number: number % others == accelerator.process_index % others,
             )
+            return images if others == 1 else self._from_all(images, at_once)
+
+    @staticmethod
+    def _from_all(images: Images, at_once: int) -> Images:
+        """The images of all processes, each of which made every so many-th call of the pipeline."""
+        made: list[Images] = gather_object([images])
+        calls = itertools.count()
+        together: Images = []
+        for prompt in range(len(images)):
+            left = [list(process[prompt]) for process in made]
+            together.append([])
+            while any(left):
+                owner = left[next(calls) % len(left)]
+                together[-1] += owner[:at_once]
+                del owner[:at_once]
+        return together
 
 
 __all__ = ["Validation"]

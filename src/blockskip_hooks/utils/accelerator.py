@@ -5,16 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
 from .errors import UserError
+from .launcher import FSDP_SWITCH, check_launcher
 
 
-FSDP_SWITCH = "ACCELERATE_USE_FSDP"
-"""What accelerate's launcher sets for a config with ``distributed_type: FSDP``."""
+PATIENCE = timedelta(days=1)
+"""How long processes wait for one that works alone: it merges, writes and uploads at the speed of a disk and a
+network, which no plan knows, and backends give up after ten to thirty minutes. A process that died is noticed without
+it: gloo's connection breaks, and launchers end the others."""
 
 
 @contextmanager
@@ -37,11 +42,13 @@ def start_accelerator(mixed_precision: str | None, *, plan_only: bool = False, *
         **settings: Further arguments of ``Accelerator``.
 
     Raises:
-        UserError: if this machine cannot compute in that precision.
+        UserError: if this machine cannot compute in that precision, or accelerate's config asks for what no run does.
     """
+    check_launcher(mixed_precision)
     try:
         with _without_fsdp():
-            accelerator = Accelerator(mixed_precision=mixed_precision, **settings)
+            handlers = [InitProcessGroupKwargs(timeout=PATIENCE)]
+            accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=handlers, **settings)
     except ValueError as error:
         raise UserError(f"--mixed_precision {mixed_precision} cannot be used here: {error}") from error
     # accelerate itself would go on without autocast. A plan is for another machine.

@@ -23,6 +23,16 @@ SCHEMA = 1
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
+def expand_home(text: str) -> str:
+    """A path with the home folder in place of a ``~`` at its start: a shell leaves one behind ``=`` or in quotes."""
+    return os.path.expanduser(text)
+
+
+def home_path(text: str) -> Path:
+    """The same as a path."""
+    return Path(expand_home(text))
+
+
 def sync(path: Path) -> None:
     """Make a file's contents, or a folder's names, outlast a power cut."""
     if os.name == "nt" and path.is_dir():

@@ -2,6 +2,25 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+LABEL_WIDTH = 9
+"""Columns of the label that a line of a run's first screen begins with."""
+
+
+def fit_lines(text: str, width: int = 80) -> str:
+    """Lines of a first screen broken to ``width`` columns, what goes on below the text and not below the label."""
+    indent = " " * LABEL_WIDTH
+    return "\n".join(
+        textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+        if len(line) > width
+        else line
+        for line in text.splitlines()
+    )
+
 
 def format_bytes(count: float | None) -> str:
     """Bytes for people, in binary units: ``1.91 GiB``, ``640 MiB``, and a dash for unknown."""
@@ -26,3 +45,14 @@ def format_seconds(seconds: float | None) -> str:
     if minutes < 60:
         return f"{minutes} min {round(seconds) % 60:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def format_setting(value: Any, changed: Sequence[Mapping[str, Any]] = ()) -> str:
+    """A setting for people, with every value that it had in the course of a run: ``0.001, from step 5 on 1e-06``.
+
+    Args:
+        value: Its value, the last one.
+        changed: ``from_step`` and ``value`` of each; empty if it never changed.
+    """
+    values = [f"from step {then['from_step']} on {then['value']}" for then in changed[1:]]
+    return ", ".join([str(changed[0]["value"]), *values]) if values else str(value)

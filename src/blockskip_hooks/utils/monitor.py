@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -129,6 +129,16 @@ class StageMonitor:
             now = psutil.Process().memory_info().rss
             return now, now
         return self._sampler.current, self._sampler.peak
+
+    def add(self, earlier: Iterable[Mapping[str, Any]]) -> None:
+        """Count stages of the same run in an earlier process, as :meth:`as_list` gave them: the run has gone on."""
+        for stage in earlier:
+            cost = self._stages.setdefault(stage["name"], StageCost(stage["name"]))
+            cost.seconds += stage["seconds"]
+            cost.peak_rss_bytes = max(cost.peak_rss_bytes, stage["peak_rss_bytes"])
+            for name in ("peak_device_bytes", "peak_device_reserved_bytes"):
+                if stage[name] is not None:
+                    setattr(cost, name, max(getattr(cost, name) or 0, stage[name]))
 
     def as_list(self) -> list[dict[str, Any]]:
         """Stages in the order in which they were first entered, as run_report.json stores them.

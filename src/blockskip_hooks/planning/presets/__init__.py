@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -14,7 +14,8 @@ from typing import Any
 
 from ...blocks import modulation_layers
 from ...config import BlockSkipConfig
-from ...families import FAMILIES, Family
+from ...families import FAMILIES, Family, detect_family
+from ...loading.component_config import load_config
 from ...lora import lora_targets
 from ...transformer import DiTBlockSkipTransformer
 from ...utils.errors import UserError
@@ -76,25 +77,53 @@ def preset_names() -> list[str]:
     return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
 
 
-def load_preset(name: str) -> Preset:
-    """Read a preset.
+def write_preset(name: str, folder: Path, pipeline_settings: Mapping[str, Any] | None = None) -> str:
+    """Write a preset as a model folder without weights: the index of the pipeline and the configs of its components.
+
+    Args:
+        name: Name of the preset.
+        folder: Where to.
+        pipeline_settings: What the folder asks the pipeline for, such as the size of images.
+
+    Returns:
+        The model's name.
 
     Raises:
-        ValueError: if there is none of this name.
+        UserError: if there is no preset of this name.
     """
     if name not in preset_names():
         raise UserError(f"--preset '{name}' does not exist; choose one of {', '.join(preset_names())}.")
     data = json.loads((resources.files(__name__) / f"{name}.json").read_text())
+    encoders = {f"text_encoder{'' if n == 1 else f'_{n}'}": c for n, c in enumerate(data["text_encoders"], start=1)}
+    configs = {part: data[part] for part in ("transformer", "vae", "scheduler")} | encoders
+    # By this name a table that says which blocks to skip is found.
+    configs["transformer"] = {**data["transformer"], "_name_or_path": data["name"]}
+    components = FAMILIES[data["pipeline"]].text_components
+    # Tokenizers have empty folders: nothing is known of them, and a plan needs none.
+    index = dict.fromkeys(components, ["transformers", "PreTrainedTokenizerFast"])
+    for part in components:
+        (folder / part).mkdir(parents=True)
+    index |= {part: ["diffusers", data[part]["_class_name"]] for part in ("transformer", "vae", "scheduler")}
+    index |= {part: ["transformers", config["architectures"][0]] for part, config in encoders.items()}
+    for part, config in configs.items():
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        (folder / part / f"{'scheduler_' if part == 'scheduler' else ''}config.json").write_text(json.dumps(config))
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": data["pipeline"], **index}))
+    if pipeline_settings:
+        (folder / "blockskip_defaults.json").write_text(json.dumps({"pipeline_kwargs": dict(pipeline_settings)}))
+    return data["name"]
+
+
+def load_preset(name: str) -> Preset:
+    """Read a preset.
+
+    Raises:
+        UserError: if there is none of this name.
+    """
     # A family reads its configs from a model folder, at any time: the folder lives as long as the family.
     folder = Path(tempfile.mkdtemp(prefix="blockskip_preset_"))
-    configs = {f"{component}/config.json": data[component] for component in ("transformer", "vae")}
-    configs["scheduler/scheduler_config.json"] = data["scheduler"]
-    for number, encoder in enumerate(data["text_encoders"], start=1):
-        configs[f"text_encoder{'' if number == 1 else f'_{number}'}/config.json"] = encoder
-    for name_in_folder, config in configs.items():
-        path = folder / name_in_folder
-        path.parent.mkdir()
-        path.write_text(json.dumps(config))
-    family = FAMILIES[data["pipeline"]](folder)
+    model = write_preset(name, folder)
+    family = detect_family(folder)(folder)
     weakref.finalize(family, shutil.rmtree, folder, ignore_errors=True)
-    return Preset(data["name"], family, data["transformer"], data["text_encoders"])
+    encoders = list(family.text_encoder_configs().values())
+    return Preset(model, family, load_config(folder / "transformer"), encoders)

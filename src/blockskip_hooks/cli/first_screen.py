@@ -1,0 +1,44 @@
+"""Lines of the first screen about how a run trains and what it draws; the plan has the others."""
+
+from __future__ import annotations
+
+from ..training.learning_rate import describe_rate, warn_of_warmup
+from ..training.run import Run
+
+
+def training_lines(run: Run, num_steps: int, num_processes: int) -> list[str]:
+    """What the learning rate will do, and which pictures are made when.
+
+    Args:
+        run: The run to carry out.
+        num_steps: Its optimiser steps.
+        num_processes: Processes that share the work.
+    """
+    scale = run.samples_per_step(num_processes) if run.settings.scale_lr else 1
+    return [f"Rate     {describe_rate(run.settings, num_steps, scale)}", f"Images   {_images(run)}"]
+
+
+def training_warnings(run: Run, num_steps: int) -> list[str]:
+    """What of a run's length is likely a mistake: a line of each kind."""
+    warning = warn_of_warmup(run.settings, num_steps)
+    return [] if warning is None else [warning]
+
+
+def _images(run: Run) -> str:
+    settings = run.settings
+    prompts = list(dict.fromkeys([*run.prompts, *run.final_prompts]))
+    if not run.makes_images:
+        if prompts or settings.skip_final_inference:
+            return "none, as asked for"
+        subject = settings.instance_prompt or "a photo of sks dog"
+        return f'none are made; --validation_prompt "{subject} on a beach" asks for some'
+    times = []
+    if settings.validation_prompt:
+        times.append(f"every {settings.validation_epochs} epochs")
+    if run.final_prompts:
+        times.append("at the end")
+    words = "1 prompt" if len(prompts) == 1 else f"each of {len(prompts)} prompts"
+    return f"{settings.num_validation_images} of {words}, {run.image_size} px, {' and '.join(times)}"
+
+
+__all__ = ["training_lines", "training_warnings"]

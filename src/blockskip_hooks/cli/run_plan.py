@@ -1,0 +1,222 @@
+"""The plan of a prepared run: what the planner simulates for it, and the first screen that shows it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from ..blocks import block_bytes, list_blocks
+from ..data.summary import summarize_photos
+from ..embedded import DEFAULT_SUBJECT
+from ..families import Family
+from ..loading.component_config import load_config
+from ..loading.lora_files import WEIGHTS_NAME
+from ..loading.models import empty_model
+from ..planning.budget import (
+    LAST_MEMORY_OPTIONS,
+    MEMORY_OPTIONS,
+    BudgetSteps,
+    fit_budget,
+    selections_for_budget,
+)
+from ..planning.description import format_plan
+from ..planning.plan import largest_stage
+from ..planning.stages import PlanRequest, plan_run
+from ..selection import Selection
+from ..training.run import Run
+from ..utils.errors import UserError, first_line
+from ..utils.formatting import fit_lines, format_bytes
+from ..utils.machine import is_first_process
+
+
+logger = logging.getLogger(__name__)
+
+
+def plan_request(run: Run, dtype: torch.dtype, num_processes: int) -> PlanRequest:
+    """What the planner has to know of ``run``.
+
+    Args:
+        run: The prepared run.
+        dtype: Dtype of frozen weights.
+        num_processes: Processes that share the work.
+    """
+    settings, family = run.settings, run.family
+    steps = run.num_steps(num_processes)
+    samples_per_step = run.samples_per_step(num_processes) * len(run.kinds)
+    encoders = family.text_encoder_configs()
+    streamable = family.streamable_text_encoders(trains_text=settings.train_text_encoder)
+    return PlanRequest(
+        family=family,
+        transformer_config=run.transformer_config,
+        config=run.config,
+        patch=run.patch,
+        rank=settings.rank,
+        lora_targets=run.targets,
+        recorded_layers=run.recorded_layers,
+        quantization=run.quantization,
+        batch_size=settings.train_batch_size * len(run.kinds),
+        text_tokens=settings.max_sequence_length,
+        weight_dtype=dtype,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        use_8bit_adam=settings.use_8bit_adam,
+        cache_latents=settings.cache_latents,
+        precompute_batch_size=settings.precompute_batch_size,
+        num_samples=steps * samples_per_step,
+        samples_per_step=samples_per_step,
+        stretch_steps=run.longest_stretch(steps),
+        record_repeats=run.record_repeats,
+        residual_budget_bytes=run.residual_budget() if run.uses_store else None,
+        residual_dtype=settings.residual_dtype,
+        text_encoders=list(encoders.values()),
+        streamable_encoders=[position for position, name in enumerate(encoders) if name in streamable],
+        validation_batch_size=settings.num_validation_images,
+        validation_resolution=run.image_size if run.makes_images else None,
+        class_batch_size=settings.sample_batch_size if settings.with_prior_preservation else None,
+        class_resolution=run.class_image_size,
+        validation_extra_bytes=_weights_bytes(family, dtype),
+        bytes_elsewhere=run.bytes_elsewhere(dtype, num_processes),
+        selection=run.selection,
+    )
+
+
+def plan_for(run: Run, dtype: torch.dtype, num_processes: int) -> dict[str, Any]:
+    """Simulate the stages of ``run`` and return the contents of ``plan.json``.
+
+    Args:
+        run: The prepared run.
+        dtype: Dtype of frozen weights.
+        num_processes: Processes that share the work.
+
+    Raises:
+        UserError: if a simulated step fails, because the parts of the model do not go together.
+    """
+    # What it logs of shapes that do not fit would stand beside the one line that says so.
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
+    try:
+        plan = plan_run(plan_request(run, dtype, num_processes))
+    except RuntimeError as error:
+        # Config by config the parts are sound, see `check_model`; what is left is that they do not go together.
+        logger.debug("Simulating the run failed.", exc_info=True)
+        raise UserError(
+            f"--pretrained_model_name_or_path {run.model_name}: a simulated step fails ({first_line(error)}); its "
+            "parts are of different models, or, if not, this is a bug."
+        ) from error
+    if run.table is not None and run.table.leading:
+        sizes = block_bytes(list_blocks(run.skeleton.transformer, run.family.block_stacks), dtype)
+        plan["skip"]["trade_off"] = [asdict(point) for point in run.table.trade_off(sizes)]
+    return plan
+
+
+def make_plan(run: Run, dtype: torch.dtype, num_processes: int) -> tuple[Run, dict[str, Any]]:
+    """The plan of ``run`` or, with ``--memory_budget``, of the run changed to fit.
+
+    Args:
+        run: The prepared run.
+        dtype: Dtype of frozen weights.
+        num_processes: Processes that share the work.
+
+    Returns:
+        The run to carry out and its plan; which blocks the former skips may be another choice than the given run's.
+
+    Raises:
+        UserError: if nothing that the flags allow fits.
+    """
+    settings = run.settings
+    if settings.memory_budget is None:
+        plan = plan_for(run, dtype, num_processes)
+        _check_device(plan)
+        return run, plan
+
+    def chosen_flags(options: tuple[str, ...]) -> dict[str, Any]:
+        return dict(MEMORY_OPTIONS[option] for option in options)
+
+    budget = int(settings.memory_budget)
+    fixed = "skip_blocks" in settings.given and settings.skip_blocks != "auto"
+    sizes = block_bytes(list_blocks(run.skeleton.transformer, run.family.block_stacks), dtype)
+    allowed = [name for name in MEMORY_OPTIONS if name in settings.memory_options]
+    steps = BudgetSteps(
+        selections=[run.selection] if fixed else selections_for_budget(sizes, run.table),
+        options=[name for name in allowed if name not in LAST_MEMORY_OPTIONS],
+        last_options=[name for name in allowed if name in LAST_MEMORY_OPTIONS],
+    )
+    with tqdm(desc="Fitting the memory budget", unit="plan", disable=None if is_first_process() else True) as bar:
+
+        def planned(selection: Selection, options: tuple[str, ...]) -> dict[str, Any]:
+            bar.update()
+            return plan_for(run.skipping(selection, chosen_flags(options)), dtype, num_processes)
+
+        choice = fit_budget(planned, steps, budget)
+    choice.plan["fits"] = {"budget_bytes": budget, "ok": True, "reason": choice.reason}
+    return run.skipping(choice.selection, chosen_flags(choice.options)), choice.plan
+
+
+def _check_device(plan: dict[str, Any]) -> None:
+    """Refuse a run that the accelerator is too small for by plan.
+
+    Raises:
+        UserError: naming the stage, what it needs and what there is.
+    """
+    if not torch.cuda.is_available():
+        return
+    stage, there = largest_stage(plan), torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    if stage["peak_device_bytes"] > there:
+        raise UserError(
+            f"Stage {stage['name']} needs {format_bytes(stage['peak_device_bytes'])} by plan, and the accelerator has "
+            f"{format_bytes(there)}; give --memory_budget {there // 2**30}GiB to let blocks be skipped until it fits."
+        )
+
+
+def _weights_bytes(family: Family, dtype: torch.dtype) -> int:
+    """Parameters of the further models that validation images need, in ``dtype``."""
+    empty = (empty_model(load_config(family.model_path / name)) for name in family.image_components)
+    return sum(parameter.numel() * dtype.itemsize for model in empty for parameter in model.parameters())
+
+
+def describe_plan(run: Run, plan: dict[str, Any], further: Sequence[str] = ()) -> str:
+    """The first screen: what happens, on what, in how much memory, and what is written where.
+
+    Args:
+        run: The run to carry out.
+        plan: Its plan.
+        further: Lines of how it trains.
+    """
+    settings = run.settings
+    own_photos = settings.dataset_name or "instance_data_dir" in settings.given
+    photos = (
+        settings.dataset_name or settings.instance_data_dir
+        if own_photos
+        else f"the embedded subject '{DEFAULT_SUBJECT}'"
+    )
+    model = f"{run.model_name} ({run.family.name})"
+    lines = []
+    if run.embedded:
+        lines.append("No --pretrained_model_name_or_path: the embedded model, a small FLUX, is used.")
+        if not own_photos:
+            lines.append("No --instance_data_dir: the embedded photos of a subject it never saw are used.")
+    folder = run.output_dir
+    written = [WEIGHTS_NAME, "report.html", "README.md", "plan.json", "run_report.json"]
+    written.append(f"checkpoint-N every {settings.checkpointing_steps} steps")
+    if settings.report_to:
+        written.append(f"{settings.logging_dir} ({','.join(settings.report_to)})")
+    if run.uses_store and not settings.residual_dir:
+        written.append(f"{run.residual_dir.name} (until the end)")
+    outputs = {f"in {folder}": ", ".join(written)}
+    if run.uses_store and settings.residual_dir:
+        outputs["records"] = str(run.residual_dir)
+    if settings.push_to_hub:
+        outputs["upload"] = settings.hub_model_id or folder.resolve().name
+    first, rest = format_plan(plan, model=model, outputs=outputs).split("\n", 1)
+    if run.shares_weights:
+        rest = f"Sharing  the processes divide the frozen weights of kept blocks (FSDP2)\n{rest}"
+    summary = summarize_photos(run.photos, run.patch.shapes)
+    lines += [first, summary.describe(str(photos), settings.instance_prompt or ""), *further, rest]
+    return fit_lines("\n".join(lines))
+
+
+__all__ = ["describe_plan", "make_plan", "plan_for", "plan_request"]

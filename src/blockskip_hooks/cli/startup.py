@@ -1,0 +1,119 @@
+"""What every script starts and ends with: quiet libraries, a parser, errors in one line and exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+from ..utils.errors import one_line
+
+
+SETTINGS_ERROR = 2
+"""Exit code for settings that cannot work."""
+WORK_ERROR = 1
+"""Exit code for work that cannot go on."""
+# What these say while they are imported is about optional packages, and kernels that no script here needs.
+_TALKATIVE = ("torchao", "bitsandbytes", "diffusers.quantizers", "torch.utils._pytree")
+
+
+def quiet_libraries() -> None:
+    """Let libraries say nothing of optional packages that they miss; call it before they are imported."""
+    # transformers misses torchvision, whose image processors are not used here.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Argument parser whose errors are one line; with some ninety flags the usage text would hide the reason.
+
+    Attributes:
+        source: Where the words come from, if not from the command line: stands before what is wrong with them.
+    """
+
+    source = ""
+
+    def error(self, message: str) -> NoReturn:
+        match = re.match("argument (--[a-zA-Z0-9_]+)(?:/--[a-zA-Z0-9_-]+)?: (.*)", message, re.DOTALL)
+        if match is not None:
+            flag, problem = match.groups()
+            joint = " " if problem.startswith("is ") else ": "
+            message = problem if problem.startswith(flag) else f"{flag}{joint}{problem}"
+        hint = "" if message.endswith(".") else " (--help lists every flag)"
+        self.exit(SETTINGS_ERROR, f"error: {self.source}{one_line(message)}{hint}\n")
+
+
+def make_parser(description: str | None) -> OneLineParser:
+    """A parser whose ``--help`` begins with a script's docstring, and that takes no shortened flags."""
+    return OneLineParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+
+
+class Failed(Exception):
+    """Ends a script whose error has been printed.
+
+    Attributes:
+        code: The exit code.
+    """
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+@contextmanager
+def errors_in_one_line(code: int, stage: str | None = None, secret: str | None = None) -> Iterator[None]:
+    """Within this context an error that a person can mend is one line and ends the script; bugs keep their traceback.
+
+    Args:
+        code: The exit code then.
+        stage: The stage of the work, for errors that name it.
+        secret: Text that must not be shown, such as a token.
+
+    Raises:
+        Failed: after the line.
+    """
+    from .errors import explain  # loads torch, which --help can do without
+
+    try:
+        yield
+    except Exception as error:
+        if (line := explain(error, stage, secret)) is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        raise Failed(code) from error
+
+
+def returns_exit_code(main: Callable[[list[str] | None], None]) -> Callable[..., int]:
+    """Let a script's ``main`` return its exit code: 0, or that of :func:`errors_in_one_line`."""
+
+    @functools.wraps(main)
+    def wrapper(argv: list[str] | None = None) -> int:
+        try:
+            main(argv)
+        except Failed as failure:
+            return failure.code
+        return 0
+
+    return wrapper
+
+
+__all__ = [
+    "SETTINGS_ERROR",
+    "WORK_ERROR",
+    "OneLineParser",
+    "errors_in_one_line",
+    "make_parser",
+    "quiet_libraries",
+    "returns_exit_code",
+]

@@ -1,0 +1,100 @@
+"""What a model on fake tensors needs for a piece of work, counted block by block and reckoned up to its full depth."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from .counters import Meter
+from .equal_blocks import Depth
+from .fake_modules import num_bytes
+from .usage import Usage
+
+
+class Measure:
+    """Counts the work of one model.
+
+    Args:
+        model: On fake tensors; what has no memory now is on the meta device. What trains is LoRA.
+        blocks: Its blocks by name.
+        depth: How they stand for those of the full model.
+    """
+
+    def __init__(self, model: torch.nn.Module, blocks: Mapping[str, torch.nn.Module], depth: Depth) -> None:
+        self.model = model
+        self.blocks = blocks
+        self.depth = depth
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[Meter]:
+        """Count what is done in this context, in phases that begin with each block; fake tensors must be on."""
+
+        def begins(name: str) -> Callable[..., None]:
+            return lambda module, args: meter.begin(name)
+
+        with Meter() as meter:
+            meter.track(self._resident().values())
+            handles = [block.register_forward_pre_hook(begins(name)) for name, block in self.blocks.items()]
+            try:
+                yield meter
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+    @contextlib.contextmanager
+    def backward_followed(self, meter: Meter) -> Iterator[None]:
+        """Within this context a block's backward begins when the gradient of what it returned is there."""
+
+        def follow(name: str) -> Callable[..., None]:
+            def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
+                tensors = output if isinstance(output, tuple) else (output,)
+                first = next((t for t in tensors if isinstance(t, torch.Tensor) and t.requires_grad), None)
+                if first is not None:
+                    first.register_hook(lambda gradient: meter.begin(name))
+
+            return hook
+
+        handles = [block.register_forward_hook(follow(name)) for name, block in self.blocks.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def usage(self, meter: Meter, *, streamed_bytes: int = 0, accumulates: bool = False) -> Usage:
+        """What was counted, as of the full model.
+
+        Args:
+            meter: What was counted.
+            streamed_bytes: Of the largest module that had weights only while it ran.
+            accumulates: Whether every LoRA weight had a gradient from the start.
+        """
+        sizes = {name: num_bytes(tensor) for name, tensor in self._resident().items()}
+        lora = {name: sizes[name] for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        # What the blocks that were taken out hold all the time.
+        copied = self._in_full(sizes) - sum(sizes.values())
+        if accumulates:
+            copied += self._in_full(lora) - sum(lora.values())
+        done = self.depth.in_full(meter.phases(), copied)
+        return Usage(
+            peak_bytes=done.peak_bytes,
+            parameter_bytes=self._in_full(sizes) - self._in_full(lora) + streamed_bytes,
+            lora_bytes=self._in_full(lora),
+            product_flops=done.product_flops,
+            attention_flops=done.attention_flops,
+        )
+
+    def _in_full(self, sizes: Mapping[str, int]) -> int:
+        return sum(size * self.depth.times(name) for name, size in sizes.items())
+
+    def _resident(self) -> dict[str, torch.Tensor]:
+        """What is in memory all the time, by name; tensors that modules share once."""
+        tensors: dict[str, torch.Tensor] = dict(self.model.named_parameters())
+        tensors |= dict(self.model.named_buffers())
+        # Constants in plain attributes, such as tables of rotary embeddings.
+        for name, module in self.model.named_modules():
+            tensors |= {f"{name}.{key}": v for key, v in vars(module).items() if isinstance(v, torch.Tensor)}
+        return {name: tensor for name, tensor in tensors.items() if tensor.device.type != "meta"}

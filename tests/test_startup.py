@@ -1,0 +1,66 @@
+"""What the scripts share: nothing is printed before their own first word, errors are one line with an exit code."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from blockskip_hooks.cli.startup import errors_in_one_line, make_parser, returns_exit_code
+
+
+ROOT = Path(__file__).parents[1]
+FIRST_WORDS = {
+    "train_dreambooth_blockskip": (["--plan_only", "--output_dir"], "No --pretrained_model_name_or_path: using"),
+    "plan_memory": (["--preset", "sana-0.6b", "--selection_table"], "error: --selection_table"),
+    "evaluate": (["--encoders", "offline", "--output_dir"], "error: --encoders offline"),
+    "select_blocks": (["--prompts", "", "--output_dir"], "error: --prompts has an empty prompt"),
+}
+
+
+@pytest.mark.parametrize("script", FIRST_WORDS)
+def test_the_first_word_is_ours(script: str, tmp_path: Path):
+    """As a new user runs it: warnings of packages that are missing, or there, come from imports in a new process."""
+    flags, first = FIRST_WORDS[script]
+    file = ROOT / "examples" / "dreambooth_blockskip" / f"{script}.py"
+    environment = {k: v for k, v in os.environ.items() if k != "TRANSFORMERS_VERBOSITY"}
+    done = subprocess.run(
+        [sys.executable, str(file), *flags, str(tmp_path / "out")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment | {"PYTHONPATH": str(ROOT / "src")},
+    )
+    assert done.stdout.startswith(first), done.stdout
+
+
+def test_what_a_person_can_mend_is_one_line(capsys: pytest.CaptureFixture[str]):
+    @returns_exit_code
+    def main(argv: list[str] | None = None) -> None:
+        with errors_in_one_line(2, secret="Sesame0pen7"):
+            Path("/nowhere/Sesame0pen7").read_text()
+
+    assert main([]) == 2
+    assert capsys.readouterr().err == "error: /nowhere/***: No such file or directory.\n"
+
+
+def test_a_bug_keeps_its_traceback_and_success_is_zero():
+    @returns_exit_code
+    def main(argv: list[str] | None = None) -> None:
+        with errors_in_one_line(2):
+            assert argv, "a bug"
+
+    assert main(["something"]) == 0
+    with pytest.raises(AssertionError, match="a bug"):
+        main([])
+
+
+def test_parsers_take_no_shortened_flags(capsys: pytest.CaptureFixture[str]):
+    parser = make_parser("What it does.")
+    parser.add_argument("--steps")
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args(["--ste", "3"])
+    assert capsys.readouterr().err.startswith("error: unrecognized arguments: --ste 3")

@@ -217,6 +217,3 @@ def describe_plan(run: Run, plan: dict[str, Any], further: Sequence[str] = ()) -
     summary = summarize_photos(run.photos, run.patch.shapes)
     lines += [first, summary.describe(str(photos), settings.instance_prompt or ""), *further, rest]
     return fit_lines("\n".join(lines))
-
-
-__all__ = ["describe_plan", "make_plan", "plan_for", "plan_request"]

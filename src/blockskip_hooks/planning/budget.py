@@ -179,14 +179,3 @@ def _reason(selection: Selection, budget: int, used: tuple[str, ...], plan: dict
         f"{least} that fits, {selection.num_skipped} of {selection.blocks} blocks{with_options}: stage "
         f"{stage['name']} needs {format_bytes(stage['peak_device_bytes'])} of {format_bytes(budget)}"
     )
-
-
-__all__ = [
-    "LAST_MEMORY_OPTIONS",
-    "MEMORY_OPTIONS",
-    "QUANTIZING_OPTIONS",
-    "BudgetSteps",
-    "Choice",
-    "fit_budget",
-    "selections_for_budget",
-]

@@ -185,6 +185,3 @@ def _check_lora(found: dict[str, tuple[int, ...]], run: Run, where: str) -> None
     if trains_text != bool(run.settings.train_text_encoder):
         was = "with" if trains_text else "without"
         raise UserError(f"{where} was made {was} --train_text_encoder; {ADVICE}")
-
-
-__all__ = ["check_checkpoint", "choose_checkpoint", "describe_output", "differences", "made_with"]

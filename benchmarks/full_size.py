@@ -36,7 +36,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME as TRANSFORMERS_INDEX
 from blockskip_hooks.blocks import list_blocks, split_blocks
 from blockskip_hooks.config import BlockSkipConfig
 from blockskip_hooks.loading.component_config import load_config
-from blockskip_hooks.lora import WEIGHTS_NAME
+from blockskip_hooks.loading.lora_files import WEIGHTS_NAME
 from blockskip_hooks.utils.formatting import format_bytes, format_seconds
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from blockskip_hooks.config import BlockSkipConfig
-from blockskip_hooks.lora import WEIGHTS_NAME, add_lora, lora_targets, save_lora
+from blockskip_hooks.loading.lora_files import WEIGHTS_NAME, save_lora
+from blockskip_hooks.lora import add_lora, lora_targets
 from blockskip_hooks.transformer import DiTBlockSkipTransformer
 from tests.tiny import TinyFamily
 

@@ -20,7 +20,7 @@ from blockskip_hooks.cli.arguments import (
 )
 from blockskip_hooks.cli.preparation import prepare_run
 from blockskip_hooks.data.buckets import standard_buckets
-from blockskip_hooks.data.photos import INTERPOLATION
+from blockskip_hooks.data.photo_set import INTERPOLATION
 from blockskip_hooks.families import FAMILIES
 from blockskip_hooks.utils.files import expand_home
 from tests.script import load_script, save_photos
@@ -301,12 +301,7 @@ def test_texts_are_read_once_and_are_texts_again_in_files(name, text, value):
 )
 def test_the_script_refuses_a_flag_before_it_reads_a_weight(pipeline, argv, words, tmp_path, capsys):
     model = tmp_path / "model"
-    for component in (
-        "transformer",
-        "vae",
-        "scheduler",
-        *(f"{part}{n}" for part in ("text_encoder", "tokenizer") for n in ("", "_2")),
-    ):
+    for component in ("transformer", "vae", "scheduler", *FAMILIES[pipeline].text_components):
         (model / component).mkdir(parents=True)
     (model / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
     named = ["--pretrained_model_name_or_path", str(model), *NAMED[2:], "--report_to", "none", "--output_dir", "out"]
@@ -475,8 +470,6 @@ def test_good_commands_pass_without_a_word(argv, installed, caplog):
         (["--with_prior_preservation", "--class_data_dir", "dogs"], ["--class_prompt"]),
         (["--learning_rate", "nan"], ["--learning_rate", "nan"]),
         (["--learning_rate", "inf"], ["--learning_rate", "inf"]),
-        (["--seed", "4294967296"], ["--seed", "4.29497e+09"]),
-        (["--learning_rate", "1e300"], ["--learning_rate is 1e+300"]),
         (["--skip_ratio", "1.0"], ["--skip_ratio", "--skip_blocks none"]),
         (["--skip_ratio", "0"], ["--skip_ratio", "--skip_blocks none"]),
         (["--adam_beta2", "1"], ["--adam_beta2"]),

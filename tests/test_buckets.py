@@ -11,8 +11,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 from blockskip_hooks.config import PatchSamplingConfig
-from blockskip_hooks.data.buckets import ASPECT_RATIOS, parse_buckets, standard_buckets
-from blockskip_hooks.data.photos import Photo, PhotoSet, nearest_bucket
+from blockskip_hooks.data.buckets import ASPECT_RATIOS, nearest_bucket, parse_buckets, standard_buckets
+from blockskip_hooks.data.photo import Photo
+from blockskip_hooks.data.photo_set import PhotoSet
 from blockskip_hooks.data.sample_plan import SamplePlan
 from blockskip_hooks.residuals.batches import PhotoSource, SampleMaker
 

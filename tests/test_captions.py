@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from blockskip_hooks.data.photos import PhotoSet, scan_photos, summarize_photos
+from blockskip_hooks.data.photo_set import PhotoSet
+from blockskip_hooks.data.photos import scan_photos
+from blockskip_hooks.data.summary import summarize_photos
 from blockskip_hooks.residuals.batches import PhotoSource
 
 

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from blockskip_hooks.cli.argument_checks import check_family_flags
 from blockskip_hooks.cli.arguments import parse_args
 from blockskip_hooks.families import FAMILIES
-from blockskip_hooks.lora import WEIGHTS_NAME
+from blockskip_hooks.loading.lora_files import WEIGHTS_NAME
 from blockskip_hooks.training.comfyui import COMFYUI_NAME, write_comfyui
 from tests import script
 from tests.loras import RANK, save_random_lora

@@ -10,7 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from blockskip_hooks.data.photos import Photo, PhotoSet, load_dataset_photos, scan_photos
+from blockskip_hooks.data.dataset import load_dataset_photos
+from blockskip_hooks.data.photo import Photo
+from blockskip_hooks.data.photo_set import PhotoSet
+from blockskip_hooks.data.photos import scan_photos
 
 
 RED = (200, 40, 30)

@@ -13,7 +13,8 @@ from diffusers import FluxPipeline
 from PIL import Image
 
 from blockskip_hooks.cli.arguments import build_parser
-from blockskip_hooks.data.photos import PhotoSet, scan_photos
+from blockskip_hooks.data.photo_set import PhotoSet
+from blockskip_hooks.data.photos import scan_photos
 from blockskip_hooks.embedded import embedded_model, embedded_photos, embedded_subjects
 from blockskip_hooks.families import detect_family
 from blockskip_hooks.families.flux import Flux

@@ -30,7 +30,8 @@ from blockskip_hooks.evaluation.report import draw_contact_sheet
 from blockskip_hooks.inference.image_encoders import ImageEncoder, load_image_encoder
 from blockskip_hooks.inference.lora_files import changes_text, with_adapter
 from blockskip_hooks.inference.streamed_model import load_image_transformer
-from blockskip_hooks.lora import add_lora, save_lora
+from blockskip_hooks.loading.lora_files import save_lora
+from blockskip_hooks.lora import add_lora
 from tests.script import WEIGHTS, load_script, save_photos
 from tests.test_image_encoders import save_clip, save_vit
 from tests.tiny import TINY_FAMILIES, TinyFamily

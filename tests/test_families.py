@@ -19,7 +19,8 @@ from PIL import Image
 from safetensors import safe_open
 
 from blockskip_hooks.config import BlockSkipConfig, PatchSamplingConfig
-from blockskip_hooks.data.photos import PhotoSet, scan_photos
+from blockskip_hooks.data.photo_set import PhotoSet
+from blockskip_hooks.data.photos import scan_photos
 from blockskip_hooks.data.sample_plan import SamplePlan, derived_seed
 from blockskip_hooks.lora import add_lora, lora_targets
 from blockskip_hooks.residuals import batches as training_data

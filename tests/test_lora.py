@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from blockskip_hooks import BlockSkipConfig, DiTBlockSkipTransformer
 from blockskip_hooks.families.flux import Flux
-from blockskip_hooks.lora import WEIGHTS_NAME, add_lora, load_lora, lora_targets, save_lora
+from blockskip_hooks.loading.lora_files import WEIGHTS_NAME, load_lora, save_lora
+from blockskip_hooks.lora import add_lora, lora_targets
 from blockskip_hooks.training.lora_checks import check_finite, check_gradients, describe_trainable, warn_unless_learned
 from tests.tiny import TINY_FAMILIES
 

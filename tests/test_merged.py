@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from blockskip_hooks.cli.argument_checks import validate_args
 from blockskip_hooks.cli.arguments import apply_defaults, parse_args
 from blockskip_hooks.loading.checkpoint_index import index_safetensors
-from blockskip_hooks.lora import WEIGHTS_NAME
+from blockskip_hooks.loading.lora_files import WEIGHTS_NAME
 from blockskip_hooks.planning.counters import LiveBytes
 from blockskip_hooks.training import merged
 from blockskip_hooks.training.merged import MERGED_NAME, export_merged

@@ -11,8 +11,11 @@ import pytest
 from PIL import Image, ImageCms
 
 from blockskip_hooks.data import picture
+from blockskip_hooks.data.dataset import load_dataset_photos
 from blockskip_hooks.data.folder import image_suffixes
-from blockskip_hooks.data.photos import Photo, load_dataset_photos, scan_photos, summarize_photos
+from blockskip_hooks.data.photo import Photo
+from blockskip_hooks.data.photos import scan_photos
+from blockskip_hooks.data.summary import summarize_photos
 from tests.profiles import DISPLAY_P3, cmyk_profile, matrix_profile
 
 

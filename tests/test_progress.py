@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import pytest
 
 from blockskip_hooks.reporting.progress import Progress, set_log_level
-from blockskip_hooks.utils import progress as progress_module
 from blockskip_hooks.utils.monitor import StageMonitor
 from blockskip_hooks.utils.progress import SILENT, listed, progress_bar
 
@@ -26,7 +25,7 @@ class Terminal(io.StringIO):
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A clock that stands still until it is told to go on."""
     now = SimpleNamespace(seconds=100.0)
-    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now.seconds)
+    monkeypatch.setattr("tqdm.std.time", lambda: now.seconds)
     return now
 
 
@@ -65,7 +64,7 @@ def test_slow_work_soon_has_a_line_with_its_rate_and_the_time_left(clock, capsys
         clock.seconds += 40
         bar.update()
     (line,) = lines(capsys)
-    assert "1/1000" in line and "40 s/step" in line and "11:06:00 left" in line
+    assert "1/1000" in line and "40.00s/step" in line and "11:06:00 left" in line
 
 
 def test_times_left_never_grow_or_fall_below_zero_at_an_even_pace(clock, capsys):
@@ -76,7 +75,7 @@ def test_times_left_never_grow_or_fall_below_zero_at_an_even_pace(clock, capsys)
     left = [
         60 * int(match[1]) + int(match[2]) for line in lines(capsys) if (match := re.search(r"(\d+):(\d+) left", line))
     ]
-    assert len(left) >= 5 and left == sorted(left, reverse=True) and left[0] == 150 and left[-1] > 0
+    assert len(left) >= 5 and left == sorted(left, reverse=True) and left[0] == 150 and left[-1] == 0
 
 
 def test_a_terminal_has_one_bar_that_is_drawn_again():
@@ -118,7 +117,7 @@ def test_what_is_there_already_does_not_count_as_fast(clock, capsys):
         clock.seconds += 40.0
         stage.update()
     (line,) = lines(capsys)
-    assert "99/100" in line and "40 s/record" in line and "00:40 left" in line
+    assert "99/100" in line and "40.00s/record" in line and "00:40 left" in line
 
 
 def test_a_stage_of_two_kinds_of_pieces_keeps_one_bar():
@@ -152,7 +151,7 @@ def test_the_mean_of_recent_losses_and_the_peak_of_the_memory(clock, capsys):
         stage.update(loss=1.0)
         stage.update(loss=2.0)
     (line,) = lines(capsys)
-    assert "3/3 steps (100%), 2 steps/s" in line and "1.5000" in line and re.search(r"peak \d+ [MG]iB", line)
+    assert "3/3 steps (100%), 2.00step/s" in line and "1.5000" in line and re.search(r"peak \d+ [MG]iB", line)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from blockskip_hooks.lora import WEIGHTS_NAME
+from blockskip_hooks.loading.lora_files import WEIGHTS_NAME
 from tests import script
 from tests.loras import save_random_lora
 from tests.script import ROOT, load_script, save_photos

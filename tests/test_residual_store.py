@@ -88,9 +88,8 @@ def test_an_id_that_begins_like_another_is_another(folder):
 
 
 def test_counts_of_what_was_written_and_what_is_there(store, folder):
-    assert store.records_written == 4
     assert store.bytes_written == store.num_bytes == sum(path.stat().st_size for path in shards(folder))
-    assert ResidualStore(folder, RUN).records_written == 0
+    assert ResidualStore(folder, RUN).bytes_written == 0
 
 
 # Opening again
@@ -218,7 +217,7 @@ def test_a_write_that_fails_leaves_nothing(store, folder, monkeypatch):
     monkeypatch.setattr(files, "save_file", full_disk)
     with pytest.raises(OSError, match="No room for .*records-.* 0.001 MB are needed and [0-9.]+ MB are free"):
         store.write({"instance-7": make_record()})
-    assert names(folder) == before and "instance-7" not in store and store.records_written == 4
+    assert names(folder) == before and "instance-7" not in store and len(store) == 4
 
 
 def test_what_a_killed_write_left_goes_with_the_store(store, folder):
@@ -229,11 +228,11 @@ def test_what_a_killed_write_left_goes_with_the_store(store, folder):
     assert not folder.exists()
 
 
-def test_dropping_some_deletes_the_shards_that_hold_them(store, folder):
+def test_forgetting_a_record_deletes_its_shard(store, folder):
     (folder / "notes.txt").write_text("kept")
     assert store.read("instance-1")
-    store.drop(["instance-1"])
-    # A shard goes whole: a stretch is dropped when all of it has been trained.
+    store.forget("instance-1")
+    # A shard goes whole: all of it came out of one forward.
     assert len(store) == 1 and "class-0" in store and "instance-1" not in store
     assert len(shards(folder)) == 1 and (folder / "notes.txt").is_file()
     assert same(store.read("class-0"), make_record(10))
@@ -254,8 +253,8 @@ def test_dropping_twice_or_what_another_process_dropped_is_fine(folder):
     store.write({"a": make_record()})
     other = ResidualStore(folder, RUN)
     store.drop()
-    other.drop(["a"])
-    store.drop(["a", "never there"])
+    other.forget("a")
+    store.forget("never there")
     assert len(store) == len(other) == 0
 
 

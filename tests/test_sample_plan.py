@@ -16,7 +16,8 @@ from diffusers.training_utils import compute_density_for_timestep_sampling
 from PIL import Image
 
 from blockskip_hooks.config import PatchSamplingConfig
-from blockskip_hooks.data.photos import PhotoSet, scan_photos
+from blockskip_hooks.data.photo_set import PhotoSet
+from blockskip_hooks.data.photos import scan_photos
 from blockskip_hooks.data.sample_plan import SamplePlan, derived_seed
 from blockskip_hooks.patch_sampling import patch_size_for
 from blockskip_hooks.residuals.batches import PhotoSource, SampleMaker

@@ -14,7 +14,9 @@ from PIL import Image
 
 from blockskip_hooks.cli.arguments import printable_command
 from blockskip_hooks.cli.errors import explain, one_line
-from blockskip_hooks.data.photos import check_inside, load_dataset_photos, scan_photos
+from blockskip_hooks.data.dataset import load_dataset_photos
+from blockskip_hooks.data.folder import check_inside
+from blockskip_hooks.data.photos import scan_photos
 from blockskip_hooks.inference.image_encoders import load_image_encoder
 from tests.script import ROOT, load_script, save_photos, train
 from tests.tiny import save_tiny_flux

@@ -10,7 +10,8 @@ import torch
 from diffusers import FluxPipeline
 from safetensors.torch import load_file
 
-from blockskip_hooks.data.photos import PhotoSet, scan_photos
+from blockskip_hooks.data.photo_set import PhotoSet
+from blockskip_hooks.data.photos import scan_photos
 from blockskip_hooks.families.flux import Flux
 from blockskip_hooks.lora import add_lora, lora_targets
 from blockskip_hooks.transformer import BlockSkipConfig, DiTBlockSkipTransformer

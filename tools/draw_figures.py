@@ -24,7 +24,8 @@ from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 from blockskip_hooks import BlockSkipConfig, DiTBlockSkipTransformer, PatchSamplingConfig, list_blocks  # noqa: E402
 from blockskip_hooks.blocks import block_bytes  # noqa: E402
-from blockskip_hooks.data.photos import PhotoSet, scan_photos  # noqa: E402
+from blockskip_hooks.data.photo_set import PhotoSet  # noqa: E402
+from blockskip_hooks.data.photos import scan_photos  # noqa: E402
 from blockskip_hooks.data.sample_plan import SamplePlan  # noqa: E402
 from blockskip_hooks.embedded import embedded_model, embedded_photos  # noqa: E402
 from blockskip_hooks.planning.presets import load_preset  # noqa: E402

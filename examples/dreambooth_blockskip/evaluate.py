@@ -37,7 +37,8 @@ from tqdm.auto import tqdm
 
 from blockskip_hooks.cli.arguments import printable_command
 from blockskip_hooks.cli.model_flags import add_model_flags, image_flags
-from blockskip_hooks.data.photos import Photo, scan_photos
+from blockskip_hooks.data.photo import Photo
+from blockskip_hooks.data.photos import scan_photos
 from blockskip_hooks.embedded import DEFAULT_SUBJECT, embedded_photos, embedded_subjects
 from blockskip_hooks.evaluation.images import BASE_NAME, EvaluationRequest, count_missing, make_images
 from blockskip_hooks.evaluation.metrics import encoder_label, evaluate_images
@@ -149,7 +150,7 @@ def check_flags(args: argparse.Namespace) -> None:
     """Check the flags that need nothing else to be known.
 
     Raises:
-        ValueError: one line that names the flag and the fix.
+        UserError: one line that names the flag and the fix.
     """
     for name in ("images_per_prompt", "images_at_once", "num_inference_steps", "resolution", "max_sequence_length"):
         value = getattr(args, name)
@@ -169,7 +170,7 @@ def embedded_subject(args: argparse.Namespace) -> str | None:
     """The embedded subject that the images are of, if they are of one.
 
     Raises:
-        ValueError: if ``--subject`` goes with no embedded model or photos, or there is none of that name.
+        UserError: if ``--subject`` goes with no embedded model or photos, or there is none of that name.
     """
     if args.pretrained_model_name_or_path is not None or args.instance_data_dir is not None:
         if args.subject is not None:
@@ -187,7 +188,7 @@ def find_photos(args: argparse.Namespace) -> list[Photo]:
     """The subject's photos.
 
     Raises:
-        ValueError: one line that names the flag and the fix.
+        UserError: one line that names the flag and the fix.
     """
     subject = embedded_subject(args)
     if subject is not None:
@@ -201,7 +202,7 @@ def find_prompts(args: argparse.Namespace) -> tuple[EvaluationPrompt, ...]:
     """The prompts, with the subject's name in them.
 
     Raises:
-        ValueError: one line that names the flag and the fix.
+        UserError: one line that names the flag and the fix.
     """
     subject = embedded_subject(args)
     if subject is not None and args.prompts is None:
@@ -228,7 +229,7 @@ def name_loras(sources: Sequence[str]) -> dict[str, Path | None]:
     """Weight files by names that tell them apart.
 
     Raises:
-        ValueError: if one is missing or named twice.
+        UserError: if one is missing or named twice.
     """
     loras: dict[str, Path | None] = {}
     for number, source in enumerate(sources):
@@ -245,7 +246,7 @@ def encoder_sources(args: argparse.Namespace, *, embedded: bool) -> dict[str, st
     """Encoders by label.
 
     Raises:
-        ValueError: if one means nothing for these images, or two have one label.
+        UserError: if one means nothing for these images, or two have one label.
     """
     names = args.encoders or (["subject"] if embedded else ["dino", "clip"])
     labels: dict[str, str] = {}

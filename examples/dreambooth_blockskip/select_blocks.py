@@ -32,7 +32,7 @@ from blockskip_hooks.cli.startup import (
 
 quiet_libraries()
 
-from blockskip_hooks.cli.argument_checks import check_at_most, check_output_dir, check_texts
+from blockskip_hooks.cli.argument_checks import check_output_dir, check_texts
 from blockskip_hooks.cli.arguments import printable_command
 from blockskip_hooks.cli.model_flags import add_model_flags, image_flags
 from blockskip_hooks.inference.image_encoders import DEFAULT_ENCODER
@@ -130,13 +130,12 @@ def make_request(args: argparse.Namespace) -> SearchRequest:
     """Resolve and check everything that needs no weights.
 
     Raises:
-        ValueError: one line that names the flag and the fix.
+        UserError: one line that names the flag and the fix.
     """
     for name in ("num_inference_steps", "search_stride", "images_at_once", "resolution", "max_sequence_length"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}; give 1 or more.")
-    check_at_most(vars(args))
     check_texts(vars(args))
     for seed in args.seeds:
         if not 0 <= seed < 2**32:
@@ -169,7 +168,7 @@ def make_subjects(args: argparse.Namespace, *, embedded: bool) -> tuple[Subject,
     """What the images show: the LoRAs' subjects, the given prompts, or classes of things.
 
     Raises:
-        ValueError: if LoRAs and prompts do not go together.
+        UserError: if LoRAs and prompts do not go together.
     """
     prompts = args.prompts or []
     if not args.lora_weights:
@@ -193,7 +192,7 @@ def check_blocks(args: argparse.Namespace, num_blocks: int) -> None:
     """Check the flags that count blocks.
 
     Raises:
-        ValueError: one line that names the flag and the fix.
+        UserError: one line that names the flag and the fix.
     """
     for name, value in [
         ("search_stride", args.search_stride),

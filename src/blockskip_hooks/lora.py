@@ -11,7 +11,6 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from .loading.lora_files import WEIGHTS_NAME, load_lora, save_lora
 from .transformer import DiTBlockSkipTransformer
 from .utils.errors import UserError
 from .utils.seeds import derived_seed
@@ -20,9 +19,6 @@ from .utils.seeds import derived_seed
 if TYPE_CHECKING:
     from diffusers import ModelMixin
     from transformers import PreTrainedModel
-
-
-__all__ = ["WEIGHTS_NAME", "add_lora", "load_lora", "lora_targets", "save_lora"]
 
 
 def lora_targets(

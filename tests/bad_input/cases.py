@@ -16,7 +16,6 @@ Case = tuple[dict[str, Any], list[str]]
 
 MODEL, PHOTOS, OUT = "--pretrained_model_name_or_path", "--instance_data_dir", "--output_dir"
 TRANSFORMER = "diffusion_pytorch_model"
-HUGE = "1" + "0" * 18
 
 
 class Harmful:

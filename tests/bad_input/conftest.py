@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from blockskip_hooks.lora import WEIGHTS_NAME
+from blockskip_hooks.loading.lora_files import WEIGHTS_NAME
 from tests.bad_input.harness import GOOD, command, logging_as_in_a_terminal
 from tests.script import load_script
 from tests.tiny import save_tiny_flux

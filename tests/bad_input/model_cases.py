@@ -224,11 +224,6 @@ MODEL_CASES: dict[str, Case] = {
         for name in ("tokenizer", "tokenizer_2")
         for file in ("tokenizer.json", "tokenizer_config.json")
     },
-    **{
-        f"{name} with a broken {file}": ({MODEL: text(f"{name}/{file}", "{")}, [MODEL, name])
-        for name in ("tokenizer", "tokenizer_2")
-        for file in ("tokenizer.json", "tokenizer_config.json")
-    },
     "a scheduler that is no JSON": ({MODEL: text(SCHEDULER, "{")}, [MODEL, SCHEDULER]),
     "a scheduler that is a list": ({MODEL: text(SCHEDULER, "[]")}, [MODEL, SCHEDULER]),
     "a scheduler without a class": ({MODEL: text(SCHEDULER, "{}")}, [MODEL, SCHEDULER]),

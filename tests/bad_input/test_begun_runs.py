@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from blockskip_hooks.lora import WEIGHTS_NAME
+from blockskip_hooks.loading.lora_files import WEIGHTS_NAME
 from tests.bad_input.harness import assert_one_line, assert_stopped, command, error_lines, tree
 
 

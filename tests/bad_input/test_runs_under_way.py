@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from blockskip_hooks.lora import WEIGHTS_NAME
+from blockskip_hooks.loading.lora_files import WEIGHTS_NAME
 from blockskip_hooks.losses import flow_matching_loss
 from tests.bad_input.harness import assert_one_line, assert_stopped, command
 from tests.script import load_script
@@ -46,6 +46,15 @@ def test_embeddings_that_are_not_numbers_stop_the_run_and_name_the_prompt(begin,
     with_nan(model / "text_encoder_2" / "model.safetensors", "encoder.final_layer_norm.weight")
     result = begin(command(tmp_path / "out", {"--pretrained_model_name_or_path": str(model)}))
     assert_stopped(result, ["text encoders", "not finite", "'a photo of sks dog'"])
+
+
+@pytest.mark.parametrize("name", ["tokenizer/tokenizer.json", "tokenizer_2/tokenizer_config.json"])
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_broken_tokenizer_is_said_in_one_line_when_it_is_loaded(begin, tmp_path, name, content):
+    model = fresh_model(tmp_path)
+    (model / name).write_text(content)
+    result = begin(command(tmp_path / "out", {"--pretrained_model_name_or_path": str(model)}))
+    assert_stopped(result, ["--pretrained_model_name_or_path", "cannot be loaded"])
 
 
 def test_parts_of_different_models_are_found_before_the_transformer_loads(begin, tmp_path, monkeypatch, script):

@@ -10,34 +10,13 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from tests.bad_input.cases import HUGE, MODEL, OUT, PHOTOS, TRANSFORMER, Case, Make
+from tests.bad_input.cases import MODEL, OUT, PHOTOS, TRANSFORMER, Case, Make
 from tests.bad_input.model_cases import MODEL_CASES, model
 from tests.bad_input.photo_cases import DATASET_CASES, PHOTO_CASES
 
 
 # Flags
 
-_COUNTS = [
-    "resolution",
-    "max_patch_size",
-    "max_sequence_length",
-    "rank",
-    "lora_alpha",
-    "train_batch_size",
-    "gradient_accumulation_steps",
-    "repeats",
-    "precompute_batch_size",
-    "dataloader_num_workers",
-    "max_train_steps",
-    "num_train_epochs",
-    "lr_warmup_steps",
-    "lr_num_cycles",
-    "checkpointing_steps",
-    "checkpoints_total_limit",
-    "num_validation_images",
-    "validation_epochs",
-    "seed",
-]
 _WHOLE = [
     "rank",
     "resolution",
@@ -75,13 +54,8 @@ _TEXTS = [
 ]
 
 FLAG_CASES: dict[str, Case] = {
-    **{f"{name} without bounds": ({f"--{name}": HUGE}, [f"--{name} is"]) for name in _COUNTS},
     **{f"half a {name}": ({f"--{name}": "1.5"}, [f"--{name}", "1.5"]) for name in _WHOLE},
-    **{
-        f"{name} of {value}": ({f"--{name}": value}, [f"--{name} is"])
-        for name in _RATES
-        for value in ("nan", "inf", "1e300")
-    },
+    **{f"{name} of {value}": ({f"--{name}": value}, [f"--{name} is"]) for name in _RATES for value in ("nan", "inf")},
     **{f"an empty {name}": ({f"--{name}": ""}, [f"--{name} is empty"]) for name in _TEXTS},
     **{
         f"--skip_blocks '{value}'": ({"--skip_blocks": value}, ["--skip_blocks"])

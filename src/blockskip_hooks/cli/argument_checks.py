@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..families import FAMILIES, Family
 from ..loading.quantization import read_quantization
 from ..planning.options import MEMORY_OPTIONS
@@ -71,8 +69,6 @@ _NOT_NEGATIVE = (
 )
 _ABOVE_ZERO = "learning_rate text_encoder_lr adam_epsilon max_grad_norm logit_std lr_power"
 _FROM_ZERO_BELOW_ONE = "lora_dropout caption_dropout adam_beta1 adam_beta2 prodigy_beta3"
-# No tensor is larger, and no number beyond float32's is one to compute with.
-_LARGEST = {int: 2**32 - 1, float: float(torch.finfo(torch.float32).max)}
 # Texts that mean something when they are empty; any other is a shell variable that was not set.
 _MAY_BE_EMPTY = frozenset(
     ["instance_prompt", "class_prompt", "class_data_dir", "validation_prompt", "final_validation_prompt"]
@@ -118,22 +114,6 @@ def _check_numbers(values: Mapping[str, Any]) -> None:
             value = values[name]
             if value is not None and not (math.isfinite(value) and fits(value)):
                 raise UserError(f"--{name} is {value}; give {wanted}.")
-    check_at_most(values)
-
-
-def check_at_most(values: Mapping[str, Any]) -> None:
-    """Refuse numbers that no run could count to or compute with.
-
-    Args:
-        values: Values by flag name.
-
-    Raises:
-        UserError: naming the flag and the most that it takes.
-    """
-    for name, value in values.items():
-        most = _LARGEST.get(type(value))
-        if most is not None and abs(value) > most:
-            raise UserError(f"--{name} is {value}; give at most {most:g}.")
 
 
 def check_texts(values: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from typing import Any, NoReturn, get_args
 
 from ..config import PatchMode, ResidualMode
 from ..data.buckets import parse_buckets
-from ..data.photos import INTERPOLATION
+from ..data.photo_set import INTERPOLATION
 from ..families import FAMILIES, Flag
 from ..loading.quantization import METHODS
 from ..planning.options import MEMORY_OPTIONS
@@ -507,17 +507,3 @@ def apply_defaults(settings: TrainSettings, defaults: Mapping[str, Any]) -> Trai
     """
     settings.with_values(defaults)
     return settings.with_values({name: value for name, value in defaults.items() if name not in settings.given})
-
-
-__all__ = [
-    "ByteCount",
-    "OneLineParser",
-    "apply_defaults",
-    "build_parser",
-    "family_flags",
-    "parse_args",
-    "parse_bool",
-    "parse_bytes",
-    "parse_skip_blocks",
-    "printable_command",
-]

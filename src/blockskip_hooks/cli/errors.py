@@ -77,6 +77,3 @@ def _of_files(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}."
     return text.strip() or type(error).__name__
-
-
-__all__ = ["explain", "first_line", "in_full", "one_line"]

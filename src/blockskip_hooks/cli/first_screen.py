@@ -39,6 +39,3 @@ def _images(run: Run) -> str:
         times.append("at the end")
     words = "1 prompt" if len(prompts) == 1 else f"each of {len(prompts)} prompts"
     return f"{settings.num_validation_images} of {words}, {run.image_size} px, {' and '.join(times)}"
-
-
-__all__ = ["training_lines", "training_warnings"]

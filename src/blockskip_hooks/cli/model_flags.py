@@ -28,6 +28,3 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 def image_flags(args: argparse.Namespace) -> ImageFlags:
     """What the parsed flags of a script say about the model and its images."""
     return ImageFlags(**{field.name: getattr(args, field.name, None) for field in fields(ImageFlags)})
-
-
-__all__ = ["add_model_flags", "image_flags"]

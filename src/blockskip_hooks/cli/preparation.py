@@ -10,7 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..data.photos import Photo, image_paths, load_dataset_photos, scan_photos, summarize_photos
+from ..data.dataset import load_dataset_photos
+from ..data.folder import image_paths
+from ..data.photo import Photo
+from ..data.photos import scan_photos
+from ..data.summary import summarize_photos
 from ..embedded import DEFAULT_SUBJECT, embedded_model, embedded_photos, embedded_subjects
 from ..families import Family, detect_family
 from ..loading.checks import check_model

@@ -11,12 +11,12 @@ import torch
 from tqdm.auto import tqdm
 
 from ..blocks import block_bytes, list_blocks
-from ..data.photos import summarize_photos
+from ..data.summary import summarize_photos
 from ..embedded import DEFAULT_SUBJECT
 from ..families import Family
 from ..loading.component_config import load_config
+from ..loading.lora_files import WEIGHTS_NAME
 from ..loading.models import empty_model
-from ..lora import WEIGHTS_NAME
 from ..planning.budget import (
     LAST_MEMORY_OPTIONS,
     MEMORY_OPTIONS,
@@ -217,6 +217,3 @@ def describe_plan(run: Run, plan: dict[str, Any], further: Sequence[str] = ()) -
     summary = summarize_photos(run.photos, run.patch.shapes)
     lines += [first, summary.describe(str(photos), settings.instance_prompt or ""), *further, rest]
     return fit_lines("\n".join(lines))
-
-
-__all__ = ["describe_plan", "make_plan", "plan_for", "plan_request"]

@@ -106,14 +106,3 @@ def returns_exit_code(main: Callable[[list[str] | None], None]) -> Callable[...,
         return 0
 
     return wrapper
-
-
-__all__ = [
-    "SETTINGS_ERROR",
-    "WORK_ERROR",
-    "OneLineParser",
-    "errors_in_one_line",
-    "make_parser",
-    "quiet_libraries",
-    "returns_exit_code",
-]

@@ -17,7 +17,7 @@ def parse_buckets(text: str) -> tuple[tuple[int, int], ...]:
     """Read ``--aspect_ratio_buckets``: heights and widths in pixels, ``"1024,1024;768,1360"``.
 
     Raises:
-        ValueError: if the text has another form.
+        UserError: if the text has another form.
     """
     parts = [part.strip() for part in text.split(";") if part.strip()]
     matches = [re.fullmatch(r"([0-9]{1,6})\s*,\s*([0-9]{1,6})", part, re.ASCII) for part in parts]
@@ -45,6 +45,3 @@ def nearest_bucket(size: tuple[int, int], shapes: Sequence[tuple[int, int]]) -> 
     """Number of the shape whose aspect ratio is nearest to that of ``size``, both (height, width)."""
     ratio = math.log(size[0] / size[1])
     return min(range(len(shapes)), key=lambda number: abs(math.log(shapes[number][0] / shapes[number][1]) - ratio))
-
-
-__all__ = ["ASPECT_RATIOS", "nearest_bucket", "parse_buckets", "standard_buckets"]

@@ -135,6 +135,3 @@ def _json_rows(text: str) -> Iterator[dict[str, Any]]:
 
 def _reason(error: Exception) -> str:
     return "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else one_line(first_line(error))
-
-
-__all__ = ["METADATA", "add_captions", "unused_captions"]

@@ -73,6 +73,3 @@ def _reason(photo: Photo, error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "not an image"  # Pillow's text repeats the whole path
     return one_line(first_line(error))
-
-
-__all__ = ["check_photos"]

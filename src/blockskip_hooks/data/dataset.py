@@ -131,6 +131,3 @@ def _root_reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return one_line(first_line(error))
-
-
-__all__ = ["load_dataset_photos"]

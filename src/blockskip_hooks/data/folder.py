@@ -125,7 +125,7 @@ def _typed(path: Path) -> str:
     return shlex.quote(str(path))
 
 
-def check_inside(path: Path, folder: Path | None = None) -> None:
+def check_inside(path: Path) -> None:
     """Check that a file is an ordinary one whose content lies in its folder.
 
     A folder of photos is often someone else's, and what is in it ends up in reports and uploads: a link in it must not
@@ -133,12 +133,11 @@ def check_inside(path: Path, folder: Path | None = None) -> None:
 
     Args:
         path: The file.
-        folder: The folder; by default the one that the path names.
 
     Raises:
-        ValueError: if it is a link that leads elsewhere, or no file.
+        UserError: if it is a link that leads elsewhere, or no file.
     """
-    folder = (path.parent if folder is None else folder).resolve()
+    folder = path.parent.resolve()
     # resolve() also ends at what is not there.
     real = path.resolve()
     snapshots = next((parent for parent in (folder, *folder.parents) if parent.name == "snapshots"), None)
@@ -150,6 +149,3 @@ def check_inside(path: Path, folder: Path | None = None) -> None:
     # Opening a pipe would wait for ever.
     if not path.is_file():
         raise UserError("not a file")
-
-
-__all__ = ["check_inside", "image_paths", "image_suffixes", "left_out", "no_photos"]

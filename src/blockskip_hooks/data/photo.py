@@ -47,7 +47,7 @@ class Photo:
         """Decode the whole picture: first frame, upright, 8-bit sRGB, transparency on white.
 
         Raises:
-            ValueError: if the picture is no file of its folder, too large, or a sliver that cannot be scaled to a
+            UserError: if the picture is no file of its folder, too large, or a sliver that cannot be scaled to a
                 square.
             Exception: whatever Pillow raises for damaged files: OSError, SyntaxError, ValueError, ...
         """
@@ -73,6 +73,3 @@ def names(items: Sequence[str]) -> str:
 def without_progress(photos: Sequence[Photo], title: str) -> Iterable[Photo]:
     """Show nothing."""
     return photos
-
-
-__all__ = ["Photo", "ShowProgress", "names", "without_progress"]

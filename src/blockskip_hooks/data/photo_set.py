@@ -40,7 +40,7 @@ class PhotoSet:
         progress: Shows how far the loading is.
 
     Raises:
-        ValueError: if there is no photo or ``max_size`` is not positive.
+        UserError: if there is no photo or ``max_size`` is not positive.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class PhotoSet:
             float32 tensor of shape (3, output height, output width) with values in [-1, 1].
 
         Raises:
-            ValueError: if a size or a position is out of range.
+            UserError: if a size or a position is out of range.
         """
         bucket = self._buckets[index] if bucket is None else bucket
         patch, output = (size if isinstance(size, tuple) else (size, size) for size in (patch_size, output_size))
@@ -174,6 +174,3 @@ def _offset(fraction: float, length: int, patch_size: int) -> int:
 def _center_offset(length: int, patch_size: int) -> int:
     # Half a pixel is rounded as torchvision's CenterCrop does it, to the even neighbour.
     return round((length - patch_size) / 2)
-
-
-__all__ = ["INTERPOLATION", "PhotoSet"]

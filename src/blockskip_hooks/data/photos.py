@@ -1,7 +1,4 @@
-"""The photos of a folder: found, checked before any model loads, and with their captions.
-
-The other ways to photos, and what is done with them, can be imported from here as well.
-"""
+"""The photos of a folder: found, checked before any model loads, and with their captions."""
 
 from __future__ import annotations
 
@@ -10,15 +7,11 @@ from functools import partial
 from pathlib import Path
 
 from ..utils.errors import UserError
-from .buckets import nearest_bucket
 from .captions import add_captions
 from .checks import check_photos
-from .dataset import load_dataset_photos
-from .folder import check_inside, image_paths, left_out, no_photos
+from .folder import image_paths, left_out, no_photos
 from .photo import Photo, ShowProgress, names, without_progress
-from .photo_set import INTERPOLATION, PhotoSet
 from .picture import open_picture
-from .summary import PhotoSummary, summarize_photos
 
 
 logger = logging.getLogger(__name__)
@@ -49,19 +42,3 @@ def scan_photos(
         logger.warning("%s: left out %s (%s).", where, names(found), reason)
     photos = [Photo(path.name, None, partial(open_picture, path), path) for path in paths]
     return add_captions(check_photos(photos, where, progress), folder, where)
-
-
-__all__ = [
-    "INTERPOLATION",
-    "Photo",
-    "PhotoSet",
-    "PhotoSummary",
-    "ShowProgress",
-    "check_inside",
-    "image_paths",
-    "load_dataset_photos",
-    "nearest_bucket",
-    "scan_photos",
-    "summarize_photos",
-    "without_progress",
-]

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from ..utils.errors import UserError
+from ..utils.pictures import flattened
 
 
 MAX_PIXELS = 500_000_000
@@ -46,7 +47,7 @@ def open_picture(source: Path | BinaryIO) -> Image.Image:
     """Open a file, or the bytes of one, by its content; nothing is decoded yet.
 
     Raises:
-        ValueError: if it is a HEIC and the package that reads them is not installed.
+        UserError: if it is a HEIC and the package that reads them is not installed.
         UnidentifiedImageError: if it is no picture.
     """
     try:
@@ -80,7 +81,7 @@ def read_picture(opener: Callable[[], Image.Image]) -> Picture:
         opener: Returns a fresh, possibly lazy image of any mode.
 
     Raises:
-        ValueError: if it has more than `MAX_PIXELS`.
+        UserError: if it has more than `MAX_PIXELS`.
         Exception: whatever Pillow raises for damaged files: OSError, SyntaxError, ValueError, ...
     """
     with _large_pictures(), opener() as image:
@@ -178,7 +179,7 @@ def _to_rgb(image: Image.Image, profile: bytes | None) -> Picture:
         rgb = image.convert("RGB")
     if alpha is not None:
         rgb.putalpha(alpha)
-        rgb = Image.alpha_composite(Image.new("RGBA", rgb.size, "white"), rgb).convert("RGB")
+        rgb = flattened(rgb)
     return Picture(rgb, ignored)
 
 
@@ -212,6 +213,3 @@ def _changes_nothing(profile: bytes, mode: str) -> bool:
         np.asarray(c, dtype=int) for c in (colours.convert("RGB"), _transform(profile, mode).apply(colours))
     )
     return int(np.abs(after - before).max()) <= _ROUNDING
-
-
-__all__ = ["HEIC_ADVICE", "MAX_PIXELS", "Picture", "open_picture", "read_picture"]

@@ -121,6 +121,3 @@ def _kind(source: str) -> str:
 
 def _pixels(size: tuple[int, int]) -> str:
     return f"{size[1]} x {size[0]}"
-
-
-__all__ = ["PhotoSummary", "summarize_photos"]

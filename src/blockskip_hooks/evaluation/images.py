@@ -90,7 +90,7 @@ def make_images(request: EvaluationRequest) -> None:
     """Make and save what is missing; without anything missing no model is loaded.
 
     Raises:
-        ValueError: if a LoRA is that of another model.
+        UserError: if a LoRA is that of another model.
     """
     missing = {
         name: {key: file for key, file in request.image_files(name).items() if not file.is_file()}

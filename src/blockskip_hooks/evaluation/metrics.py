@@ -84,7 +84,7 @@ def diversity(layers: Sequence[torch.Tensor]) -> float:
             :meth:`~blockskip_hooks.inference.image_encoders.ImageEncoder.spatial_features`.
 
     Raises:
-        ValueError: if there are fewer than two images.
+        UserError: if there are fewer than two images.
     """
     count = len(layers[0])
     if count < 2:
@@ -166,7 +166,7 @@ def evaluate_images(
         subject: Name of the embedded subject, if it is one.
 
     Raises:
-        ValueError: if a prompt's images are in two places.
+        UserError: if a prompt's images are in two places.
 
     Example:
         >>> encoder = load_image_encoder("subject")

@@ -45,7 +45,7 @@ def read_prompts(file: Path, phrase: str, class_phrase: str) -> tuple[Evaluation
         class_phrase: Ordinary words for it, ``"a dog"`` say.
 
     Raises:
-        ValueError: naming the file and the line.
+        UserError: naming the file and the line.
     """
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..loading.component_config import is_absent
 from ..utils.errors import UserError
-from .facts import ComfyUIFormat, FamilyFacts, Flag, PromptEmbeds
+from .facts import ComfyUIFormat, Config, FamilyFacts, Flag, PromptEmbeds
 
 
 if TYPE_CHECKING:
@@ -126,7 +126,8 @@ class Family(FamilyFacts):
     def posterior(self, vae: ModelMixin, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation of the VAE's latents of pixels ``(B, 3, h, w)`` in [-1, 1]."""
         distribution = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-        return distribution.mean, distribution.std
+        std = distribution.std
+        return distribution.mean, torch.zeros_like(std) if self.trains_on_mode else std
 
     def scale_latents(self, vae: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
         """The VAE's latents in the layout and range the transformer was trained on."""
@@ -144,7 +145,7 @@ class Family(FamilyFacts):
         """Noise levels ``(B, 1, 1, 1)`` of indices into the schedule."""
         return self.scheduler.sigmas[list(indices)].reshape(-1, 1, 1, 1)
 
-    def image_tokens(self, transformer_config: Mapping[str, Any], inputs: Mapping[str, Any]) -> int:
+    def image_tokens(self, transformer_config: Config, inputs: Mapping[str, Any]) -> int:
         """Tokens of an image in the blocks' sequence, given the arguments of the transformer's forward."""
         hidden_states = inputs["hidden_states"]
         if hidden_states.ndim == 3:
@@ -152,9 +153,7 @@ class Family(FamilyFacts):
         patch_size = transformer_config["patch_size"]
         return (hidden_states.shape[-2] // patch_size) * (hidden_states.shape[-1] // patch_size)
 
-    def text_positions(
-        self, transformer_config: Mapping[str, Any], inputs: Mapping[str, Any], length: int
-    ) -> torch.Tensor:
+    def text_positions(self, transformer_config: Config, inputs: Mapping[str, Any], length: int) -> torch.Tensor:
         """Which tokens of a block's sequence are text.
 
         Args:
@@ -170,11 +169,7 @@ class Family(FamilyFacts):
 
     @abstractmethod
     def transformer_inputs(
-        self,
-        transformer_config: Mapping[str, Any],
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        embeds: PromptEmbeds,
+        self, transformer_config: Config, noisy_latents: torch.Tensor, timesteps: torch.Tensor, embeds: PromptEmbeds
     ) -> dict[str, Any]:
         """Keyword arguments of the transformer's forward.
 
@@ -185,9 +180,9 @@ class Family(FamilyFacts):
             embeds: Prompt embeddings with a batch dimension.
         """
 
-    @abstractmethod
     def prediction_to_latents(self, prediction: Any, like: torch.Tensor) -> torch.Tensor:
         """The first output of the transformer, as the velocity ``noise - x`` in the layout of the latents ``like``."""
+        return prediction
 
     def loss_terms(
         self,
@@ -214,7 +209,13 @@ class Family(FamilyFacts):
 
     def prompt_tokens(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         """Token ids for each trained text encoder, ``(B, S)``."""
-        raise self._no_trained_text()
+        tokens = {}
+        for name in self.trainable_text_encoders(pipeline):
+            tokenizer = getattr(pipeline, name.replace("text_encoder", "tokenizer"))
+            length = pipeline.tokenizer_max_length
+            settings = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
+            tokens[name] = tokenizer(list(prompts), **settings).input_ids
+        return tokens
 
     def refresh_embeds(
         self, encoders: Mapping[str, torch.nn.Module], tokens: Mapping[str, torch.Tensor], embeds: PromptEmbeds
@@ -239,9 +240,15 @@ class Family(FamilyFacts):
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    @abstractmethod
     def pipeline_inputs(self, embeds: PromptEmbeds, negative: PromptEmbeds | None) -> dict[str, Any]:
         """Keyword arguments that give the image pipeline its prompt (with a batch dimension of one)."""
+        return {**embeds, **{f"negative_{name}": tensor for name, tensor in (negative or {}).items()}}
+
+
+def split_batch(**embeds: torch.Tensor) -> list[PromptEmbeds]:
+    """Embeddings of several prompts, prompt by prompt and on the CPU."""
+    rows = zip(*(tensor.cpu() for tensor in embeds.values()), strict=True)
+    return [dict(zip(embeds, row, strict=True)) for row in rows]
 
 
 def repeat_given_embeds(pipeline: Any) -> None:
@@ -274,4 +281,4 @@ def no_progress_bar() -> Iterator[None]:
             module.enable_progress_bar()
 
 
-__all__ = ["ComfyUIFormat", "Family", "Flag", "PromptEmbeds", "no_progress_bar", "repeat_given_embeds"]
+__all__ = ["ComfyUIFormat", "Config", "Family", "Flag", "PromptEmbeds", "no_progress_bar", "repeat_given_embeds"]

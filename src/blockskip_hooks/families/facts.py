@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,9 @@ from ..loading.component_config import diffusers_class, load_config, model_class
 if TYPE_CHECKING:
     from diffusers import ModelMixin
 
+
+Config = Mapping[str, Any]
+"""A component's config file."""
 
 PromptEmbeds = dict[str, torch.Tensor]
 """One prompt's embeddings by name, without a batch dimension; tensors whose first axis is tokens may differ in it."""
@@ -86,6 +89,8 @@ class FamilyFacts(ABC):
         optional_components: Of these, the ones that a model may come without, null in its index: the pipeline does
             without them, or flags say where they are.
         trained_text_components: Of these, the text encoders that ``--train_text_encoder`` adapts.
+        text_width: Entry of the transformer's config that says how wide a token's embedding is.
+        text_masks: Dtypes of the masks beside ``prompt_embeds``, by name.
         unused_components: Pipeline components that training leaves alone.
         image_components: Of these, the ones that :meth:`image_pipeline` loads beside transformer and VAE.
         block_stacks: See :func:`~blockskip_hooks.blocks.list_blocks`; ``None`` detects them.
@@ -97,6 +102,7 @@ class FamilyFacts(ABC):
         text_comes_first: Whether text is before image in that sequence.
         own_flags: Flags that have an effect with some families only, this one among them.
         flag_defaults: Defaults of flags that differ between families.
+        trains_on_mode: Whether latents are the mode of the VAE's posterior, as upstream, and not drawn from it.
         negative_prompt: What guided pipelines are given as the negative prompt; ``None`` for those without guidance.
         tags: Tags of the model card.
         comfyui: Keys of ``--save_format comfyui``; ``None`` where ComfyUI and diffusers have none in common.
@@ -113,6 +119,8 @@ class FamilyFacts(ABC):
     text_components: ClassVar[tuple[str, ...]] = ()
     optional_components: ClassVar[tuple[str, ...]] = ()
     trained_text_components: ClassVar[tuple[str, ...]] = ()
+    text_width: ClassVar[str] = "joint_attention_dim"
+    text_masks: ClassVar[Mapping[str, torch.dtype]] = {}
     unused_components: ClassVar[tuple[str, ...]] = ()
     image_components: ClassVar[tuple[str, ...]] = ()
     block_stacks: ClassVar[tuple[str, ...] | None] = None
@@ -122,6 +130,7 @@ class FamilyFacts(ABC):
     text_comes_first: ClassVar[bool] = True
     own_flags: ClassVar[tuple[Flag, ...]] = ()
     flag_defaults: ClassVar[Mapping[str, Any]] = {}
+    trains_on_mode: ClassVar[bool] = False
     negative_prompt: ClassVar[str | None] = None
     tags: ClassVar[tuple[str, ...]] = ()
     comfyui: ClassVar[ComfyUIFormat | None] = None
@@ -150,7 +159,7 @@ class FamilyFacts(ABC):
             UserError: one line that says what to do.
         """
 
-    def transformer_class(self, transformer_config: Mapping[str, Any]) -> type[ModelMixin]:
+    def transformer_class(self, transformer_config: Config) -> type[ModelMixin]:
         """The transformer's class, with LoRA methods.
 
         Raises:
@@ -213,8 +222,8 @@ class FamilyFacts(ABC):
         """Shape of one image's latents in the family's layout, from its size in pixels."""
         return self.vae_latent_shape(height, width)
 
-    @abstractmethod
-    def empty_embeds(
-        self, transformer_config: Mapping[str, Any], text_tokens: int, dtype: torch.dtype
-    ) -> PromptEmbeds:
+    def empty_embeds(self, transformer_config: Config, text_tokens: int, dtype: torch.dtype) -> PromptEmbeds:
         """Embeddings of a prompt of ``text_tokens`` tokens: right shapes and dtypes, every token real, no values."""
+        width = transformer_config[self.text_width]
+        masks = {name: torch.ones(text_tokens, dtype=kind) for name, kind in self.text_masks.items()}
+        return {"prompt_embeds": torch.empty((text_tokens, width), dtype=dtype), **masks}

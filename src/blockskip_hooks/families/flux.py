@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .base import ComfyUIFormat, Family, Flag, PromptEmbeds
+from .base import ComfyUIFormat, Config, Family, Flag, PromptEmbeds, split_batch
 
 
 if TYPE_CHECKING:
@@ -53,9 +53,7 @@ class Flux(Family):
     tags = ("flux", "flux-diffusers")
     comfyui = ComfyUIFormat(writes_alpha=True)
 
-    def empty_embeds(
-        self, transformer_config: Mapping[str, Any], text_tokens: int, dtype: torch.dtype
-    ) -> PromptEmbeds:
+    def empty_embeds(self, transformer_config: Config, text_tokens: int, dtype: torch.dtype) -> PromptEmbeds:
         return {
             "prompt_embeds": torch.empty((text_tokens, transformer_config["joint_attention_dim"]), dtype=dtype),
             "pooled_prompt_embeds": torch.empty(transformer_config["pooled_projection_dim"], dtype=dtype),
@@ -66,16 +64,10 @@ class Flux(Family):
         tokens, pooled, _ = pipeline.encode_prompt(
             list(prompts), prompt_2=None, max_sequence_length=self.flags["max_sequence_length"]
         )
-        return [
-            {"prompt_embeds": t, "pooled_prompt_embeds": p} for t, p in zip(tokens.cpu(), pooled.cpu(), strict=True)
-        ]
+        return split_batch(prompt_embeds=tokens, pooled_prompt_embeds=pooled)
 
     def transformer_inputs(
-        self,
-        transformer_config: Mapping[str, Any],
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        embeds: PromptEmbeds,
+        self, transformer_config: Config, noisy_latents: torch.Tensor, timesteps: torch.Tensor, embeds: PromptEmbeds
     ) -> dict[str, Any]:
         batch, channels, height, width = noisy_latents.shape
         device, dtype = noisy_latents.device, noisy_latents.dtype
@@ -98,25 +90,8 @@ class Flux(Family):
             prediction, like.shape[-2] * factor, like.shape[-1] * factor, factor
         )
 
-    def prompt_tokens(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-        tokens = pipeline.tokenizer(
-            list(prompts),
-            padding="max_length",
-            max_length=pipeline.tokenizer_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        return {"text_encoder": tokens.input_ids}
-
     def refresh_embeds(
         self, encoders: Mapping[str, torch.nn.Module], tokens: Mapping[str, torch.Tensor], embeds: PromptEmbeds
     ) -> PromptEmbeds:
         pooled = encoders["text_encoder"](tokens["text_encoder"], output_hidden_states=False).pooler_output
         return {**embeds, "pooled_prompt_embeds": pooled.to(embeds["prompt_embeds"].dtype)}
-
-    def pipeline_inputs(self, embeds: PromptEmbeds, negative: PromptEmbeds | None) -> dict[str, Any]:
-        inputs: dict[str, Any] = dict(embeds)
-        if negative is not None:
-            inputs["negative_prompt_embeds"] = negative["prompt_embeds"]
-            inputs["negative_pooled_prompt_embeds"] = negative["pooled_prompt_embeds"]
-        return inputs

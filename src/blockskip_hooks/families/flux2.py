@@ -13,7 +13,7 @@ import torch
 from ..layouts import BlockLayout
 from ..loading.component_config import load_config
 from ..utils.errors import UserError
-from .base import ComfyUIFormat, Family, Flag, PromptEmbeds
+from .base import ComfyUIFormat, Config, Family, Flag, PromptEmbeds, split_batch
 
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ class Flux2(Family):
         "Flux2SingleTransformerBlock": BlockLayout(),
     }
     text_components = ("text_encoder", "tokenizer")
+    # As the pipeline encodes reference images.
+    trains_on_mode = True
     lora_layers = (
         "attn.to_k",
         "attn.to_q",
@@ -92,15 +94,10 @@ class Flux2(Family):
         channels, rows, columns = self.vae_latent_shape(height, width)
         return (4 * channels, rows // 2, columns // 2)
 
-    def empty_embeds(
-        self, transformer_config: Mapping[str, Any], text_tokens: int, dtype: torch.dtype
-    ) -> PromptEmbeds:
-        return {"prompt_embeds": torch.empty((text_tokens, transformer_config["joint_attention_dim"]), dtype=dtype)}
-
     @torch.no_grad()
     def encode_prompts(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> list[PromptEmbeds]:
         embeds, _ = pipeline.encode_prompt(list(prompts), **self._encode_settings())
-        return [{"prompt_embeds": tokens} for tokens in embeds.cpu()]
+        return split_batch(prompt_embeds=embeds)
 
     def _encode_settings(self) -> dict[str, Any]:
         return {
@@ -108,22 +105,13 @@ class Flux2(Family):
             "text_encoder_out_layers": tuple(self.flags["text_encoder_out_layers"]),
         }
 
-    def posterior(self, vae: ModelMixin, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # As the pipeline encodes reference images: the mode, not a sample.
-        mean, _ = super().posterior(vae, pixels)
-        return mean, torch.zeros_like(mean)
-
     def scale_latents(self, vae: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
         patches = self.pipeline_class._patchify_latents(latents)
         mean, variance = (s.to(patches).reshape(1, -1, 1, 1) for s in (vae.bn.running_mean, vae.bn.running_var))
         return (patches - mean) / torch.sqrt(variance + vae.config["batch_norm_eps"])
 
     def transformer_inputs(
-        self,
-        transformer_config: Mapping[str, Any],
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        embeds: PromptEmbeds,
+        self, transformer_config: Config, noisy_latents: torch.Tensor, timesteps: torch.Tensor, embeds: PromptEmbeds
     ) -> dict[str, Any]:
         device = noisy_latents.device
         guidance = None
@@ -145,9 +133,6 @@ class Flux2(Family):
     def prompt_inputs(self, prompt: str) -> dict[str, Any]:
         return {"prompt": prompt, **self._encode_settings()}
 
-    def pipeline_inputs(self, embeds: PromptEmbeds, negative: PromptEmbeds | None) -> dict[str, Any]:
-        return dict(embeds)
-
 
 class Flux2Klein(Flux2):
     """FLUX.2-klein, base and distilled: Qwen3 text encoder, classifier-free guidance unless distilled."""
@@ -158,9 +143,3 @@ class Flux2Klein(Flux2):
     negative_prompt = ""
     tags = ("flux2-klein", "flux2-klein-diffusers")
     comfyui = ComfyUIFormat()
-
-    def pipeline_inputs(self, embeds: PromptEmbeds, negative: PromptEmbeds | None) -> dict[str, Any]:
-        inputs = super().pipeline_inputs(embeds, negative)
-        if negative is not None:
-            inputs["negative_prompt_embeds"] = negative["prompt_embeds"]
-        return inputs

@@ -13,9 +13,9 @@ import torch
 
 from ..layouts import BlockLayout
 from ..loading.component_config import defining_module
-from ..utils.errors import UserError
+from ..utils.errors import UserError, first_line
 from ..utils.files import expand_home
-from .base import ComfyUIFormat, Family, Flag, PromptEmbeds
+from .base import ComfyUIFormat, Config, Family, Flag, PromptEmbeds, split_batch
 
 
 if TYPE_CHECKING:
@@ -82,9 +82,7 @@ class HiDream(Family):
             self.model_path, subfolder="scheduler", shift=3.0
         )
 
-    def empty_embeds(
-        self, transformer_config: Mapping[str, Any], text_tokens: int, dtype: torch.dtype
-    ) -> PromptEmbeds:
+    def empty_embeds(self, transformer_config: Config, text_tokens: int, dtype: torch.dtype) -> PromptEmbeds:
         t5_width, llama_width = transformer_config["caption_channels"]
         layers = max(transformer_config["llama_layers"]) + 1
         return {
@@ -144,7 +142,7 @@ class HiDream(Family):
                 components[component] = load(self.flags[flag])
             except (OSError, ValueError) as error:
                 raise UserError(
-                    f"--{flag} {self.flags[flag]} cannot be loaded ({str(error).splitlines()[0]}); name a folder with "
+                    f"--{flag} {self.flags[flag]} cannot be loaded ({first_line(error)}); name a folder with "
                     "Llama 3.1 8B Instruct, or a hub id that you have access to."
                 ) from error
         return components
@@ -154,16 +152,11 @@ class HiDream(Family):
         t5, _, llama, _, pooled, _ = pipeline.encode_prompt(
             list(prompts), do_classifier_free_guidance=False, max_sequence_length=self.flags["max_sequence_length"]
         )
-        rows = zip(t5.cpu(), llama.permute(1, 2, 0, 3).cpu(), pooled.cpu(), strict=True)
-        names = ("prompt_embeds_t5", "prompt_embeds_llama3", "pooled_prompt_embeds")
-        return [dict(zip(names, row, strict=True)) for row in rows]
+        layers_last = llama.permute(1, 2, 0, 3)
+        return split_batch(prompt_embeds_t5=t5, prompt_embeds_llama3=layers_last, pooled_prompt_embeds=pooled)
 
     def transformer_inputs(
-        self,
-        transformer_config: Mapping[str, Any],
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        embeds: PromptEmbeds,
+        self, transformer_config: Config, noisy_latents: torch.Tensor, timesteps: torch.Tensor, embeds: PromptEmbeds
     ) -> dict[str, Any]:
         return {
             "hidden_states": noisy_latents,
@@ -173,7 +166,7 @@ class HiDream(Family):
             "pooled_embeds": embeds["pooled_prompt_embeds"],
         }
 
-    def image_tokens(self, transformer_config: Mapping[str, Any], inputs: Mapping[str, Any]) -> int:
+    def image_tokens(self, transformer_config: Config, inputs: Mapping[str, Any]) -> int:
         height, width = inputs["hidden_states"].shape[-2:]
         if inputs["hidden_states"].ndim == 4 and height != width:
             # Images that are not square are padded to the longest sequence.
@@ -193,9 +186,5 @@ class HiDream(Family):
         return -prediction
 
     def pipeline_inputs(self, embeds: PromptEmbeds, negative: PromptEmbeds | None) -> dict[str, Any]:
-        inputs: dict[str, Any] = {}
-        for prefix, prompt in (("", embeds), ("negative_", negative or {})):
-            inputs |= {f"{prefix}{name}": tensor for name, tensor in prompt.items()}
-            if prompt:
-                inputs[f"{prefix}prompt_embeds_llama3"] = prompt["prompt_embeds_llama3"].permute(2, 0, 1, 3)
-        return inputs
+        inputs = super().pipeline_inputs(embeds, negative)
+        return {k: v.permute(2, 0, 1, 3) if k.endswith("prompt_embeds_llama3") else v for k, v in inputs.items()}

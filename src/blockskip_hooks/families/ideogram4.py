@@ -12,7 +12,7 @@ from torch.nn.functional import pad, pixel_unshuffle
 
 from ..layouts import BlockLayout
 from ..loading.component_config import defining_module, diffusers_class
-from .base import Family, Flag, PromptEmbeds
+from .base import Config, Family, Flag, PromptEmbeds
 from .flux import Flux
 
 
@@ -60,8 +60,12 @@ class Ideogram4(Family):
     pipeline_name = "Ideogram4Pipeline"
     block_layouts = {"Ideogram4TransformerBlock": BlockLayout()}
     text_components = ("text_encoder", "tokenizer")
+    text_width = "llm_features_dim"
+    text_masks = {"prompt_mask": torch.bool}
+    trains_on_mode = True
     unused_components = ("unconditional_transformer", "prompt_enhancer_head")
     image_components = ("unconditional_transformer",)
+    image_size = 2048
     lora_layers = (
         "attention.to_q",
         "attention.to_k",
@@ -110,21 +114,9 @@ class Ideogram4(Family):
             self.model_path, subfolder="scheduler", shift=shift, use_dynamic_shifting=False
         )
 
-    @property
-    def image_size(self) -> int:
-        return 2048
-
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         channels, rows, columns = self.vae_latent_shape(height, width)
         return (channels * PATCH_SIZE**2, rows // PATCH_SIZE, columns // PATCH_SIZE)
-
-    def empty_embeds(
-        self, transformer_config: Mapping[str, Any], text_tokens: int, dtype: torch.dtype
-    ) -> PromptEmbeds:
-        return {
-            "prompt_embeds": torch.empty((text_tokens, transformer_config["llm_features_dim"]), dtype=dtype),
-            "prompt_mask": torch.ones(text_tokens, dtype=torch.bool),
-        }
 
     def streamable_text_encoders(self, *, trains_text: bool) -> list[str]:
         # Writing a prompt runs every layer once per word.
@@ -158,11 +150,6 @@ class Ideogram4(Family):
             embeds.append({"prompt_embeds": tokens, "prompt_mask": torch.ones(len(tokens), dtype=torch.bool)})
         return embeds
 
-    def posterior(self, vae: ModelMixin, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        mean, std = super().posterior(vae, pixels)
-        # The upstream script trains on the posterior's mode.
-        return mean, torch.zeros_like(std)
-
     def scale_latents(self, vae: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
         # Within a token the place in the patch comes first, then the VAE's channel.
         patches = pixel_unshuffle(latents, PATCH_SIZE).unflatten(1, (-1, PATCH_SIZE**2)).transpose(1, 2).flatten(1, 2)
@@ -170,11 +157,7 @@ class Ideogram4(Family):
         return (patches - vae.bn.running_mean[:, None, None].to(patches)) / std[:, None, None].to(patches)
 
     def transformer_inputs(
-        self,
-        transformer_config: Mapping[str, Any],
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        embeds: PromptEmbeds,
+        self, transformer_config: Config, noisy_latents: torch.Tensor, timesteps: torch.Tensor, embeds: PromptEmbeds
     ) -> dict[str, Any]:
         ids = _constants()
         batch, _, height, width = noisy_latents.shape
@@ -195,9 +178,7 @@ class Ideogram4(Family):
             "indicator": indicator,
         }
 
-    def text_positions(
-        self, transformer_config: Mapping[str, Any], inputs: Mapping[str, Any], length: int
-    ) -> torch.Tensor:
+    def text_positions(self, transformer_config: Config, inputs: Mapping[str, Any], length: int) -> torch.Tensor:
         return inputs["indicator"] == _constants().LLM_TOKEN_INDICATOR
 
     def prediction_to_latents(self, prediction: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from ..layouts import BlockLayout
-from .base import ComfyUIFormat, Family, Flag, PromptEmbeds
+from .base import ComfyUIFormat, Config, Flag, PromptEmbeds, split_batch
+from .qwen_image import VideoLatents
 
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline, ModelMixin
+    from diffusers import DiffusionPipeline
 
 PATCH_SIZE = 2
 
 
-class Krea2(Family):
+class Krea2(VideoLatents):
     """Krea 2 and its distilled variant.
 
     Text comes before the image in the blocks' sequence and has no positions, so every prompt keeps the fixed length
@@ -29,6 +30,7 @@ class Krea2(Family):
     pipeline_name = "Krea2Pipeline"
     block_layouts = {"Krea2TransformerBlock": BlockLayout()}
     text_components = ("text_encoder", "tokenizer")
+    image_size = 1024
     lora_layers = (
         "img_in",
         "final_layer.linear",
@@ -72,25 +74,7 @@ class Krea2(Family):
     tags = ("krea2", "krea2-diffusers")
     comfyui = ComfyUIFormat()
 
-    @property
-    def vae_scale_factor(self) -> int:
-        return 2 ** len(self.vae_config["temperal_downsample"])
-
-    @property
-    def image_size(self) -> int:
-        return 1024
-
-    def vae_latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        factor = self.vae_scale_factor
-        return (self.vae_config["z_dim"], 1, height // factor, width // factor)
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        channels, _, *grid = self.vae_latent_shape(height, width)
-        return (channels, *grid)
-
-    def empty_embeds(
-        self, transformer_config: Mapping[str, Any], text_tokens: int, dtype: torch.dtype
-    ) -> PromptEmbeds:
+    def empty_embeds(self, transformer_config: Config, text_tokens: int, dtype: torch.dtype) -> PromptEmbeds:
         length = max(text_tokens, self.flags["max_sequence_length"])
         shape = (length, transformer_config["num_text_layers"], transformer_config["text_hidden_dim"])
         return {
@@ -101,24 +85,10 @@ class Krea2(Family):
     @torch.no_grad()
     def encode_prompts(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> list[PromptEmbeds]:
         embeds, masks = pipeline.encode_prompt(list(prompts), max_sequence_length=self.flags["max_sequence_length"])
-        return [
-            {"prompt_embeds": tokens, "prompt_embeds_mask": mask}
-            for tokens, mask in zip(embeds.cpu(), masks.cpu(), strict=True)
-        ]
-
-    def posterior(self, vae: ModelMixin, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return super().posterior(vae, pixels.unsqueeze(2))
-
-    def scale_latents(self, vae: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
-        mean, std = (latents.new_tensor(self.vae_config[f"latents_{name}"]) for name in ("mean", "std"))
-        return (latents.squeeze(2) - mean[:, None, None]) / std[:, None, None]
+        return split_batch(prompt_embeds=embeds, prompt_embeds_mask=masks)
 
     def transformer_inputs(
-        self,
-        transformer_config: Mapping[str, Any],
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        embeds: PromptEmbeds,
+        self, transformer_config: Config, noisy_latents: torch.Tensor, timesteps: torch.Tensor, embeds: PromptEmbeds
     ) -> dict[str, Any]:
         patches = pixel_unshuffle(noisy_latents, PATCH_SIZE)
         text_tokens = embeds["prompt_embeds"].shape[1]
@@ -136,9 +106,7 @@ class Krea2(Family):
         return pixel_shuffle(prediction.transpose(1, 2).unflatten(2, grid), PATCH_SIZE)
 
     def pipeline_inputs(self, embeds: PromptEmbeds, negative: PromptEmbeds | None) -> dict[str, Any]:
-        inputs: dict[str, Any] = {
-            **embeds,
+        return super().pipeline_inputs(embeds, negative) | {
             "guidance_scale": self.flags["validation_guidance_scale"],
             "num_inference_steps": self.flags["validation_num_inference_steps"],
         }
-        return inputs | {f"negative_{name}": tensor for name, tensor in (negative or {}).items()}

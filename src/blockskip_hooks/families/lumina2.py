@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..layouts import BlockLayout
-from .base import Family, Flag, PromptEmbeds, repeat_given_embeds
+from .base import Config, Family, Flag, PromptEmbeds, repeat_given_embeds
 
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ class Lumina2(Family):
     patch_size = None
     pipeline_name = "Lumina2Pipeline"
     text_components = ("text_encoder", "tokenizer")
+    text_width = "cap_feat_dim"
+    text_masks = {"prompt_attention_mask": torch.long}
     lora_layers = ("attn.to_k", "attn.to_q", "attn.to_v", "attn.to_out.0")
     modulation_layers = ("norm1.linear",)
     block_stacks = ("layers",)
@@ -40,14 +42,6 @@ class Lumina2(Family):
     negative_prompt = ""
     tags = ("lumina2", "lumina2-diffusers")
 
-    def empty_embeds(
-        self, transformer_config: Mapping[str, Any], text_tokens: int, dtype: torch.dtype
-    ) -> PromptEmbeds:
-        return {
-            "prompt_embeds": torch.empty((text_tokens, transformer_config["cap_feat_dim"]), dtype=dtype),
-            "prompt_attention_mask": torch.ones(text_tokens, dtype=torch.long),
-        }
-
     @torch.no_grad()
     def encode_prompts(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> list[PromptEmbeds]:
         results = []
@@ -64,11 +58,7 @@ class Lumina2(Family):
         return results
 
     def transformer_inputs(
-        self,
-        transformer_config: Mapping[str, Any],
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        embeds: PromptEmbeds,
+        self, transformer_config: Config, noisy_latents: torch.Tensor, timesteps: torch.Tensor, embeds: PromptEmbeds
     ) -> dict[str, Any]:
         return {
             "hidden_states": noisy_latents,
@@ -77,9 +67,7 @@ class Lumina2(Family):
             "encoder_attention_mask": embeds["prompt_attention_mask"],
         }
 
-    def text_positions(
-        self, transformer_config: Mapping[str, Any], inputs: Mapping[str, Any], length: int
-    ) -> torch.Tensor:
+    def text_positions(self, transformer_config: Config, inputs: Mapping[str, Any], length: int) -> torch.Tensor:
         # Every sample begins with its own text, without padding.
         lengths = inputs["encoder_attention_mask"].sum(1)
         return torch.arange(length, device=lengths.device) < lengths[:, None]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
 
 from ..loading.component_config import diffusers_class
-from .base import Family, PromptEmbeds
+from .base import Config, Family, PromptEmbeds, split_batch
 
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ class PixArtSigma(Family):
     patch_size = None
     pipeline_name = "PixArtSigmaPipeline"
     text_components = ("text_encoder", "tokenizer")
+    text_width = "caption_channels"
+    text_masks = {"prompt_attention_mask": torch.long}
     cross_attention = "attn2"
     lora_layers = ("to_k", "to_q", "to_v")
     flag_defaults = {"max_sequence_length": 300, "output_dir": "pixart-sigma-dreambooth-lora"}
@@ -39,7 +41,7 @@ class PixArtSigma(Family):
     def find_pipeline_class(cls) -> Any:
         return _with_lora("PixArtSigmaLoraPipeline")
 
-    def transformer_class(self, transformer_config: Mapping[str, Any]) -> type[ModelMixin]:
+    def transformer_class(self, transformer_config: Config) -> type[ModelMixin]:
         return _with_lora("PixArtLoraTransformer")
 
     def load_scheduler(self) -> DDPMScheduler:
@@ -53,14 +55,6 @@ class PixArtSigma(Family):
         signal = scheduler.alphas_cumprod[timesteps]
         return signal.sqrt(), (1.0 - signal).sqrt()
 
-    def empty_embeds(
-        self, transformer_config: Mapping[str, Any], text_tokens: int, dtype: torch.dtype
-    ) -> PromptEmbeds:
-        return {
-            "prompt_embeds": torch.empty((text_tokens, transformer_config["caption_channels"]), dtype=dtype),
-            "prompt_attention_mask": torch.ones(text_tokens, dtype=torch.long),
-        }
-
     @torch.no_grad()
     def encode_prompts(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> list[PromptEmbeds]:
         from diffusers.utils import is_bs4_available, is_ftfy_available
@@ -72,9 +66,7 @@ class PixArtSigma(Family):
             clean_caption=is_bs4_available() and is_ftfy_available(),
             max_sequence_length=self.flags["max_sequence_length"],
         )
-        return [
-            {"prompt_embeds": e, "prompt_attention_mask": m} for e, m in zip(embeds.cpu(), mask.cpu(), strict=True)
-        ]
+        return split_batch(prompt_embeds=embeds, prompt_attention_mask=mask)
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, indices: Sequence[int]) -> torch.Tensor:
         """Latents at the noise levels of ``indices`` into the schedule: ``sqrt(a) x + sqrt(1 - a) noise``."""
@@ -83,11 +75,7 @@ class PixArtSigma(Family):
         return signal * latents + noise_level * noise
 
     def transformer_inputs(
-        self,
-        transformer_config: Mapping[str, Any],
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        embeds: PromptEmbeds,
+        self, transformer_config: Config, noisy_latents: torch.Tensor, timesteps: torch.Tensor, embeds: PromptEmbeds
     ) -> dict[str, Any]:
         return {
             "hidden_states": noisy_latents,
@@ -113,12 +101,9 @@ class PixArtSigma(Family):
         return prediction, noise
 
     def pipeline_inputs(self, embeds: PromptEmbeds, negative: PromptEmbeds | None) -> dict[str, Any]:
-        inputs: dict[str, Any] = dict(embeds)
-        if negative is not None:
-            inputs.update({f"negative_{name}": tensor for name, tensor in negative.items()})
-            # Its default is a text, which the pipeline does not take along with embeddings.
-            inputs["negative_prompt"] = None
-        return inputs
+        # The default of the negative prompt is a text, which the pipeline does not take along with embeddings.
+        no_text = {} if negative is None else {"negative_prompt": None}
+        return super().pipeline_inputs(embeds, negative) | no_text
 
 
 def _with_lora(name: str) -> Any:

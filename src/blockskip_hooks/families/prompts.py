@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from diffusers.training_utils import free_memory
 
 from ..loading.text_encoders import large_encoders
-from ..utils.errors import UserError
+from ..utils.errors import UserError, first_line
 from ..utils.progress import StageProgress, listed
 from . import Family, PromptEmbeds
 from .base import no_progress_bar
@@ -89,16 +89,15 @@ def encode_prompts(
         Embeddings by prompt, on the CPU, and the kept encoders.
 
     Raises:
-        ValueError: naming the prompt, if it is one that the model's pipeline does not take, or if its embeddings are
-            not finite.
+        UserError: if text encoders or tokenizers cannot be loaded; naming the prompt, if the model's pipeline does not
+            take it or its embeddings are not finite.
     """
     prompts = list(dict.fromkeys(prompts))
     layered: list[str] = []
     if streamed:
         streamable = family.streamable_text_encoders(trains_text=keep_trainable)
         layered = [name for name in large_encoders(family.text_encoder_configs()) if name in streamable]
-    with no_progress_bar():
-        pipeline = family.load_text_pipeline(dtype, device, layered)
+    pipeline = _load(family, dtype, device, layered)
     if adapt is not None:
         adapt(pipeline)
     embeds: dict[str, PromptEmbeds] = {}
@@ -137,6 +136,19 @@ def encode_prompts(
     del pipeline
     free_memory()
     return embeds, trained
+
+
+def _load(family: Family, dtype: torch.dtype, device: torch.device, streamed: Sequence[str]) -> DiffusionPipeline:
+    try:
+        with no_progress_bar():
+            return family.load_text_pipeline(dtype, device, streamed)
+    except (UserError, OSError, RuntimeError, MemoryError):
+        raise
+    except Exception as error:  # tokenizers raise types of their own
+        raise UserError(
+            f"--pretrained_model_name_or_path {family.model_path}: its text encoders or tokenizers cannot be loaded "
+            f"({first_line(error)}); download it again."
+        ) from error
 
 
 def place_embeds(embeds: PromptEmbeds, device: torch.device | str, dtype: torch.dtype) -> PromptEmbeds:

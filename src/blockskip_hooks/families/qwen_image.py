@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ..utils.files import expand_home
-from .base import ComfyUIFormat, Family, Flag, PromptEmbeds
+from .base import ComfyUIFormat, Config, Family, Flag, PromptEmbeds
 
 
 if TYPE_CHECKING:
@@ -23,24 +23,8 @@ UPSTREAM_LEFTOVER = {
 }
 
 
-class QwenImage(Family):
-    """Qwen-Image and models of its architecture."""
-
-    name = "qwen-image"
-    pipeline_name = "QwenImagePipeline"
-    text_components = ("text_encoder", "tokenizer")
-    lora_layers = ("attn.to_k", "attn.to_q", "attn.to_v", "attn.to_out.0")
-    modulation_layers = ("img_mod.1", "txt_mod.1")
-    text_stream_layers = ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
-    own_flags = (
-        Flag("pretrained_text_encoder_4_name_or_path", UPSTREAM_LEFTOVER),
-        Flag("pretrained_tokenizer_4_name_or_path", UPSTREAM_LEFTOVER),
-    )
-    flag_defaults = {"max_sequence_length": 512, "output_dir": "hidream-dreambooth-lora"}
-    # The pipeline guides only if it is given a negative prompt; its authors advise a space for none.
-    negative_prompt = " "
-    tags = ("qwen-image", "qwen-image-diffusers")
-    comfyui = ComfyUIFormat("diffusion_model.", writes_alpha=True)
+class VideoLatents(Family):
+    """A family whose VAE is one of videos: an image has one frame, and each channel its own mean and deviation."""
 
     @property
     def vae_scale_factor(self) -> int:
@@ -54,11 +38,35 @@ class QwenImage(Family):
         channels, _, rows, columns = self.vae_latent_shape(height, width)
         return (channels, rows, columns)
 
-    def empty_embeds(
-        self, transformer_config: Mapping[str, Any], text_tokens: int, dtype: torch.dtype
-    ) -> PromptEmbeds:
-        embeds = torch.empty((text_tokens, transformer_config["joint_attention_dim"]), dtype=dtype)
-        return {"prompt_embeds": embeds, "prompt_embeds_mask": torch.ones(text_tokens, dtype=torch.bool)}
+    def posterior(self, vae: ModelMixin, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().posterior(vae, pixels.unsqueeze(2))
+
+    def scale_latents(self, vae: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
+        mean, std = (
+            latents.new_tensor(self.vae_config[f"latents_{name}"]).reshape(1, -1, 1, 1) for name in ("mean", "std")
+        )
+        return (latents.squeeze(2) - mean) / std
+
+
+class QwenImage(VideoLatents):
+    """Qwen-Image and models of its architecture."""
+
+    name = "qwen-image"
+    pipeline_name = "QwenImagePipeline"
+    text_components = ("text_encoder", "tokenizer")
+    text_masks = {"prompt_embeds_mask": torch.bool}
+    lora_layers = ("attn.to_k", "attn.to_q", "attn.to_v", "attn.to_out.0")
+    modulation_layers = ("img_mod.1", "txt_mod.1")
+    text_stream_layers = ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
+    own_flags = (
+        Flag("pretrained_text_encoder_4_name_or_path", UPSTREAM_LEFTOVER),
+        Flag("pretrained_tokenizer_4_name_or_path", UPSTREAM_LEFTOVER),
+    )
+    flag_defaults = {"max_sequence_length": 512, "output_dir": "hidream-dreambooth-lora"}
+    # The pipeline guides only if it is given a negative prompt; its authors advise a space for none.
+    negative_prompt = " "
+    tags = ("qwen-image", "qwen-image-diffusers")
+    comfyui = ComfyUIFormat("diffusion_model.", writes_alpha=True)
 
     @torch.no_grad()
     def encode_prompts(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> list[PromptEmbeds]:
@@ -83,22 +91,8 @@ class QwenImage(Family):
             collated["prompt_embeds_mask"] = pad_sequence(masks, batch_first=True)
         return collated
 
-    def posterior(self, vae: ModelMixin, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # The VAE is one of videos: an image has one frame.
-        return super().posterior(vae, pixels.unsqueeze(2))
-
-    def scale_latents(self, vae: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
-        mean, std = (
-            latents.new_tensor(vae.config[f"latents_{name}"]).reshape(1, -1, 1, 1) for name in ("mean", "std")
-        )
-        return (latents.squeeze(2) - mean) / std
-
     def transformer_inputs(
-        self,
-        transformer_config: Mapping[str, Any],
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        embeds: PromptEmbeds,
+        self, transformer_config: Config, noisy_latents: torch.Tensor, timesteps: torch.Tensor, embeds: PromptEmbeds
     ) -> dict[str, Any]:
         batch, channels, height, width = noisy_latents.shape
         return {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from ..layouts import BlockLayout
-from .base import Family, Flag, PromptEmbeds
+from .base import Config, Family, Flag, PromptEmbeds
 
 
 if TYPE_CHECKING:
@@ -23,7 +23,10 @@ class Sana(Family):
     pipeline_name = "SanaPipeline"
     block_layouts = {"SanaTransformerBlock": BlockLayout()}
     text_components = ("text_encoder", "tokenizer")
+    text_width = "caption_channels"
+    text_masks = {"prompt_attention_mask": torch.long}
     cross_attention = "attn2"
+    image_size = 1024
     lora_layers = ("to_k", "to_q", "to_v")
     own_flags = (
         Flag(
@@ -43,18 +46,6 @@ class Sana(Family):
     @property
     def vae_scale_factor(self) -> int:
         return 2 ** (len(self.vae_config["encoder_block_out_channels"]) - 1)
-
-    @property
-    def image_size(self) -> int:
-        return 1024
-
-    def empty_embeds(
-        self, transformer_config: Mapping[str, Any], text_tokens: int, dtype: torch.dtype
-    ) -> PromptEmbeds:
-        return {
-            "prompt_embeds": torch.empty((text_tokens, transformer_config["caption_channels"]), dtype=dtype),
-            "prompt_attention_mask": torch.ones(text_tokens, dtype=torch.long),
-        }
 
     @torch.no_grad()
     def encode_prompts(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> list[PromptEmbeds]:
@@ -79,11 +70,7 @@ class Sana(Family):
         return latents, torch.zeros_like(latents)
 
     def transformer_inputs(
-        self,
-        transformer_config: Mapping[str, Any],
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        embeds: PromptEmbeds,
+        self, transformer_config: Config, noisy_latents: torch.Tensor, timesteps: torch.Tensor, embeds: PromptEmbeds
     ) -> dict[str, Any]:
         # Configs from before SANA-Sprint lack the entry.
         scale = transformer_config.get("timestep_scale", 1.0)
@@ -94,19 +81,13 @@ class Sana(Family):
             "timestep": timesteps * scale,
         }
 
-    def prediction_to_latents(self, prediction: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        return prediction
-
     def prompt_inputs(self, prompt: str) -> dict[str, Any]:
         return {"prompt": prompt, **self._prompt_settings()}
 
     def pipeline_inputs(self, embeds: PromptEmbeds, negative: PromptEmbeds | None) -> dict[str, Any]:
-        inputs: dict[str, Any] = dict(embeds)
-        if negative is not None:
-            inputs.update({f"negative_{name}": tensor for name, tensor in negative.items()})
-            # Its default is a text, which the pipeline does not take along with embeddings.
-            inputs["negative_prompt"] = None
-        return inputs
+        # The default of the negative prompt is a text, which the pipeline does not take along with embeddings.
+        no_text = {} if negative is None else {"negative_prompt": None}
+        return super().pipeline_inputs(embeds, negative) | no_text
 
 
 class SanaSprint(Sana):
@@ -126,11 +107,7 @@ class SanaSprint(Sana):
     _guidance_scale: ClassVar[float] = 4.5
 
     def transformer_inputs(
-        self,
-        transformer_config: Mapping[str, Any],
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        embeds: PromptEmbeds,
+        self, transformer_config: Config, noisy_latents: torch.Tensor, timesteps: torch.Tensor, embeds: PromptEmbeds
     ) -> dict[str, Any]:
         guidance = self._guidance_scale * transformer_config["guidance_embeds_scale"]
         return {

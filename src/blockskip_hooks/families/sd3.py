@@ -10,7 +10,7 @@ import torch
 
 from ..loading.component_config import load_config
 from ..utils.errors import UserError
-from .base import ComfyUIFormat, Family, Flag, PromptEmbeds, repeat_given_embeds
+from .base import ComfyUIFormat, Config, Family, Flag, PromptEmbeds, repeat_given_embeds, split_batch
 
 
 if TYPE_CHECKING:
@@ -71,9 +71,7 @@ class StableDiffusion3(Family):
     tags = ("sd3", "sd3-diffusers")
     comfyui = ComfyUIFormat()
 
-    def empty_embeds(
-        self, transformer_config: Mapping[str, Any], text_tokens: int, dtype: torch.dtype
-    ) -> PromptEmbeds:
+    def empty_embeds(self, transformer_config: Config, text_tokens: int, dtype: torch.dtype) -> PromptEmbeds:
         clip_tokens = load_config(self.model_path / "text_encoder")["max_position_embeddings"]
         width = transformer_config["joint_attention_dim"]
         return {
@@ -101,16 +99,10 @@ class StableDiffusion3(Family):
             do_classifier_free_guidance=False,
             max_sequence_length=self.flags["max_sequence_length"],
         )
-        return [
-            {"prompt_embeds": t, "pooled_prompt_embeds": p} for t, p in zip(tokens.cpu(), pooled.cpu(), strict=True)
-        ]
+        return split_batch(prompt_embeds=tokens, pooled_prompt_embeds=pooled)
 
     def transformer_inputs(
-        self,
-        transformer_config: Mapping[str, Any],
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        embeds: PromptEmbeds,
+        self, transformer_config: Config, noisy_latents: torch.Tensor, timesteps: torch.Tensor, embeds: PromptEmbeds
     ) -> dict[str, Any]:
         return {
             "hidden_states": noisy_latents,
@@ -118,9 +110,6 @@ class StableDiffusion3(Family):
             "encoder_hidden_states": embeds["prompt_embeds"],
             "pooled_projections": embeds["pooled_prompt_embeds"],
         }
-
-    def prediction_to_latents(self, prediction: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        return prediction
 
     def loss_terms(
         self,
@@ -133,16 +122,6 @@ class StableDiffusion3(Family):
         if self.flags["precondition_outputs"]:
             return noisy_latents - sigmas * prediction, latents
         return super().loss_terms(prediction, latents, noise, noisy_latents, sigmas)
-
-    def prompt_tokens(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-        tokenizers = {"text_encoder": pipeline.tokenizer, "text_encoder_2": pipeline.tokenizer_2}
-        length = pipeline.tokenizer_max_length
-        return {
-            name: tokenizer(
-                list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-            ).input_ids
-            for name, tokenizer in tokenizers.items()
-        }
 
     def refresh_embeds(
         self, encoders: Mapping[str, torch.nn.Module], tokens: Mapping[str, torch.Tensor], embeds: PromptEmbeds
@@ -163,9 +142,3 @@ class StableDiffusion3(Family):
         pipeline = super().image_pipeline(transformer, vae)
         repeat_given_embeds(pipeline)
         return pipeline
-
-    def pipeline_inputs(self, embeds: PromptEmbeds, negative: PromptEmbeds | None) -> dict[str, Any]:
-        inputs: dict[str, Any] = dict(embeds)
-        if negative is not None:
-            inputs |= {f"negative_{name}": tensor for name, tensor in negative.items()}
-        return inputs

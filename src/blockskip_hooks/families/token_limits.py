@@ -92,6 +92,3 @@ def describe_cut(
         f"The text encoder does not read the end of {len(cut)} of {num_prompts} prompts ({'; '.join(named)}{more}); "
         "shorten them, or raise --max_sequence_length where the model allows it."
     )
-
-
-__all__ = ["PromptLengths", "describe_cut", "measured_prompt"]

@@ -9,12 +9,12 @@ import torch
 
 from ..layouts import BlockLayout
 from ..loading.component_config import defining_module
-from .base import ComfyUIFormat, Family, PromptEmbeds
+from .base import ComfyUIFormat, Config, Family, PromptEmbeds
 from .flux import Flux
 
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline, ModelMixin
+    from diffusers import DiffusionPipeline
 
 
 class ZImage(Family):
@@ -27,7 +27,10 @@ class ZImage(Family):
     name = "z-image"
     pipeline_name = "ZImagePipeline"
     text_components = ("text_encoder", "tokenizer")
+    text_width = "cap_feat_dim"
+    trains_on_mode = True
     text_comes_first = False
+    image_size = 1024
     lora_layers = ("attention.to_k", "attention.to_q", "attention.to_v", "attention.to_out.0")
     modulation_layers = ("adaLN_modulation.0",)
     block_stacks = ("layers",)
@@ -39,15 +42,6 @@ class ZImage(Family):
     negative_prompt = ""
     tags = ("z-image", "z-image-diffusers")
     comfyui = ComfyUIFormat("diffusion_model.", writes_alpha=True)
-
-    @property
-    def image_size(self) -> int:
-        return 1024
-
-    def empty_embeds(
-        self, transformer_config: Mapping[str, Any], text_tokens: int, dtype: torch.dtype
-    ) -> PromptEmbeds:
-        return {"prompt_embeds": torch.empty((text_tokens, transformer_config["cap_feat_dim"]), dtype=dtype)}
 
     @torch.no_grad()
     def encode_prompts(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> list[PromptEmbeds]:
@@ -66,17 +60,8 @@ class ZImage(Family):
             batch["prompt_lengths"] = torch.tensor(lengths)
         return batch
 
-    def posterior(self, vae: ModelMixin, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        mean, std = super().posterior(vae, pixels)
-        # The upstream script trains on the posterior's mode.
-        return mean, torch.zeros_like(std)
-
     def transformer_inputs(
-        self,
-        transformer_config: Mapping[str, Any],
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        embeds: PromptEmbeds,
+        self, transformer_config: Config, noisy_latents: torch.Tensor, timesteps: torch.Tensor, embeds: PromptEmbeds
     ) -> dict[str, Any]:
         captions = embeds["prompt_embeds"]
         lengths = [captions.shape[1]] * len(captions)
@@ -89,7 +74,7 @@ class ZImage(Family):
             "cap_feats": [caption[:length] for caption, length in zip(captions, lengths, strict=True)],
         }
 
-    def image_tokens(self, transformer_config: Mapping[str, Any], inputs: Mapping[str, Any]) -> int:
+    def image_tokens(self, transformer_config: Config, inputs: Mapping[str, Any]) -> int:
         _, frames, height, width = inputs["x"][0].shape
         patch, frame_patch = inputs.get("patch_size", 2), inputs.get("f_patch_size", 1)
         tokens = (frames // frame_patch) * (height // patch) * (width // patch)

@@ -68,7 +68,7 @@ def generate_images(
         For each prompt an image of each seed, but for those of calls that were left out.
 
     Raises:
-        ValueError: if the pipeline refuses what it is asked for, a size say.
+        UserError: if the pipeline refuses what it is asked for, a size say.
     """
     device = vae.device
     dtype = model.dtype

@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from ..embedded import embedded_model
-from ..utils.errors import UserError
+from ..utils.errors import UserError, first_line
 from .subject_encoder import SubjectEncoder
 
 
@@ -71,7 +71,7 @@ class ImageEncoder(ABC):
         """Embeddings ``(N, D)`` of prompts, like those of :meth:`embed`.
 
         Raises:
-            ValueError: if the encoder knows images only.
+            UserError: if the encoder knows images only.
         """
         raise UserError(f"The image encoder {self.name} does not read text; one of CLIP's kind does.")
 
@@ -157,7 +157,7 @@ class PretrainedImageEncoder(ImageEncoder):
         device: Where it runs.
 
     Raises:
-        ValueError: if it cannot be loaded.
+        UserError: if it cannot be loaded.
     """
 
     def __init__(self, source: str | Path, device: torch.device | str = "cpu") -> None:
@@ -171,10 +171,9 @@ class PretrainedImageEncoder(ImageEncoder):
                 AutoTokenizer.from_pretrained(source, trust_remote_code=False) if self.reads_text else None
             )
         except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
             raise UserError(
-                f"The image encoder {source} cannot be loaded ({reason}); name a folder, a hub id that can be "
-                "reached, or offline."
+                f"The image encoder {source} cannot be loaded ({first_line(error)}); name a folder, a hub id that "
+                "can be reached, or offline."
             ) from error
 
     @torch.no_grad()
@@ -215,7 +214,7 @@ def load_image_encoder(name_or_path: str | Path, device: torch.device | str = "c
         device: Where a pretrained one runs.
 
     Raises:
-        ValueError: if it cannot be loaded.
+        UserError: if it cannot be loaded.
     """
     if name_or_path == "subject":
         return SubjectImageEncoder()

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import logging
 
 from ..families import Family
-from ..lora import WEIGHTS_NAME
+from ..loading.lora_files import WEIGHTS_NAME
 from ..transformer import DiTBlockSkipTransformer
 from ..utils.errors import UserError
 
@@ -22,7 +22,7 @@ def lora_file(path: Path) -> Path:
     """The weight file that ``--lora_weights`` names by itself or by its folder.
 
     Raises:
-        ValueError: if there is none.
+        UserError: if there is none.
     """
     file = path if path.is_file() else path / WEIGHTS_NAME
     if not file.is_file():
@@ -69,7 +69,7 @@ def load_adapter(family: Family, transformer: ModelMixin, vae: ModelMixin, lora:
         name: What the adapter is called.
 
     Raises:
-        ValueError: if it is the LoRA of another model.
+        UserError: if it is the LoRA of another model.
     """
     pipeline: Any = family.image_pipeline(transformer, vae)
     # It holds no text encoder that could take its part; prompts are encoded elsewhere.

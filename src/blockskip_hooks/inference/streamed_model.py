@@ -84,7 +84,7 @@ def image_settings(flags: ImageFlags, *, largest_side: int | None = None) -> Ima
         largest_side: Images are not larger than this unless ``--resolution`` or the model asks for it.
 
     Raises:
-        ValueError: one line that names the flag and the fix.
+        UserError: one line that names the flag and the fix.
     """
     name = flags.pretrained_model_name_or_path
     model_path = (
@@ -133,7 +133,7 @@ def check_loras(family: Family, loras: Iterable[Path]) -> None:
     """Check that LoRAs' files are whole and of this model; no weights are read.
 
     Raises:
-        ValueError: one line that names the file and what is wrong with it.
+        UserError: one line that names the file and what is wrong with it.
     """
     config = load_config(family.model_path / "transformer")
     transformer = empty_model(config, family.transformer_class(config))

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..utils.errors import UserError
+from ..utils.errors import UserError, first_line
 
 
 METHODS = ("nf4", "int8", "none")
@@ -204,9 +204,8 @@ def check_device(config: QuantizationConfig, device: torch.device | str, dtype: 
         layer = quantize_layer(torch.nn.Linear(BLOCK_SIZE, BLOCK_SIZE, dtype=dtype), config, device)
         layer(torch.ones(2, BLOCK_SIZE, dtype=dtype, device=device, requires_grad=True)).sum().backward()
     except Exception as error:  # each library raises types of its own
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"Quantisation to {config.name} does not work on this device ({device}): {reason}; leave "
+            f"Quantisation to {config.name} does not work on this device ({device}): {first_line(error)}; leave "
             "--quantization or --bnb_quantization_config_path out."
         ) from error
 

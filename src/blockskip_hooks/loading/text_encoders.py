@@ -230,6 +230,3 @@ def _no_warning_of_offloading() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-__all__ = ["empty_text_encoder", "large_encoders", "large_tables", "layer_stacks", "load_streamed_encoder"]

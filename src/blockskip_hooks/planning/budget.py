@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from ..selection import Selection
 from ..utils.errors import UserError
 from ..utils.formatting import format_bytes
-from .options import LAST_MEMORY_OPTIONS, MEMORY_OPTIONS, QUANTIZING_OPTIONS
 from .plan import largest_stage
 from .selections import selections_by_bytes
 
@@ -166,14 +165,3 @@ def _reason(selection: Selection, budget: int, used: tuple[str, ...], plan: dict
         f"{least} that fits, {selection.num_skipped} of {selection.blocks} blocks{with_options}: stage "
         f"{stage['name']} needs {format_bytes(stage['peak_device_bytes'])} of {format_bytes(budget)}"
     )
-
-
-__all__ = [
-    "LAST_MEMORY_OPTIONS",
-    "MEMORY_OPTIONS",
-    "QUANTIZING_OPTIONS",
-    "BudgetSteps",
-    "Choice",
-    "fit_budget",
-    "selections_for_budget",
-]

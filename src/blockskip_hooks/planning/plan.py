@@ -26,6 +26,3 @@ def planned_vae(plan: dict[str, Any], stage: str) -> VaePlacement:
 def streams_text(plan: dict[str, Any]) -> bool:
     """Whether the plan has large text encoders read from the checkpoint layer by layer."""
     return any(stage.get("streamed", False) for stage in plan["stages"])
-
-
-__all__ = ["largest_stage", "planned_batch_size", "planned_vae", "streams_text"]

@@ -198,6 +198,3 @@ def _limits(low: float, high: float) -> tuple[float, float]:
     """Ends of an axis that shows these values, begun with zero where that costs little of the height."""
     margin = 0.05 * ((high - low) or abs(high) or 1.0)
     return 0.0 if 0 <= low < 0.4 * high else low - margin, high + margin
-
-
-__all__ = ["LossCurve", "draw_harm", "draw_losses", "draw_losses_by_timestep", "loss_curve"]

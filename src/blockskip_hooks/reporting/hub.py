@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, metadata_load
 
-from ..lora import WEIGHTS_NAME
+from ..loading.lora_files import WEIGHTS_NAME
 from ..training.comfyui import COMFYUI_NAME
 from ..utils.errors import UserError, first_line
 
@@ -28,7 +28,7 @@ def open_repository(name: str, token: str | None) -> str:
         token: Token of the Hub; by default the one of ``hf auth login``.
 
     Raises:
-        ValueError: if there is none that can be written.
+        UserError: if there is none that can be written.
     """
     try:
         return HfApi(token=token).create_repo(name, exist_ok=True).repo_id
@@ -51,7 +51,7 @@ def push_to_hub(repo_id: str, folder: Path, token: str | None) -> None:
         token: Token of the Hub; by default the one of ``hf auth login``.
 
     Raises:
-        ValueError: if the upload fails; the results are on disk.
+        UserError: if the upload fails; the results are on disk.
     """
     widget = (metadata_load(folder / "README.md") or {}).get("widget") or []
     files: dict[str, Path | bytes] = {entry["output"]["url"]: folder / entry["output"]["url"] for entry in widget}
@@ -91,6 +91,3 @@ def _reason(error: Exception) -> str:
     """The first line of the client's message, and the hub's own message if it sent one."""
     said = (getattr(error, "server_message", None) or "").strip().rstrip(".")
     return f"{first_line(error)}: {said}" if said and said not in first_line(error) else first_line(error)
-
-
-__all__ = ["nearby", "open_repository", "push_to_hub", "without_folders"]

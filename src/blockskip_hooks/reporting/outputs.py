@@ -13,7 +13,7 @@ import torch
 from diffusers import ModelMixin
 from PIL import Image
 
-from ..lora import WEIGHTS_NAME
+from ..loading.lora_files import WEIGHTS_NAME
 from ..planning.simulation import empty_model
 from ..residuals.batches import SampleMaker
 from ..residuals.stretches import Stretches
@@ -319,6 +319,3 @@ def closing_words(run: Run, report: dict[str, Any]) -> str:
 def _image(pixels: torch.Tensor) -> Image.Image:
     """A tensor ``(3, h, w)`` in [-1, 1] as an image."""
     return Image.fromarray(((pixels + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
-
-
-__all__ = ["RunOutputs", "closing_words", "lora_size", "sample_pictures", "training_photos"]

@@ -11,7 +11,7 @@ from typing import TypeVar
 from ..utils.formatting import format_bytes
 from ..utils.machine import is_first_process
 from ..utils.monitor import StageMonitor
-from ..utils.progress import listed, progress_bar
+from ..utils.progress import RunProgress, StageProgress, listed, progress_bar
 
 
 T = TypeVar("T")
@@ -39,8 +39,8 @@ def photo_progress(photos: Sequence[T], title: str) -> Iterator[T]:
     return listed(photos, title, "photo", total=len(photos), shown=len(photos) >= PHOTOS_FROM)
 
 
-class Progress:
-    """Shows the stages of a run (a :class:`~blockskip_hooks.utils.progress.RunProgress`).
+class Progress(RunProgress):
+    """Shows the stages of a run.
 
     Args:
         monitor: Measures the memory of the running stage.
@@ -59,7 +59,6 @@ class Progress:
 
     @contextlib.contextmanager
     def stage(self, name: str, done: int = 0, **pieces: int) -> Iterator[StageBar]:
-        """Show a stage, or its next part; see :class:`~blockskip_hooks.utils.progress.RunProgress`."""
         stage = StageBar(self, name, done, pieces)
         try:
             yield stage
@@ -67,7 +66,7 @@ class Progress:
             stage.close()
 
 
-class StageBar:
+class StageBar(StageProgress):
     """The bar of a running stage; see :meth:`Progress.stage`."""
 
     def __init__(self, progress: Progress, name: str, done: int, pieces: Mapping[str, int]) -> None:
@@ -75,14 +74,12 @@ class StageBar:
         self._open(next(iter(pieces)))
 
     def begin(self, kind: str) -> None:
-        """Go on to the stage's next kind of pieces, with a bar in place of the one before."""
         if kind != self._kind:
             self._bar.leave = False
             self._bar.close()
             self._open(kind)
 
     def update(self, count: int = 1, *, loss: float | None = None) -> None:
-        """Report that ``count`` more pieces are done; a training step also reports its loss."""
         losses = self._progress.losses
         figures = []
         if loss is not None:
@@ -93,9 +90,9 @@ class StageBar:
         self._bar.update(count)
 
     def skip(self, count: int) -> None:
-        """Report that ``count`` pieces were done before, so that they do not count as fast work."""
-        self._bar.initial += count
-        self._bar.n += count
+        if not self._bar.disable:
+            self._bar.initial += count
+            self._bar.n += count
 
     def close(self) -> None:
         """End the bar; on a terminal it stays only if all pieces are done, as the stage goes on later otherwise."""
@@ -111,6 +108,3 @@ class StageBar:
             initial=self._done,
             shown=self._progress.shown,
         )
-
-
-__all__ = ["Progress", "StageBar", "photo_progress", "set_log_level"]

@@ -83,6 +83,3 @@ def _resolved(run: Run, plan: Mapping[str, Any], stretches: Stretches, dtype: to
     if run.makes_images:
         values |= {"validation_prompt": " | ".join(run.prompts) or None, "validation_resolution": run.image_size}
     return values
-
-
-__all__ = ["listed_settings"]

@@ -34,7 +34,7 @@ def start_trackers(run: Run, accelerator: Accelerator) -> None:
     All trackers write their files to ``--logging_dir``.
 
     Raises:
-        ValueError: if a tracker cannot start.
+        UserError: if a tracker cannot start.
     """
     folder = run.output_dir / run.settings.logging_dir
     if accelerator.log_with:
@@ -226,6 +226,3 @@ def _log_pairs(
     elif tracker.name == "comet_ml":
         for pair, caption in zip(pairs, captions, strict=True):
             tracker.tracker.log_image(pair, name=caption, step=step)
-
-
-__all__ = ["Tracking", "block_norms", "start_trackers"]

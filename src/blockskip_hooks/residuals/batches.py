@@ -11,7 +11,7 @@ import torch
 from diffusers import ModelMixin
 from torch.nn.utils.rnn import pad_sequence
 
-from ..data.photos import PhotoSet
+from ..data.photo_set import PhotoSet
 from ..data.sample_plan import Sample, SampleKind, SamplePlan, derived_seed
 from ..families import Family, PromptEmbeds
 from ..families.prompts import place_embeds

@@ -43,6 +43,3 @@ def unpack_record(record: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[s
 def packed_bytes(tensor: torch.Tensor) -> int:
     """Bytes of a residual tensor of one sample once it is packed."""
     return tensor.numel() * FLOAT8.itemsize + tensor[..., :1].numel() * torch.float32.itemsize
-
-
-__all__ = ["PACKED", "ResidualDtype", "pack_record", "packed_bytes", "unpack_record"]

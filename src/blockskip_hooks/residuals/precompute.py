@@ -16,7 +16,7 @@ from ..data.sample_plan import Sample
 from ..state import SpanResiduals
 from ..transformer import DiTBlockSkipTransformer
 from ..utils.errors import UserError
-from ..utils.progress import SILENT, StageProgress
+from ..utils.progress import SILENT_STAGE, StageProgress
 from .batches import Batch, SampleMaker
 from .dtype import pack_record
 from .store import Record, ResidualStore
@@ -71,7 +71,7 @@ def encode_latents(
     vae: ModelMixin,
     store: ResidualStore,
     batch_size: int | None = None,
-    progress: StageProgress = SILENT,
+    progress: StageProgress = SILENT_STAGE,
     between_batches: Callable[[], None] = lambda: None,
 ) -> dict[str, torch.Tensor]:
     """Clean latents of the samples that :func:`precompute_records` will work on, by sample id, on the CPU.
@@ -107,7 +107,7 @@ def _check_latents(samples: Sequence[Sample], latents: torch.Tensor, maker: Samp
     """Check latents ``(B, ...)``, so that no record holds what would only show as a loss that is not a number.
 
     Raises:
-        ValueError: naming the samples whose latents are not finite.
+        UserError: naming the samples whose latents are not finite.
     """
     finite = latents.flatten(1).isfinite().all(1).tolist()
     broken = [maker.describe(sample) for sample, fine in zip(samples, finite, strict=True) if not fine]
@@ -128,7 +128,7 @@ def precompute_records(
     batch_size: int | None = None,
     with_residuals: bool = True,
     with_adapters: bool = False,
-    progress: StageProgress = SILENT,
+    progress: StageProgress = SILENT_STAGE,
     between_batches: Callable[[], None] = lambda: None,
     forwards: Callable[[int], int] | None = None,
 ) -> int:

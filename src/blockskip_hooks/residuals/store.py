@@ -71,7 +71,7 @@ class ResidualStore:
         overwrite: Drop records made for something else instead of refusing the folder.
 
     Raises:
-        ValueError: if the folder holds records of something else, or is not a store.
+        UserError: if the folder holds records of something else, or is not a store.
     """
 
     def __init__(self, directory: Path, description: Mapping[str, Any], overwrite: bool = False) -> None:
@@ -81,7 +81,6 @@ class ResidualStore:
         self._shards: dict[Path, int] = {}
         self._written: set[Path] = set()
         self._open_files: dict[Path, Any] = {}
-        self.records_written = 0
         self.bytes_written = 0
         if directory.exists() and not directory.is_dir():
             raise UserError(f"--residual_dir {directory} is a file; name a folder.")
@@ -191,7 +190,6 @@ class ResidualStore:
         save_tensors(tensors, path, metadata, temporary=path.with_suffix(".tmp"))
         self._index(path, tensors, checksums)
         self._written.add(path)
-        self.records_written += len(records)
         self.bytes_written += self._shards[path]
 
     def read(self, sample_id: str) -> Record:
@@ -237,12 +235,9 @@ class ResidualStore:
         if sample_id in self._records:
             self._delete({self._records[sample_id][0]})
 
-    def drop(self, sample_ids: Iterable[str] | None = None) -> None:
-        """Delete the shards that hold the given records, or all; nothing else in the folder is touched."""
-        if sample_ids is None:
-            self._delete(set(self._shards))
-        else:
-            self._delete({self._records[sample_id][0] for sample_id in sample_ids if sample_id in self._records})
+    def drop(self) -> None:
+        """Delete the shards that are in use; nothing else in the folder is touched."""
+        self._delete(set(self._shards))
 
     def drop_others(self, sample_ids: Iterable[str]) -> None:
         """Delete the shards that hold none of the given records."""

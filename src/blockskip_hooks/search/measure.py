@@ -120,7 +120,7 @@ def open_search(request: SearchRequest) -> MaskedImages:
     """Load what a search needs; finished images of the same settings are found again.
 
     Raises:
-        ValueError: if the encoder or the model cannot be loaded.
+        UserError: if the encoder or the model cannot be loaded.
     """
     encoder = load_image_encoder(request.encoder, request.device)
     family = request.family
@@ -226,13 +226,3 @@ def _curve(values: torch.Tensor, measured: Sequence[int]) -> dict[str, list[Any]
     """A curve ``(N, subjects, seeds)`` as lists over the number of masked blocks."""
     spreads = [_spread(distances) for distances in values]
     return {**{name: [spread[name] for spread in spreads] for name in spreads[0]}, "measured": list(measured)}
-
-
-__all__ = [
-    "SearchRequest",
-    "class_subjects",
-    "count_images",
-    "default_window_lengths",
-    "measure_table",
-    "open_search",
-]

@@ -111,13 +111,12 @@ def masked_variants(num_blocks: int, pairs: Mapping[str, Sequence[int]]) -> dict
     return columns
 
 
-def draw_images(rows: Mapping[str, Sequence[Image.Image]], labels: Sequence[str], file: Path, side: int = 160) -> None:
+def draw_images(rows: Mapping[str, Sequence[Image.Image]], labels: Sequence[str], file: Path) -> None:
     """Write the grid of masked images: one row for each subject, one column for each run of masked blocks.
 
     Args:
         rows: Images by subject, as many as labels.
         labels: What is masked in each column.
         file: The PNG.
-        side: Pixels of an image in the grid.
     """
-    contact_sheet([SheetRow(subject, images, labels) for subject, images in rows.items()], file, side=side)
+    contact_sheet([SheetRow(subject, images, labels) for subject, images in rows.items()], file, side=160)

@@ -109,7 +109,7 @@ def read_table(path: Path) -> SelectionTable:
     """Read a table's file.
 
     Raises:
-        ValueError: if it is not a table that this version can use.
+        UserError: if it is not a table that this version can use.
         OSError: if it cannot be read.
     """
     try:
@@ -167,7 +167,7 @@ def find_table(num_blocks: int, names: Sequence[str | None], weights: str | None
         weights: Digest of the transformer's files, by which measured tables know it.
 
     Raises:
-        ValueError: if the one in the cache cannot be read.
+        UserError: if the one in the cache cannot be read.
     """
     cached = None if weights is None else cache_file(weights)
     local = [read_table(cached)] if cached is not None and cached.is_file() else []

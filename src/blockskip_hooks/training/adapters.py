@@ -9,7 +9,7 @@ import torch
 
 from ..families import Family, PromptEmbeds
 from ..families.prompts import TrainedText
-from ..lora import load_lora, save_lora
+from ..loading.lora_files import load_lora, save_lora
 from ..residuals.batches import Batch
 from .lora_checks import check_finite, check_gradients, warn_unless_learned
 
@@ -109,6 +109,3 @@ class Adapters:
         """Warn before the final export of LoRA that has learnt nothing."""
         for module in self.modules:
             warn_unless_learned(module)
-
-
-__all__ = ["Adapters"]

@@ -160,6 +160,3 @@ class Checkpointer:
                 self.save()
             start = "the records made so far" if self._run.uses_store else "its start"
             raise Interrupted(error.number, f"checkpoint-{step}" if step else start) from None
-
-
-__all__ = ["Checkpointer"]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from diffusers.training_utils import free_memory
 
-from ..data.photos import image_paths
+from ..data.folder import image_paths
 from ..data.sample_plan import derived_seed
 from ..families.prompts import encode_prompts
 from ..inference.generate import generate_images

@@ -18,7 +18,7 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors import safe_open
 
 from ..families import ComfyUIFormat, Family
-from ..lora import WEIGHTS_NAME
+from ..loading.lora_files import WEIGHTS_NAME
 from ..utils.errors import UserError
 from ..utils.files import save_tensors
 
@@ -49,7 +49,7 @@ def write_comfyui(folder: Path, family: type[Family]) -> Path:
     """Write ``comfyui_lora_weights.safetensors`` beside ``pytorch_lora_weights.safetensors``.
 
     Args:
-        folder: The folder of the latter, as :func:`~blockskip_hooks.lora.save_lora` wrote it.
+        folder: The folder of the latter, as :func:`~blockskip_hooks.loading.lora_files.save_lora` wrote it.
         family: The model's family.
 
     Returns:

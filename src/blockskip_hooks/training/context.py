@@ -39,6 +39,3 @@ class Context:
             Interrupted: if some process got a signal.
         """
         self.stop.check(self.largest(self.stop.received))
-
-
-__all__ = ["Context"]

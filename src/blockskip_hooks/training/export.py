@@ -30,6 +30,3 @@ def export_lora(run: Run, adapters: Adapters, monitor: StageMonitor, dtype: torc
     if run.settings.export_merged:
         with monitor.stage("merge"):
             export_merged(family.model_path / "transformer", folder / WEIGHTS_NAME, folder, run.settings.variant)
-
-
-__all__ = ["export_lora"]

@@ -148,6 +148,3 @@ class History:
         if memory := device_memory():
             self.step_memory.append(memory)
         self.start_clock()
-
-
-__all__ = ["History", "Step"]

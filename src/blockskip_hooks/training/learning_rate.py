@@ -69,6 +69,3 @@ def format_rate(rate: float) -> str:
         return f"{rate:.3g}"
     mantissa, exponent = f"{rate:.2e}".split("e")
     return f"{float(mantissa):g}e{int(exponent)}"
-
-
-__all__ = ["describe_rate", "format_rate", "warms_up", "warn_of_warmup"]

@@ -18,7 +18,7 @@ def check_gradients(model: torch.nn.Module) -> None:
     """After the first backward: every LoRA must be reached (its B has a gradient; A's is zero while B is).
 
     Raises:
-        ValueError: naming the first layer that is not.
+        UserError: naming the first layer that is not.
     """
     for name, parameter in _lora_b(model).items():
         if parameter.grad is None or not bool(parameter.grad.any()):
@@ -44,7 +44,7 @@ def check_finite(model: torch.nn.Module) -> None:
     """Before anything is saved: no LoRA may hold a value that is not finite.
 
     Raises:
-        ValueError: naming the first layer.
+        UserError: naming the first layer.
     """
     for name, parameter in model.named_parameters():
         if "lora_" in name and parameter.requires_grad and not bool(parameter.isfinite().all()):

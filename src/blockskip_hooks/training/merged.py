@@ -39,7 +39,7 @@ def export_merged(
 
     Args:
         transformer: The model's folder of the transformer.
-        lora: The file that :func:`~blockskip_hooks.lora.save_lora` wrote.
+        lora: The file that :func:`~blockskip_hooks.loading.lora_files.save_lora` wrote.
         output_dir: Where the folder is made; one from before is replaced.
         variant: Weight variant in the file names, such as ``"fp16"``.
         shard_bytes: Bytes of a shard, as far as no tensor is larger.

@@ -103,6 +103,3 @@ def plan_stretches(run: Run, plan: dict[str, Any], num_processes: int, checkpoin
         length=min(longest, budget // step_bytes * run.record_repeats),
         repeats=run.record_repeats,
     )
-
-
-__all__ = ["describe_records", "plan_stretches", "resolve_seed"]

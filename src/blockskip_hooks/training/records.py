@@ -277,6 +277,3 @@ class RecordSource:
         indices: Any = self._indices(steps)
         loader: DataLoader = DataLoader(indices, batch_size=self._run.settings.train_batch_size)
         return [index for batch in self._accelerator.prepare(loader) for index in batch.tolist()]
-
-
-__all__ = ["RecordSource"]

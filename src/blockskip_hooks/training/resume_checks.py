@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..loading.checkpoint_index import tensor_shapes
-from ..lora import WEIGHTS_NAME
+from ..loading.lora_files import WEIGHTS_NAME
 from ..utils.digests import folder_digest
 from ..utils.errors import UserError, one_line
 from ..utils.formatting import fit_lines
@@ -186,6 +186,3 @@ def _check_lora(found: dict[str, tuple[int, ...]], run: Run, where: str) -> None
     if trains_text != bool(run.settings.train_text_encoder):
         was = "with" if trains_text else "without"
         raise UserError(f"{where} was made {was} --train_text_encoder; {ADVICE}")
-
-
-__all__ = ["check_checkpoint", "choose_checkpoint", "describe_output", "differences", "made_with"]

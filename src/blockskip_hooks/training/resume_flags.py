@@ -92,6 +92,3 @@ def changing_flags(run: Run) -> dict[str, Any]:
     """Plain values of the flags that may change the training of a run that goes on."""
     plain = run.settings.plain()
     return {name: plain[name] for name, kind in ON_RESUME.items() if kind == "changes"}
-
-
-__all__ = ["ON_RESUME", "changing_flags", "kept_flags"]

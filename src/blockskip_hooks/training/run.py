@@ -13,7 +13,10 @@ import torch
 
 from ..blocks import modulation_layers
 from ..config import BlockSkipConfig, PatchSamplingConfig
-from ..data.photos import Photo, PhotoSet, ShowProgress, nearest_bucket, scan_photos, without_progress
+from ..data.buckets import nearest_bucket
+from ..data.photo import Photo, ShowProgress, without_progress
+from ..data.photo_set import PhotoSet
+from ..data.photos import scan_photos
 from ..data.sample_plan import SampleKind, SamplePlan
 from ..families import Family
 from ..loading.component_config import load_config

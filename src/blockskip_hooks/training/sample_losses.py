@@ -76,6 +76,3 @@ def quarter_means(sums: torch.Tensor, timesteps: torch.Tensor) -> dict[str, floa
         for quarter in range(QUARTERS)
         if values[QUARTERS + quarter]
     }
-
-
-__all__ = ["QUARTERS", "SampleLosses", "quarter_means"]

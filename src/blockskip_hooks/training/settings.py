@@ -170,7 +170,7 @@ class TrainSettings:
         """These settings with other values of some flags.
 
         Raises:
-            ValueError: if a name is not a flag's.
+            UserError: if a name is not a flag's.
         """
         unknown = sorted(values.keys() - self.flags().keys())
         if unknown:
@@ -227,6 +227,3 @@ def plain_value(name: str, value: Any) -> Any:
         return ",".join(value)
     # A number of bytes says how it was typed.
     return value if type(value) in (bool, int, float, str, list, type(None)) else str(value)
-
-
-__all__ = ["TrainSettings", "plain_value"]

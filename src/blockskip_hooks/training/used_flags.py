@@ -62,6 +62,3 @@ def without_effect(settings: TrainSettings) -> Iterator[tuple[str, str]]:
         if not useful:
             for name in names:
                 yield name, needs
-
-
-__all__ = ["without_effect"]

@@ -167,6 +167,3 @@ class Validation:
                 together[-1] += owner[:at_once]
                 del owner[:at_once]
         return together
-
-
-__all__ = ["Validation"]

@@ -60,6 +60,3 @@ def start_accelerator(mixed_precision: str | None, *, plan_only: bool = False, *
 def weight_dtype(accelerator: Accelerator) -> torch.dtype:
     """Dtype of frozen weights under the accelerator's mixed precision."""
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-
-
-__all__ = ["start_accelerator", "weight_dtype"]

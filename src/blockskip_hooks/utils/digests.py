@@ -69,6 +69,3 @@ def _add(digest: Any, file: BinaryIO, begin: int, length: int) -> None:
     while length > 0 and (content := file.read(min(length, _WHOLE_BYTES))):
         digest.update(content)
         length -= len(content)
-
-
-__all__ = ["file_digest", "fingerprint", "folder_digest"]

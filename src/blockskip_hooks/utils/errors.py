@@ -25,6 +25,3 @@ def first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     reason = lines[0].strip().rstrip(".") if lines else type(error).__name__
     return reason if len(reason) <= _REASON_CHARACTERS else f"{reason[:_REASON_CHARACTERS]}..."
-
-
-__all__ = ["UserError", "first_line", "one_line"]

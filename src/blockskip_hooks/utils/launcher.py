@@ -141,6 +141,3 @@ def check_launcher(mixed_precision: str | None = None) -> None:
 def is_set(variable: str) -> bool:
     """Whether a switch of the launcher is on."""
     return os.environ.get(variable, "false").lower() in ("true", "1", "yes")
-
-
-__all__ = ["ENTRIES", "FSDP_SWITCH", "REFUSED_AS_A_WHOLE", "Entry", "check_launcher", "is_set"]

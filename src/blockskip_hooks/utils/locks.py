@@ -89,6 +89,3 @@ def _lock(file: BinaryIO) -> None:
         import fcntl
 
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-__all__ = ["LOCK_NAME", "FolderLock"]

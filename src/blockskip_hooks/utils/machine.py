@@ -46,11 +46,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 def versions() -> dict[str, str | None]:
     """Versions of Python and of the libraries whose change can change a result; None for one not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in ("torch", "diffusers", "peft", "accelerate", "transformers"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
+    found |= {name: _version(name) for name in ("torch", "diffusers", "peft", "accelerate", "transformers")}
     # A source tree on PYTHONPATH has no metadata, and an editable install may carry that of an older version.
     found["blockskip_hooks"] = __version__
     return found
@@ -74,6 +70,3 @@ def _version(library: str) -> str | None:
         return metadata.version(library)
     except metadata.PackageNotFoundError:
         return None
-
-
-__all__ = ["describe_machine", "is_first_process", "library_source", "versions"]

@@ -44,7 +44,7 @@ def contact_sheet(rows: Sequence[SheetRow], file: Path, *, side: int, panels: in
         panels: Number of columns that the rows are dealt into, one after the other.
 
     Raises:
-        ValueError: if there are no images.
+        UserError: if there are no images.
     """
     if not any(row.images for row in rows):
         raise UserError(f"The contact sheet {file} has no images.")
@@ -88,6 +88,3 @@ def _fitted(image: Image.Image, side: int) -> Image.Image:
     if factor := side // max(image.size) if max(image.size) < side else 0:
         image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     return ImageOps.pad(image, (side, side), Image.Resampling.LANCZOS, color="white", centering=(0, 0))
-
-
-__all__ = ["SheetRow", "contact_sheet", "flattened"]

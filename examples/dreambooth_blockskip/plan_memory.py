@@ -35,8 +35,8 @@ from blockskip_hooks.cli.preparation import prepare_run
 from blockskip_hooks.cli.run_plan import make_plan, plan_request
 from blockskip_hooks.embedded import embedded_photos
 from blockskip_hooks.loading.quantization import METHODS
-from blockskip_hooks.planning.budget import MEMORY_OPTIONS, QUANTIZING_OPTIONS
 from blockskip_hooks.planning.description import format_plan
+from blockskip_hooks.planning.options import MEMORY_OPTIONS, QUANTIZING_OPTIONS
 from blockskip_hooks.planning.presets import preset_names, write_preset
 from blockskip_hooks.planning.stages import plan_run
 from blockskip_hooks.training.chosen_blocks import planned_dtype

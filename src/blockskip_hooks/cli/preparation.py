@@ -21,7 +21,7 @@ from ..loading.checks import check_model
 from ..loading.download import check_weights, has_weights, resolve_model
 from ..loading.model_defaults import model_defaults
 from ..loading.quantization import read_quantization
-from ..planning.budget import QUANTIZING_OPTIONS
+from ..planning.options import QUANTIZING_OPTIONS
 from ..reporting.progress import photo_progress
 from ..training.chosen_blocks import choose_blocks
 from ..training.run import Run

@@ -17,14 +17,9 @@ from ..families import Family
 from ..loading.component_config import load_config
 from ..loading.lora_files import WEIGHTS_NAME
 from ..loading.models import empty_model
-from ..planning.budget import (
-    LAST_MEMORY_OPTIONS,
-    MEMORY_OPTIONS,
-    BudgetSteps,
-    fit_budget,
-    selections_for_budget,
-)
+from ..planning.budget import BudgetSteps, fit_budget, selections_for_budget
 from ..planning.description import format_plan
+from ..planning.options import LAST_MEMORY_OPTIONS, MEMORY_OPTIONS
 from ..planning.plan import largest_stage
 from ..planning.stages import PlanRequest, plan_run
 from ..selection import Selection

@@ -33,8 +33,8 @@ PLAN_CASES: dict[str, Case] = {
         for value in ("0", "1", "2", "nan", "inf")
     },
     "layers that are not there": ({"--lora_layers": "nothing"}, ["--lora_layers 'nothing'"]),
-    "a word of memory": ({"--memory_budget": "much"}, ["--memory_budget is 'much'"]),
-    "a word of disk": ({"--residual_budget": "much"}, ["--residual_budget is 'much'"]),
+    "a word of memory": ({"--memory_budget": "much"}, ["--memory_budget: 'much' is not"]),
+    "a word of disk": ({"--residual_budget": "much"}, ["--residual_budget: 'much' is not"]),
     "a budget above the model": ({"--skip_budget": "1TB"}, ["--skip_budget"]),
     "a budget and a number": ({"--skip_budget": "1GB", "--skip_blocks": "2"}, ["--skip_budget", "--skip_blocks 2"]),
     "a table that is not there": ({"--selection_table": "nothing"}, ["--selection_table nothing"]),

@@ -74,7 +74,7 @@ FLAG_CASES: dict[str, Case] = {
     "a path that is too long": ({PHOTOS: "x" * 300}, ["File name too long"]),
     "an output that is too long": ({OUT: "x" * 300}, ["File name too long"]),
     "an output that no one may write": ({OUT: "/proc/nothing"}, ["/proc/nothing"]),
-    "too little memory": ({"--memory_budget": "1KB"}, ["--memory_budget 1KB", "--skip_blocks auto"]),
+    "too little memory": ({"--memory_budget": "1KB"}, ["--memory_budget 1000 B", "--skip_blocks auto"]),
     "a word of memory": ({"--memory_budget": "much"}, ["--memory_budget: 'much' is not"]),
     "an unknown option": ({"--memory_budget": "1GB", "--memory_options": "magic"}, ["--memory_options", "magic"]),
     "two budgets": (

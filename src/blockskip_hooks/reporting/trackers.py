@@ -17,15 +17,13 @@ from PIL import Image
 
 from ..data.sample_plan import Sample
 from ..training.run import Run
+from ..training.validation import EVERY
 from ..transformer import DiTBlockSkipTransformer
 from ..utils.errors import UserError, first_line, one_line
 from ..utils.monitor import StageMonitor
 
 
 logger = logging.getLogger(__name__)
-
-EVERY = 10
-"""Steps between two logs of the figures that take time: of the LoRA, the patches and memory."""
 
 
 def start_trackers(run: Run, accelerator: Accelerator) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 EVERY = 10
-"""Steps between two looks at the records, at least: each takes a forward of the whole model."""
+"""Steps between two logs of the figures that take time: of the LoRA, the patches, memory, and the records."""
 
 Images = list[list[Image.Image]]
 

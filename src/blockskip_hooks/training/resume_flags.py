@@ -51,7 +51,8 @@ ON_RESUME: dict[str, OnResume] = {
         """
         config dump_config plan_only keep_modulation residual_dir residual_budget precompute_batch_size
         overwrite_residuals sample_batch_size prior_generation_precision fsdp_text_encoder gradient_checkpointing
-        dataloader_num_workers validation_prompt num_validation_images validation_epochs final_validation_prompt
+        dataloader_num_workers validation_prompt num_validation_images validation_resolution validation_epochs
+        final_validation_prompt
         skip_final_inference output_dir checkpointing_steps checkpoints_total_limit resume_from_checkpoint
         upcast_before_saving save_format export_merged logging_dir report_to log_level push_to_hub hub_token
         hub_model_id do_fp8_training offload enable_vae_tiling allow_tf32 enable_npu_flash_attention local_rank

@@ -20,13 +20,14 @@ from ..families import Family, detect_family
 from ..loading.checks import check_model
 from ..loading.download import check_weights, has_weights, resolve_model
 from ..loading.model_defaults import model_defaults
-from ..loading.quantization import read_quantization
+from ..loading.quantization import QuantizationConfig, read_quantization
 from ..planning.options import QUANTIZING_OPTIONS
 from ..reporting.progress import photo_progress
 from ..training.chosen_blocks import choose_blocks
 from ..training.run import Run
 from ..training.settings import TrainSettings
 from ..training.sharding import asks_for_sharding
+from ..transformer import DiTBlockSkipTransformer
 from ..utils.errors import UserError
 from ..utils.launcher import check_launcher
 from .argument_checks import check_family_flags, validate_args
@@ -81,18 +82,7 @@ def prepare_run(settings: TrainSettings) -> Run:
     except OSError as error:
         raise UserError(f"--pretrained_model_name_or_path {model_path} cannot be used: {error}") from error
     pipeline_kwargs = _image_size(settings, family) | pipeline_kwargs
-    skeleton = blocks["skeleton"]
-    quantization = read_quantization(settings.quantization, settings.bnb_quantization_config_path)
-    if quantization and not quantization.layers(skeleton.transformer, [block.name for block in skeleton.spans.kept]):
-        raise UserError(
-            f"No kept block has a layer that can be held in {quantization.name}; leave --quantization out."
-        )
-    shares_weights = asks_for_sharding()
-    if shares_weights and (quantization or not QUANTIZING_OPTIONS.isdisjoint(settings.memory_options)):
-        raise UserError(
-            "--quantization, also as one of --memory_options, and accelerate's FSDP do not go together: quantised "
-            "weights cannot be divided; leave one of them out."
-        )
+    quantization, shares_weights = _weights_in_training(settings, blocks["skeleton"])
     _check_pipeline(family, pipeline_kwargs)
     photos = _find_photos(settings)
     for line in summarize_photos(photos, blocks["patch"].shapes).warnings():
@@ -119,6 +109,24 @@ def prepare_run(settings: TrainSettings) -> Run:
         quantization=quantization,
         shares_weights=shares_weights,
     )
+
+
+def _weights_in_training(
+    settings: TrainSettings, skeleton: DiTBlockSkipTransformer
+) -> tuple[QuantizationConfig | None, bool]:
+    """How kept blocks' weights are held, and whether processes divide them."""
+    quantization = read_quantization(settings.quantization, settings.bnb_quantization_config_path)
+    if quantization and not quantization.layers(skeleton.transformer, [block.name for block in skeleton.spans.kept]):
+        raise UserError(
+            f"No kept block has a layer that can be held in {quantization.name}; leave --quantization out."
+        )
+    shares_weights = asks_for_sharding()
+    if shares_weights and (quantization or not QUANTIZING_OPTIONS.isdisjoint(settings.memory_options)):
+        raise UserError(
+            "--quantization, also as one of --memory_options, and accelerate's FSDP do not go together: quantised "
+            "weights cannot be divided; leave one of them out."
+        )
+    return quantization, shares_weights
 
 
 def known_defaults(settings: TrainSettings) -> dict[str, Any]:

@@ -187,10 +187,8 @@ class Run:
         }
         if settings.with_prior_preservation:
             photos = scan_photos(settings.class_folder, flag="--class_data_dir", progress=progress)
-            photos = photos[: settings.num_class_images]
-            sources["class"] = PhotoSource(
-                self._photo_set(photos, progress), settings.class_prompt or "", use_captions=False
-            )
+            photo_set = self._photo_set(photos[: settings.num_class_images], progress)
+            sources["class"] = PhotoSource(photo_set, settings.class_prompt or "", use_captions=False)
         return sources
 
     def _photo_set(self, photos: list[Photo], progress: ShowProgress) -> PhotoSet:
@@ -205,6 +203,7 @@ class Run:
     def sample_plan(self, seed: int, num_images: dict[SampleKind, int]) -> SamplePlan:
         """The run's sample plan for this many photos of each kind."""
         settings = self.settings
+        buckets = tuple(nearest_bucket(photo.size, self.patch.shapes) for photo in self.photos if photo.size)
         return SamplePlan(
             seed=seed,
             num_images=num_images,
@@ -218,20 +217,15 @@ class Run:
             random_flip=settings.random_flip,
             center_crop=settings.center_crop,
             fixed_crops=settings.cache_latents and self.patch.mode == "none",
-            buckets=self._buckets() if self.patch.buckets else None,
+            buckets=buckets if self.patch.buckets else None,
             batch_size=settings.train_batch_size,
             caption_dropout=settings.caption_dropout,
         )
 
-    def _buckets(self) -> tuple[int, ...]:
-        """Bucket of each instance photo."""
-        return tuple(nearest_bucket(photo.size, self.patch.shapes) for photo in self.photos if photo.size)
-
     def schedule(self, plan: SamplePlan, num_processes: int) -> tuple[int, int]:
         """Optimiser steps of an epoch and of the run, as the upstream flags define them."""
-        settings = self.settings
-        steps_per_epoch = math.ceil(plan.epoch_length / self.samples_per_step(num_processes))
-        return steps_per_epoch, settings.max_train_steps or settings.num_train_epochs * steps_per_epoch
+        of_epoch = math.ceil(plan.epoch_length / self.samples_per_step(num_processes))
+        return of_epoch, self.settings.max_train_steps or self.settings.num_train_epochs * of_epoch
 
     def samples_per_step(self, num_processes: int) -> int:
         """Samples of a kind in an optimiser step, over all processes."""

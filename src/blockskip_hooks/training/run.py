@@ -192,12 +192,9 @@ class Run:
         return sources
 
     def _photo_set(self, photos: list[Photo], progress: ShowProgress) -> PhotoSet:
+        interpolation = self.settings.image_interpolation_mode
         return PhotoSet(
-            photos,
-            self.patch.max_size,
-            buckets=self.patch.buckets,
-            interpolation=self.settings.image_interpolation_mode,
-            progress=progress,
+            photos, self.patch.max_size, buckets=self.patch.buckets, interpolation=interpolation, progress=progress
         )
 
     def sample_plan(self, seed: int, num_images: dict[SampleKind, int]) -> SamplePlan:

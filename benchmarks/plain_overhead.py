@@ -38,7 +38,7 @@ from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from peft import LoraConfig, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
 
-from blockskip_hooks.data.sample_plan import derived_seed
+from blockskip_hooks.utils.seeds import derived_seed
 
 
 RANK = 16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from blockskip_hooks import (
     BlockSkipConfig,
+    CaptureDone,
     DiTBlockSkipTransformer,
     SpanResiduals,
     apply_block_skip,
@@ -340,6 +342,77 @@ def test_placeholders_are_driven_by_hand_as_the_reference_says(tiny: TinyFamily)
     remove_block_skip(transformer)
     with pytest.raises(ValueError, match="SkipMode.INJECT needs the placeholders, which were removed"):
         state.mode = SkipMode.INJECT
+
+
+@pytest.mark.parametrize("stops_early", [False, True])
+def test_every_capture_leaves_residuals_of_its_own(stops_early: bool):
+    """Forwards in capture mode one after the other: each sample's residuals, and those kept before stay."""
+    tiny = TINY_FAMILIES[0]
+    transformer, config = tiny.make_transformer(), BlockSkipConfig(leading=1, trailing=2)
+    samples = [tiny.make_inputs(1), {**tiny.make_inputs(1), "timestep": torch.tensor([0.1])}]
+    model = DiTBlockSkipTransformer(transformer, config)
+    expected = [model.capture_residuals(**inputs).tensors() for inputs in samples]
+    model.remove()
+    state = apply_block_skip(transformer, config)
+    state.mode, state.stops_early = SkipMode.CAPTURE, stops_early
+    kept = []
+    for inputs in samples:
+        with torch.no_grad(), pytest.raises(CaptureDone) if stops_early else contextlib.nullcontext():
+            forward(transformer, inputs)
+        kept.append(state.captured)
+    assert not torch.equal(expected[0]["leading_hidden_states"], expected[1]["leading_hidden_states"])
+    for residuals, tensors in zip(kept, expected, strict=True):
+        assert residuals.tensors().keys() == tensors.keys()
+        assert all(torch.equal(residuals.tensors()[name], tensor) for name, tensor in tensors.items())
+    state.mode = SkipMode.RUN
+    assert state.captured is kept[1]
+    state.mode = SkipMode.CAPTURE
+    assert state.captured.tensors() == {}
+    remove_block_skip(transformer)
+    assert not transformer._forward_pre_hooks
+
+
+def test_placeholders_are_found_in_any_stack():
+    tiny = TINY_FAMILIES[0]
+    transformer, inputs = tiny.make_transformer(), tiny.make_inputs(1)
+    with torch.no_grad():
+        expected = forward(transformer, inputs)
+    state = apply_block_skip(transformer, BlockSkipConfig(leading=1, residuals="none"), ["single_transformer_blocks"])
+    state.mode = SkipMode.INJECT
+    with pytest.raises(ValueError, match="applied to this transformer already"):
+        apply_block_skip(transformer, BlockSkipConfig(leading=1), ["transformer_blocks"])
+    remove_block_skip(transformer, ["transformer_blocks"])
+    with torch.no_grad():
+        assert torch.equal(forward(transformer, inputs), expected)
+    apply_block_skip(transformer, BlockSkipConfig(leading=1), ["transformer_blocks"])
+
+
+def test_a_wrong_stack_is_named():
+    transformer = TINY_FAMILIES[0].make_transformer()
+    with pytest.raises(ValueError, match="no stack of blocks 'transformer_block'; .*transformer_blocks, single_tr"):
+        list_blocks(transformer, ["transformer_block", "single_transformer_blocks"])
+    transformer.transformer_blocks.append(torch.nn.Linear(1, 1))
+    for stacks in (None, ["transformer_blocks"]):
+        with pytest.raises(ValueError, match="transformer_blocks.2 is a Linear, .* not know as a block"):
+            list_blocks(transformer, stacks)
+
+
+def test_a_training_step_without_residuals_is_refused():
+    """It would train the whole model; without gradients, in evaluation and with nothing skipped it is no mistake."""
+    tiny = TINY_FAMILIES[0]
+    inputs = tiny.make_inputs(1)
+    model = DiTBlockSkipTransformer(tiny.make_transformer(), BlockSkipConfig(leading=1))
+    with pytest.raises(ValueError, match="got no residuals.*pass `residuals=`"):
+        forward(model.train(), inputs)
+    with torch.no_grad():
+        expected = forward(model, inputs)
+    with model.full_model() as transformer:
+        assert torch.equal(forward(transformer, inputs), expected)
+    assert torch.equal(forward(model.eval(), inputs), expected)
+    model.remove()
+    assert torch.equal(forward(model.train(), inputs), expected)
+    plain = DiTBlockSkipTransformer(tiny.make_transformer(), BlockSkipConfig())
+    assert torch.equal(forward(plain.train(), inputs), expected)
 
 
 def test_residuals_after_removal_are_refused():

@@ -21,10 +21,11 @@ from safetensors import safe_open
 from blockskip_hooks.config import BlockSkipConfig, PatchSamplingConfig
 from blockskip_hooks.data.photo_set import PhotoSet
 from blockskip_hooks.data.photos import scan_photos
-from blockskip_hooks.data.sample_plan import SamplePlan, derived_seed
+from blockskip_hooks.data.sample_plan import SamplePlan
 from blockskip_hooks.lora import add_lora, lora_targets
 from blockskip_hooks.residuals import batches as training_data
 from blockskip_hooks.transformer import DiTBlockSkipTransformer
+from blockskip_hooks.utils.seeds import derived_seed
 from tests import script
 from tests.script import PROMPT, WEIGHTS, assert_same_weights, losses, weights
 from tests.tiny import TINY_FAMILIES, TinyFamily

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from blockskip_hooks import BlockSkipConfig, DiTBlockSkipTransformer
 from blockskip_hooks.blocks import list_blocks
-from blockskip_hooks.masking import image_sees_no_text, text_masked_by_row
+from blockskip_hooks.search.masking import image_to_text_mask, text_masked_by_row
 from tests.tiny import TINY_FAMILIES, TinyFamily
 
 
@@ -311,6 +311,6 @@ def test_a_block_that_does_not_exist_is_named():
 
 
 def test_the_mask_of_a_sequence():
-    mask = image_sees_no_text(torch.tensor([[True, False, False]]))
+    mask = image_to_text_mask(torch.tensor([[True, False, False]]))
     assert mask is not None and mask.tolist() == [[[[True] * 3, [False, True, True], [False, True, True]]]]
-    assert image_sees_no_text(torch.tensor([[False, False]])) is None
+    assert image_to_text_mask(torch.tensor([[False, False]])) is None

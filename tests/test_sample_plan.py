@@ -18,9 +18,10 @@ from PIL import Image
 from blockskip_hooks.config import PatchSamplingConfig
 from blockskip_hooks.data.photo_set import PhotoSet
 from blockskip_hooks.data.photos import scan_photos
-from blockskip_hooks.data.sample_plan import SamplePlan, derived_seed
+from blockskip_hooks.data.sample_plan import SamplePlan
 from blockskip_hooks.patch_sampling import patch_size_for
 from blockskip_hooks.residuals.batches import PhotoSource, SampleMaker
+from blockskip_hooks.utils.seeds import derived_seed
 
 
 T = 1000

@@ -35,7 +35,8 @@ def test_plain_mode_is_a_straightforward_loop(train, model: Path, photos: Path):
     output = train("--skip_blocks", "none", "--patch_sampling", "none")
 
     from blockskip_hooks.config import PatchSamplingConfig
-    from blockskip_hooks.data.sample_plan import SamplePlan, derived_seed
+    from blockskip_hooks.data.sample_plan import SamplePlan
+    from blockskip_hooks.utils.seeds import derived_seed
 
     family = Flux(model)
     patch = PatchSamplingConfig(mode="none", min_size=32, max_size=64, multiple=8)

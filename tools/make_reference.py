@@ -34,7 +34,7 @@ _SECTIONS = ("Args", "Attributes", "Returns", "Raises")
 _ORDER = (
     *("BlockSkipConfig", "DiTBlockSkipTransformer", "SpanResiduals", "lora_targets", "list_blocks", "Block"),
     *("BlockSpans", "apply_block_skip", "remove_block_skip", "BlockSkipState", "SkipMode", "PatchSamplingConfig"),
-    *("patch_size_for", "QuantizationConfig"),
+    *("patch_size_for", "QuantizationConfig", "CaptureDone", "UserError"),
 )
 
 
@@ -101,9 +101,10 @@ def describe(name: str) -> str:
     thing = getattr(blockskip_hooks, name)
     parts = [f"## {name}", f"`from blockskip_hooks import {name}`"]
     if inspect.isclass(thing) and issubclass(thing, enum.Enum):
-        parts += [markdown(inspect.getdoc(thing) or ""), "\n".join(f"- `{name}.{value.name}`" for value in thing)]
-        return "\n\n".join(parts)
-    parts += [f"```python\n{name}{signature(thing)}\n```", markdown(inspect.getdoc(thing) or "")]
+        return "\n\n".join([*parts, markdown(inspect.getdoc(thing) or "")])
+    if not (inspect.isclass(thing) and issubclass(thing, Exception)):
+        parts.append(f"```python\n{name}{signature(thing)}\n```")
+    parts.append(markdown(inspect.getdoc(thing) or ""))
     for member, value in members(thing) if inspect.isclass(thing) else ():
         if isinstance(value, property):
             heading, called = f"### {name}.{member}", ""

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from .loading.quantization import QuantizationConfig
     from .lora import lora_targets
     from .patch_sampling import patch_size_for
-    from .state import BlockSkipState, SkipMode, SpanResiduals
+    from .state import BlockSkipState, CaptureDone, SkipMode, SpanResiduals
     from .transformer import DiTBlockSkipTransformer
+    from .utils.errors import UserError
 
 # Read when a name is first used: importing the package alone loads neither torch nor diffusers.
 _MODULES = {
@@ -26,11 +27,13 @@ _MODULES = {
     "BlockSkipConfig": "config",
     "BlockSkipState": "state",
     "BlockSpans": "blocks",
+    "CaptureDone": "state",
     "DiTBlockSkipTransformer": "transformer",
     "PatchSamplingConfig": "config",
     "QuantizationConfig": "loading.quantization",
     "SkipMode": "state",
     "SpanResiduals": "state",
+    "UserError": "utils.errors",
     "apply_block_skip": "hooks",
     "list_blocks": "blocks",
     "lora_targets": "lora",
@@ -43,11 +46,13 @@ __all__ = [
     "BlockSkipConfig",
     "BlockSkipState",
     "BlockSpans",
+    "CaptureDone",
     "DiTBlockSkipTransformer",
     "PatchSamplingConfig",
     "QuantizationConfig",
     "SkipMode",
     "SpanResiduals",
+    "UserError",
     "__version__",
     "apply_block_skip",
     "list_blocks",

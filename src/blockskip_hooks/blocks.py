@@ -71,7 +71,8 @@ def list_blocks(transformer: torch.nn.Module, stacks: Sequence[str] | None = Non
             of no supported family, every ``ModuleList`` of registered blocks.
 
     Raises:
-        ValueError: if no stack has blocks that the model's family or diffusers' ``TransformerBlockRegistry`` knows.
+        ValueError: if the model lacks a named stack, a module of a stack is no block that the model's family or
+            diffusers' ``TransformerBlockRegistry`` knows, or there are no blocks.
 
     Example:
         >>> [block.name for block in list_blocks(transformer)]
@@ -80,17 +81,24 @@ def list_blocks(transformer: torch.nn.Module, stacks: Sequence[str] | None = Non
     layout = layout_of(type(transformer))
     if stacks is None:
         stacks = layout.stacks
-    children = dict(transformer.named_children())
+    lists = {n: child for n, child in transformer.named_children() if isinstance(child, torch.nn.ModuleList)}
     blocks: list[Block] = []
-    for stack_name in stacks if stacks is not None else children:
-        stack = children.get(stack_name)
-        if not isinstance(stack, torch.nn.ModuleList):
-            continue
-        for position, module in enumerate(stack):
-            metadata = _metadata_of(module, layout.blocks)
+    for stack_name in stacks if stacks is not None else lists:
+        if stack_name not in lists:
+            raise UserError(
+                f"{type(transformer).__name__} has no stack of blocks '{stack_name}'; name some of {', '.join(lists)}."
+            )
+        known = [_metadata_of(module, layout.blocks) for module in lists[stack_name]]
+        if stacks is None and not any(known):
+            continue  # Another kind of list.
+        for position, (module, metadata) in enumerate(zip(lists[stack_name], known)):
+            name = f"{stack_name}.{position}"
             if metadata is None:
-                break
-            blocks.append(Block(len(blocks), f"{stack_name}.{position}", module, metadata))
+                raise UserError(
+                    f"{name} is a {type(module).__name__}, which diffusers' TransformerBlockRegistry does not know as "
+                    "a block; register its class, or name other stacks."
+                )
+            blocks.append(Block(len(blocks), name, module, metadata))
     if not blocks:
         raise UserError(
             f"{type(transformer).__name__} has no stack of blocks that diffusers' TransformerBlockRegistry knows; "
@@ -104,13 +112,13 @@ def block_bytes(blocks: Sequence[Block], dtype: torch.dtype) -> list[int]:
     return [sum(p.numel() for p in block.module.parameters()) * dtype.itemsize for block in blocks]
 
 
-def modulation_layers(spans: BlockSpans, suffixes: Sequence[str]) -> tuple[str, ...]:
-    """Qualified names of the kept blocks' linear layers with these names, relative to their block, in order."""
+def modulation_layers(spans: BlockSpans, names: Sequence[str]) -> tuple[str, ...]:
+    """Qualified names of the kept blocks' linear layers whose full name inside their block is one of ``names``."""
     return tuple(
         f"{block.name}.{name}"
         for block in spans.kept
         for name, module in block.module.named_modules()
-        if name in suffixes and isinstance(module, torch.nn.Linear)
+        if name in names and isinstance(module, torch.nn.Linear)
     )
 
 

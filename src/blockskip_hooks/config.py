@@ -73,8 +73,9 @@ class PatchSamplingConfig:
         max_size: Patch size at t = T; images are first resized so that their shorter side is this long.
         multiple: Latent token size in pixels (VAE factor x patchify: 16 for FLUX, 32 for SANA); patch sizes are
             rounded to it.
-        buckets: Heights and widths of the aspect-ratio buckets, in place of the square of ``max_size``. A bucket's
-            patches and training images have its aspect ratio, at the scale that the square's would have.
+        buckets: Heights and widths of the aspect-ratio buckets, in place of the square of ``max_size``. A photo is
+            scaled to cover its bucket; patches and training images have the bucket's shape, scaled as the square's
+            would be.
 
     Raises:
         ValueError: if the mode is unknown, a size is not a positive multiple of ``multiple``, or min > max.

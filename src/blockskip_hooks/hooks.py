@@ -6,14 +6,15 @@ has three modes:
 
 - *inject*: one placeholder of a span supplies what the span would have computed, the others pass their input
   through. Used in training; no weight of the span is touched.
-- *capture*: the real block runs and the span's residual is recorded. Used when residuals are precomputed.
+- *capture*: the real block runs, and the leading span's output or the trailing span's residual is kept. Used when
+  residuals are precomputed.
 - *run*: the real block runs. Used for validation images.
 
 A leading span's output is supplied by its last placeholder and a trailing span's residual by its first, so that spans
 may cross the border between two stacks where the model joins its text and image streams into one sequence.
 
-Hooks here only read the shared state, they never count calls: under gradient checkpointing a block's forward runs
-again during backward and must give the same result.
+In training hooks only read the shared state, they never count calls: under gradient checkpointing a block's forward
+runs again during backward and must give the same result. Only a capture, which has no backward, writes to the state.
 """
 
 from __future__ import annotations
@@ -127,32 +128,31 @@ class PlaceholderHook(ModelHook):
             self._capture_leading(hidden_states, streams, encoder_hidden_states is not None)
         else:
             self._capture_trailing(span_input, hidden_states)
-        self.state.end_capture()
+        self.state._end_capture()
         return output
 
     def _capture_leading(self, hidden_states: torch.Tensor, streams: Sequence[Any], returns_text: bool) -> None:
         if not self.is_last:
             return
-        self.state.captured.leading_hidden_states = hidden_states.detach()
+        residuals = self.state._capture.residuals
+        residuals.leading_hidden_states = hidden_states.detach()
         if returns_text:
             text = streams[self.metadata.return_encoder_hidden_states_index]
-            self.state.captured.leading_encoder_hidden_states = text.detach()
+            residuals.leading_encoder_hidden_states = text.detach()
 
     def _capture_trailing(self, hidden_states: torch.Tensor, output: torch.Tensor) -> None:
         # Kept on the state: the placeholders of a span are different hooks.
-        state = self.state
+        capture = self.state._capture
         if self.is_first:
-            state.captured.trailing_hidden_states = hidden_states
-            state.span_tokens = slice(None)
-        elif state.span_output is not None and hidden_states.shape[1] > state.span_output.shape[1]:
-            state.span_tokens = self._find_tokens(state.span_output, hidden_states)
-        state.span_output = output
+            capture.span_input = hidden_states
+        elif capture.span_output is not None and hidden_states.shape[1] > capture.span_output.shape[1]:
+            capture.span_tokens = self._find_tokens(capture.span_output, hidden_states)
+        capture.span_output = output
         if self.is_last:
-            span_input = state.captured.trailing_hidden_states
-            assert span_input is not None
-            residual = output[:, state.span_tokens].float() - span_input.float()
-            state.captured.trailing_hidden_states = residual.to(output.dtype).detach()
-            state.span_output = None
+            assert capture.span_input is not None
+            residual = output[:, capture.span_tokens].float() - capture.span_input.float()
+            capture.residuals.trailing_hidden_states = residual.to(output.dtype).detach()
+            capture.span_input = capture.span_output = None
 
     def _find_tokens(self, part: torch.Tensor, whole: torch.Tensor) -> slice:
         """Where the tokens ``part`` are in ``whole``, which the model made by joining them with the text."""
@@ -193,14 +193,14 @@ class RecordedLayerHook(ModelHook):
             return recorded.reshape(*hidden_states.shape[:-1], -1)
         output = self.fn_ref.original_forward(hidden_states)
         if self.state.mode is SkipMode.CAPTURE:
-            self.state.recorded[self.name] = output.flatten(1).detach()
-            self.state.end_capture()
+            self.state._capture.recorded[self.name] = output.flatten(1).detach()
+            self.state._end_capture()
         return output
 
 
 def record_layers(transformer: torch.nn.Module, names: Sequence[str], state: BlockSkipState) -> None:
     """Record the outputs of linear layers with the residuals; see :class:`RecordedLayerHook`."""
-    state.recorded_layers = tuple(names)
+    state._recorded_layers = tuple(names)
     start = 0
     for name in names:
         layer = transformer.get_submodule(name)
@@ -212,10 +212,10 @@ def record_layers(transformer: torch.nn.Module, names: Sequence[str], state: Blo
 
 def remove_recorded_layers(transformer: torch.nn.Module, state: BlockSkipState) -> None:
     """Undo :func:`record_layers`."""
-    for name in state.recorded_layers:
+    for name in state._recorded_layers:
         layer = transformer.get_submodule(name)
         HookRegistry.check_if_exists_or_initialize(layer).remove_hook(RECORDED_HOOK, recurse=False)
-    state.recorded_layers = ()
+    state._recorded_layers = ()
 
 
 def apply_block_skip(
@@ -248,24 +248,30 @@ def apply_block_skip(
         >>> prediction = transformer(**inputs)  # kept blocks only
         >>> remove_block_skip(transformer)
     """
-    blocks = list_blocks(transformer, stacks)
-    if any(_placeholder(block.module) is not None for block in blocks):
+    if any(_placeholder(module) is not None for module in transformer.modules()):
         raise UserError("Block skipping is applied to this transformer already; call remove_block_skip first.")
-    spans = split_blocks(blocks, config)
+    spans = split_blocks(list_blocks(transformer, stacks), config)
     state = BlockSkipState(config)
     for span, is_leading in ((spans.leading, True), (spans.trailing, False)):
         for block in span:
             registry = HookRegistry.check_if_exists_or_initialize(block.module)
             registry.register_hook(PlaceholderHook(block, span, is_leading, state), PLACEHOLDER_HOOK)
+    if spans.skipped:
+        state._watch(transformer)
     return state
 
 
 def remove_block_skip(transformer: torch.nn.Module, stacks: Sequence[str] | None = None) -> None:
-    """Take every placeholder off ``transformer``; its blocks run as before, bit for bit."""
-    for block in list_blocks(transformer, stacks):
-        if (placeholder := _placeholder(block.module)) is not None:
-            placeholder.state.detach()
-            HookRegistry.check_if_exists_or_initialize(block.module).remove_hook(PLACEHOLDER_HOOK, recurse=False)
+    """Take every placeholder off ``transformer``; its blocks run as before, bit for bit.
+
+    Args:
+        transformer: The transformer.
+        stacks: Has no effect: placeholders are found wherever they are.
+    """
+    for module in transformer.modules():
+        if (placeholder := _placeholder(module)) is not None:
+            placeholder.state._detach()
+            HookRegistry.check_if_exists_or_initialize(module).remove_hook(PLACEHOLDER_HOOK, recurse=False)
 
 
 def _placeholder(module: torch.nn.Module) -> PlaceholderHook | None:

@@ -1,7 +1,7 @@
 """How a transformer's blocks are found and called, where diffusers does not say it.
 
-Model families know it of their transformers. They announce it here by the names of classes, so that the method needs
-no family, and a family's file is read only when one of its transformers is met.
+Each model family registers the layout of its transformer here under the name of its class, so that the method needs no
+family, and a family's file is read only when one of its transformers is met.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ _ANNOUNCED: dict[str, Callable[[], TransformerLayout]] = {}
 
 def announce_transformer(class_name: str, layout: Callable[[], TransformerLayout]) -> None:
     """Say how transformers of a class, and of classes derived from it, are laid out.
+
+    Importing the package announces the transformers of all families. A second announcement of a class has no effect.
 
     Args:
         class_name: Name of the class.

@@ -27,19 +27,22 @@ def lora_targets(
     text_stream_layers: Sequence[str] = (),
     blocks: Sequence[str] | None = None,
 ) -> list[str]:
-    """Full names of the linear layers that get LoRA: those that match ``layers``, in kept blocks if any are skipped.
+    """Full names of the linear layers that get LoRA: those that match ``layers``.
 
-    With a skipped leading span nothing before the kept blocks could learn: their input is a stored tensor.
+    Where blocks are skipped only layers inside the kept blocks do: nothing before these could learn, because their
+    input is a stored tensor.
 
     Args:
         model: The transformer.
         layers: Names or name endings, as in ``--lora_layers``.
         text_stream_layers: Layers that only act on the text. Nothing reads the text after the last block that trains,
             be it the model's last or one before a trailing span, so there they would never learn and are left out.
-        blocks: Names of the only blocks that are to train, as from ``--lora_blocks``; ``None`` for no limit.
+        blocks: Qualified names of the only blocks that are to train, such as ``"transformer_blocks.3"``; ``None`` for
+            no limit.
 
     Raises:
-        ValueError: if nothing matches outside the skipped blocks, or a name matches nothing at all.
+        ValueError: if a name of ``layers`` matches nothing at all, or no match is left: in the kept blocks, in
+            ``blocks``, or outside the text's last layers.
     """
     kept = tuple(f"{block.name}." for block in model.spans.kept)
     last_kept = f"{model.spans.kept[-1].name}."

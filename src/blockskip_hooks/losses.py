@@ -25,7 +25,9 @@ def flow_matching_loss(
 
 
 def combine_losses(losses: torch.Tensor, with_prior_preservation: bool, prior_loss_weight: float) -> torch.Tensor:
-    """Mean over the batch; with prior preservation its second half are class samples, weighted."""
+    """Mean over the batch; with prior preservation the mean of its first half, the instance samples, plus
+    ``prior_loss_weight`` times the mean of its second half, the class samples.
+    """
     if not with_prior_preservation:
         return losses.mean()
     instance, prior = losses.chunk(2)

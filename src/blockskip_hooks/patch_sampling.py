@@ -8,7 +8,8 @@ from .config import PatchSamplingConfig
 def patch_size_for(config: PatchSamplingConfig, t: float, u: float = 0.0) -> int:
     """Side in pixels of the crop for timestep ``t`` (Eq. 1): ``s(t) = s_min + t / T * (s_max - s_min)``.
 
-    Rounded to the latent token grid, so that a patch covers whole tokens of the full image.
+    Rounded to a multiple of ``config.multiple`` within the limits; where the crop lies is not on the token grid. Modes
+    ``"none"`` and ``"resize"`` always crop ``max_size``.
 
     Args:
         config: Patch sampling settings.

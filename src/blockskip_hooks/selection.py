@@ -28,7 +28,7 @@ class Selection:
     """A chosen pair of spans and where it came from.
 
     Attributes:
-        blocks: N, number of blocks of the transformer.
+        blocks: N, the number of blocks of the transformer (a count, not the blocks).
         leading: n.
         trailing: m.
         source: ``"flag"``, ``"table"`` or ``"rule"``.
@@ -96,8 +96,11 @@ def best_pairs(leading: Sequence[float], trailing: Sequence[float]) -> dict[int,
     Of equals the one with more leading blocks is chosen, because their residuals are exact.
 
     Args:
-        leading: D for n from 0 to N-1.
-        trailing: D for m from 0 to N-1.
+        leading: D of skipping the first n blocks, for n from 0 to N-1; D grows with the harm.
+        trailing: D of skipping the last m blocks, for m from 0 to N-1.
+
+    Returns:
+        The pair (n, m) for each k from 1 to N-1.
     """
     pairs = {}
     for skipped in range(1, len(leading)):
@@ -128,10 +131,10 @@ def select_blocks(
         return Selection(num_blocks, *choice, "flag")
     # At least one block is skipped and one is kept, however small the model.
     skipped = min(max(round(skip_ratio * num_blocks), 1), num_blocks - 1) if choice == "auto" else choice
-    return select_number(skipped, num_blocks, table)
+    return split_between_ends(skipped, num_blocks, table)
 
 
-def select_number(skipped: int, num_blocks: int, table: SelectionTable | None = None) -> Selection:
+def split_between_ends(skipped: int, num_blocks: int, table: SelectionTable | None = None) -> Selection:
     """Divide ``skipped`` blocks between the ends: by the table, or by the rule where it has no such pair."""
     pair = None if table is None else table.pairs.get(skipped)
     if table is not None and pair is not None:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from .config import BlockSkipConfig
 from .utils.errors import UserError
 
 
 class SkipMode(enum.Enum):
-    """What the placeholders of a transformer do; see :mod:`~blockskip_hooks.hooks`."""
+    """What the placeholders of a transformer do in a forward.
+
+    Attributes:
+        INJECT: Skipped blocks do not run; the state's ``residuals`` stand in for them. For training.
+        CAPTURE: Every block runs, and what the spans contribute is left in the state's ``captured``.
+        RUN: Every block runs as if there were no placeholders. For validation images.
+    """
 
     INJECT = "inject"
     CAPTURE = "capture"
@@ -57,30 +65,46 @@ class CaptureDone(Exception):
         super().__init__("Every residual is captured; set the state's stops_early to False to finish the forward.")
 
 
+@dataclass
+class Capture:
+    """What one capture forward has so far.
+
+    Attributes:
+        residuals: What is complete.
+        recorded: Outputs of recorded layers, by name.
+        span_input: Image tokens that the trailing span received.
+        span_output: Image tokens, or all, after the last of its blocks that ran.
+        span_tokens: Where the tokens of the span's input are in ``span_output``.
+    """
+
+    residuals: SpanResiduals = field(default_factory=SpanResiduals)
+    recorded: dict[str, torch.Tensor] = field(default_factory=dict)
+    span_input: torch.Tensor | None = None
+    span_output: torch.Tensor | None = None
+    span_tokens: slice = field(default_factory=lambda: slice(None))
+
+
 class BlockSkipState:
     """Shared by all placeholders of one transformer: the mode, the residuals to inject, the residuals captured.
 
+    Args:
+        config: The spans.
+
     Attributes:
-        mode: What the placeholders do in the next forward.
-        residuals: What they inject.
-        captured: What they captured in the last forward of that mode.
+        config: The spans.
+        residuals: What placeholders inject.
         stops_early: Whether a capture forward ends with :class:`CaptureDone` once everything is captured.
     """
 
     def __init__(self, config: BlockSkipConfig) -> None:
         self.config = config
-        self._attached = True
-        self._mode = SkipMode.RUN
         self.residuals = SpanResiduals()
-        self.captured = SpanResiduals()
-        # Of a trailing span that is being captured: the last block's output so far, and where the tokens of the
-        # span's input are in the sequence.
-        self.span_output: torch.Tensor | None = None
-        self.span_tokens = slice(None)
-        # Outputs of recorded layers so far, by name.
-        self.recorded: dict[str, torch.Tensor] = {}
-        self.recorded_layers: tuple[str, ...] = ()
         self.stops_early = False
+        self._mode = SkipMode.RUN
+        self._capture = Capture()
+        self._recorded_layers: tuple[str, ...] = ()
+        self._attached = True
+        self._handle: RemovableHandle | None = None
 
     @property
     def mode(self) -> SkipMode:
@@ -98,28 +122,39 @@ class BlockSkipState:
         if mode is not SkipMode.RUN and not self._attached:
             raise UserError(f"{mode} needs the placeholders, which were removed; call apply_block_skip again.")
         self._mode = mode
-
-    def detach(self) -> None:
-        """Note that the placeholders were removed."""
-        self._mode, self._attached = SkipMode.RUN, False
+        if mode is SkipMode.CAPTURE:
+            self._capture = Capture()
 
     @property
-    def all_captured(self) -> bool:
-        """Whether a capture forward has everything it is for."""
-        captured = self.captured
-        return (
-            (not self.config.leading or captured.leading_hidden_states is not None)
-            and (
-                not self.config.trailing or (captured.trailing_hidden_states is not None and self.span_output is None)
-            )
-            and len(self.recorded) == len(self.recorded_layers)
-        )
+    def captured(self) -> SpanResiduals:
+        """What the last forward in capture mode captured; every such forward makes a new object."""
+        return self._capture.residuals
 
-    def end_capture(self) -> None:
-        """Break a capture forward off that has everything it is for, where it may be.
+    def _watch(self, transformer: torch.nn.Module) -> None:
+        """Begin a new capture with every forward of ``transformer`` in capture mode."""
+        self._handle = transformer.register_forward_pre_hook(self._begin_forward)
+
+    def _begin_forward(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        if self._mode is SkipMode.CAPTURE:
+            self._capture = Capture()
+
+    def _detach(self) -> None:
+        """Note that the placeholders were removed."""
+        self._mode, self._attached = SkipMode.RUN, False
+        if self._handle is not None:
+            self._handle.remove()
+
+    def _end_capture(self) -> None:
+        """End a capture forward early that has everything it is for, if ``stops_early``.
 
         Raises:
-            CaptureDone: then.
+            CaptureDone: if it ends.
         """
-        if self.stops_early and self.all_captured:
+        residuals = self._capture.residuals
+        if (
+            self.stops_early
+            and (not self.config.leading or residuals.leading_hidden_states is not None)
+            and (not self.config.trailing or residuals.trailing_hidden_states is not None)
+            and len(self._capture.recorded) == len(self._recorded_layers)
+        ):
             raise CaptureDone

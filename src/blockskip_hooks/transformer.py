@@ -1,4 +1,4 @@
-"""A diffusion transformer of which only the kept blocks are resident."""
+"""A diffusion transformer that trains with its kept blocks only, and can load no others."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from .hooks import apply_block_skip, record_layers, remove_block_skip, remove_re
 from .loading.models import Checkpoint
 from .loading.quantization import QuantizationConfig
 from .loading.streaming import frozen_weights_on_host, plain_device, stream
-from .state import CaptureDone, SkipMode, SpanResiduals
+from .state import Capture, CaptureDone, SkipMode, SpanResiduals
+from .utils.errors import UserError
 
 
 class DiTBlockSkipTransformer(torch.nn.Module):
@@ -27,6 +28,7 @@ class DiTBlockSkipTransformer(torch.nn.Module):
     The wrapped model keeps its class, parameter names and block numbers, so adapters, LoRA files and pipelines work
     on :attr:`transformer` as on the full model. Skipped blocks either stay where they are, or hold no weights and
     stream them one block at a time when the whole model is needed (:meth:`from_pretrained`, ``offload_device``).
+    What this class lacks is looked up in the wrapped model: ``.config`` is the diffusers config.
 
     Args:
         transformer: A loaded diffusers transformer.
@@ -38,6 +40,10 @@ class DiTBlockSkipTransformer(torch.nn.Module):
             training needs no weights of theirs; see :class:`~blockskip_hooks.hooks.RecordedLayerHook`.
 
     Attributes:
+        transformer: The wrapped model.
+        spans: Its blocks: leading, kept, trailing.
+        skip_state: What its placeholders share, with the :class:`~blockskip_hooks.config.BlockSkipConfig`.
+        recorded_layers: As given.
         is_sharded: Whether processes share the kept weights, so that all of them must run the model equally often.
 
     Raises:
@@ -143,7 +149,7 @@ class DiTBlockSkipTransformer(torch.nn.Module):
         """
         remove_recorded_layers(self.transformer, self.skip_state)
         remove_block_skip(self.transformer, self._stacks)
-        self.skip_state.detach()
+        self.skip_state._detach()
         for module in self.streamed_modules.values():
             remove_hook_from_module(module)
         return self.transformer
@@ -156,10 +162,16 @@ class DiTBlockSkipTransformer(torch.nn.Module):
         are the identity in every call; :meth:`full_model` runs them.
 
         Raises:
-            ValueError: if a span has no residual, or one of another shape; if a skipped block has LoRA that trains; if
-                the placeholders were removed.
+            ValueError: if a span has no residual, or one of another shape; if there are none at all in training mode
+                with gradients; if a skipped block has LoRA that trains; if the placeholders were removed.
         """
         whole = residuals is None and self.skip_state.config.residuals != "none"
+        skips = self.skip_state._attached and bool(self.spans.skipped or self.recorded_layers)
+        if whole and skips and self.training and torch.is_grad_enabled():
+            raise UserError(
+                "A training step got no residuals, so it would run and differentiate the whole model; pass "
+                "`residuals=`, or call the model under torch.no_grad() or, to train the whole of it, in full_model()."
+            )
         self.skip_state.mode = SkipMode.RUN if whole else SkipMode.INJECT
         self.skip_state.residuals = residuals or SpanResiduals()
         return self.transformer(*args, **kwargs)
@@ -183,24 +195,28 @@ class DiTBlockSkipTransformer(torch.nn.Module):
         state = self.skip_state
         if not self.spans.skipped and not self.recorded_layers:
             return SpanResiduals()
-        state.mode, state.captured, state.recorded = SkipMode.CAPTURE, SpanResiduals(), {}
+        state.mode = SkipMode.CAPTURE
         try:
             self.transformer(*args, **kwargs)
         except CaptureDone:
             pass
         finally:
-            captured, recorded = state.captured, state.recorded
-            state.mode, state.captured, state.recorded, state.span_output = SkipMode.RUN, SpanResiduals(), {}, None
+            # Nothing of it stays in memory with the state.
+            capture, state._capture = state._capture, Capture()
+            state.mode = SkipMode.RUN
         if self.recorded_layers:
-            captured.modulation = torch.cat([recorded[name] for name in self.recorded_layers], dim=1)
-        return captured
+            outputs = [capture.recorded[name] for name in self.recorded_layers]
+            capture.residuals.modulation = torch.cat(outputs, dim=1)
+        return capture.residuals
 
     def on_host(self) -> AbstractContextManager[None]:
         """Within this context what is resident of the frozen weights is in host memory; nothing may run.
 
-        Not for weights that processes share: torch knows where its parts of them are.
+        Raises:
+            ValueError: if processes share the weights: torch knows where its parts of them are.
         """
-        assert not self.is_sharded
+        if self.is_sharded:
+            raise UserError("Weights that processes share cannot be in host memory; leave them on the device.")
         return frozen_weights_on_host(self)
 
     @contextmanager
@@ -219,6 +235,7 @@ class DiTBlockSkipTransformer(torch.nn.Module):
         return [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
 
     def __getattr__(self, name: str) -> Any:
+        # Only called for what torch.nn.Module and this class do not have.
         try:
             return super().__getattr__(name)
         except AttributeError:

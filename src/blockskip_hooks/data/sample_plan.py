@@ -1,8 +1,8 @@
 """The sample plan: training sample i as a pure function of (seed, i).
 
-Nothing else in training is random, so any process can rebuild any sample: residuals are precomputed for exactly the
-samples that training will use, a killed run resumes bit for bit, and the work can be spread over any number of
-processes.
+Everything else that is random in training, such as the LoRA's first weights and its dropout, is seeded from the same
+seed. So any process can rebuild any sample: residuals are precomputed for exactly the samples that training will use,
+a killed run resumes bit for bit, and the work can be spread over any number of processes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ class Sample:
         index: Number of the sample in the run.
         image: Number of the image among those of its kind.
         flip: Whether the crop is mirrored.
-        patch_size: Side of the square crop in pixels, of the image whose shorter side is the maximum patch size.
+        patch_size: Side of the square crop in pixels, of the image whose shorter side is the maximum patch size. With
+            aspect-ratio buckets the photo is scaled to cover its bucket, and the crop has the bucket's shape; this is
+            the side of its square counterpart (:meth:`PatchSamplingConfig.patch_shape`).
         top: Vertical position of the crop, as a fraction of the free space, in [0, 1).
         left: Horizontal position of the crop, likewise.
         timestep_index: Index into the scheduler's training timesteps (0 is the noisiest).

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..selection import Selection, from_table, select_number
+from ..selection import Selection, from_table, split_between_ends
 from ..utils.errors import UserError
 from ..utils.formatting import format_bytes
 
@@ -38,7 +38,7 @@ def selections_by_bytes(
             if point.freed_bytes
         ]
     for skipped in range(1, num_blocks):
-        selection = select_number(skipped, num_blocks, table)
+        selection = split_between_ends(skipped, num_blocks, table)
         freed = sum(block_bytes[: selection.leading]) + sum(block_bytes[num_blocks - selection.trailing :])
         if freed > ordered[-1][1]:
             ordered.append((selection, freed))

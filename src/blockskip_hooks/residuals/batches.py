@@ -12,10 +12,11 @@ from diffusers import ModelMixin
 from torch.nn.utils.rnn import pad_sequence
 
 from ..data.photo_set import PhotoSet
-from ..data.sample_plan import Sample, SampleKind, SamplePlan, derived_seed
+from ..data.sample_plan import Sample, SampleKind, SamplePlan
 from ..families import Family, PromptEmbeds
 from ..families.prompts import place_embeds
 from ..state import SpanResiduals
+from ..utils.seeds import derived_seed
 from .dtype import ResidualDtype, unpack_record
 from .store import DamagedRecord, Record, ResidualStore
 

@@ -22,12 +22,12 @@ from ..families import Family, PromptEmbeds
 from ..inference.generate import generate_images
 from ..inference.image_encoders import ImageEncoder
 from ..inference.lora_files import load_adapter
-from ..masking import text_masked_by_row
 from ..selection import best_pairs
 from ..transformer import DiTBlockSkipTransformer
 from ..utils.errors import UserError
 from ..utils.files import save_tensors
 from ..utils.progress import progress_bar
+from .masking import text_masked_by_row
 
 
 BlockRun = tuple[int, int]

@@ -10,13 +10,13 @@ import torch
 from diffusers.training_utils import free_memory
 
 from ..data.folder import image_paths
-from ..data.sample_plan import derived_seed
 from ..families.prompts import encode_prompts
 from ..inference.generate import generate_images
 from ..planning.plan import planned_batch_size, planned_vae, streams_text
 from ..transformer import DiTBlockSkipTransformer
 from ..utils.accelerator import weight_dtype
 from ..utils.files import replacing
+from ..utils.seeds import derived_seed
 from .context import Context
 from .run import Run
 

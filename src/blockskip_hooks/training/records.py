@@ -12,13 +12,14 @@ from diffusers import ModelMixin
 from diffusers.training_utils import free_memory
 from torch.utils.data import DataLoader
 
-from ..data.sample_plan import Sample, derived_seed
+from ..data.sample_plan import Sample
 from ..residuals.batches import Batch, RecordDataset, SampleMaker, collate_by_kind, read_ahead
 from ..residuals.precompute import capture, encode_latents, only_new_garbage, precompute_records
 from ..residuals.store import DamagedRecord, Record, ResidualStore, tensors_digest
 from ..residuals.stretches import Stretches
 from ..state import SpanResiduals
 from ..transformer import DiTBlockSkipTransformer
+from ..utils.seeds import derived_seed
 from .adapters import Adapters
 from .context import Context
 from .run import Run

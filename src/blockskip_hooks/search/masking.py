@@ -16,13 +16,13 @@ import torch
 from diffusers import ModelMixin
 from diffusers.hooks import HookRegistry, ModelHook
 
-from .blocks import list_blocks
-from .utils.attention import Mask, masked_attention
-from .utils.errors import UserError
+from ..blocks import list_blocks
+from ..utils.attention import Mask, masked_attention
+from ..utils.errors import UserError
 
 
 if TYPE_CHECKING:
-    from .families import Family
+    from ..families import Family
 
 
 MASKING_HOOK = "blockskip_masking"
@@ -41,10 +41,10 @@ def text_masked_by_row(transformer: ModelMixin, family: Family, rows: Sequence[C
     Raises:
         ValueError: if a block does not exist; in a forward, if an attention cannot be masked.
     """
-    every = list_blocks(transformer, family.block_stacks)
+    blocks = list_blocks(transformer, family.block_stacks)
     chosen = sorted(set().union(*rows))
-    if chosen and not 0 <= chosen[0] <= chosen[-1] < len(every):
-        raise UserError(f"Blocks {chosen} cannot be masked: the {len(every)} blocks are 0 to {len(every) - 1}.")
+    if chosen and not 0 <= chosen[0] <= chosen[-1] < len(blocks):
+        raise UserError(f"Blocks {chosen} cannot be masked: the {len(blocks)} blocks are 0 to {len(blocks) - 1}.")
     inputs: dict[str, Any] = {}
     parameters = signature(type(transformer).forward)
 
@@ -52,12 +52,10 @@ def text_masked_by_row(transformer: ModelMixin, family: Family, rows: Sequence[C
         inputs.clear()
         inputs.update(parameters.bind(module, *args, **kwargs).arguments)
 
-    def masks(index: int) -> Mask:
-        masked = torch.tensor([index in row for row in rows])
-
+    def mask_for(masked: torch.Tensor) -> Mask:
         def may_see(batch: int, length: int) -> torch.Tensor | None:
             positions = family.text_positions(transformer.config, inputs, length)
-            return image_sees_no_text(positions, _repeated(masked, batch))
+            return image_to_text_mask(positions, _repeated(masked, batch))
 
         return may_see
 
@@ -65,12 +63,11 @@ def text_masked_by_row(transformer: ModelMixin, family: Family, rows: Sequence[C
     watch = transformer.register_forward_pre_hook(remember, with_kwargs=True)
     try:
         for index in chosen:
-            block = every[index].module
+            block, masked = blocks[index], torch.tensor([index in row for row in rows])
             if family.cross_attention is None:
-                target, hook = block, JointMaskingHook(masks(index), every[index].name)
+                target, hook = block.module, JointMaskingHook(mask_for(masked), block.name)
             else:
-                masked = torch.tensor([index in row for row in rows])
-                target, hook = block.get_submodule(family.cross_attention), CrossMaskingHook(masked)
+                target, hook = block.module.get_submodule(family.cross_attention), CrossMaskingHook(masked)
             HookRegistry.check_if_exists_or_initialize(target).register_hook(hook, MASKING_HOOK)
             hooked.append(target)
         yield
@@ -80,7 +77,7 @@ def text_masked_by_row(transformer: ModelMixin, family: Family, rows: Sequence[C
             HookRegistry.check_if_exists_or_initialize(target).remove_hook(MASKING_HOOK, recurse=False)
 
 
-def image_sees_no_text(is_text: torch.Tensor, masked: torch.Tensor | None = None) -> torch.Tensor | None:
+def image_to_text_mask(is_text: torch.Tensor, masked: torch.Tensor | None = None) -> torch.Tensor | None:
     """What may be seen when image queries must not see text keys.
 
     Args:

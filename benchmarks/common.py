@@ -240,7 +240,7 @@ class OpenRun:
         tracking = Tracking(context.accelerator, context.monitor, learner.model)
         checkpointer = Checkpointer(
             run,
-            context.accelerator,
+            context,
             learner.adapters,
             learner.optimizer,
             learner.lr_scheduler,

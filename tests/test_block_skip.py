@@ -474,6 +474,13 @@ def test_wrapper_is_transparent():
     assert not hasattr(model, "no_such_attribute")
 
 
+def test_weights_that_processes_share_stay_on_their_devices():
+    model = DiTBlockSkipTransformer(TINY_FAMILIES[0].make_transformer(), BlockSkipConfig(leading=1))
+    model.is_sharded = True
+    with pytest.raises(ValueError, match="processes share cannot be in host memory"):
+        model.on_host()
+
+
 def test_loading_names_what_is_wrong(tmp_path: Path):
     tiny = TINY_FAMILIES[0]
     config = BlockSkipConfig(leading=1)

@@ -242,7 +242,9 @@ def test_e2_gradients_are_those_of_the_full_model_without_trailing_span(
     actual = trained(model, model.transformer, residuals=residuals)
     # The whole quantised model, and the ordinary one with rounded weights, where rounding errors fall elsewhere.
     own_rounding = 1e-4 if config != CONFIGS["bitsandbytes-int8"] else 5e-2
-    others = ((trained(model, model.transformer), 1e-5), (trained(full.train(), full), own_rounding))
+    with model.full_model() as whole:
+        of_whole = trained(whole, whole)
+    others = ((of_whole, 1e-5), (trained(full.train(), full), own_rounding))
     for expected, close in others:
         assert actual.keys() == expected.keys() and expected
         for name, gradient in expected.items():

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from blockskip_hooks.cli.startup import quiet_libraries
 
 
-quiet_libraries()
+quiet_libraries()  # Before the imports below: libraries say what they miss while they load.
 
 import torch
 from accelerate import Accelerator
@@ -76,7 +76,7 @@ class Learner(NamedTuple):
     model: DiTBlockSkipTransformer
     wrapped: torch.nn.Module  # The same as accelerate prepared it.
     adapters: Adapters
-    trained: list[torch.nn.Module]  # All that accelerate prepared, text encoders that train along included.
+    prepared: list[torch.nn.Module]  # All that accelerate prepared for training, text encoders included.
     optimizer: Any
     lr_scheduler: Any
 
@@ -120,6 +120,7 @@ def run_script(settings: TrainSettings, command: str, stop: StopSignals, lock: F
             checkpoint = choose_checkpoint(run)
             if checkpoint is not None:
                 check_checkpoint(checkpoint, run, run.num_steps(accelerator.num_processes))
+            # A stretch is so many steps whose records are made together, just before they are trained on.
             stretches = plan_stretches(run, plan, accelerator.num_processes, checkpoint)
     except Exception as error:
         return fail(error, settings, monitor, code=2)
@@ -223,7 +224,7 @@ def train(run: Run, context: Context, plan: Plan, checkpoint: Path | None, stret
                 train_steps(steps, run, context, learner, records, history, tracking, checkpointer)
                 if steps.stop % validation_steps == 0 and steps.stop < num_steps:
                     validation.during(history.step)
-            validation.check_records(history.step, is_last=stretch.stop == num_steps)
+            validation.log_trailing_error(history.step, is_last=stretch.stop == num_steps)
             tracking.log_stages(history.step)
             if stretch.stop < num_steps:
                 records.drop()
@@ -235,9 +236,9 @@ def load_data(run: Run, context: Context, streamed: bool) -> Data:
     settings, family, accelerator = run.settings, run.family, context.accelerator
     dtype, device = weight_dtype(accelerator), accelerator.device
 
-    # From here on nothing is random. Records of this sample plan may be there already.
+    # Everything else random is seeded from the same seed. Records of this sample plan may be there already.
     sources = run.photo_sources(photo_progress)
-    sample_plan = run.sample_plan(settings.seed or 0, {kind: len(source.photos) for kind, source in sources.items()})
+    sample_plan = run.sample_plan(run.seed, {kind: len(source.photos) for kind, source in sources.items()})
     store = None
     if run.uses_store:
         with accelerator.main_process_first():
@@ -246,17 +247,10 @@ def load_data(run: Run, context: Context, streamed: bool) -> Data:
 
     # Every prompt once; the text encoders are gone afterwards.
     prompts = run.all_prompts(sources)
+    trains_text, photo_prompts = settings.train_text_encoder, sources["instance"].prompts()
+    options: dict[str, Any] = {"keep_trainable": trains_text, "streamed": streamed, "photos": photo_prompts}
     with context.monitor.stage("encode"), context.progress.stage("encode", prompts=len(prompts)) as progress:
-        embeds, text = encode_prompts(
-            family,
-            prompts,
-            dtype=dtype,
-            device=device,
-            keep_trainable=settings.train_text_encoder,
-            streamed=streamed,
-            progress=progress,
-            photos=sources["instance"].prompts(),
-        )
+        embeds, text = encode_prompts(family, prompts, dtype=dtype, device=device, progress=progress, **options)
     check_embeds(family, run.transformer_config, embeds, dtype)
     records_modulation, residual_dtype = bool(run.recorded_layers), settings.residual_dtype
     maker = SampleMaker(sample_plan, sources, family, embeds, device, dtype, records_modulation, residual_dtype)
@@ -276,14 +270,14 @@ def make_learner(run: Run, accelerator: Accelerator, text: TrainedText | None, n
 
     # LoRA in the kept blocks, and in the text encoders if they train along.
     lora: dict[str, Any] = {"rank": settings.rank, "alpha": settings.lora_alpha, "dropout": settings.lora_dropout}
-    parameters = add_lora(model.transformer, run.targets, **lora, seed=settings.seed or 0)
-    text_parameters: list[torch.nn.Parameter] = []
-    for encoder in text.encoders.values() if text else ():
-        text_parameters += add_lora(encoder, family.text_lora_layers, **lora, seed=settings.seed or 0)
+    parameters = add_lora(model.transformer, run.targets, **lora, seed=run.seed)
+    encoders = list(text.encoders.values()) if text else []
+    text_layers = family.text_lora_layers
+    text_parameters = [p for encoder in encoders for p in add_lora(encoder, text_layers, **lora, seed=run.seed)]
     adapters = Adapters(family, model.transformer, text, [*parameters, *text_parameters], accelerator.device)
     if settings.gradient_checkpointing:
         model.transformer.enable_gradient_checkpointing()
-        for encoder in text.encoders.values() if text else ():
+        for encoder in encoders:
             encoder.gradient_checkpointing_enable()
 
     # Optimiser and schedule; accelerate counts the schedule in steps of all processes.
@@ -299,11 +293,11 @@ def make_learner(run: Run, accelerator: Accelerator, text: TrainedText | None, n
     )
     wrapped = prepare_model(accelerator, model)
     optimizer, lr_scheduler = accelerator.prepare(optimizer, lr_scheduler)
-    trained = [wrapped]
+    prepared = [wrapped]
     if text is not None:
         text.encoders = {name: accelerator.prepare(encoder) for name, encoder in text.encoders.items()}
-        trained += text.encoders.values()
-    return Learner(model, wrapped, adapters, trained, optimizer, lr_scheduler)
+        prepared += text.encoders.values()
+    return Learner(model, wrapped, adapters, prepared, optimizer, lr_scheduler)
 
 
 def train_steps(
@@ -318,8 +312,8 @@ def train_steps(
 ) -> None:
     """The loop: train these optimiser steps, whose records have been made."""
     settings, family, accelerator = run.settings, run.family, context.accelerator
-    adapters, optimizer, lr_scheduler = learner.adapters, learner.optimizer, learner.lr_scheduler
-    for module in learner.trained:
+    model, wrapped, adapters, prepared, optimizer, lr_scheduler = learner
+    for module in prepared:
         module.train()
     with (
         context.stop.held(),
@@ -328,16 +322,15 @@ def train_steps(
     ):
         history.start_clock()
         for batch in records.loader(steps):
-            with accelerator.accumulate(*learner.trained):
+            with accelerator.accumulate(*prepared):
+                # No record holds the embeddings of encoders that train, nor residuals that are made in each step.
                 records.complete(batch)
 
                 # Predict the velocity by the kept blocks; residuals stand in for the skipped ones.
-                inputs = family.transformer_inputs(
-                    learner.model.config, batch.noisy_latents, batch.timesteps, batch.embeds
-                )
-                prediction = learner.wrapped(**inputs, residuals=batch.residuals, return_dict=False)[0]
+                inputs = family.transformer_inputs(model.config, batch.noisy_latents, batch.timesteps, batch.embeds)
+                output = wrapped(**inputs, residuals=batch.residuals, return_dict=False)[0]
                 prediction, target = family.loss_terms(
-                    family.prediction_to_latents(prediction, batch.latents),
+                    family.prediction_to_latents(output, batch.latents),
                     latents=batch.latents,
                     noise=batch.noise,
                     noisy_latents=batch.noisy_latents,
@@ -355,9 +348,10 @@ def train_steps(
                 lr_scheduler.step()
                 optimizer.zero_grad()
 
+            # A signal may reach processes in different steps: gathered with the losses, it ends all after the same.
             history.add_batch(batch.samples, losses, loss, context.stop.received)
             # Its tensors make room for those of the next batch.
-            del batch, inputs, prediction, target, losses
+            del batch, inputs, output, prediction, target, losses
             if accelerator.sync_gradients:
                 step = history.end_step()
                 figures = {"loss": step.loss, "lr": lr_scheduler.get_last_lr()[0], "grad_norm": float(norm)}
@@ -380,7 +374,7 @@ def finish(
 ) -> None:
     """Export the LoRA, make the final images, write the report and the model card, upload."""
     run, accelerator, settings = outputs.run, context.accelerator, outputs.run.settings
-    made = records.made()
+    made = records.made()  # Every process must call this: it adds up what all of them made.
     learner.adapters.check_finite()
     # A warmup's first step has rate zero.
     if history.step > 1 and accelerator.is_main_process:

@@ -1,7 +1,9 @@
-"""Records on disk: what precompute leaves for training, one record per sample.
+"""Records on disk: what precompute leaves for training.
 
-A store is a folder with a manifest and safetensors shards. Records are found by sample id and only under the
-fingerprint of everything they depend on; a store of another run is an error, never a silent reuse.
+Each sample has a record. Modulation has records of its own, which samples of one prompt and timestep share.
+
+A store is a folder with a manifest and safetensors shards. Records are found by id and only under the fingerprint of
+everything they depend on; a store of another run is an error, never a silent reuse.
 
 Every record has a checksum, which is compared whenever the record is read: records that were found on disk are read
 once before their stretch begins, and all are in training, where a disk may still go bad. A record that fails is

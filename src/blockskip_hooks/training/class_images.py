@@ -68,7 +68,7 @@ def make_class_images(run: Run, context: Context, plan: dict[str, Any]) -> int:
                     model=model,
                     vae=vae,
                     negative=None if run.negative_prompt is None else embeds[run.negative_prompt],
-                    seeds=[derived_seed(settings.seed or 0, "class image", number) for number in part],
+                    seeds=[derived_seed(run.seed, "class image", number) for number in part],
                     pipeline_kwargs=run.pipeline_kwargs,
                     placement=planned_vae(plan, "class_images"),
                 )

@@ -87,6 +87,12 @@ class Run:
         return replace(self, settings=self.settings.with_values({name: value}))
 
     @property
+    def seed(self) -> int:
+        """The seed, which :func:`~blockskip_hooks.training.record_plan.resolve_seed` must have chosen by then."""
+        assert self.settings.seed is not None
+        return self.settings.seed
+
+    @property
     def output_dir(self) -> Path:
         return self.settings.output_folder
 

@@ -64,7 +64,7 @@ class Validation:
         self._records, self._tracking = records, tracking
         self._images_at_once, self._placement = images_at_once, placement
         self.shown: tuple[int, list[str], Images, Images] | None = None
-        self._seeds = [(run.settings.seed or 0) + number for number in range(run.settings.num_validation_images)]
+        self._seeds = [run.seed + number for number in range(run.settings.num_validation_images)]
         self._base: dict[str, list[Image.Image]] = {}
         self._checked_step = 0
 
@@ -77,7 +77,7 @@ class Validation:
             base = self._base_images(prompts)
             self._tracking.log_images(step, prompts, self._seeds, base, trained)
         self.shown = step, prompts, base, trained
-        self.check_records(step)
+        self.log_trailing_error(step)
 
     def final(self, step: int) -> tuple[Images, Images]:
         """Make the base model's and the trained model's images after training, log and return them.
@@ -91,7 +91,7 @@ class Validation:
         self._tracking.log_images(step, prompts, self._seeds, base, trained)
         return base, trained
 
-    def check_records(self, step: int, *, is_last: bool = False) -> None:
+    def log_trailing_error(self, step: int, *, is_last: bool = False) -> None:
         """Log the trailing error of the stretch that was trained on, unless that was done a few steps ago.
 
         It takes one forward of the whole model, streamed as in precompute, so it is for trackers only and no more

@@ -531,14 +531,19 @@ def test_the_planner_needs_neither_library(monkeypatch: pytest.MonkeyPatch):
         assert peaks["fp4-double"][stage] < peaks["nf4"][stage]
 
 
-@pytest.mark.parametrize("method", ["nf4", "int8", "none"])
-def test_plan_memory_compares_with_plain_lora(method: str):
-    module = script.load_script("plan_memory")
-    args = module.build_parser().parse_args(["--preset", "sana-0.6b", "--quantization", method])
-    preset = module.load_preset("sana-0.6b")
-    selection, _ = module.list_selections(args, preset)
-    request, comparison = module.make_requests(args, preset, selection)
-    assert request.quantization == CONFIGS.get(method) and comparison.quantization is None
+def test_plan_memory_compares_with_plain_lora_that_is_not_quantised(capsys: pytest.CaptureFixture[str]):
+    plans = {}
+    for method in ("nf4", "int8", "none"):
+        command = ["--preset", "sana-0.6b", "--quantization", method, "--json"]
+        assert script.load_script("plan_memory").main(command) == 0
+        plans[method] = json.loads(capsys.readouterr().out)
+    plain = {method: plan["plain_lora"] for method, plan in plans.items()}
+    assert plain["nf4"] == plain["int8"] == plain["none"]
+    train = {
+        method: next(stage["peak_device_bytes"] for stage in plan["stages"] if stage["name"] == "train")
+        for method, plan in plans.items()
+    }
+    assert train["nf4"] < train["int8"] < train["none"] < plain["none"]["peak_device_bytes"]
 
 
 # Bad input

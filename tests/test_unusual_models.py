@@ -199,4 +199,4 @@ def test_a_checkpoint_beyond_the_steps_asked_for_is_refused(
     script.train(model, photos, tmp_path, "--max_train_steps", "2", "--checkpointing_steps", "2")
     capsys.readouterr()
     assert run(model, photos, tmp_path, "--skip_blocks", "none", "--max_train_steps", "1", *RESUMED) == 2
-    assert "has trained 2 steps, more than --max_train_steps 1" in one_line(capsys)
+    assert "has 2 steps done, and --max_train_steps 1" in one_line(capsys)

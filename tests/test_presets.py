@@ -83,6 +83,8 @@ def plan(preset: Preset, skip_ratio: float, side: int, *, text: bool = False) ->
         recorded_layers=preset.recorded_layers(config, targets),
         text_tokens=family.flags["max_sequence_length"],
         text_encoders=preset.text_encoders if text else (),
+        # Whole, as they are in the files.
+        streamable_encoders=(),
         cache_latents=True,
         num_samples=10,
         precompute_batch_size=1,

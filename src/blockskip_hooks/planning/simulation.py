@@ -302,7 +302,8 @@ def _shorten(
     treated: dict[str, set[tuple[str, str]]] = {}
     for treatment, names in layers.items():
         for name in names:
-            stack, number, layer = name.split(".", 2)
+            # Layers outside the stacks have no such parts, or those of no block.
+            stack, number, layer = (*name.split(".", 2), "", "")[:3]
             treated.setdefault(f"{stack}.{number}", set()).add((treatment, layer))
     depth = shorten(
         transformer,

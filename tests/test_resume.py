@@ -176,6 +176,27 @@ def test_the_report_is_of_all_legs(go_on, begun: Path):
     command = page.partition("<h2>Repeat the run</h2>")[2].partition("</pre>")[0]
     assert "--max_train_steps" in command and "--resume_from_checkpoint" not in command
     assert train["changed_settings"] == {}
+    # Each of the four steps has a stretch and two records of its own.
+    made = before["records_made"]
+    assert made[0] == 4 and made[1] > 0
+    assert after["residuals"]["records"] == 8 and after["residuals"]["bytes"] == 2 * made[1]
+
+
+def test_records_of_a_stretch_that_was_stopped_before_its_first_step_count_once(go_on, begun: Path, monkeypatch):
+    """They are on the disk, and the checkpoint that the run goes on from is older than they are."""
+    original = script.load_script().train_steps
+
+    def stopped(steps, *others):
+        if steps.start == 3:
+            raise MemoryError("out of memory")
+        original(steps, *others)
+
+    monkeypatch.setattr(script.load_script(), "train_steps", stopped)
+    with pytest.raises(AssertionError, match="ended with 1"):
+        go_on(name="out")
+    monkeypatch.setattr(script.load_script(), "train_steps", original)
+    output = go_on(name="out", checkpoint=Path("latest"))
+    assert report_of(output)["residuals"]["records"] == 8
 
 
 def test_what_may_change_is_honoured_and_reported(go_on, begun: Path):
@@ -220,7 +241,17 @@ def test_a_checkpoint_of_before_goes_on_and_is_counted(go_on, begun: Path, tmp_p
     for number in (1, 2):
         shutil.copytree(begun / f"checkpoint-{number}", output / f"checkpoint-{number}")
         state = state_of(output / f"checkpoint-{number}")
-        new = {"run", "saved_at", "stages", "legs", "step_seconds", "step_memory", "loss_by_timestep", "grad_scaler"}
+        new = {
+            "run",
+            "saved_at",
+            "records_made",
+            "stages",
+            "legs",
+            "step_seconds",
+            "step_memory",
+            "loss_by_timestep",
+            "grad_scaler",
+        }
         state = {name: value for name, value in state.items() if name not in new}
         state["made_with"] = {name: state["made_with"][name] for name in ("skip", "optimizer")}
         (output / f"checkpoint-{number}" / STATE_NAME).write_text(json.dumps(state))

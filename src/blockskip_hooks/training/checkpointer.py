@@ -87,7 +87,7 @@ class Checkpointer:
                 "num_processes": accelerator.num_processes,
                 "samples_per_step": self._samples_per_step,
                 **history.state(),
-                "records_made": records.made_until(history.step),
+                "records_made": records.count.until(history.step),
                 "stages": self._context.monitor.as_list(),
                 "grad_scaler": accelerator.scaler and accelerator.scaler.state_dict(),
                 "saved_at": time.time(),
@@ -135,7 +135,7 @@ class Checkpointer:
         self._history.begin_leg(changing_flags(self._run), now)
         self._context.monitor.add(state.get("stages", ()))
         # Checkpoints of before know of none.
-        self._records.resume(tuple(state.get("records_made", (0, 0))))
+        self._records.count.resume(tuple(state.get("records_made", (0, 0))))
         if self._run.refreshes:
             self._records.stretch_adapters = load_stretch(checkpoint, self._adapters.parameters)
         self._saved_step, self._run_id = state["step"], state.get("run")

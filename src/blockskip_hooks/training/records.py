@@ -22,6 +22,7 @@ from ..transformer import DiTBlockSkipTransformer
 from ..utils.seeds import derived_seed
 from .adapters import Adapters
 from .context import Context
+from .record_count import RecordCount
 from .run import Run
 
 
@@ -48,6 +49,7 @@ class RecordSource:
     Attributes:
         stretch_adapters: The LoRA that the stretch's records are made with, by parameter number: a checkpoint
             keeps it, so that a resumed run can repair them. Empty where residuals do not follow the LoRA.
+        count: How many records were made.
     """
 
     def __init__(
@@ -68,9 +70,7 @@ class RecordSource:
         self._batch_size: int | None = None
         self._encodes_alone = False
         self.stretch_adapters: dict[str, torch.Tensor] = {}
-        # Records and bytes: of all processes when they last met, and of this one, then and now.
-        self._made_together = self._made_then = self._made = self._made_before = (0, 0)
-        self._goes_on = False
+        self.count = RecordCount()
 
     @contextlib.contextmanager
     def vae(self) -> Iterator[ModelMixin]:
@@ -97,7 +97,7 @@ class RecordSource:
         store = self._store
         if store is None:
             return
-        self._made_before = self._made_so_far()
+        self.count.begin_stretch(stretch.start)
         recorded = self.stretches.recorded(stretch)
         if len(self.stretches) > 1:
             # A run that was killed behind its last checkpoint left records of a later stretch.
@@ -114,13 +114,12 @@ class RecordSource:
             ids = [key for sample in self._samples for key in (sample.id, self.maker.modulation_id(sample))]
             for problem in store.verify(dict.fromkeys(ids)):
                 logger.warning("%s; its records are computed again.", problem)
-            if self._goes_on and first == stretch.start:
+            if self.count.goes_on and first == stretch.start:
                 # Of the leg before, which was stopped before it trained on them: its checkpoint does not count them.
                 present = sum(self.maker.is_recorded(sample, store) for sample in self._samples)
-                self._add(present, store.num_bytes if self._accelerator.is_main_process else 0)
-            self._goes_on = False
+                self.count.add(present, store.num_bytes if self._accelerator.is_main_process else 0)
             self._make(store)
-        self.made()
+        self.count.together(self._accelerator)
 
     def _make(self, store: ResidualStore) -> None:
         """Make those of the stretch's records that are missing, in the stretch's batches."""
@@ -160,7 +159,7 @@ class RecordSource:
                 forwards=context.largest if sharded else None,
                 **common,
             )
-            self._add(made, store.bytes_written - written)
+            self.count.add(made, store.bytes_written - written)
 
     @contextlib.contextmanager
     def _adapters_of_stretch(self) -> Iterator[None]:
@@ -269,34 +268,9 @@ class RecordSource:
         if self._store is not None:
             self._store.remove() if store_too else self._store.drop()
 
-    def resume(self, made: tuple[int, int]) -> None:
-        """Go on from a checkpoint.
-
-        Args:
-            made: What :meth:`made_until` said then.
-        """
-        self._made_together, self._goes_on = made, True
-
     def made(self) -> tuple[int, int]:
-        """Records of samples that the run has computed, and their bytes; every process must call this."""
-        ours = [now - then for now, then in zip(self._made, self._made_then)]
-        added = self._accelerator.reduce(torch.tensor(ours, device=self._accelerator.device), "sum").tolist()
-        before, self._made_then = self._made_together, self._made
-        self._made_together = before[0] + added[0], before[1] + added[1]
-        return self._made_together
-
-    def made_until(self, step: int) -> tuple[int, int]:
-        """The same for a checkpoint of ``step``, as far as this process alone can tell: of what others repaired in the
-        running stretch it knows nothing. Records of a stretch count from its first step on.
-        """
-        return self._made_before if step == self._stretch.start else self._made_so_far()
-
-    def _made_so_far(self) -> tuple[int, int]:
-        together, then, now = self._made_together, self._made_then, self._made
-        return together[0] + now[0] - then[0], together[1] + now[1] - then[1]
-
-    def _add(self, records: int, size: int) -> None:
-        self._made = self._made[0] + records, self._made[1] + size
+        """Records of samples that all processes have computed, and their bytes; every process must call this."""
+        return self.count.together(self._accelerator)
 
     def _indices(self, steps: Iterable[int]) -> list[int]:
         """Numbers in the sample plan of the samples of these steps, over all processes."""

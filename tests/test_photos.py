@@ -2,6 +2,7 @@
 
 import io
 import re
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
+from PIL.PngImagePlugin import PngInfo
 
 from blockskip_hooks.data import picture
 from blockskip_hooks.data.dataset import load_dataset_photos
@@ -113,6 +115,39 @@ def test_a_profile_is_honoured_in_a_dataset(tmp_path):
     (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a dog"}')
     (photo,) = load_dataset_photos(str(folder), caption_column="text", cache_dir=str(tmp_path / "cache"))
     assert_colour(np.asarray(photo.decode()).astype(int), COLOUR, within=1)
+
+
+def stating(path, primaries, curve):
+    """Write a picture that states its colour space by the numbers of H.273, in place of a profile."""
+    image = Image.new("RGB", (16, 16), IN_DISPLAY_P3)
+    if path.suffix == ".png":
+        info = PngInfo()
+        info.add(b"cICP", bytes([primaries, curve, 0, 1]))
+        image.save(path, pnginfo=info)
+    elif path.suffix == ".avif":
+        image.save(path, quality=100, subsampling="4:4:4")
+        stated = re.compile(rb"(colrnclx)....", re.DOTALL)
+        path.write_bytes(stated.sub(rb"\1" + struct.pack(">2H", primaries, curve), path.read_bytes()))
+    else:
+        heif = pytest.importorskip("pillow_heif").from_pillow(image)
+        heif.save(path, quality=-1, color_primaries=primaries, transfer_characteristics=curve, save_nclx_profile=True)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.avif", "a.heic"])
+def test_a_colour_space_that_is_stated_by_numbers_is_honoured(tmp_path, caplog, name):
+    if Path(name).suffix not in image_suffixes():
+        pytest.skip("this Pillow does not read it")
+    for folder, codes, colour in (("p3", (12, 13), COLOUR), ("srgb", (1, 13), IN_DISPLAY_P3)):
+        (tmp_path / folder).mkdir()
+        stating(tmp_path / folder / name, *codes)
+        assert_colour(decoded(tmp_path / folder), colour, within=1 if name == "a.png" else 3)
+    assert not caplog.records
+    # High dynamic range: BT.2020 and the PQ curve.
+    (tmp_path / "hdr").mkdir()
+    stating(tmp_path / "hdr" / name, 9, 16)
+    assert_colour(decoded(tmp_path / "hdr"), IN_DISPLAY_P3, within=3)
+    (record,) = caplog.records
+    assert f"cannot be applied: 1 ({name})" in record.message
 
 
 # Grey of more than 8 bits

@@ -15,6 +15,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from ..utils.errors import UserError
 from ..utils.pictures import flattened
+from .colour_codes import HEAD_BYTES, stated_profile
 
 
 MAX_PIXELS = 500_000_000
@@ -50,28 +51,31 @@ def open_picture(source: Path | BinaryIO) -> Image.Image:
         UserError: if it is a HEIC and the package that reads them is not installed.
         UnidentifiedImageError: if it is no picture.
     """
+    head = _head(source)
     try:
-        return Image.open(source)
+        image = Image.open(source)
     except UnidentifiedImageError:
-        if not _is_heic(source):
+        if not (head[4:8] == b"ftyp" and head[8:12] in _HEIC_BRANDS):
             raise
-    try:
-        import pillow_heif  # optional, and needed for these only
-    except ImportError as error:
-        raise UserError(HEIC_ADVICE) from error
-    pillow_heif.register_heif_opener()
-    return Image.open(source)
+        try:
+            import pillow_heif  # optional, and needed for these only
+        except ImportError as error:
+            raise UserError(HEIC_ADVICE) from error
+        pillow_heif.register_heif_opener()
+        image = Image.open(source)
+    if not image.info.get("icc_profile") and (stated := stated_profile(image, head)) is not None:
+        image.info["icc_profile"] = stated
+    return image
 
 
-def _is_heic(source: Path | BinaryIO) -> bool:
+def _head(source: Path | BinaryIO) -> bytes:
     if isinstance(source, Path):
         with source.open("rb") as file:
-            head = file.read(12)
-    else:
-        source.seek(0)
-        head = source.read(12)
-        source.seek(0)
-    return head[4:8] == b"ftyp" and head[8:12] in _HEIC_BRANDS
+            return file.read(HEAD_BYTES)
+    source.seek(0)
+    head = source.read(HEAD_BYTES)
+    source.seek(0)
+    return head
 
 
 def read_picture(opener: Callable[[], Image.Image]) -> Picture:
@@ -169,7 +173,7 @@ def _to_rgb(image: Image.Image, profile: bytes | None) -> Picture:
     ignored, rgb = False, None
     if image.mode == "LAB":
         rgb = _transform(None, "LAB").apply(image)
-    elif profile:
+    elif profile is not None:
         try:
             rgb = _by_profile(image, profile)
         except (ImageCms.PyCMSError, ImportError, OSError, ValueError):

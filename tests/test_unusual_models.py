@@ -75,6 +75,42 @@ def test_sd3_without_t5_trains_and_leaves_a_stock_lora(without_t5: Path, photos:
     assert pipeline.text_encoder_3 is None
     pipeline.load_lora_weights(tmp_path)
     assert script.losses(tmp_path)
+    assert "text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32" in (tmp_path / "README.md").read_text()
+    makes_an_image(without_t5, tmp_path)
+
+
+def makes_an_image(model: Path, lora: Path) -> None:
+    """What the model card says runs as it stands, but for where the files lie."""
+    card = (lora / "README.md").read_text()
+    code = re.search(r"```(?:py|python)\n(import torch.*?)```", card, re.DOTALL)[1]
+    for name, path in ((model.name, model), (lora.name, lora), ("image.png", lora / "made.png")):
+        code = code.replace(f'"{name}"', repr(str(path)))
+    exec(code, {})
+    assert (lora / "made.png").is_file()
+
+
+@pytest.mark.slow
+def test_the_card_says_what_loads_a_llama_that_the_model_comes_without(photos: Path, tmp_path: Path):
+    whole, model, output = TINY["hidream"].folder, tmp_path / "model", tmp_path / "out"
+    shutil.copytree(whole, model)
+    flags = []
+    for name in ("text_encoder_4", "tokenizer_4"):
+        shutil.move(model / name, tmp_path / name)
+        flags += [f"--pretrained_{name}_name_or_path", str(tmp_path / name)]
+    rename(model / "model_index.json", text_encoder_4=[None, None], tokenizer_4=[None, None])
+    assert run(model, photos, output, *flags) == 0
+    card = (output / "README.md").read_text()
+    assert 'text_encoder_4 = LlamaForCausalLM.from_pretrained("text_encoder_4", torch_dtype=torch.float32)' in card
+    card = card.replace('from_pretrained("t', f'from_pretrained("{tmp_path}/t')
+    (output / "README.md").write_text(card)
+    makes_an_image(model, output)
+
+
+@pytest.mark.slow
+def test_the_card_names_the_pipeline_that_reads_the_lora(photos: Path, tmp_path: Path):
+    assert run(TINY["pixart-sigma"].folder, photos, tmp_path) == 0
+    assert "from blockskip_hooks.families.pixart_lora import" in (tmp_path / "README.md").read_text()
+    makes_an_image(TINY["pixart-sigma"].folder, tmp_path)
 
 
 def test_t5_without_its_tokenizer_is_one_line(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -92,15 +92,23 @@ class Family(FamilyFacts):
 
     def load_pipeline(self, dtype: torch.dtype) -> DiffusionPipeline:
         """The complete stock pipeline, on the CPU."""
-        components = self._absences() | self.outside_components(dtype)
+        components: dict[str, Any] = {**self._absences(), **self.outside_components(dtype)}
         return self.pipeline_class.from_pretrained(
             self.model_path, **components, torch_dtype=dtype, variant=self.variant
         )
 
-    def _absences(self) -> dict[str, Any]:
+    def _absences(self) -> dict[str, None]:
         # A pipeline has to be told of each component that it is to do without.
         index = json.loads((self.model_path / "model_index.json").read_text())
-        return {name: None for name in self.optional_components if is_absent(index, name)}
+        return dict.fromkeys(name for name in self.optional_components if is_absent(index, name))
+
+    def missing_components(self) -> dict[str, tuple[str, str] | None]:
+        """Components that the stock pipeline has to be given, because the model comes without them.
+
+        Returns:
+            By component a class of transformers and what it loads; ``None`` where the pipeline does without.
+        """
+        return {**self._absences()}
 
     @abstractmethod
     def encode_prompts(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> list[PromptEmbeds]:

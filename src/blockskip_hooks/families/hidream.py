@@ -147,6 +147,11 @@ class HiDream(Family):
                 ) from error
         return components
 
+    def missing_components(self) -> dict[str, tuple[str, str] | None]:
+        classes = {"text_encoder_4": _LLAMA_CLASS, "tokenizer_4": "AutoTokenizer"}
+        missing = {name for name in classes if not (self.model_path / name).is_dir()}
+        return {name: (classes[name], self.flags[f"pretrained_{name}_name_or_path"]) for name in sorted(missing)}
+
     @torch.no_grad()
     def encode_prompts(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> list[PromptEmbeds]:
         t5, _, llama, _, pooled, _ = pipeline.encode_prompt(

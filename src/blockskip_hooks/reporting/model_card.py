@@ -33,6 +33,7 @@ HUB_LICENSES = frozenset({
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LINK = re.compile(r"https?://[\w.-]+(/[\w./%~+-]*)?")
+_TOKENIZER = "AutoTokenizer"
 _FILE_OF_A_REPOSITORY = re.compile(r"[\w-][\w./-]*")
 
 
@@ -134,6 +135,8 @@ def usage_snippet(
     pipeline_kwargs: Mapping[str, Any] | None = None,
     dtype: str | None = "bfloat16",
     *,
+    pipeline_class: tuple[str, str] = ("diffusers", "DiffusionPipeline"),
+    components: Mapping[str, tuple[str, str] | None] | None = None,
     embedded: bool = False,
 ) -> str:
     """Python code that loads a base model with diffusers, adds the LoRA and makes one image.
@@ -144,21 +147,31 @@ def usage_snippet(
         prompt: Prompt of the example image.
         pipeline_kwargs: Further arguments of the pipeline call, such as ``max_sequence_length``.
         dtype: Name of a torch dtype for the weights, or None for the pipeline's default.
+        pipeline_class: Module and name of the pipeline's class.
+        components: Components that the base model comes without: a class of transformers and what it loads, or
+            ``None`` where the pipeline does without.
         embedded: Whether the base model is the embedded one, which the package finds itself.
     """
     arguments = [_literal(prompt), *(f"{key}={_literal(value)}" for key, value in (pipeline_kwargs or {}).items())]
     call = f"image = pipeline({', '.join(arguments)}).images[0]"
     if len(call) > 88:
         call = "\n".join(("image = pipeline(", *(f"    {argument}," for argument in arguments), ").images[0]"))
+    weights = f", torch_dtype=torch.{dtype}" if dtype else ""
+    loaded = {name: source for name, source in (components or {}).items() if source}
+    given = [f"{name}={name if name in loaded else None}" for name in components or {}]
     base = "embedded_model()" if embedded else _literal(model)
-    torch_dtype = f", torch_dtype=torch.{dtype}" if dtype else ""
     return "\n".join(
         (
             "import torch",
-            "from diffusers import DiffusionPipeline",
-            *(["from blockskip_hooks.embedded import embedded_model"] if embedded else []),
+            "from {} import {}".format(*pipeline_class),
+            *([f"from transformers import {', '.join(sorted({kind for kind, _ in loaded.values()}))}"] * bool(loaded)),
+            *(["from blockskip_hooks import embedded_model"] if embedded else []),
             "",
-            f"pipeline = DiffusionPipeline.from_pretrained({base}{torch_dtype})",
+            *(
+                f"{name} = {kind}.from_pretrained({_literal(source)}{'' if kind == _TOKENIZER else weights})"
+                for name, (kind, source) in loaded.items()
+            ),
+            f"pipeline = {pipeline_class[1]}.from_pretrained({', '.join([base, *given])}{weights})",
             f"pipeline.load_lora_weights({_literal(str(lora))})",
             'pipeline.to("cuda" if torch.cuda.is_available() else "cpu")',
             call,

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import inspect
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +35,7 @@ from .settings_list import listed_settings
 Images = Sequence[Sequence[Image.Image]]
 """Images of each prompt."""
 
+_ANY_PIPELINE = ("diffusers", "DiffusionPipeline")
 MAX_PHOTOS = 8
 CROPS_SHOWN = 12
 SHEET_PIXELS = 128
@@ -138,7 +138,7 @@ class RunOutputs:
                 side=max(first.size) * max(1, SHEET_PIXELS // max(first.size)),
             )
         result = run.settings.hub_model_id or str(folder)
-        self._write_page(report, images, self._snippet(nearby(run.model_name), nearby(result)))
+        self._write_page(report, images, self._snippet(result, nearby))
         # A name like "." says nothing elsewhere.
         shared = result if folder.name not in ("", "..") else folder.resolve().name
         base_license = License("apache-2.0") if run.embedded else read_license(run.family.model_path, run.model_name)
@@ -150,7 +150,7 @@ class RunOutputs:
             base_license=base_license,
             tags=run.family.tags,
             # Where things lie on this machine is of no use to those who find the card, and nobody's business.
-            snippet=self._snippet(without_folders(run.model_name), without_folders(shared)),
+            snippet=self._snippet(shared, without_folders),
         )
 
     def write_so_far(
@@ -168,8 +168,7 @@ class RunOutputs:
         step, prompts, before, after = shown or (None, [], [], [])
         images = self._images(report, prompts, before, after, step)
         checkpoint = self.run.output_dir / f"checkpoint-{history.step}"
-        snippet = self._snippet(nearby(self.run.model_name), nearby(checkpoint))
-        self._write_page(report, images, snippet, self.stretches.num_steps)
+        self._write_page(report, images, self._snippet(str(checkpoint), nearby), self.stretches.num_steps)
 
     def _images(
         self,
@@ -199,16 +198,22 @@ class RunOutputs:
             total_steps=total_steps,
         )
 
-    def _snippet(self, model: str, lora: str | Path) -> str:
+    def _snippet(self, lora: str, named: Callable[[str], str]) -> str:
+        """Code that uses the LoRA; ``named`` says how files of this machine are called."""
         run = self.run
+        missing, pipeline = run.family.missing_components().items(), run.family.pipeline_class
+        # diffusers finds its own classes by the model's index.
+        is_stock = pipeline.__module__.startswith("diffusers.")
         prompts = (*run.final_prompts, *run.prompts, _settings(run)["instance_prompt"])
         return usage_snippet(
-            model,
-            lora,
+            named(run.model_name),
+            named(lora),
             next((prompt for prompt in prompts if prompt), "a photo"),
             snippet_kwargs(run),
             # Always named: transformers and diffusers have different defaults, which do not mix.
             str(self.maker.dtype).removeprefix("torch."),
+            pipeline_class=_ANY_PIPELINE if is_stock else (pipeline.__module__, pipeline.__name__),
+            components={name: part and (part[0], named(part[1])) for name, part in missing},
             embedded=run.embedded,
         )
 

@@ -17,6 +17,7 @@ import yaml
 from nbclient import NotebookClient
 
 from blockskip_hooks.cli.arguments import build_parser, family_flags
+from blockskip_hooks.cli.flag_names import with_flags
 from blockskip_hooks.families.base import Family
 from blockskip_hooks.families.facts import FamilyFacts
 from blockskip_hooks.version import __version__
@@ -171,7 +172,7 @@ def messages() -> frozenset[str]:
     files = [*(ROOT / "src").rglob("*.py"), *(ROOT / "examples" / "dreambooth_blockskip").glob("*.py")]
     trees = [ast.walk(ast.parse(file.read_text())) for file in files]
     kinds = (ast.JoinedStr, ast.Constant, ast.BinOp)
-    return frozenset(text(node) for tree in trees for node in tree if isinstance(node, kinds))
+    return frozenset(with_flags(text(node)) for tree in trees for node in tree if isinstance(node, kinds))
 
 
 LINES = [

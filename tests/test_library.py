@@ -15,8 +15,9 @@ import pytest
 import torch
 
 import blockskip_hooks
-from blockskip_hooks import BlockSkipConfig
+from blockskip_hooks import BlockSkipConfig, DiTBlockSkipTransformer, PatchSamplingConfig, UserError, lora_targets
 from blockskip_hooks.cli.arguments import build_parser
+from blockskip_hooks.cli.errors import explain
 from blockskip_hooks.families import FAMILIES, detect_family
 from tests.tiny import TINY_FAMILIES, UNAVAILABLE, TinyFamily
 
@@ -63,6 +64,48 @@ def test_every_public_name_is_there_and_documented():
         blockskip_hooks.nothing  # noqa: B018
     with pytest.raises(ImportError):
         from blockskip_hooks import nothing  # noqa: F401
+
+
+def sizes(**settings):
+    return PatchSamplingConfig(**{"mode": "dynamic", "min_size": 32, "max_size": 64, "multiple": 16, **settings})
+
+
+def targets(*layers, skip=(1, 1), **settings):
+    (tiny,) = (tiny for tiny in TINY_FAMILIES if tiny.name == "flux-dev")
+    model = DiTBlockSkipTransformer(tiny.make_transformer(), BlockSkipConfig(leading=skip[0], trailing=skip[1]))
+    return lora_targets(model, layers, **settings)
+
+
+@pytest.mark.parametrize(
+    ("call", "says", "flag"),
+    [
+        (lambda: BlockSkipConfig(residuals="x"), "BlockSkipConfig.residuals is 'x'", "--residuals is 'x'"),
+        (lambda: targets("to_q", skip=(2, 3)), "BlockSkipConfig(leading=2, trailing=3) skips", "--skip_blocks 2,3"),
+        (lambda: sizes(mode="big"), "PatchSamplingConfig.mode is 'big'", "--patch_sampling is 'big'"),
+        (lambda: sizes(min_size=30), "PatchSamplingConfig.min_size is 30", "--min_patch_size is 30"),
+        (lambda: sizes(max_size=60), "PatchSamplingConfig.max_size is 60", "--max_patch_size is 60"),
+        (
+            lambda: sizes(min_size=96),
+            "PatchSamplingConfig.min_size 96 is above",
+            "--min_patch_size 96 is above --max_p",
+        ),
+        (lambda: sizes(buckets=((64, 60),)), "PatchSamplingConfig.buckets has 64,60", "--aspect_ratio_buckets has"),
+        (lambda: targets("to_x"), "lora_targets.layers 'to_x' is the name of no", "--lora_layers 'to_x' is"),
+        (
+            lambda: targets("proj_out", skip=(1, 3)),
+            "lora_targets.layers 'proj_out' matches",
+            "--lora_layers 'proj_out'",
+        ),
+        (lambda: targets("to_q", blocks=["x"]), "lora_targets.blocks: none of x has", "--lora_blocks: none of x has"),
+    ],
+)
+def test_errors_name_arguments_here_and_flags_in_scripts(call, says: str, flag: str):
+    with pytest.raises(UserError) as raised:
+        call()
+    line = str(raised.value)
+    assert line.startswith(says) and "--" not in line
+    shown = explain(raised.value)
+    assert shown.startswith(flag) and not any(name in shown for name in ("Config", "lora_targets"))
 
 
 def test_type_checkers_see_what_is_loaded_lazily():

@@ -110,14 +110,16 @@ def test_zero_skips_nothing():
 
 @pytest.mark.parametrize("text", ["12", "13", "99", "6,6", "12,0", "0,30"])
 def test_too_many_blocks_are_refused_with_the_most_that_works(text):
-    with pytest.raises(ValueError, match="--skip_blocks.*at most 11") as error:
+    with pytest.raises(
+        ValueError, match=r"^(BlockSkipConfig\(leading=|select_blocks\.skip_blocks ).*at most 11"
+    ) as error:
         select_blocks(text, 0.3, 12)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("text", ["half", "-3", "1,2,3", "2;3", "50%", ""])
 def test_other_forms_are_refused_with_the_ones_that_work(text):
-    with pytest.raises(ValueError, match="--skip_blocks is .*none, auto, a number"):
+    with pytest.raises(ValueError, match="select_blocks.skip_blocks is .*none, auto, a number"):
         select_blocks(text, 0.3, 12)
 
 

@@ -9,7 +9,7 @@ import torch
 from diffusers import FluxPipeline
 from PIL import Image
 
-from blockskip_hooks.embedded import embedded_model, embedded_photos, embedded_subjects
+from blockskip_hooks import embedded_model, embedded_photos, embedded_subjects
 
 
 def load_pipeline() -> FluxPipeline:

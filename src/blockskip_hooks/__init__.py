@@ -13,6 +13,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from .blocks import Block, BlockSpans, list_blocks
     from .config import BlockSkipConfig, PatchSamplingConfig
+    from .embedded import embedded_model, embedded_photos, embedded_subjects
     from .hooks import apply_block_skip, remove_block_skip
     from .loading.quantization import QuantizationConfig
     from .lora import lora_targets
@@ -35,6 +36,9 @@ _MODULES = {
     "SpanResiduals": "state",
     "UserError": "utils.errors",
     "apply_block_skip": "hooks",
+    "embedded_model": "embedded",
+    "embedded_photos": "embedded",
+    "embedded_subjects": "embedded",
     "list_blocks": "blocks",
     "lora_targets": "lora",
     "patch_size_for": "patch_sampling",
@@ -55,6 +59,9 @@ __all__ = [
     "UserError",
     "__version__",
     "apply_block_skip",
+    "embedded_model",
+    "embedded_photos",
+    "embedded_subjects",
     "list_blocks",
     "lora_targets",
     "patch_size_for",

@@ -56,8 +56,8 @@ class BlockSkipConfig:
         """
         if self.num_skipped >= num_blocks:
             raise UserError(
-                f"--skip_blocks {self.leading},{self.trailing} skips {self.num_skipped} of {num_blocks} blocks and "
-                f"leaves none to train; leading + trailing must be at most {num_blocks - 1}."
+                f"BlockSkipConfig(leading={self.leading}, trailing={self.trailing}) skips {self.num_skipped} of "
+                f"{num_blocks} blocks and leaves none to train; leading + trailing must be at most {num_blocks - 1}."
             )
 
 
@@ -89,23 +89,26 @@ class PatchSamplingConfig:
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(PatchMode):
-            raise UserError(f"--patch_sampling is '{self.mode}'; choose one of {', '.join(get_args(PatchMode))}.")
-        for flag, size in (("--min_patch_size", self.min_size), ("--max_patch_size", self.max_size)):
+            raise UserError(
+                f"PatchSamplingConfig.mode is '{self.mode}'; choose one of {', '.join(get_args(PatchMode))}."
+            )
+        for name, size in (("min_size", self.min_size), ("max_size", self.max_size)):
             if size <= 0 or size % self.multiple:
                 nearest = max(self.multiple, round(size / self.multiple) * self.multiple)
                 raise UserError(
-                    f"{flag} is {size}, which is not a positive multiple of this model's latent token size "
-                    f"({self.multiple} px); use {nearest}."
+                    f"PatchSamplingConfig.{name} is {size}, which is not a positive multiple of this model's latent "
+                    f"token size ({self.multiple} px); use {nearest}."
                 )
         if self.min_size > self.max_size:
             raise UserError(
-                f"--min_patch_size {self.min_size} is above --max_patch_size {self.max_size}; lower the first."
+                f"PatchSamplingConfig.min_size {self.min_size} is above PatchSamplingConfig.max_size "
+                f"{self.max_size}; lower the first."
             )
         for height, width in self.buckets:
             if height <= 0 or width <= 0 or height % self.multiple or width % self.multiple:
                 raise UserError(
-                    f"--aspect_ratio_buckets has {height},{width}, which are not positive multiples of this model's "
-                    f"latent token size ({self.multiple} px); round them to it."
+                    f"PatchSamplingConfig.buckets has {height},{width}, which are not positive multiples of this "
+                    f"model's latent token size ({self.multiple} px); round them to it."
                 )
 
     @property

@@ -34,7 +34,7 @@ def lora_targets(
 
     Args:
         model: The transformer.
-        layers: Names or name endings, as in ``--lora_layers``.
+        layers: Names or name endings, such as ``"to_q"`` or ``"attn.to_out.0"``.
         text_stream_layers: Layers that only act on the text. Nothing reads the text after the last block that trains,
             be it the model's last or one before a trailing span, so there they would never learn and are left out.
         blocks: Qualified names of the only blocks that are to train, such as ``"transformer_blocks.3"``; ``None`` for
@@ -51,22 +51,24 @@ def lora_targets(
     for layer in layers:
         matches = [name for name in names if name == layer or name.endswith(f".{layer}")]
         if not matches:
-            raise UserError(f"--lora_layers '{layer}' is the name of no linear layer of this model; correct it.")
+            raise UserError(f"lora_targets.layers '{layer}' is the name of no linear layer of this model; correct it.")
         targets += [name for name in matches if not model.spans.skipped or name.startswith(kept)]
     if not targets:
         raise UserError(
-            f"--lora_layers '{','.join(layers)}' matches no layer of a kept block; name layers that the kept "
-            f"blocks ({model.spans.kept[0].name} to {model.spans.kept[-1].name}) have, or skip fewer blocks."
+            f"lora_targets.layers '{','.join(layers)}' matches no layer of a kept block; name layers that the "
+            f"kept blocks ({model.spans.kept[0].name} to {model.spans.kept[-1].name}) have, or skip fewer blocks."
         )
     if blocks is not None:
         targets = [name for name in targets if name.startswith(tuple(f"{block}." for block in blocks))]
         if not targets:
-            raise UserError(f"--lora_blocks: none of {', '.join(blocks)} has a layer of --lora_layers; name others.")
+            raise UserError(
+                f"lora_targets.blocks: none of {', '.join(blocks)} has a layer of lora_targets.layers; name others."
+            )
     targets = [name for name in targets if not (name.startswith(last_kept) and _ends_with(name, text_stream_layers))]
     if not targets:
         raise UserError(
-            f"--lora_layers '{','.join(layers)}' names text layers of {model.spans.kept[-1].name} only, whose output "
-            "nothing reads; name further layers or skip fewer trailing blocks."
+            f"lora_targets.layers '{','.join(layers)}' names text layers of {model.spans.kept[-1].name} only, whose "
+            "output nothing reads; name further layers or skip fewer trailing blocks."
         )
     return list(dict.fromkeys(targets))
 

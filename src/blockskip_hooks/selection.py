@@ -54,7 +54,7 @@ class Selection:
 
 
 def parse_skip_blocks(text: str, num_blocks: int | None = None) -> tuple[int, int] | int | Literal["auto", "none"]:
-    """Read ``--skip_blocks``.
+    """Read which blocks to skip.
 
     Args:
         text: ``"none"``, ``"auto"``, ``"N"`` (blocks to skip in all, divided between the ends later) or ``"n,m"``
@@ -75,7 +75,8 @@ def parse_skip_blocks(text: str, num_blocks: int | None = None) -> tuple[int, in
     match = re.fullmatch(r"([0-9]{1,9})(?:\s*,\s*([0-9]{1,9}))?", word, re.ASCII)
     if match is None:
         raise UserError(
-            f"--skip_blocks is '{text}'; give none, auto, a number of blocks (10) or leading,trailing (4,6)."
+            f"select_blocks.skip_blocks is '{text}'; give none, auto, a number of blocks (10) or leading,trailing "
+            "(4,6)."
         )
     if match[2] is not None:
         leading, trailing = int(match[1]), int(match[2])
@@ -85,7 +86,8 @@ def parse_skip_blocks(text: str, num_blocks: int | None = None) -> tuple[int, in
     skipped = int(match[1])
     if num_blocks is not None and skipped >= num_blocks:
         raise UserError(
-            f"--skip_blocks {skipped} leaves none of {num_blocks} blocks to train; give at most {num_blocks - 1}."
+            f"select_blocks.skip_blocks {skipped} leaves none of {num_blocks} blocks to train; give at most "
+            f"{num_blocks - 1}."
         )
     return skipped
 
@@ -113,7 +115,7 @@ def best_pairs(leading: Sequence[float], trailing: Sequence[float]) -> dict[int,
 def select_blocks(
     skip_blocks: str, skip_ratio: float, num_blocks: int, table: SelectionTable | None = None
 ) -> Selection:
-    """Resolve ``--skip_blocks``.
+    """Choose which blocks to skip.
 
     Args:
         skip_blocks: ``none``, ``auto``, a number of blocks, or ``leading,trailing``.

@@ -25,6 +25,7 @@ from ..training.settings import TrainSettings
 from ..utils.errors import UserError, one_line
 from ..utils.files import expand_home
 from .config_files import GONE, config_words
+from .flag_names import with_flags
 from .startup import OneLineParser
 
 
@@ -114,7 +115,7 @@ def argument_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
         try:
             return parse(text)
         except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
+            raise argparse.ArgumentTypeError(with_flags(str(error))) from None
 
     return convert
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from ..training.stop_signals import is_lost_process
 from ..utils.errors import UserError, first_line, one_line
+from .flag_names import with_flags
 
 
 _OUT_OF_MEMORY = re.compile(
@@ -53,6 +54,7 @@ def explain(error: BaseException, stage: str | None = None, secret: str | None =
     elif isinstance(error, UserError):
         # Of a worker's error the text ends with its message, behind the name of its type.
         line = re.sub(r"^[\w.]+: ", "", text.strip().splitlines()[-1]) if _FROM_WORKER.match(text) else text
+        line = with_flags(line)
     else:
         return None
     return one_line(line.replace(secret, "***") if secret else line)

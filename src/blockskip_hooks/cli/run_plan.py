@@ -131,7 +131,7 @@ def make_plan(run: Run, dtype: torch.dtype, num_processes: int) -> tuple[Run, di
     def chosen_flags(options: tuple[str, ...]) -> dict[str, Any]:
         return dict(MEMORY_OPTIONS[option] for option in options)
 
-    budget = int(settings.memory_budget)
+    budget = settings.memory_budget
     fixed = "skip_blocks" in settings.given and settings.skip_blocks != "auto"
     sizes = block_bytes(list_blocks(run.skeleton.transformer, run.family.block_stacks), dtype)
     allowed = [name for name in MEMORY_OPTIONS if name in settings.memory_options]

@@ -72,7 +72,7 @@ def model_class(config: Mapping[str, Any]) -> type[ModelMixin]:
     found = getattr(diffusers, name, None)
     if found is None:
         raise UserError(
-            f"--pretrained_model_name_or_path: the model names the class {name}, which diffusers "
+            f"The model names the class {name}, which diffusers "
             f"{diffusers.__version__} does not have; update diffusers or name another model."
         )
     return found

@@ -65,7 +65,8 @@ def check_scales(found: Iterable[str], where: str) -> None:
     if scales := sorted(name for name in found if _SCALES.search(name)):
         raise UserError(
             f"{where} holds quantised weights, whose scales ({len(scales)} tensors, first {scales[0]}) would be "
-            "ignored; name the model in bfloat16 or float16, and let --quantization make it small while it is loaded."
+            "ignored; name the model in bfloat16 or float16, and let DiTBlockSkipTransformer.quantization make it "
+            "small while it is loaded."
         )
 
 

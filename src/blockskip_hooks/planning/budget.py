@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..selection import Selection
 from ..utils.errors import UserError
-from ..utils.formatting import format_bytes
+from ..utils.formatting import format_budget, format_bytes
 from .plan import largest_stage
 from .selections import selections_by_bytes
 
@@ -118,10 +118,10 @@ def _nothing_fits(steps: BudgetSteps, least: dict[str, Any], budget: int) -> Use
     if len(steps.selections) == 1:
         return UserError(
             f"--skip_blocks {skip['leading']},{skip['trailing']} needs {needed} in stage {stage['name']}"
-            f"{used and f' with {used}'}, more than --memory_budget {format_bytes(budget)}; use --skip_blocks auto."
+            f"{used and f' with {used}'}, more than --memory_budget {format_budget(budget)}; use --skip_blocks auto."
         )
     return UserError(
-        f"--memory_budget {format_bytes(budget)} is less than any setting needs: the least is {needed}, in stage "
+        f"--memory_budget {format_budget(budget)} is less than any setting needs: the least is {needed}, in stage "
         f"{stage['name']} with {skip['leading'] + skip['trailing']} of {steps.selections[0].blocks} blocks skipped"
         f"{used and f' and {used}'}; raise the budget, lower --resolution or --train_batch_size, or allow more "
         "--memory_options."

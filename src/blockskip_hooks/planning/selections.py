@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..selection import Selection, from_table, split_between_ends
 from ..utils.errors import UserError
-from ..utils.formatting import format_bytes
+from ..utils.formatting import format_budget, format_bytes
 
 
 if TYPE_CHECKING:
@@ -62,6 +62,6 @@ def select_by_bytes(budget: int, block_bytes: Sequence[int], table: SelectionTab
             return selection
     most, freed = selections[-1]
     raise UserError(
-        f"--skip_budget {format_bytes(budget)} is more than the blocks hold: skipping {most.leading} leading and "
+        f"--skip_budget {format_budget(budget)} is more than the blocks hold: skipping {most.leading} leading and "
         f"{most.trailing} trailing ones of {len(block_bytes)} frees {format_bytes(freed)}; lower it."
     )

@@ -35,6 +35,11 @@ def format_bytes(count: float | None) -> str:
     return f"{count:.{digits}f} {units[index]}"
 
 
+def format_budget(count: int) -> str:
+    """Bytes that somebody gave, as they were typed where that is known; else as :func:`format_bytes`."""
+    return format_bytes(count) if type(count) is int else str(count)
+
+
 def format_seconds(seconds: float | None) -> str:
     """A duration for people: ``0.42 s``, ``6 min 12 s``, ``1 h 04 min``, and a dash for unknown."""
     if seconds is None:

@@ -129,8 +129,8 @@ class History:
         Raises:
             UserError: if its loss is not finite, naming the samples.
         """
-        # (batches, processes, 2 + 2 * QUARTERS)
-        figures, self._gathered = torch.stack(self._gathered), []
+        # (batches, processes, 2 + 2 * QUARTERS), in one read: every read lets a device's queue of work run dry.
+        figures, self._gathered = torch.stack(self._gathered).cpu(), []
         # Rounded as if the loss alone were averaged: a run's losses do not depend on what else is looked at.
         loss = figures[:, :, 0].mean(1).mean().item()
         samples = self._sample_losses.end_step(self.step + 1, loss)

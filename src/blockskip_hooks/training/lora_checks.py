@@ -20,8 +20,10 @@ def check_gradients(model: torch.nn.Module) -> None:
     Raises:
         UserError: naming the first layer that is not.
     """
-    for name, parameter in _lora_b(model).items():
-        if parameter.grad is None or not bool(parameter.grad.any()):
+    gradients = {name: parameter.grad for name, parameter in _lora_b(model).items()}
+    reached = _any([gradient for gradient in gradients.values() if gradient is not None])
+    for name, gradient in gradients.items():
+        if gradient is None or not reached.pop(0):
             raise UserError(
                 f"The LoRA of {_layer(name)} receives no gradient, so it would never learn; leave the layer out of "
                 "--lora_layers, or report this as a bug."
@@ -56,6 +58,11 @@ def check_finite(model: torch.nn.Module) -> None:
 
 def _lora_b(model: torch.nn.Module) -> Mapping[str, torch.nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if "lora_B" in name and p.requires_grad}
+
+
+def _any(tensors: Sequence[torch.Tensor]) -> list[bool]:
+    """Whether each has a value that is not zero, in one read of the device."""
+    return torch.stack([tensor.any() for tensor in tensors]).tolist() if tensors else []
 
 
 def _layer(parameter_name: str) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from types import ModuleType
 from typing import Any
 
 import psutil
@@ -123,8 +124,8 @@ class StageMonitor:
 
     def memory(self) -> tuple[int, int]:
         """Bytes in use now, and the most since the running stage was entered: the device's, else the process's."""
-        if _cuda_in_use():
-            return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+        if (device := _in_use()) is not None:
+            return device.memory_allocated(), device.max_memory_allocated()
         if self._sampler is None:
             now = psutil.Process().memory_info().rss
             return now, now
@@ -155,21 +156,27 @@ class StageMonitor:
         return list(stages.values())
 
 
-def _cuda_in_use() -> bool:
-    # is_available() alone would count a GPU that a CPU run leaves untouched, and reading its statistics would
-    # create a CUDA context of several hundred MiB.
-    return torch.cuda.is_available() and torch.cuda.is_initialized()
+def _in_use() -> ModuleType | None:
+    """``torch.accelerator`` once this process uses the device, else ``None``."""
+    # is_available() alone would count a GPU that a CPU run leaves untouched, and reading its statistics would create
+    # a context of several hundred MiB.
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is None or not getattr(torch.get_device_module(device), "is_initialized", lambda: True)():
+        return None
+    return torch.accelerator
 
 
 def _reset_device_peak() -> None:
-    if _cuda_in_use():
-        torch.cuda.reset_peak_memory_stats()
+    if (device := _in_use()) is not None:
+        device.reset_peak_memory_stats()
 
 
 def _device_peak() -> tuple[int, int] | None:
-    return (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if _cuda_in_use() else None
+    device = _in_use()
+    return device and (device.max_memory_allocated(), device.max_memory_reserved())
 
 
 def device_memory() -> tuple[int, int] | None:
     """Bytes on the device that tensors take, and that torch holds for them, now; ``None`` without a device."""
-    return (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) if _cuda_in_use() else None
+    device = _in_use()
+    return device and (device.memory_allocated(), device.memory_reserved())

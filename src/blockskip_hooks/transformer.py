@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.hooks import remove_hook_from_module
@@ -17,9 +17,12 @@ from .config import BlockSkipConfig
 from .hooks import apply_block_skip, record_layers, remove_block_skip, remove_recorded_layers
 from .loading.models import Checkpoint
 from .loading.quantization import QuantizationConfig
-from .loading.streaming import frozen_weights_on_host, plain_device, stream
+from .loading.streaming import Streamer, frozen_weights_on_host, plain_device, stream
 from .state import Capture, CaptureDone, SkipMode, SpanResiduals
 from .utils.errors import UserError
+
+
+T = TypeVar("T")
 
 
 class DiTBlockSkipTransformer(torch.nn.Module):
@@ -70,9 +73,10 @@ class DiTBlockSkipTransformer(torch.nn.Module):
         self._stacks = stacks
         self.spans: BlockSpans = split_blocks(list_blocks(transformer, stacks), config)
         self.recorded_layers = tuple(recorded_layers)
+        self._streamer = Streamer(offload_device or "cpu")
         if offload_device is not None:
             for module in self.streamed_modules.values():
-                stream(module, offload_device)
+                stream(module, offload_device, streamer=self._streamer)
         self.skip_state = apply_block_skip(transformer, config, stacks)
         # A forward that is broken off would leave gathered weights behind, and other processes waiting.
         self.skip_state.stops_early = not self.is_sharded
@@ -98,11 +102,12 @@ class DiTBlockSkipTransformer(torch.nn.Module):
         recorded_layers: Sequence[str] = (),
         quantization: QuantizationConfig | None = None,
         shard: Callable[[torch.nn.Module, torch.device | str], None] | None = None,
+        stream_cache: int = 0,
     ) -> DiTBlockSkipTransformer:
         """Load the kept blocks only; skipped blocks are read from the checkpoint when the whole model runs.
 
-        The checkpoint is never whole in memory: kept weights are read tensor by tensor, skipped ones one block at a
-        time by accelerate's disk dispatch.
+        The checkpoint is never whole in memory: kept weights are read tensor by tensor, skipped ones block by block,
+        the next while one runs.
 
         Args:
             pretrained_model_path: Folder of a pipeline (or of a transformer, with ``subfolder=None``).
@@ -118,6 +123,7 @@ class DiTBlockSkipTransformer(torch.nn.Module):
             shard: Divides the weights of a module that is loaded on a device among processes, such as
                 :func:`~blockskip_hooks.training.sharding.shard`; called for every kept block and then for the model.
                 ``None`` keeps them whole. Not for quantised layers.
+            stream_cache: Bytes of host memory in which skipped blocks stay once they have been read.
 
         Raises:
             ValueError: if weights are missing, have other shapes than the config says, or are not safetensors.
@@ -137,9 +143,12 @@ class DiTBlockSkipTransformer(torch.nn.Module):
             quantization=quantization,
             shard=shard,
         )
+        streamer = Streamer(device, stream_cache)
         for name, module in streamed.items():
-            stream(module, device, checkpoint.weights_of(f"{name}."))
-        return cls(transformer, config, stacks, recorded_layers=recorded_layers)
+            stream(module, device, checkpoint.weights_of(f"{name}."), streamer)
+        model = cls(transformer, config, stacks, recorded_layers=recorded_layers)
+        model._streamer = streamer
+        return model
 
     def remove(self) -> ModelMixin:
         """Take the placeholders and the streaming off and return the model.
@@ -204,6 +213,7 @@ class DiTBlockSkipTransformer(torch.nn.Module):
             # Nothing of it stays in memory with the state.
             capture, state._capture = state._capture, Capture()
             state.mode = SkipMode.RUN
+            self._streamer.end_pass()
         if self.recorded_layers:
             outputs = [capture.recorded[name] for name in self.recorded_layers]
             capture.residuals.modulation = torch.cat(outputs, dim=1)
@@ -217,6 +227,7 @@ class DiTBlockSkipTransformer(torch.nn.Module):
         """
         if self.is_sharded:
             raise UserError("Weights that processes share cannot be in host memory; leave them on the device.")
+        self._streamer.release()
         return frozen_weights_on_host(self)
 
     @contextmanager
@@ -225,9 +236,41 @@ class DiTBlockSkipTransformer(torch.nn.Module):
         previous = self.skip_state.mode
         self.skip_state.mode = SkipMode.RUN
         try:
-            yield self.transformer
+            with self._streamer.repeated():
+                yield self.transformer
         finally:
             self.skip_state.mode = previous
+
+    def repeated_forwards(self) -> AbstractContextManager[None]:
+        """Within this context forward follows forward: the first skipped block is read again while the last runs."""
+        return self._streamer.repeated()
+
+    def together(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
+        """Call functions that each run this model, in step: a skipped block is read once for all of them.
+
+        Each is halted before a block that holds no weights, and goes on once all have come to it. One of them runs at
+        a time, in the order given, so each result has the bits that it would have alone; all of them have their hidden
+        states in memory, and one its activations. Where processes share weights, or nothing is streamed, they are
+        called one after the other.
+
+        Args:
+            tasks: The functions; they run without gradients and must not change the model.
+
+        Returns:
+            What each of them returns.
+        """
+        state = self.skip_state
+
+        def keep() -> Callable[[], None]:
+            mode, capture = state._mode, state._capture
+
+            def restore() -> None:
+                state._mode, state._capture = mode, capture
+
+            return restore
+
+        with torch.no_grad():
+            return [task() for task in tasks] if self.is_sharded else self._streamer.together(tasks, keep)
 
     @property
     def frozen_parameter_names(self) -> list[str]:
@@ -245,5 +288,6 @@ class DiTBlockSkipTransformer(torch.nn.Module):
 def _streamed_modules(
     transformer: torch.nn.Module, spans: BlockSpans, recorded_layers: Sequence[str]
 ) -> dict[str, torch.nn.Module]:
-    blocks = {block.name: block.module for block in spans.skipped}
-    return blocks | {name: transformer.get_submodule(name) for name in recorded_layers}
+    # In the model's order, which is about the one that they run in.
+    names = {block.name for block in spans.skipped} | set(recorded_layers)
+    return {name: module for name, module in transformer.named_modules() if name in names}

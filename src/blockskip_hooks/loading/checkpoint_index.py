@@ -6,13 +6,19 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from ..utils.errors import UserError
+
+
+_DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+"""What files call the dtypes that are read without a cast."""
 
 
 def index_safetensors(folder: Path, variant: str | None = None) -> dict[str, Path]:
@@ -110,6 +116,7 @@ class CheckpointWeights(Mapping[str, torch.Tensor]):
         self._prefix = prefix
         self._dtypes = {name.removeprefix(prefix): d for name, d in dtypes.items() if name.startswith(prefix)}
         self._open: dict[Path, Any] = {}
+        self._places: dict[str, _Place] = {}
 
     def __getitem__(self, key: str) -> torch.Tensor:
         name = f"{self._prefix}{key}"
@@ -124,6 +131,76 @@ class CheckpointWeights(Mapping[str, torch.Tensor]):
     def __len__(self) -> int:
         return len(self._dtypes)
 
+    def read(self, key: str, out: torch.Tensor) -> None:
+        """Read a tensor into memory that is there already.
+
+        The interpreter is free meanwhile, and nothing is mapped: a thread that reads holds nobody up.
+
+        Args:
+            key: The tensor.
+            out: Contiguous, in host memory, of its shape and the dtype that the model wants.
+
+        Raises:
+            UserError: if the tensor has another shape.
+        """
+        place = self._place(key)
+        if place.shape != tuple(out.shape):
+            raise UserError(
+                f"{place.path}: {self._prefix}{key} has shape {place.shape}, but the model's config asks for "
+                f"{tuple(out.shape)}."
+            )
+        if place.dtype == _DTYPE_NAMES.get(self._dtypes[key]):
+            read_bytes(place.path, place.start, out.view(-1).view(torch.uint8).numpy())
+        else:
+            out.copy_(self[key])
+            self.close()
+
+    def offset(self, key: str) -> int:
+        """Where a tensor begins in its file, in bytes; 0 for one that is cast."""
+        place = self._place(key)
+        return place.start if place.dtype == _DTYPE_NAMES.get(self._dtypes[key]) else 0
+
+    def _place(self, key: str) -> _Place:
+        if not self._places:
+            headers = {path: _read_header(path) for path in {self._index[f"{self._prefix}{key}"] for key in self}}
+            for name in self:
+                path = self._index[f"{self._prefix}{name}"]
+                start, header = headers[path]
+                entry = header[f"{self._prefix}{name}"]
+                place = _Place(path, start + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
+                self._places[name] = place
+        return self._places[key]
+
     def close(self) -> None:
         """Close the shards, so that what was read of them does not count as memory of the process any more."""
         self._open.clear()
+
+
+class _Place(NamedTuple):
+    path: Path
+    start: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def _read_header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Where the data of a safetensors file begins, and its header: files were checked by :func:`tensor_shapes`."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return 8 + length, json.loads(file.read(length))
+
+
+def read_bytes(path: Path, start: int, out: NDArray[np.uint8]) -> None:
+    """Fill ``out`` with the bytes of a file from ``start`` on.
+
+    Raises:
+        OSError: if the file ends before.
+    """
+    left = out.data
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        while left:
+            count = file.readinto(left)
+            if not count:
+                raise OSError(f"{path} ended while it was read; it is not the file that was there before.")
+            left = left[count:]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..utils.errors import UserError, first_line
 
@@ -231,6 +232,27 @@ def quantize_layer(
     quantized = _with_torchao(linear.to(device)) if config.library == "torchao" else _with_bitsandbytes(linear, config)
     quantized = quantized.to(device).train(layer.training)
     return quantized if layer is linear else on_channels(quantized)
+
+
+def move_weight(parameter: Any, device: torch.device | str) -> None:
+    """Move a frozen weight in place, with what torchao and bitsandbytes hold beside or instead of its data.
+
+    The device that torchao's weight names for itself stays; it is that of its parts before.
+    """
+    if is_traceable_wrapper_subclass(parameter):
+        for part in parameter.__tensor_flatten__()[0]:
+            setattr(parameter, part, getattr(parameter, part).to(device))
+        return
+    parameter.data = parameter.data.to(device)
+    if getattr(parameter, "quant_state", None) is not None:
+        parameter.quant_state.to(device)
+
+
+def follow_weight(layer: Any) -> None:
+    """Let an 8-bit layer of bitsandbytes refer to its moved weight, which it would keep a copy of otherwise."""
+    for holder in (layer.weight, layer.state):
+        if holder.CB is not None:
+            holder.CB, holder.SCB = layer.weight.data, holder.SCB.to(layer.weight.device)
 
 
 def as_linear(layer: torch.nn.Conv2d) -> torch.nn.Linear:

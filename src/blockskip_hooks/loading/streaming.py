@@ -1,38 +1,277 @@
-"""Modules without weights of their own: each reads them when it runs, and lets go of them afterwards."""
+"""Modules without weights of their own: each gets them when it runs, and lets go of them afterwards.
+
+While one module runs, a thread reads the next one's weights into one buffer and, on accelerators, sends them on a
+stream of its own. At most two modules are on the device: the one that runs and the one that comes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import contextvars
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate.utils import set_module_tensor_to_device
+from greenlet import getcurrent, greenlet
 
 from .checkpoint_index import CheckpointWeights
+from .quantization import follow_weight, move_weight
+
+
+T = TypeVar("T")
+Weights = Mapping[str, torch.Tensor]
+
+ALIGNMENT = 64
+"""Bytes that tensors in a buffer begin at a multiple of, as torch's own allocations do."""
 
 
 class StreamHook(AlignDevicesHook):
-    """accelerate's offloading, without its collection of garbage after each tensor: a block has dozens of them."""
+    """accelerate's offloading, with weights that a :class:`Streamer` has at hand."""
+
+    def __init__(self, streamer: Streamer, weights: Weights | None) -> None:
+        super().__init__(execution_device=streamer.device, offload=True, weights_map=weights, place_submodules=True)
+        self.streamer = streamer
+
+    def init_hook(self, module: torch.nn.Module) -> torch.nn.Module:
+        module = super().init_hook(module)
+        self.streamer.add(module, self.weights_map)
+        return module
 
     def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        for name, _ in module.named_parameters():
-            set_module_tensor_to_device(
-                module, name, self.execution_device, value=self.weights_map[name], clear_cache=False
-            )
-        if isinstance(self.weights_map, CheckpointWeights):
-            self.weights_map.close()
+        self.streamer.enter(module)
         return args, kwargs
 
     def post_forward(self, module: torch.nn.Module, output: Any) -> Any:
+        self.streamer.leave(module)
+        return output
+
+    def detach_hook(self, module: torch.nn.Module) -> torch.nn.Module:
+        self.streamer.remove(module)
+        return super().detach_hook(module)
+
+
+class Fetched(NamedTuple):
+    """Weights of a module, ready or on their way.
+
+    Attributes:
+        tensors: By name.
+        buffer: What they lie in on an accelerator.
+        arrival: Comes once all of them are there; ``None`` if they are.
+    """
+
+    tensors: Weights
+    buffer: torch.Tensor | None = None
+    arrival: torch.Event | None = None
+
+
+class Streamer:
+    """Hands weights to modules that run one after the other, in about the same order every time.
+
+    Args:
+        device: Where they run.
+        cache_bytes: Host memory in which weights that were read from a checkpoint may stay, those read first.
+        reads_ahead: Whether the next module's weights are read while one runs.
+    """
+
+    def __init__(self, device: torch.device | str, cache_bytes: int = 0, *, reads_ahead: bool = True) -> None:
+        self.device = plain_device(device)
+        self._reads_ahead = reads_ahead
+        self._room = cache_bytes
+        self._weights: dict[torch.nn.Module, Weights] = {}
+        self._cached: dict[torch.nn.Module, Weights] = {}
+        self._order: list[torch.nn.Module] = []
+        self._pass: list[torch.nn.Module] = []
+        self._ahead: dict[torch.nn.Module, Future[Fetched]] = {}
+        self._present: torch.nn.Module | None = None
+        self._repeats = self._takes_turns = False
+        self._keep: Callable[[], Callable[[], None]] = lambda: lambda: None
+        # Apple's devices share the host's memory, and have no streams.
+        self._sends = reads_ahead and self.device.type not in ("cpu", "mps", "meta")
+        self._stream: torch.Stream | None = None
+        self._left: torch.Event | None = None
+        self._pool: ThreadPoolExecutor | None = None
+
+    def add(self, module: torch.nn.Module, weights: Weights) -> None:
+        """Take up a module, which is expected to run after those before it."""
+        self._weights[module] = weights
+        self._order.append(module)
+
+    def remove(self, module: torch.nn.Module) -> None:
+        """Forget a module."""
+        self.release()
+        self._weights.pop(module, None)
+        self._cached.pop(module, None)
+        self._order = [other for other in self._order if other is not module]
+        self._pass = []
+
+    def enter(self, module: torch.nn.Module) -> None:
+        """Give a module its weights, and begin to read those of the next."""
+        if self._takes_turns and self._present is not module:
+            # The others come to where they need it too, before it is there.
+            restore = self._keep()
+            getcurrent().parent.switch()
+            restore()
+        if self._present is module:
+            return
+        self._unload()
+        self._note(module)
+        if module not in self._ahead:
+            self._forget_ahead()
+        fetched = self._ahead.pop(module).result() if module in self._ahead else self._fetch(module, None)
+        if fetched.arrival is not None:
+            assert fetched.buffer is not None
+            current = torch.accelerator.current_stream(self.device)
+            current.wait_event(fetched.arrival)
+            # Its memory is not given to another before what runs on it now has been computed.
+            fetched.buffer.record_stream(current)
+        for name, _ in module.named_parameters():
+            set_module_tensor_to_device(module, name, self.device, value=fetched.tensors[name], clear_cache=False)
+        self._present = module
+        del fetched
+        if self._reads_ahead:
+            self._look_ahead(module)
+
+    def leave(self, module: torch.nn.Module) -> None:
+        """Take a module its weights, unless another forward that takes turns with this one comes to use them."""
+        if not self._takes_turns:
+            self._unload()
+
+    def end_pass(self) -> None:
+        """Let go of what was read ahead, where no other forward follows at once."""
+        if not (self._repeats or self._takes_turns):
+            self.release()
+
+    def release(self) -> None:
+        """Let go of all weights but those that stay in host memory."""
+        self._unload()
+        self._forget_ahead()
+        self._pass = []
+
+    @contextmanager
+    def repeated(self) -> Iterator[None]:
+        """Within this context the first module is read again while the last one runs: forward follows forward."""
+        before, self._repeats = self._repeats, True
+        try:
+            yield
+        finally:
+            self._repeats = before
+            if not before:
+                self.release()
+
+    def together(self, tasks: Sequence[Callable[[], T]], keep: Callable[[], Callable[[], None]]) -> list[T]:
+        """Call functions that run the same forwards so that each module's weights are fetched once for all of them.
+
+        Each function is halted where it needs a module that is not there, and goes on when all the others need it too.
+        One of them runs at a time, in the order given, so no result depends on the others. Gradients must be
+        disabled outside of this call: what is switched on inside of a function stays on for the others.
+
+        Args:
+            tasks: The functions.
+            keep: Called where one is halted; returns what restores the state that the others change.
+        """
+        if len(tasks) < 2 or not self._weights or self._takes_turns:
+            return [task() for task in tasks]
+        lanes = [greenlet(task) for task in tasks]
+        for lane in lanes:
+            lane.gr_context = contextvars.copy_context()
+        results: dict[greenlet, T] = {}
+        self._keep, self._takes_turns = keep, True
+        try:
+            while len(results) < len(lanes):
+                for lane in lanes:
+                    if lane not in results:
+                        result = lane.switch()
+                        if lane.dead:
+                            results[lane] = result
+        finally:
+            for lane in lanes:
+                lane.throw()
+            self._takes_turns = False
+            self._unload()
+        return [results[lane] for lane in lanes]
+
+    def _note(self, module: torch.nn.Module) -> None:
+        """Learn the order in which modules run."""
+        if module in self._pass:
+            self._order, self._pass = self._pass, []
+        self._pass.append(module)
+
+    def _look_ahead(self, module: torch.nn.Module) -> None:
+        """Begin to read what follows ``module``, not more than the largest module."""
+        place = self._order.index(module) + 1 if module in self._order else len(self._order)
+        following = self._order[place:] + (self._order[: place - 1] if self._repeats else [])
+        room = max(map(_num_bytes, self._weights))
+        for other in following:
+            room -= _num_bytes(other)
+            if room < 0:
+                return
+            if other not in self._ahead:
+                if self._pool is None:
+                    self._pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+                self._ahead[other] = self._pool.submit(self._fetch, other, self._left)
+
+    def _forget_ahead(self) -> None:
+        futures, self._ahead = list(self._ahead.values()), {}
+        wait([future for future in futures if not future.cancel()])
+
+    def _unload(self) -> None:
+        module, self._present = self._present, None
+        if module is None:
+            return
         for name, _ in module.named_parameters():
             set_module_tensor_to_device(module, name, "meta", clear_cache=False)
-        return output
+        if self._sends:
+            self._left = torch.accelerator.current_stream(self.device).record_event()
+
+    def _fetch(self, module: torch.nn.Module, left: torch.Event | None) -> Fetched:
+        """The weights of a module, in host memory or on their way to the device.
+
+        Args:
+            module: The module.
+            left: When the modules before the one that runs now are done with their memory.
+        """
+        weights = self._cached.get(module, self._weights[module])
+        if not isinstance(weights, CheckpointWeights):
+            # Those of text encoders are read here, the others are in memory.
+            weights = {name: weights[name] for name, _ in module.named_parameters()}
+        elif (size := _num_bytes(module)) <= self._room:
+            self._room -= size
+            self._cached[module] = weights = _read(module, weights)
+        if self._sends:
+            return self._send(module, weights, left)
+        return Fetched(_read(module, weights) if isinstance(weights, CheckpointWeights) else weights)
+
+    def _send(self, module: torch.nn.Module, weights: Weights, left: torch.Event | None) -> Fetched:
+        """Copy weights to the device tensor by tensor through pinned memory, the next being read meanwhile.
+
+        Pinned memory is the allocator's: it gives none away before the copy from it is done.
+        """
+        if left is not None:
+            # Otherwise a host that is ahead of its device would fill it with modules that wait for their turn.
+            left.synchronize()
+        torch.accelerator.set_device_index(self.device)
+        if self._stream is None:
+            self._stream = torch.Stream(self.device)
+        with self._stream:
+            buffer, views = _buffer(module, self.device, {})
+            for name, view in views.items():
+                pinned = torch.empty(view.shape, dtype=view.dtype, pin_memory=True)
+                if isinstance(weights, CheckpointWeights):
+                    weights.read(name, pinned)
+                else:
+                    pinned.copy_(weights[name])
+                view.copy_(pinned, non_blocking=True)
+            return Fetched(views, buffer, self._stream.record_event())
 
 
 def stream(
-    module: torch.nn.Module, device: torch.device | str, weights: Mapping[str, torch.Tensor] | None = None
+    module: torch.nn.Module,
+    device: torch.device | str,
+    weights: Weights | None = None,
+    streamer: Streamer | None = None,
 ) -> None:
     """Let a module hold its weights only while it runs.
 
@@ -40,26 +279,74 @@ def stream(
         module: A block, or a layer.
         device: Where it runs.
         weights: Its tensors by name, read at every forward; by default a host copy of what the module holds now.
+        streamer: Of this and other modules, which it reads ahead; by default the module is read when it runs.
     """
-    hook = StreamHook(execution_device=plain_device(device), offload=True, weights_map=weights, place_submodules=True)
-    add_hook_to_module(module, hook)
+    add_hook_to_module(module, StreamHook(streamer or Streamer(device, reads_ahead=False), weights))
 
 
 @contextmanager
 def frozen_weights_on_host(model: torch.nn.Module) -> Iterator[None]:
     """Within this context the frozen weights of ``model`` that are resident are in host memory; nothing may run."""
-    parameters = dict(model.named_parameters())
-    devices = {name: p.device for name, p in parameters.items() if not p.requires_grad and not p.is_meta}
-    for name in devices:
-        parameters[name].data = parameters[name].data.to("cpu")
+    frozen = [(p, p.device) for p in model.parameters() if not p.requires_grad and not p.is_meta]
+    int8_layers = [module for module in model.modules() if hasattr(getattr(module, "state", None), "SCB")]
+
+    def move(device: Callable[[torch.device], torch.device]) -> None:
+        for parameter, home in frozen:
+            move_weight(parameter, device(home))
+        for layer in int8_layers:
+            follow_weight(layer)
+
+    move(lambda home: torch.device("cpu"))
     try:
         yield
     finally:
-        for name, device in devices.items():
-            parameters[name].data = parameters[name].data.to(device)
+        move(lambda home: home)
 
 
 def plain_device(device: torch.device | str) -> torch.device:
     """``device``, without the number that processes on the CPU are given: ``.to("cpu:0")`` would copy parameters."""
     device = torch.device(device)
     return torch.device("cpu") if device.type == "cpu" else device
+
+
+def _num_bytes(module: torch.nn.Module) -> int:
+    """Size of a buffer that holds a module's parameters wherever in it they have to begin."""
+    return sum(_padded(parameter.nbytes) + ALIGNMENT for parameter in module.parameters())
+
+
+def _padded(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _allocate(size: int, device: torch.device) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.uint8, device=device)
+
+
+def _buffer(
+    module: torch.nn.Module, device: torch.device, offsets: Mapping[str, int]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """One buffer for all parameters of a module, and its parts by name.
+
+    Args:
+        module: The module.
+        device: Where the buffer is.
+        offsets: Bytes behind a multiple of :data:`ALIGNMENT` that parameters begin at, by name.
+    """
+    buffer, start, views = _allocate(_num_bytes(module), device), 0, {}
+    for name, parameter in module.named_parameters():
+        first = start + offsets.get(name, 0)
+        views[name] = buffer[first : first + parameter.nbytes].view(parameter.dtype).view(parameter.shape)
+        start += _padded(parameter.nbytes) + ALIGNMENT
+    return buffer, views
+
+
+def _read(module: torch.nn.Module, weights: CheckpointWeights) -> dict[str, torch.Tensor]:
+    """The weights of a module in one buffer of host memory.
+
+    They are aligned as in a mapped file, as resident weights are: a processor's products depend on it in the last bit.
+    """
+    offsets = {name: weights.offset(name) % ALIGNMENT for name, _ in module.named_parameters()}
+    _, views = _buffer(module, torch.device("cpu"), offsets)
+    for name, view in views.items():
+        weights.read(name, view)
+    return views

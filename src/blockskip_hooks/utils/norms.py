@@ -19,7 +19,7 @@ def keep_norm_dtypes(model: torch.nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, NORMS) and "forward" not in vars(module):
-            setattr(module, "forward", MethodType(_in_own_dtype, module))
+            module.forward = MethodType(_in_own_dtype, module)  # type: ignore[method-assign]
 
 
 def free_norm_dtypes(model: torch.nn.Module) -> None:

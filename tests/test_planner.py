@@ -62,6 +62,8 @@ def request_for(preset: Preset, leading: int = 0, trailing: int = 0, side: int =
     settings: dict[str, Any] = {
         "family": preset.family,
         "transformer_config": preset.transformer_config,
+        # What the plan is held to are real tensors of a CPU.
+        "device": "cpu",
         "config": config,
         "patch": PatchSamplingConfig(min_size=side, max_size=side, multiple=preset.family.latent_token_size),
         "rank": 4,
@@ -166,6 +168,7 @@ def test_train_flops_are_those_of_real_tensors(preset: Preset) -> None:
         rank=4,
         lora_targets=[],
         dtype=torch.float32,
+        device="cpu",
     )
     usage = fake.infer(2, (side, side), TEXT_TOKENS)
     assert usage.product_flops == flops.products > 0

@@ -99,6 +99,7 @@ def test_training_peak_is_that_of_live_tensors(tiny: TinyFamily, setting: str):
     side = tiny.resolution // 2 if config.num_skipped else tiny.resolution
     request = PlanRequest(
         family=family,
+        device="cpu",
         transformer_config=transformer_config,
         config=config,
         patch=PatchSamplingConfig(min_size=side, max_size=side, multiple=family.latent_token_size),

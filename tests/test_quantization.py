@@ -452,6 +452,7 @@ def test_the_planned_peak_is_that_of_real_tensors(mid_flux: Path, method: str, c
     skeleton = DiTBlockSkipTransformer(empty_model(config), spans)
     names = modulation_layers(skeleton.spans, family.modulation_layers)
     request = PlanRequest(
+        device="cpu",
         family=family,
         transformer_config=config,
         config=spans,

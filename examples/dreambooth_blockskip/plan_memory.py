@@ -36,6 +36,7 @@ from blockskip_hooks.cli.run_plan import make_plan, plan_request
 from blockskip_hooks.embedded import embedded_photos
 from blockskip_hooks.loading.quantization import METHODS
 from blockskip_hooks.planning.description import format_plan
+from blockskip_hooks.planning.devices import PLANNED_DEVICES
 from blockskip_hooks.planning.options import MEMORY_OPTIONS, QUANTIZING_OPTIONS
 from blockskip_hooks.planning.presets import preset_names, write_preset
 from blockskip_hooks.planning.stages import plan_run
@@ -89,6 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--quantization", choices=METHODS, default="none", help="Hold kept blocks in 4 (nf4) or 8 bits (int8).")
     flag("--use_8bit_adam", action="store_true", help="AdamW with 8-bit state.")
     flag("--shared_by", type=int, default=1, help="Processes that divide kept blocks' weights, as configs/fsdp2.yaml.")
+    flag("--device", choices=PLANNED_DEVICES, default="cuda", help="Whose rules decide the memory; default: cuda.")
     flag("--json", action="store_true", help="Print the plan as JSON.")
     return parser
 
@@ -171,9 +173,9 @@ def main(argv: list[str] | None = None) -> None:
         name = write_preset(args.preset, model, {"height": side, "width": side} if side else None)
         run = prepare(args, training_words(args, model, output))
         dtype = planned_dtype(run.settings)
-        _, plan = make_plan(run, dtype, args.shared_by)
+        _, plan = make_plan(run, dtype, args.shared_by, args.device)
         comparison = prepare_run(parse_args(training_words(args, model, output, plain=True)))
-        plain = _train(plan_run(replace(plan_request(comparison, dtype, 1), text_encoders=())))
+        plain = _train(plan_run(replace(plan_request(comparison, dtype, 1, args.device), text_encoders=())))
     if args.json:
         print(json.dumps({**plan, "model": name, "plain_lora": plain}, indent=2))
         return

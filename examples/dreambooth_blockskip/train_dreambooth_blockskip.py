@@ -29,7 +29,7 @@ from blockskip_hooks.cli.config_files import dump_config
 from blockskip_hooks.cli.errors import explain, in_full
 from blockskip_hooks.cli.first_screen import training_lines, training_warnings
 from blockskip_hooks.cli.preparation import known_defaults, prepare_run
-from blockskip_hooks.cli.run_plan import describe_plan, make_plan
+from blockskip_hooks.cli.run_plan import describe_plan, make_plan, planned_device
 from blockskip_hooks.families.prompts import TrainedText, check_embeds, encode_prompts
 from blockskip_hooks.loading.quantization import check_device
 from blockskip_hooks.lora import add_lora
@@ -116,7 +116,8 @@ def run_script(settings: TrainSettings, command: str, stop: StopSignals, lock: F
             dtype = weight_dtype(accelerator)
             if run.quantization:
                 check_device(run.quantization, accelerator.device, dtype)
-            run, plan = make_plan(run, dtype, accelerator.num_processes)
+            device = planned_device(accelerator.device, plan_only=settings.plan_only)
+            run, plan = make_plan(run, dtype, accelerator.num_processes, device)
             checkpoint = choose_checkpoint(run)
             if checkpoint is not None:
                 check_checkpoint(checkpoint, run, run.num_steps(accelerator.num_processes))

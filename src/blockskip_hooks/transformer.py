@@ -20,6 +20,7 @@ from .loading.quantization import QuantizationConfig
 from .loading.streaming import Streamer, frozen_weights_on_host, plain_device, stream
 from .state import Capture, CaptureDone, SkipMode, SpanResiduals
 from .utils.errors import UserError
+from .utils.norms import free_norm_dtypes, keep_norm_dtypes
 
 
 T = TypeVar("T")
@@ -77,6 +78,7 @@ class DiTBlockSkipTransformer(torch.nn.Module):
         if offload_device is not None:
             for module in self.streamed_modules.values():
                 stream(module, offload_device, streamer=self._streamer)
+        keep_norm_dtypes(transformer)
         self.skip_state = apply_block_skip(transformer, config, stacks)
         # A forward that is broken off would leave gathered weights behind, and other processes waiting.
         self.skip_state.stops_early = not self.is_sharded
@@ -161,6 +163,7 @@ class DiTBlockSkipTransformer(torch.nn.Module):
         self.skip_state._detach()
         for module in self.streamed_modules.values():
             remove_hook_from_module(module)
+        free_norm_dtypes(self.transformer)
         return self.transformer
 
     def forward(self, *args: Any, residuals: SpanResiduals | None = None, **kwargs: Any) -> Any:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from tqdm.auto import tqdm
 
 from ..blocks import block_bytes, list_blocks
@@ -19,6 +20,7 @@ from ..loading.lora_files import WEIGHTS_NAME
 from ..loading.models import empty_model
 from ..planning.budget import BudgetSteps, fit_budget, selections_for_budget
 from ..planning.description import format_plan
+from ..planning.devices import DeviceType, rules_for
 from ..planning.options import LAST_MEMORY_OPTIONS, MEMORY_OPTIONS
 from ..planning.plan import largest_stage
 from ..planning.stages import PlanRequest, plan_run
@@ -32,22 +34,40 @@ from ..utils.machine import is_first_process
 logger = logging.getLogger(__name__)
 
 
-def plan_request(run: Run, dtype: torch.dtype, num_processes: int) -> PlanRequest:
+def planned_device(device: torch.device, *, plan_only: bool) -> DeviceType:
+    """Whose rules a run is planned by: those of its own device.
+
+    A plan alone, where there is no accelerator, is for another machine and by CUDA's rules, unless accelerate was told
+    to use the CPU.
+
+    Args:
+        device: The device that accelerate chose.
+        plan_only: Whether there is a plan alone.
+    """
+    if plan_only and device.type == "cpu" and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+        return "cuda"
+    return rules_for(device.type)
+
+
+def plan_request(run: Run, dtype: torch.dtype, num_processes: int, device: DeviceType = "cuda") -> PlanRequest:
     """What the planner has to know of ``run``.
 
     Args:
         run: The prepared run.
         dtype: Dtype of frozen weights.
         num_processes: Processes that share the work.
+        device: Whose rules it is planned by.
     """
     settings, family = run.settings, run.family
     steps = run.num_steps(num_processes)
     samples_per_step = run.samples_per_step(num_processes) * len(run.kinds)
     encoders = family.text_encoder_configs()
     streamable = family.streamable_text_encoders(trains_text=settings.train_text_encoder)
+    trained = family.trained_text_components if settings.train_text_encoder else ()
     return PlanRequest(
         family=family,
         transformer_config=run.transformer_config,
+        device=device,
         config=run.config,
         patch=run.patch,
         rank=settings.rank,
@@ -69,6 +89,7 @@ def plan_request(run: Run, dtype: torch.dtype, num_processes: int) -> PlanReques
         residual_budget_bytes=run.residual_budget() if run.uses_store else None,
         residual_dtype=settings.residual_dtype,
         text_encoders=list(encoders.values()),
+        trained_encoders={name: encoders[name] for name in trained},
         streamable_encoders=[position for position, name in enumerate(encoders) if name in streamable],
         validation_batch_size=settings.num_validation_images,
         validation_resolution=run.image_size if run.makes_images else None,
@@ -80,13 +101,14 @@ def plan_request(run: Run, dtype: torch.dtype, num_processes: int) -> PlanReques
     )
 
 
-def plan_for(run: Run, dtype: torch.dtype, num_processes: int) -> dict[str, Any]:
+def plan_for(run: Run, dtype: torch.dtype, num_processes: int, device: DeviceType = "cuda") -> dict[str, Any]:
     """Simulate the stages of ``run`` and return the contents of ``plan.json``.
 
     Args:
         run: The prepared run.
         dtype: Dtype of frozen weights.
         num_processes: Processes that share the work.
+        device: Whose rules it is planned by.
 
     Raises:
         UserError: if a simulated step fails, because the parts of the model do not go together.
@@ -94,7 +116,7 @@ def plan_for(run: Run, dtype: torch.dtype, num_processes: int) -> dict[str, Any]
     # What it logs of shapes that do not fit would stand beside the one line that says so.
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     try:
-        plan = plan_run(plan_request(run, dtype, num_processes))
+        plan = plan_run(plan_request(run, dtype, num_processes, device))
     except RuntimeError as error:
         # Config by config the parts are sound, see `check_model`; what is left is that they do not go together.
         logger.debug("Simulating the run failed.", exc_info=True)
@@ -108,13 +130,16 @@ def plan_for(run: Run, dtype: torch.dtype, num_processes: int) -> dict[str, Any]
     return plan
 
 
-def make_plan(run: Run, dtype: torch.dtype, num_processes: int) -> tuple[Run, dict[str, Any]]:
+def make_plan(
+    run: Run, dtype: torch.dtype, num_processes: int, device: DeviceType = "cuda"
+) -> tuple[Run, dict[str, Any]]:
     """The plan of ``run`` or, with ``--memory_budget``, of the run changed to fit.
 
     Args:
         run: The prepared run.
         dtype: Dtype of frozen weights.
         num_processes: Processes that share the work.
+        device: Whose rules it is planned by.
 
     Returns:
         The run to carry out and its plan; which blocks the former skips may be another choice than the given run's.
@@ -124,7 +149,7 @@ def make_plan(run: Run, dtype: torch.dtype, num_processes: int) -> tuple[Run, di
     """
     settings = run.settings
     if settings.memory_budget is None:
-        plan = plan_for(run, dtype, num_processes)
+        plan = plan_for(run, dtype, num_processes, device)
         _check_device(plan)
         return run, plan
 
@@ -144,7 +169,7 @@ def make_plan(run: Run, dtype: torch.dtype, num_processes: int) -> tuple[Run, di
 
         def planned(selection: Selection, options: tuple[str, ...]) -> dict[str, Any]:
             bar.update()
-            return plan_for(run.skipping(selection, chosen_flags(options)), dtype, num_processes)
+            return plan_for(run.skipping(selection, chosen_flags(options)), dtype, num_processes, device)
 
         choice = fit_budget(planned, steps, budget)
     choice.plan["fits"] = {"budget_bytes": budget, "ok": True, "reason": choice.reason}

@@ -109,9 +109,17 @@ def generate_images(
 
 @contextmanager
 def _decoding(vae: ModelMixin, model: DiTBlockSkipTransformer, placement: VaePlacement) -> Iterator[None]:
-    """Within this context the VAE decodes one image at a time, placed as asked."""
+    """Within this context the VAE decodes one image at a time, in its own dtype, placed as asked."""
     autoencoder: Any = vae
     sliced, tiled = (getattr(autoencoder, name, None) for name in ("use_slicing", "use_tiling"))
+    device, decode = vae.device.type, autoencoder.decode
+
+    def in_own_dtype(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        # Under autocast norms and upsampling would make float32 of the largest images.
+        with torch.autocast(device, enabled=False):
+            return decode(latents.to(vae.dtype), *args, **kwargs)
+
+    autoencoder.decode = in_own_dtype
     if sliced is False:
         autoencoder.enable_slicing()
     if placement.tiled and tiled is False:
@@ -120,6 +128,8 @@ def _decoding(vae: ModelMixin, model: DiTBlockSkipTransformer, placement: VaePla
         with _taking_turns(vae, model) if placement.alone else nullcontext():
             yield
     finally:
+        # The attribute hid the class's method.
+        del autoencoder.decode
         if sliced is False:
             autoencoder.disable_slicing()
         if placement.tiled and tiled is False:
@@ -144,7 +154,6 @@ def _taking_turns(vae: ModelMixin, model: DiTBlockSkipTransformer) -> Iterator[N
     try:
         yield
     finally:
-        # The attribute hid the class's method.
-        del autoencoder.decode
+        autoencoder.decode = decode
         remove_hook_from_module(autoencoder)
         autoencoder.to(device)

@@ -312,7 +312,14 @@ def _with_bitsandbytes(layer: torch.nn.Linear, config: QuantizationConfig) -> to
         # rounded to bfloat16, and what is repacked has no backward.
         quantized.support_avx512bf16_for_cpu = False
     quantized.bias = layer.bias
+    quantized.register_forward_pre_hook(lambda layer, args: (as_autocast(args[0]), *args[1:]))
     return quantized
+
+
+def as_autocast(input: torch.Tensor) -> torch.Tensor:
+    """What autocast makes of a linear layer's input; libraries' layers return the dtype that they are given."""
+    device = input.device.type
+    return input.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else input
 
 
 def _with_torchao(layer: torch.nn.Linear) -> torch.nn.Linear:
@@ -329,10 +336,7 @@ class WeightOnlyLinear(torch.nn.Linear):
     """A layer with a quantised weight of torchao, of which no dequantised copy is kept for backward."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        device = input.device.type
-        if torch.is_autocast_enabled(device):
-            input = input.to(torch.get_autocast_dtype(device))
-        return _FrozenProduct.apply(input, self.weight, self.bias)
+        return _FrozenProduct.apply(as_autocast(input), self.weight, self.bias)
 
 
 class _FrozenProduct(torch.autograd.Function):

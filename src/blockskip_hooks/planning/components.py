@@ -11,6 +11,7 @@ from torch._subclasses import FakeTensorMode
 from ..families import Family
 from ..loading.models import empty_model
 from ..loading.text_encoders import empty_text_encoder, large_tables, layer_stacks
+from .devices import DeviceType
 from .equal_blocks import Depth, kind_of, shorten
 from .fake_modules import materialise, num_bytes, streamed_weights
 from .measure import Measure
@@ -18,7 +19,14 @@ from .usage import Usage
 
 
 def simulate_vae(
-    family: Family, batch_size: int, size: tuple[int, int], dtype: torch.dtype, *, decode: bool, tiled: bool = False
+    family: Family,
+    batch_size: int,
+    size: tuple[int, int],
+    dtype: torch.dtype,
+    *,
+    decode: bool,
+    tiled: bool = False,
+    device: DeviceType = "cuda",
 ) -> Usage:
     """What the family's VAE needs to encode, or decode, images.
 
@@ -29,6 +37,7 @@ def simulate_vae(
         dtype: Dtype of weights and images.
         decode: Whether latents become images; otherwise images become latents.
         tiled: Whether the VAE works tile by tile, in tiles of its class's default size.
+        device: Whose rules it computes by.
     """
     vae: Any = torch.nn.Module.to(empty_model(family.vae_config), dtype)
     vae.requires_grad_(False)
@@ -37,7 +46,7 @@ def simulate_vae(
     with FakeTensorMode(), torch.no_grad():
         for module in vae.modules():
             materialise(module)
-        measure = Measure(vae, {}, Depth({}, {}))
+        measure = Measure(vae, {}, Depth({}, {}), device)
         with measure.counted() as meter:
             if decode:
                 vae.decode(torch.empty((batch_size, *family.vae_latent_shape(*size)), dtype=dtype), return_dict=False)
@@ -47,7 +56,13 @@ def simulate_vae(
 
 
 def simulate_text_encoder(
-    config: Mapping[str, Any], batch_size: int, text_tokens: int, dtype: torch.dtype, *, streamed: bool = False
+    config: Mapping[str, Any],
+    batch_size: int,
+    text_tokens: int,
+    dtype: torch.dtype,
+    *,
+    streamed: bool = False,
+    device: DeviceType = "cuda",
 ) -> Usage:
     """What a text encoder of transformers needs to encode prompts.
 
@@ -57,6 +72,7 @@ def simulate_text_encoder(
         text_tokens: Tokens of a prompt; an encoder with fewer positions gets as many as it has.
         dtype: Dtype of its weights.
         streamed: Whether its layers have weights only while they run, and large tables none on the device.
+        device: Whose rules it computes by.
 
     Raises:
         ValueError: if the config names no model class of transformers.
@@ -88,7 +104,7 @@ def simulate_text_encoder(
                 materialise(module)
         # Layers that share their weights, such as input and output embeddings, have got a copy each.
         encoder.tie_weights()
-        measure = Measure(encoder, layers, depth)
+        measure = Measure(encoder, layers, depth, device)
         with measure.counted() as meter, streamed_weights(read_late):
             encoder(input_ids=torch.zeros((batch_size, tokens), dtype=torch.long))
     largest = max((sum(map(num_bytes, layer.parameters())) for layer in read_late), default=0)

@@ -11,6 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from .devices import DeviceType, rounded
+
 
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of tensors that are alive, fake or real, each storage once however many views it has.
@@ -70,10 +72,13 @@ class LiveBytes(TorchDispatchMode):
         # torch keeps a storage's Python object alive as long as the storage, so its identity is the storage's.
         key = id(storage)
         if key not in self._finalizers:
-            num_bytes = storage.nbytes()
+            num_bytes = self._size(storage.nbytes())
             self.current += num_bytes
             self.peak = max(self.peak, self.current)
             self._finalizers[key] = weakref.finalize(storage, self._free, key, num_bytes, self._name)
+
+    def _size(self, num_bytes: int) -> int:
+        return num_bytes
 
     def _free(self, key: int, num_bytes: int, block: str | None) -> None:
         self.current -= num_bytes
@@ -115,6 +120,7 @@ class CountFlops(TorchDispatchMode):
             self.products += flop_registry[packet](*args, **kwargs, out_val=output)
 
 
+_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 ALL_BLOCKS = "all blocks"
 """Name of a phase in which something that every block left is freed."""
 
@@ -143,15 +149,22 @@ class Phase:
 class Meter(LiveBytes):
     """Live bytes and FLOPs in one pass: each mode on top of fake tensors costs as much as the fake tensors.
 
+    Args:
+        device: Whose allocator rounds the bytes.
+
     Attributes:
         flops: The FLOPs of the current phase so far.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: DeviceType = "cpu") -> None:
         super().__init__()
+        self._device = device
         self.flops = CountFlops()
         self._start = 0
         self._phases: list[Phase] = []
+
+    def _size(self, num_bytes: int) -> int:
+        return rounded(num_bytes, self._device)
 
     def begin(self, name: str | None) -> None:
         """End the current phase and begin another; nothing happens where a block's phase goes on."""
@@ -161,7 +174,7 @@ class Meter(LiveBytes):
 
     def raise_peak(self, num_bytes: int) -> None:
         """Count bytes that are alive for a moment, beside what is alive now."""
-        self.peak = max(self.peak, self.current + num_bytes)
+        self.peak = max(self.peak, self.current + self._size(num_bytes))
 
     def phases(self) -> list[Phase]:
         """The phases so far, the current one included."""
@@ -181,4 +194,7 @@ class Meter(LiveBytes):
         if func is not torch.ops.prim.device.default:
             self._track_output(output)
             self.flops.count(func, args, kwargs, output)
+        if self._device == "cuda" and func is _ATTENTION_BACKWARD:
+            # CUDA's kernels add up the query's gradient in float32.
+            self.raise_peak(4 * args[1].numel())
         return output

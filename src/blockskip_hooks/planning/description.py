@@ -9,6 +9,9 @@ from typing import Any
 from ..utils.formatting import format_bytes
 
 
+DEVICES = {"cuda": "CUDA devices", "cpu": "CPUs", "mps": "MPS devices"}
+
+
 def format_plan(plan: Mapping[str, Any], *, model: str | None = None, outputs: Mapping[str, str] | None = None) -> str:
     """The plan as the text a run starts with.
 
@@ -52,7 +55,7 @@ def format_plan(plan: Mapping[str, Any], *, model: str | None = None, outputs: M
         for stage in plan["stages"]
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    lines.append("Memory and compute, simulated (bytes of live tensors):")
+    lines.append(f"Memory and compute by the rules of {DEVICES[plan['device']]}, simulated (bytes of live tensors):")
     for row in rows:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
         lines.append(f"  {'  '.join(cells)}")

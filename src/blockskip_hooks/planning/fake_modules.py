@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..loading.quantization import QuantizationConfig
+from ..loading.quantization import QuantizationConfig, as_autocast
 
 
 def num_bytes(tensor: torch.Tensor) -> int:
@@ -22,28 +22,44 @@ class QuantizedLinear(torch.nn.Linear):
     def __init__(self, layer: torch.nn.Linear, config: QuantizationConfig) -> None:
         super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         self.product_dtype = config.compute_dtype or layer.weight.dtype
+        self.scales_products = config.library == "torchao"
         count = config.weight_bytes(layer.out_features, layer.in_features)
         self.weight = torch.nn.Parameter(torch.empty(count, dtype=torch.uint8, device="meta"), requires_grad=False)
         self.bias = layer.bias
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        shape = (self.out_features, self.in_features)
-        return _DequantizedProduct.apply(input, self.bias, shape, self.product_dtype).to(input.dtype)
+        input, shape = as_autocast(input), (self.out_features, self.in_features)
+        dtype = input.dtype if self.scales_products else self.product_dtype
+        return _DequantizedProduct.apply(input, self.bias, shape, dtype, self.scales_products).to(input.dtype)
 
 
 class _DequantizedProduct(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, input: torch.Tensor, bias: torch.Tensor | None, shape: tuple[int, int], dtype: torch.dtype
-    ) -> torch.Tensor:
-        ctx.shape, ctx.dtype, ctx.input_dtype = shape, dtype, input.dtype
-        bias = None if bias is None else bias.to(dtype)
-        return torch.nn.functional.linear(input.to(dtype), torch.empty(shape, dtype=dtype), bias)
+    """A product with a copy of the weight in the dtype of the product.
+
+    torchao casts the 8-bit numbers alone and multiplies the scales with the product, in backward with the gradient.
+    """
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
+    def forward(
+        ctx: Any,
+        input: torch.Tensor,
+        bias: torch.Tensor | None,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        scales_products: bool,
+    ) -> torch.Tensor:
+        ctx.shape, ctx.dtype, ctx.input_dtype, ctx.scales_products = shape, dtype, input.dtype, scales_products
+        bias = None if bias is None else bias.to(dtype)
+        product = torch.nn.functional.linear(input.to(dtype), torch.empty(shape, dtype=dtype), bias)
+        return torch.empty_like(product) if scales_products else product
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, gradient: torch.Tensor
+    ) -> tuple[torch.Tensor, None, None, None, None]:
+        gradient = torch.empty_like(gradient) if ctx.scales_products else gradient
         product = gradient.to(ctx.dtype) @ torch.empty(ctx.shape, dtype=ctx.dtype)
-        return product.to(ctx.input_dtype), None, None, None
+        return product.to(ctx.input_dtype), None, None, None, None
 
 
 class ValuesAsPlanned(TorchDispatchMode):

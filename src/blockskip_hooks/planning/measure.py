@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from .counters import Meter
+from .devices import DeviceType, computing_as, rounded
 from .equal_blocks import Depth
 from .fake_modules import num_bytes
 from .usage import Usage
@@ -21,12 +22,23 @@ class Measure:
         model: On fake tensors; what has no memory now is on the meta device. What trains is LoRA.
         blocks: Its blocks by name.
         depth: How they stand for those of the full model.
+        device: Whose rules it computes by.
+        beside: Other models in memory that take part, such as text encoders that train.
     """
 
-    def __init__(self, model: torch.nn.Module, blocks: Mapping[str, torch.nn.Module], depth: Depth) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        blocks: Mapping[str, torch.nn.Module],
+        depth: Depth,
+        device: DeviceType,
+        beside: Sequence[torch.nn.Module] = (),
+    ) -> None:
         self.model = model
         self.blocks = blocks
         self.depth = depth
+        self.device = device
+        self.beside = beside
 
     @contextlib.contextmanager
     def counted(self) -> Iterator[Meter]:
@@ -35,7 +47,7 @@ class Measure:
         def begins(name: str) -> Callable[..., None]:
             return lambda module, args: meter.begin(name)
 
-        with Meter() as meter:
+        with computing_as(self.device), Meter(self.device) as meter:
             meter.track(self._resident().values())
             handles = [block.register_forward_pre_hook(begins(name)) for name, block in self.blocks.items()]
             try:
@@ -72,8 +84,8 @@ class Measure:
             streamed_bytes: Of the largest module that had weights only while it ran.
             accumulates: Whether every LoRA weight had a gradient from the start.
         """
-        sizes = {name: num_bytes(tensor) for name, tensor in self._resident().items()}
-        lora = {name: sizes[name] for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        sizes = {name: rounded(num_bytes(tensor), self.device) for name, tensor in self._resident().items()}
+        lora = {name: sizes[name] for name, tensor in self._resident().items() if tensor.requires_grad}
         # What the blocks that were taken out hold all the time.
         copied = self._in_full(sizes) - sum(sizes.values())
         if accumulates:
@@ -92,9 +104,12 @@ class Measure:
 
     def _resident(self) -> dict[str, torch.Tensor]:
         """What is in memory all the time, by name; tensors that modules share once."""
-        tensors: dict[str, torch.Tensor] = dict(self.model.named_parameters())
-        tensors |= dict(self.model.named_buffers())
-        # Constants in plain attributes, such as tables of rotary embeddings.
-        for name, module in self.model.named_modules():
-            tensors |= {f"{name}.{key}": v for key, v in vars(module).items() if isinstance(v, torch.Tensor)}
+        tensors: dict[str, torch.Tensor] = {}
+        for prefix, model in [("", self.model), *((f"{number}:", model) for number, model in enumerate(self.beside))]:
+            tensors |= {f"{prefix}{name}": parameter for name, parameter in model.named_parameters()}
+            tensors |= {f"{prefix}{name}": buffer for name, buffer in model.named_buffers()}
+            # Constants in plain attributes, such as tables of rotary embeddings.
+            for name, module in model.named_modules():
+                values = {f"{prefix}{name}.{key}": value for key, value in vars(module).items()}
+                tensors |= {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
         return {name: tensor for name, tensor in tensors.items() if tensor.device.type != "meta"}

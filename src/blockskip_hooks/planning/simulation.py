@@ -2,15 +2,15 @@
 
 The real diffusers classes run on fake tensors: shapes, dtypes and lifetimes are those of a real run, no number is
 computed. What is counted is the storage of live tensors, as an allocator without fragmentation would hold it, and
-the FLOPs of matrix products. The fake tensors live on the CPU, where backward needs no driver; operators that other
-devices fuse or keep in another dtype may differ by a few percent there. Of equal blocks only a few are simulated, see
+the FLOPs of matrix products. Dtypes and what is kept for backward follow the device that is planned for, see
+:mod:`~blockskip_hooks.planning.devices`. Of equal blocks only a few are simulated, see
 :mod:`~blockskip_hooks.planning.equal_blocks`.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,13 +22,15 @@ from ..families import Family
 from ..families.prompts import place_embeds
 from ..loading.models import cast_floating, empty_model
 from ..loading.quantization import QuantizationConfig, as_linear, on_channels
+from ..loading.text_encoders import empty_text_encoder
 from ..lora import add_lora
 from ..losses import combine_losses, flow_matching_loss
 from ..residuals.batches import Batch
 from ..residuals.precompute import base_model
-from ..state import CaptureDone, SpanResiduals
+from ..state import SpanResiduals
 from ..transformer import DiTBlockSkipTransformer
 from .counters import ALL_BLOCKS, Meter
+from .devices import DeviceType
 from .equal_blocks import Depth, kind_of, shorten
 from .fake_modules import QuantizedLinear, ValuesAsPlanned, materialise, num_bytes, streamed_weights
 from .measure import Measure
@@ -49,9 +51,12 @@ class FakeTransformer:
         recorded_layers: See :class:`~blockskip_hooks.transformer.DiTBlockSkipTransformer`.
         dtype: Dtype of the model's weights. In half precision the training step runs under autocast.
         quantization: How the linear layers of kept blocks are held, if not in ``dtype``.
+        device: Whose rules it computes by.
+        trained_encoders: Configs of the text encoders that train along, by component.
 
     Attributes:
         num_blocks: Blocks of the full model.
+        text_bytes: Parameters of the text encoders that train along, their LoRA included.
 
     Raises:
         ValueError: if the config names no transformer of diffusers, or no block would be kept.
@@ -68,10 +73,13 @@ class FakeTransformer:
         dtype: torch.dtype,
         recorded_layers: Sequence[str] = (),
         quantization: QuantizationConfig | None = None,
+        device: DeviceType = "cuda",
+        trained_encoders: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         self.family = family
         self.transformer_config = transformer_config
         self.dtype = dtype
+        self.device = device
         # Constants that a model keeps as ordinary tensors are not fake.
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
         transformer = empty_model(transformer_config, family.transformer_class(transformer_config))
@@ -106,18 +114,25 @@ class FakeTransformer:
         )
         self._streamed = list(self.model.streamed_modules.values())
         skipped = {id(part) for module in self._streamed for part in module.modules()}
+        self._encoders = {name: empty_text_encoder(config, dtype) for name, config in (trained_encoders or {}).items()}
+        for encoder in self._encoders.values():
+            add_lora(encoder, family.text_lora_layers, rank=rank, alpha=rank, dropout=0.0, seed=0)
+        models = [transformer, *self._encoders.values()]
         with self.fake_mode:
-            for module in transformer.modules():
+            for module in (module for model in models for module in model.modules()):
                 if id(module) not in skipped:
                     materialise(module)
-        self._lora = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+        self.text_bytes = sum(num_bytes(p) for encoder in self._encoders.values() for p in encoder.parameters())
+        self._lora = [parameter for model in models for parameter in model.parameters() if parameter.requires_grad]
         simulated = self.model.spans.leading + self.model.spans.kept + self.model.spans.trailing
-        self._measure = Measure(transformer, {block.name: block.module for block in simulated}, self._depth)
+        named = {block.name: block.module for block in simulated}
+        self._measure = Measure(transformer, named, self._depth, device, beside=list(self._encoders.values()))
 
     def lora_sizes(self) -> list[int]:
-        """Number of elements of every LoRA weight of the full model."""
+        """Number of elements of every LoRA weight of the full model, and of text encoders that train."""
         parameters = self.model.transformer.named_parameters()
-        return [size for name, p in parameters if p.requires_grad for size in [p.numel()] * self._depth.times(name)]
+        sizes = [size for name, p in parameters if p.requires_grad for size in [p.numel()] * self._depth.times(name)]
+        return sizes + [p.numel() for e in self._encoders.values() for p in e.parameters() if p.requires_grad]
 
     def capture(
         self, batch_size: int, size: tuple[int, int], text_tokens: int, *, with_adapters: bool = False
@@ -147,45 +162,6 @@ class FakeTransformer:
             with self.fake_mode:
                 residuals.modulation = torch.empty((batch_size, self._recorded_width), dtype=modulation.dtype)
         return self._measure.usage(meter, streamed_bytes=self._largest_streamed_module()), residuals
-
-    def block(self, name: str) -> torch.nn.Module:
-        """A block that is simulated, such as the first one of its kind, by its name in the full model."""
-        return self.model.transformer.get_submodule(self._depth.names[name])
-
-    def block_inputs(
-        self, names: Sequence[str], batch_size: int, size: tuple[int, int], text_tokens: int
-    ) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
-        """Fake arguments, positional and by keyword, that a forward of the whole model gives some of its blocks.
-
-        Args:
-            names: The blocks.
-            batch_size: Samples per forward.
-            size: Height and width of the images in pixels.
-            text_tokens: Tokens of a prompt.
-        """
-        seen: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-
-        def record(name: str) -> Callable[..., None]:
-            def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                seen[name] = (args, kwargs)
-                if len(seen) == len(names):
-                    raise CaptureDone
-
-            return hook
-
-        modules = [(name, self.block(name)) for name in names]
-        handles = [module.register_forward_pre_hook(record(name), with_kwargs=True) for name, module in modules]
-        try:
-            with torch.no_grad(), self.fake_mode, ValuesAsPlanned(text_tokens), self._autocast():
-                inputs = self._inputs(self._batch(batch_size, size, text_tokens))
-                with streamed_weights(self._streamed), self.model.full_model() as transformer:
-                    transformer(**inputs, return_dict=False)
-        except CaptureDone:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
-        return seen
 
     @torch.no_grad()
     def infer(self, batch_size: int, size: tuple[int, int], text_tokens: int) -> Usage:
@@ -222,7 +198,10 @@ class FakeTransformer:
         transformer: Any = self.model.transformer
         if gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
-        self.model.train()
+            for encoder in self._encoders.values():
+                encoder.gradient_checkpointing_enable()
+        for module in (self.model, *self._encoders.values()):
+            module.train()
         with self._counted(text_tokens) as meter, self._measure.backward_followed(meter):
             if accumulated_gradients:
                 for parameter in self._lora:
@@ -231,6 +210,9 @@ class FakeTransformer:
             batch.residuals = SpanResiduals(
                 **{n: torch.empty((batch_size, *t.shape[1:]), dtype=t.dtype) for n, t in residuals.tensors().items()}
             )
+            if self._encoders:
+                with self._autocast():
+                    batch.embeds = self.family.refresh_embeds(self._encoders, self._tokens(batch_size), batch.embeds)
             inputs = self._inputs(batch)
             with self._autocast():
                 prediction = self.model(**inputs, residuals=batch.residuals, return_dict=False)[0]
@@ -260,6 +242,13 @@ class FakeTransformer:
         return self.family.transformer_inputs(
             self.transformer_config, batch.noisy_latents, batch.timesteps, batch.embeds
         )
+
+    def _tokens(self, batch_size: int) -> dict[str, torch.Tensor]:
+        """Tokens of a batch's prompts for each text encoder that trains, padded to its length."""
+        return {
+            name: torch.zeros((batch_size, encoder.config.max_position_embeddings), dtype=torch.long)
+            for name, encoder in self._encoders.items()
+        }
 
     def _batch(self, batch_size: int, size: tuple[int, int], text_tokens: int) -> Batch:
         latents = torch.empty((batch_size, *self.family.latent_shape(*size)), dtype=self.dtype)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from ..residuals.stretches import Stretches
 from ..selection import Selection
 from ..state import SpanResiduals
 from .components import simulate_text_encoder, simulate_vae
+from .devices import DeviceType, rounded
 from .simulation import FakeTransformer
 from .usage import Usage
 
@@ -45,6 +46,7 @@ class PlanRequest:
     Attributes:
         family: The model's family.
         transformer_config: Config of the transformer, with its ``_class_name``.
+        device: The device that the run is for.
         config: The spans to skip.
         patch: Patch sampling.
         batch_size: Samples per forward in training, class samples included.
@@ -70,7 +72,8 @@ class PlanRequest:
         streamable_encoders: Positions of those that are streamed, if they are large and encoding would need more
             than training does; ``None`` for all.
         text_encoder_parameter_bytes: Their weights, where their configs are not at hand.
-        resident_bytes: Parameters of other models that stay during training, such as a text encoder that trains.
+        trained_encoders: Configs of the text encoders that train along, by component.
+        resident_bytes: Parameters of other models that stay during training.
         bytes_elsewhere: Kept blocks' weights that other processes hold; ``None`` if nothing is shared.
         validation_resolution: Side of validation images in pixels; ``None`` if there are none.
         validation_batch_size: Validation images made at a time.
@@ -87,6 +90,7 @@ class PlanRequest:
     patch: PatchSamplingConfig
     rank: int
     lora_targets: Sequence[str]
+    device: DeviceType = "cuda"
     recorded_layers: Sequence[str] = ()
     quantization: QuantizationConfig | None = None
     batch_size: int = 1
@@ -106,6 +110,7 @@ class PlanRequest:
     text_encoders: Sequence[Mapping[str, Any]] = ()
     streamable_encoders: Sequence[int] | None = None
     text_encoder_parameter_bytes: int = 0
+    trained_encoders: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     resident_bytes: int = 0
     bytes_elsewhere: int | None = None
     validation_resolution: int | None = None
@@ -160,8 +165,10 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
         dtype=request.weight_dtype,
         recorded_layers=request.recorded_layers,
         quantization=request.quantization,
+        device=request.device,
+        trained_encoders=request.trained_encoders,
     )
-    states = _optimizer_state_bytes(fake.lora_sizes(), request.use_8bit_adam)
+    states = _optimizer_state_bytes(fake.lora_sizes(), request.use_8bit_adam, request.device)
     train, capture, residuals = _training_step(request, fake, states)
     vae = _Vae(request, base=train, limit=train.peak_bytes)
     stages: list[dict[str, Any]] = []
@@ -181,6 +188,7 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
     selection = request.selection or Selection(fake.num_blocks, config.leading, config.trailing, "flag")
     return {
         "schema": SCHEMA,
+        "device": request.device,
         "skip": selection.as_dict(),
         "quantization": request.quantization.name if request.quantization else None,
         "patch": {
@@ -297,8 +305,8 @@ class _Vae:
         return self._decodes[size, tiled]
 
     def _simulate(self, batch_size: int, size: tuple[int, int], *, decode: bool, tiled: bool = False) -> Usage:
-        family, dtype = self._request.family, self._request.weight_dtype
-        return simulate_vae(family, batch_size, size, dtype, decode=decode, tiled=tiled)
+        family, dtype, device = self._request.family, self._request.weight_dtype, self._request.device
+        return simulate_vae(family, batch_size, size, dtype, decode=decode, tiled=tiled, device=device)
 
     def _beside(self, usage: Usage) -> Usage:
         return usage.beside(parameter_bytes=self._base.parameter_bytes, lora_bytes=self._base.lora_bytes)
@@ -325,8 +333,9 @@ def _make_images(
         # A guided pipeline runs the prompt and the negative prompt in one batch, if not one after the other.
         batch_size = images if request.family.negative_prompt is None else 2 * images
         infer = fake.infer(batch_size, (side, side), request.text_tokens)
-        # Class images are made apart from each other, by processes that have all of the weights.
-        others = request.resident_bytes if name == "class_images" else request.beside_bytes
+        # Class images are made apart from each other, by processes that have all of the weights, before LoRA is there.
+        alone = request.resident_bytes - fake.text_bytes
+        others = alone if name == "class_images" else request.beside_bytes
         infer = infer.beside(parameter_bytes=others, lora_bytes=states)
         phases, placement = vae.decode_after(infer, (side, side))
         usage = phases.beside(parameter_bytes=request.validation_extra_bytes)
@@ -377,7 +386,9 @@ def _encode_text(request: PlanRequest, training_peak: int) -> tuple[Usage, bool]
 def _run_encoders(request: PlanRequest, streamed: Sequence[int]) -> Usage:
     """All text encoders are loaded together and run in turn, one prompt at a time."""
     usages = [
-        simulate_text_encoder(c, 1, request.text_tokens, request.weight_dtype, streamed=position in streamed)
+        simulate_text_encoder(
+            c, 1, request.text_tokens, request.weight_dtype, streamed=position in streamed, device=request.device
+        )
         for position, c in enumerate(request.text_encoders)
     ]
     total = Usage(0, 0)
@@ -420,14 +431,14 @@ def _records(request: PlanRequest, residuals: SpanResiduals) -> dict[str, int]:
     }
 
 
-def _optimizer_state_bytes(sizes: Sequence[int], use_8bit_adam: bool) -> int:
+def _optimizer_state_bytes(sizes: Sequence[int], use_8bit_adam: bool, device: DeviceType) -> int:
     """Two moments per LoRA weight, in float32 or, for tensors that bitsandbytes quantises, in 8 bits."""
     total = 0
     for count in sizes:
         if use_8bit_adam and count >= MIN_8BIT_SIZE:
-            total += 2 * (count + 4 * -(-count // BLOCK_8BIT_SIZE))
+            total += 2 * (rounded(count, device) + rounded(4 * -(-count // BLOCK_8BIT_SIZE), device))
         else:
-            total += 2 * 4 * count
+            total += 2 * rounded(4 * count, device)
     return total
 
 

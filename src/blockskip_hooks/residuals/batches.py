@@ -171,7 +171,7 @@ class SampleMaker:
         else:
             if crops is None:
                 crops = torch.stack([self.crop(sample) for sample in samples])
-            mean, std = self.family.posterior(vae, crops)
+            mean, std = self._posterior(vae, crops)
         noise = [
             torch.randn(
                 mean.shape[1:], generator=torch.Generator().manual_seed(derived_seed(s.noise_seed, "posterior"))
@@ -184,9 +184,14 @@ class SampleMaker:
         """The posterior of an image whose crop never changes, computed once and kept on the CPU."""
         key = (sample.kind, sample.image, sample.bucket)
         if key not in self._posteriors:
-            mean, std = self.family.posterior(vae, self.crop(sample)[None])
+            mean, std = self._posterior(vae, self.crop(sample)[None])
             self._posteriors[key] = (mean[0].cpu(), std[0].cpu())
         return self._posteriors[key]
+
+    def _posterior(self, vae: ModelMixin, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # In half precision the VAE's weights are; under autocast its norms would make float32 of the largest images.
+        with torch.autocast(vae.device.type, enabled=False):
+            return self.family.posterior(vae, pixels)
 
     def batch(self, samples: Sequence[Sample], latents: torch.Tensor, residuals: SpanResiduals | None = None) -> Batch:
         """Complete clean latents with noise, noise levels and prompts."""

@@ -160,7 +160,7 @@ def usage_snippet(
             "",
             f"pipeline = DiffusionPipeline.from_pretrained({base}{torch_dtype})",
             f"pipeline.load_lora_weights({_literal(str(lora))})",
-            'pipeline.to("cuda" if torch.cuda.is_available() else "cpu")',
+            'pipeline.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")',
             call,
             'image.save("image.png")',
         )

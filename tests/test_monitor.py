@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from blockskip_hooks.utils import files, machine
+from blockskip_hooks.utils import device_memory, files, machine
 from blockskip_hooks.utils import monitor as monitor_module
 from blockskip_hooks.utils.files import write_json
 from blockskip_hooks.utils.formatting import format_bytes, format_seconds
@@ -64,10 +65,10 @@ def test_device_peak_is_reset_for_each_stage_and_absent_without_a_device(monkeyp
     with monitor.stage("encode"):
         pass
     peaks, held, resets = iter([700, 300]), iter([800, 900]), []
-    monkeypatch.setattr(monitor_module, "_cuda_in_use", lambda: True)
-    monkeypatch.setattr(monitor_module.torch.cuda, "reset_peak_memory_stats", lambda: resets.append(1))
-    monkeypatch.setattr(monitor_module.torch.cuda, "max_memory_allocated", lambda: next(peaks))
-    monkeypatch.setattr(monitor_module.torch.cuda, "max_memory_reserved", lambda: next(held))
+    monkeypatch.setattr(device_memory, "in_use", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "reset_peak_memory_stats", lambda: resets.append(1))
+    monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda: next(peaks))
+    monkeypatch.setattr(torch.accelerator, "max_memory_reserved", lambda: next(held))
     for _ in range(2):
         with monitor.stage("train"):
             pass

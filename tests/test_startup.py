@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from blockskip_hooks.cli import startup
 from blockskip_hooks.cli.startup import errors_in_one_line, make_parser, returns_exit_code
 
 
@@ -38,6 +39,20 @@ def test_the_first_word_is_ours(script: str, tmp_path: Path):
         env=environment | {"PYTHONPATH": str(ROOT / "src")},
     )
     assert done.stdout.startswith(first), done.stdout
+
+
+def test_segments_grow_unless_the_user_sets_the_allocator(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(startup.sys, "platform", "linux")
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
+    startup.keep_memory_whole()
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    startup.keep_memory_whole()
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    # torch reads it once, when it is imported.
+    code = "import sys, blockskip_hooks.cli.startup; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": str(ROOT / "src")})
 
 
 def test_what_a_person_can_mend_is_one_line(capsys: pytest.CaptureFixture[str]):

@@ -24,6 +24,7 @@ from blockskip_hooks.cli.startup import (
     SETTINGS_ERROR,
     WORK_ERROR,
     errors_in_one_line,
+    keep_memory_whole,
     make_parser,
     quiet_libraries,
     returns_exit_code,
@@ -31,6 +32,7 @@ from blockskip_hooks.cli.startup import (
 
 
 quiet_libraries()
+keep_memory_whole()
 
 from blockskip_hooks.cli.argument_checks import check_output_dir, check_texts
 from blockskip_hooks.cli.arguments import printable_command

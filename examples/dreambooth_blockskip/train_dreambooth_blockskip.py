@@ -13,10 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from blockskip_hooks.cli.startup import quiet_libraries
+from blockskip_hooks.cli.startup import keep_memory_whole, quiet_libraries
 
 
 quiet_libraries()  # Before the imports below: libraries say what they miss while they load.
+keep_memory_whole()
 
 import torch
 from accelerate import Accelerator

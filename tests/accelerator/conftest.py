@@ -114,7 +114,7 @@ def run(standin: Path, shared: Path, once: Any) -> Callable[[str, Job], Ran]:
     def start(name: str, job: Job, folder: Path) -> Ran:
         report = shared / f"{name}.json"
         output = shared / job.after if job.after else folder
-        flags = [part.replace("{", f"{shared}/").replace("}", "") for part in job.flags.split()]
+        flags = [part.replace("{", f"{shared}/").replace("}", "") for part in job.flags.split(" ") if part]
         command = [sys.executable, "-m", "tests.accelerator.run", "--report", str(report), "--limit", job.limit]
         command += [str(EXAMPLES / job.script), "--output_dir", str(output), *flags]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}

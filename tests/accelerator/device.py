@@ -1,7 +1,7 @@
 """The stand-in accelerator: built once, made known to torch as the device ``standin`` and to the libraries above it.
 
-On it a CPU shows what a GPU would: tensors left behind on another device, bytes that live at once under CUDA's autocast
-and fused kernels, bytes that cross, and how often the host waits. It says nothing of speed, nor of a GPU's rounding.
+On it a CPU shows what a GPU would: tensors left behind on another device, bytes that live at once under CUDA's
+autocast and fused kernels, bytes that cross, and how often the host waits. It says nothing of speed or rounding.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def _attention(query: Any, key: Any, value: Any, mask: Any = None, dropout: floa
                debug: bool = False, *, scale: float | None = None) -> Any:  # fmt: skip
     """As CUDA's fused kernels hold it: no matrix of scores; a logarithm per query and head for backward."""
     if not query.dtype == key.dtype == value.dtype:
-        raise RuntimeError(f"Expected query, key and value of one dtype, not {query.dtype}, {key.dtype}, {value.dtype}")
+        raise RuntimeError(f"Expected one dtype, not {query.dtype}, {key.dtype} and {value.dtype}")
     output, logarithm = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         *map(_alias, (query, key, value)), dropout, causal, attn_mask=_alias(mask), scale=scale
     )

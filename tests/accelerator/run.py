@@ -1,4 +1,4 @@
-"""Run a script on the stand-in: ``python -m tests.accelerator.run [--report FILE] [--limit STAGE=BYTES] SCRIPT [ARGS]``.
+"""Run a script on the stand-in: ``python -m tests.accelerator.run [--report FILE] SCRIPT [ARGS]``.
 
 The report says for each stage what crossed between host and device and how often the host waited, and what was left on
 the device when the script had ended.
@@ -51,7 +51,6 @@ def main() -> int:
 def watch_stages(limited: str = "", limit: str = "0") -> dict[str, Counter[str]]:
     """Count each stage's traffic from now on, and limit the device while one of them runs."""
     from blockskip_hooks.utils.monitor import StageMonitor
-
     from tests.accelerator.device import native
 
     traffic: dict[str, Counter[str]] = {}

@@ -26,6 +26,7 @@ from ..planning.plan import largest_stage
 from ..planning.stages import PlanRequest, plan_run
 from ..selection import Selection
 from ..training.run import Run
+from ..utils.device_memory import total_memory_bytes
 from ..utils.errors import UserError, first_line
 from ..utils.formatting import fit_lines, format_bytes
 from ..utils.machine import is_first_process
@@ -182,10 +183,8 @@ def _check_device(plan: dict[str, Any]) -> None:
     Raises:
         UserError: naming the stage, what it needs and what there is.
     """
-    if not torch.cuda.is_available():
-        return
-    stage, there = largest_stage(plan), torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    if stage["peak_device_bytes"] > there:
+    stage, there = largest_stage(plan), total_memory_bytes()
+    if there is not None and stage["peak_device_bytes"] > there:
         raise UserError(
             f"Stage {stage['name']} needs {format_bytes(stage['peak_device_bytes'])} by plan, and the accelerator has "
             f"{format_bytes(there)}; give --memory_budget {there // 2**30}GiB to let blocks be skipped until it fits."

@@ -23,6 +23,9 @@ WORK_ERROR = 1
 # What these say while they are imported is about optional packages, and kernels that no script here needs.
 _TALKATIVE = ("torchao", "bitsandbytes", "diffusers.quantizers", "torch.utils._pytree")
 
+# All the names that torch has had for its allocator's settings.
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+
 
 def quiet_libraries() -> None:
     """Let libraries say nothing of optional packages that they miss; call it before they are imported."""
@@ -31,6 +34,16 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def keep_memory_whole() -> None:
+    """Let CUDA's allocator grow its segments instead of leaving gaps; call it before torch is imported.
+
+    By default it splits segments of fixed sizes, and what a stage left free is often in pieces too small for the next.
+    Whoever sets the allocator decides. Windows and macOS have no such segments.
+    """
+    if sys.platform == "linux" and not any(name in os.environ for name in _ALLOCATOR):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 class OneLineParser(argparse.ArgumentParser):

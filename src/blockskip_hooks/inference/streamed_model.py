@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from diffusers import DiffusionPipeline
 
@@ -24,6 +23,7 @@ from ..loading.model_defaults import model_defaults
 from ..loading.models import empty_model
 from ..transformer import DiTBlockSkipTransformer
 from ..utils.accelerator import start_accelerator, weight_dtype
+from ..utils.device_memory import free_memory_bytes
 from ..utils.digests import folder_digest
 from ..utils.errors import UserError
 from .lora_files import load_text_adapters
@@ -188,7 +188,7 @@ def load_image_transformer(
     config = load_config(family.model_path / "transformer")
     if spans is None:
         parameters = block_parameters(family, config)
-        large = sum(parameters) * dtype.itemsize > _free_memory(device) / 2
+        large = sum(parameters) * dtype.itemsize > free_memory_bytes(device) / 2
         spans = stream_all(len(parameters)) if large and not takes_lora else BlockSkipConfig()
     return DiTBlockSkipTransformer.from_pretrained(
         family.model_path,
@@ -199,12 +199,6 @@ def load_image_transformer(
         stacks=family.block_stacks,
         transformer_class=family.transformer_class(config),
     )
-
-
-def _free_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
 
 
 def encode_for_images(

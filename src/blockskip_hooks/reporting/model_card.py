@@ -173,7 +173,7 @@ def usage_snippet(
             ),
             f"pipeline = {pipeline_class[1]}.from_pretrained({', '.join([base, *given])}{weights})",
             f"pipeline.load_lora_weights({_literal(str(lora))})",
-            'pipeline.to("cuda" if torch.cuda.is_available() else "cpu")',
+            'pipeline.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")',
             call,
             'image.save("image.png")',
         )

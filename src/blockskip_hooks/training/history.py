@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from ..data.sample_plan import Sample
 from ..residuals.batches import SampleMaker
-from ..utils.monitor import device_memory
+from ..utils.device_memory import device_memory
 from .sample_losses import QUARTERS, SampleLosses, quarter_means
 
 
@@ -47,7 +47,8 @@ class History:
         losses: Loss of each of them.
         loss_by_timestep: Steps and their mean loss by range of timesteps.
         step_seconds: Seconds of each step of this process; of a run that goes on, those that its checkpoint kept too.
-        step_memory: What :func:`~blockskip_hooks.utils.monitor.device_memory` says after each; empty without a device.
+        step_memory: What :func:`~blockskip_hooks.utils.device_memory.device_memory` says after each; empty without
+            a device.
         legs: From which step on it trained with which settings: ``step`` (steps done before), ``samples_per_step``
             and ``settings``. More than one where a run went on with others.
     """

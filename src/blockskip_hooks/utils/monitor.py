@@ -9,12 +9,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from types import ModuleType
 from typing import Any
 
 import psutil
-import torch
 
+from .device_memory import device_memory, device_peak, reset_device_peak
 from .formatting import format_bytes, format_seconds
 
 
@@ -104,7 +103,7 @@ class StageMonitor:
             raise RuntimeError(f"Stage '{name}' starts while stage '{self._running}' is still running.")
         self._running = self.latest = name
         cost = self._stages.setdefault(name, StageCost(name))
-        _reset_device_peak()
+        reset_device_peak()
         sampler = self._sampler = _RssSampler(self._interval)
         sampler.start()
         start = self._entered = time.monotonic()
@@ -113,19 +112,18 @@ class StageMonitor:
         finally:
             cost.seconds += time.monotonic() - start
             cost.peak_rss_bytes = max(cost.peak_rss_bytes, sampler.stop())
-            device_peak = _device_peak()
-            if device_peak is not None:
-                allocated, reserved = device_peak
+            if (on_device := device_peak()) is not None:
+                allocated, reserved = on_device
                 cost.peak_device_bytes = max(cost.peak_device_bytes or 0, allocated)
                 cost.peak_device_reserved_bytes = max(cost.peak_device_reserved_bytes or 0, reserved)
             self._running = self._sampler = None
-            peak = cost.peak_rss_bytes if device_peak is None else cost.peak_device_bytes
+            peak = cost.peak_rss_bytes if on_device is None else cost.peak_device_bytes
             logger.info("Stage %s: %s so far, peak %s.", name, format_seconds(cost.seconds), format_bytes(peak))
 
     def memory(self) -> tuple[int, int]:
         """Bytes in use now, and the most since the running stage was entered: the device's, else the process's."""
-        if (device := _in_use()) is not None:
-            return device.memory_allocated(), device.max_memory_allocated()
+        if (now := device_memory()) is not None and (peak := device_peak()) is not None:
+            return now[0], peak[0]
         if self._sampler is None:
             now = psutil.Process().memory_info().rss
             return now, now
@@ -151,32 +149,6 @@ class StageMonitor:
             running = stages[self._running]
             running["seconds"] += time.monotonic() - self._entered
             running["peak_rss_bytes"] = max(running["peak_rss_bytes"], self._sampler.peak)
-            for key, peak in zip(("peak_device_bytes", "peak_device_reserved_bytes"), _device_peak() or ()):
+            for key, peak in zip(("peak_device_bytes", "peak_device_reserved_bytes"), device_peak() or ()):
                 running[key] = max(running[key] or 0, peak)
         return list(stages.values())
-
-
-def _in_use() -> ModuleType | None:
-    """``torch.accelerator`` once this process uses the device, else ``None``."""
-    # is_available() alone would count a GPU that a CPU run leaves untouched, and reading its statistics would create
-    # a context of several hundred MiB.
-    device = torch.accelerator.current_accelerator(check_available=True)
-    if device is None or not getattr(torch.get_device_module(device), "is_initialized", lambda: True)():
-        return None
-    return torch.accelerator
-
-
-def _reset_device_peak() -> None:
-    if (device := _in_use()) is not None:
-        device.reset_peak_memory_stats()
-
-
-def _device_peak() -> tuple[int, int] | None:
-    device = _in_use()
-    return device and (device.max_memory_allocated(), device.max_memory_reserved())
-
-
-def device_memory() -> tuple[int, int] | None:
-    """Bytes on the device that tensors take, and that torch holds for them, now; ``None`` without a device."""
-    device = _in_use()
-    return device and (device.memory_allocated(), device.memory_reserved())

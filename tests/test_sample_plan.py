@@ -107,11 +107,11 @@ def test_only_mode_none_trains_at_the_largest_size():
 @pytest.mark.parametrize(
     ("sizes", "words"),
     [
-        ({"min_size": 30, "max_size": 64, "multiple": 8}, ["--min_patch_size is 30", "8 px", "use 32"]),
-        ({"min_size": 32, "max_size": 60, "multiple": 16}, ["--max_patch_size is 60", "16 px", "use 64"]),
-        ({"min_size": 0, "max_size": 64, "multiple": 8}, ["--min_patch_size is 0", "use 8"]),
-        ({"min_size": 64, "max_size": 32, "multiple": 8}, ["--min_patch_size 64", "--max_patch_size 32"]),
-        ({"mode": "big", "min_size": 32, "max_size": 64, "multiple": 8}, ["--patch_sampling is 'big'", "dynamic"]),
+        ({"min_size": 30, "max_size": 64, "multiple": 8}, ["min_size is 30", "8 px", "use 32"]),
+        ({"min_size": 32, "max_size": 60, "multiple": 16}, ["max_size is 60", "16 px", "use 64"]),
+        ({"min_size": 0, "max_size": 64, "multiple": 8}, ["min_size is 0", "above 0"]),
+        ({"min_size": 64, "max_size": 32, "multiple": 8}, ["min_size 64", "max_size 32"]),
+        ({"mode": "big", "min_size": 32, "max_size": 64, "multiple": 8}, ["mode is 'big'", "dynamic"]),
     ],
 )
 def test_sizes_that_cannot_work_are_refused(sizes, words):

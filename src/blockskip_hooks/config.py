@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from .utils.errors import UserError
 
 
 ResidualMode = Literal["precomputed", "online", "none"]
 PatchMode = Literal["dynamic", "resize", "random", "high_to_low", "none"]
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +32,7 @@ class BlockSkipConfig:
             identity, an ablation that loses the subject (the paper's table 5).
 
     Raises:
-        ValueError: if a count is negative or ``residuals`` is unknown.
+        ValueError: if a count is no whole number or negative, or ``residuals`` is unknown.
     """
 
     leading: int = 0
@@ -36,8 +41,8 @@ class BlockSkipConfig:
 
     def __post_init__(self) -> None:
         for name in ("leading", "trailing"):
-            if getattr(self, name) < 0:
-                raise UserError(f"BlockSkipConfig.{name} is {getattr(self, name)}; give a number of blocks >= 0.")
+            if not _is_count(count := getattr(self, name)) or count < 0:
+                raise UserError(f"BlockSkipConfig.{name} is {count!r}; give a whole number of blocks >= 0.")
         if self.residuals not in get_args(ResidualMode):
             raise UserError(
                 f"BlockSkipConfig.residuals is '{self.residuals}'; choose one of {', '.join(get_args(ResidualMode))}."
@@ -56,8 +61,8 @@ class BlockSkipConfig:
         """
         if self.num_skipped >= num_blocks:
             raise UserError(
-                f"--skip_blocks {self.leading},{self.trailing} skips {self.num_skipped} of {num_blocks} blocks and "
-                f"leaves none to train; leading + trailing must be at most {num_blocks - 1}."
+                f"leading={self.leading} and trailing={self.trailing} skip {self.num_skipped} of {num_blocks} blocks "
+                f"and leave none to train; together they may be at most {num_blocks - 1}."
             )
 
 
@@ -78,7 +83,8 @@ class PatchSamplingConfig:
             would be.
 
     Raises:
-        ValueError: if the mode is unknown, a size is not a positive multiple of ``multiple``, or min > max.
+        ValueError: if the mode is unknown, a size is not a positive whole multiple of ``multiple``, or min > max. The
+            message names the arguments.
     """
 
     mode: PatchMode = "none"
@@ -89,23 +95,23 @@ class PatchSamplingConfig:
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(PatchMode):
-            raise UserError(f"--patch_sampling is '{self.mode}'; choose one of {', '.join(get_args(PatchMode))}.")
-        for flag, size in (("--min_patch_size", self.min_size), ("--max_patch_size", self.max_size)):
-            if size <= 0 or size % self.multiple:
+            raise UserError(f"mode is '{self.mode}'; choose one of {', '.join(get_args(PatchMode))}.")
+        for name in ("multiple", "min_size", "max_size"):
+            if not _is_count(size := getattr(self, name)) or size <= 0:
+                raise UserError(f"{name} is {size!r}; give a whole number of pixels above 0.")
+            if size % self.multiple:
                 nearest = max(self.multiple, round(size / self.multiple) * self.multiple)
                 raise UserError(
-                    f"{flag} is {size}, which is not a positive multiple of this model's latent token size "
+                    f"{name} is {size}, which is not a multiple of this model's latent token size "
                     f"({self.multiple} px); use {nearest}."
                 )
         if self.min_size > self.max_size:
-            raise UserError(
-                f"--min_patch_size {self.min_size} is above --max_patch_size {self.max_size}; lower the first."
-            )
+            raise UserError(f"min_size {self.min_size} is above max_size {self.max_size}; lower the first.")
         for height, width in self.buckets:
             if height <= 0 or width <= 0 or height % self.multiple or width % self.multiple:
                 raise UserError(
-                    f"--aspect_ratio_buckets has {height},{width}, which are not positive multiples of this model's "
-                    f"latent token size ({self.multiple} px); round them to it."
+                    f"buckets has {height},{width}, which are not positive multiples of this model's latent token "
+                    f"size ({self.multiple} px); round them to it."
                 )
 
     @property

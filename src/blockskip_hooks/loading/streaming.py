@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +15,32 @@ from .checkpoint_index import CheckpointWeights
 
 
 class StreamHook(AlignDevicesHook):
-    """accelerate's offloading, without its collection of garbage after each tensor: a block has dozens of them."""
+    """accelerate's offloading, without its collection of garbage after each tensor: a block has dozens of them.
+
+    ``.to(device, dtype)`` of a model around the module is followed.
+    """
+
+    execution_device: torch.device
+
+    def init_hook(self, module: torch.nn.Module) -> torch.nn.Module:
+        module = super().init_hook(module)
+        module._apply = functools.partial(self._convert, module)  # type: ignore[method-assign]
+        return module
+
+    def detach_hook(self, module: torch.nn.Module) -> torch.nn.Module:
+        del module._apply
+        return super().detach_hook(module)
+
+    def _convert(self, module: torch.nn.Module, convert: Callable[..., Any], recurse: bool = True) -> torch.nn.Module:
+        """In place of ``torch.nn.Module._apply``, which cannot move what is not there: weights come as asked for."""
+        for parameter in module.parameters():
+            like = convert(torch.empty(0, dtype=parameter.dtype, device=self.execution_device))
+            parameter.data = parameter.data.to(like.dtype)
+            if not like.is_meta:
+                self.execution_device = like.device
+        for part in module.modules():
+            part._buffers.update({n: b if b is None else convert(b) for n, b in part._buffers.items()})
+        return module
 
     def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         for name, _ in module.named_parameters():

@@ -76,6 +76,7 @@ OUR_FLAGS = {
     "--dump_config": ("store_true", False, None),
     "--save_format": (None, "diffusers", ("diffusers", "comfyui")),
     "--export_merged": ("store_true", False, None),
+    "--open": ("store_true", False, None),
     "--validation_resolution": (int, None, None),
 }
 # The upstream scripts take one.

@@ -336,11 +336,10 @@ def test_the_first_screen_fits_a_terminal(capsys):
     words = ["--skip_blocks", "auto", "--plan_only", "--output_dir", "out", "--lr_warmup_steps", "100"]
     assert script.load_script().main(words) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) <= 22 and max(map(len, lines)) <= 80
+    assert len(lines) <= 15 and max(map(len, lines)) <= 80
     text = "\n".join(lines)
     for said in (
         "Photos   5 from",
-        "Captions none",
         "Sizes    128 x 128 px, cropped to 64 x 64",
         "Rate     warms up for 100 of 200 steps to 3e-3",
         "Images   2 of each of 4 prompts, 64 px, at the end",

@@ -109,7 +109,7 @@ def test_only_mode_none_trains_at_the_largest_size():
     [
         ({"min_size": 30, "max_size": 64, "multiple": 8}, ["PatchSamplingConfig.min_size is 30", "8 px", "use 32"]),
         ({"min_size": 32, "max_size": 60, "multiple": 16}, ["PatchSamplingConfig.max_size is 60", "16 px", "use 64"]),
-        ({"min_size": 0, "max_size": 64, "multiple": 8}, ["PatchSamplingConfig.min_size is 0", "use 8"]),
+        ({"min_size": 0, "max_size": 64, "multiple": 8}, ["PatchSamplingConfig.min_size is 0", "above 0"]),
         (
             {"min_size": 64, "max_size": 32, "multiple": 8},
             ["PatchSamplingConfig.min_size 64", "PatchSamplingConfig.max_size 32"],

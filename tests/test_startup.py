@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 FIRST_WORDS = {
     "train_dreambooth_blockskip": (
         ["--plan_only", "--output_dir"],
-        "No --pretrained_model_name_or_path: the embedded model",
+        "Model    embedded micro-FLUX (flux), as no other was named",
     ),
     "plan_memory": (["--preset", "sana-0.6b", "--selection_table"], "error: --selection_table"),
     "evaluate": (["--encoders", "offline", "--output_dir"], "error: --encoders offline"),

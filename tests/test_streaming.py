@@ -186,7 +186,7 @@ def test_forwards_in_step_read_each_block_once(folder: Path, monkeypatch: pytest
 
 def test_forwards_of_different_lengths_go_in_step_as_far_as_they_can(folder: Path):
     model = load(folder)
-    results = model.together([lambda: [run(model), run(model)], lambda: [run(model)], lambda: []])
+    results = model.together([lambda: [run(model), run(model)], lambda: [run(model)], list])
     assert [len(result) for result in results] == [2, 1, 0]
     assert all(torch.equal(prediction, run(model)) for result in results for prediction in result)
 

@@ -77,6 +77,8 @@ def check_contents(sdist: Path, wheel: Path) -> None:
         "docs/reference.md",
     )
     missing += [name for name in beside if name not in names]
+    shipped = (f"share/blockskip_hooks/{name}" for name in (SCRIPT.as_posix(), "configs/flux.yaml"))
+    missing += [name for name in shipped if not any(packed_name.endswith(name) for packed_name in packed)]
     if missing:
         sys.exit(f"missing in the distributions: {', '.join(missing)}")
     print(f"{wheel.name}: {len(packed)} files, {wheel.stat().st_size / 1e6:.1f} MB; all {len(files)} of the package")
@@ -106,19 +108,18 @@ def main(argv: list[str] | None = None) -> int:
         sdist, wheel = build(folder / "dist")
         check_contents(sdist, wheel)
         python = make_environment(folder / "environment", wheel, args.reuse_dependencies)
-        with tarfile.open(sdist) as archive:
-            archive.extractall(folder / "source", filter="data")
-        (source,) = (folder / "source").iterdir()
-        # The script of the sdist, whose package is not on the path: a script's folder is, and that is examples/.
         elsewhere, settings = folder / "elsewhere", {"HF_HUB_OFFLINE": "1"}
         where = run(python, "-c", "import blockskip_hooks as b; print(b.__file__)", cwd=elsewhere, **settings).strip()
         if folder / "environment" not in Path(where).parents:
             sys.exit(f"the package comes from {where}, not from the wheel")
-        run(python, source / SCRIPT, *SETTINGS, "--output_dir", elsewhere / "out", cwd=elsewhere, **settings)
+        # Beside Python; it runs the script that the wheel brings along.
+        command = python.with_name("blockskip")
+        run(command, "train", *SETTINGS, "--output_dir", elsewhere / "out", cwd=elsewhere, **settings)
+        run(command, "doctor", cwd=elsewhere, **settings)
         made = sorted(path.name for path in (elsewhere / "out").iterdir())
         if "pytorch_lora_weights.safetensors" not in made:
             sys.exit(f"the run left only {', '.join(made)}")
-        print(f"the embedded command of the installed wheel left {', '.join(made)}")
+        print(f"the command of the installed wheel left {', '.join(made)}")
     return 0
 
 

@@ -82,15 +82,25 @@ def build_parser() -> argparse.ArgumentParser:
         help="LoRAs, files or folders; none is the model without.",
     )
     flag("--subject", help=f"Embedded subject, for the embedded model; default: {DEFAULT_SUBJECT}.")
-    flag("--instance_data_dir", type=home_path, help="Folder of the subject's photos.")
-    flag("--instance_prompt", help='Prompt of training: "a photo of sks dog" makes "sks dog" of the {} in prompts.')
+    flag("--instance_data_dir", type=home_path, help="Folder of the subject's photos; default: the embedded ones.")
+    flag(
+        "--instance_prompt",
+        help='Prompt of training: "a photo of sks dog" makes "sks dog" of the {} in prompts. No default but '
+        "the embedded.",
+    )
     flag("--class_phrase", help='What CLIP reads for the subject: "a dog"; default: what the model reads.')
     flag(
-        "--class_kind", choices=CLASS_KINDS, help="Which of the shipped prompts: of things, or of people and animals."
+        "--class_kind",
+        choices=CLASS_KINDS,
+        help="Which of the shipped prompts: of things, or of people and animals; default: none.",
     )
-    flag("--prompts", type=home_path, help="File of other prompts, one on a line, {} for the subject.")
+    flag(
+        "--prompts",
+        type=home_path,
+        help="File of other prompts, one on a line, {} for the subject; default: the shipped ones.",
+    )
     flag("--images_per_prompt", type=int, help="Images of each prompt, with seeds from 0 on; default: 4.")
-    flag("--seeds", nargs="+", type=int, help="Seeds of each prompt's images, instead of --images_per_prompt.")
+    flag("--seeds", nargs="+", type=int, help="Seeds of each prompt's images; default: by --images_per_prompt.")
     flag(
         "--encoders",
         nargs="+",
@@ -101,7 +111,11 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--resolution", type=int, help="Side of the images in pixels; default: that of the model.")
     flag("--num_inference_steps", type=int, help="Denoising steps; default: those of the pipeline.")
     flag("--guidance_scale", type=float, help="Guidance of the pipeline; default: its own.")
-    flag("--true_cfg_scale", type=float, help="Guidance by a negative prompt, of pipelines that have both kinds.")
+    flag(
+        "--true_cfg_scale",
+        type=float,
+        help="Guidance by a negative prompt, of pipelines that have both kinds; default: theirs.",
+    )
     flag("--images_at_once", type=int, help="Images in one forward; default: by their size.")
     flag("--output_dir", type=home_path, default=Path("evaluation"), help="Folder for images and results.")
     return parser

@@ -64,12 +64,21 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--preset", required=True, help=f"Model: {', '.join(preset_names())}.")
     flag("--skip_blocks", default="auto", help="Blocks to skip: none, auto, N in all, or n,m (leading,trailing).")
     flag("--skip_ratio", type=float, help="Part of all blocks that --skip_blocks auto skips; default: 0.3.")
-    flag("--skip_budget", help="Bytes of parameters that --skip_blocks auto frees instead, like 10GiB.")
-    flag("--selection_table", help="Table that says which blocks to skip, from select_blocks.py.")
+    flag(
+        "--skip_budget",
+        help="Bytes of parameters that --skip_blocks auto frees instead, like 10GiB; default: --skip_ratio.",
+    )
+    flag(
+        "--selection_table",
+        help="Table that says which blocks to skip, from select_blocks.py; default: what is known.",
+    )
     flag("--resolution", type=int, default=512, help="Largest patch in pixels.")
     flag("--training_resolution", type=int, help="Side trained at; default: half of --resolution if blocks skip.")
     flag("--rank", type=int, default=4, help="Rank of the LoRA matrices.")
-    flag("--lora_layers", help="Comma-separated ends of the names of the layers to adapt, within kept blocks.")
+    flag(
+        "--lora_layers",
+        help="Comma-separated ends of the names of the layers to adapt, within kept blocks; default: the family's.",
+    )
     flag("--train_batch_size", type=int, default=1, help="Samples per step.")
     flag("--precompute_batch_size", type=int, help="Samples per precompute forward; default: what training leaves.")
     flag("--max_sequence_length", type=int, help="Tokens of a prompt; default: that of the model's family.")
@@ -77,14 +86,17 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--keep_modulation", action="store_true", help="Keep modulation layers in memory, as the training flag.")
     flag("--residual_dtype", choices=("auto", "float8"), help="Number format of the records; default: auto.")
     flag("--residual_budget", default="16GB", help="Disk the records may fill at a time, like 8GB; default: 16GB.")
-    flag("--memory_budget", help="Memory every stage must fit in, like 12GiB; auto then skips as few blocks as do it.")
+    flag(
+        "--memory_budget",
+        help="Memory every stage must fit in, like 12GiB; auto then skips as few blocks as do it. Default: none.",
+    )
     flag(
         "--memory_options",
         nargs="+",
         choices=tuple(MEMORY_OPTIONS),
-        help="What --memory_budget may use beside skipping, in this order.",
+        help="What --memory_budget may use beside skipping, in this order; default: nothing.",
     )
-    flag("--validation_resolution", type=int, help="Side of validation images; without it there are none.")
+    flag("--validation_resolution", type=int, help="Side of validation images in pixels; default: there are none.")
     flag("--mixed_precision", choices=("no", "fp16", "bf16"), default="bf16", help="Dtype of the frozen weights.")
     flag("--gradient_checkpointing", action="store_true", help="Less activation memory for one more forward.")
     flag("--quantization", choices=METHODS, default="none", help="Hold kept blocks in 4 (nf4) or 8 bits (int8).")
@@ -182,7 +194,7 @@ def main(argv: list[str] | None = None) -> None:
     train = _train(plan)
     print(format_plan(plan, model=f"{name} (architecture only, no model files)"))
     print(
-        f"Compare  plain LoRA at {args.resolution} px, simulated: {format_bytes(plain['peak_device_bytes'])} and "
+        f"Compare  plain LoRA at {args.resolution} px: {format_bytes(plain['peak_device_bytes'])} and "
         f"{plain['tflops_per_step']:.3g} TFLOP per step; this plan trains in "
         f"{train['peak_device_bytes'] / plain['peak_device_bytes']:.0%} of the memory with "
         f"{train['tflops_per_step'] / plain['tflops_per_step']:.0%} of the TFLOP"

@@ -77,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         type=home_path,
         default=[],
-        help="LoRAs of subjects, files or folders; needs --prompts.",
+        help="LoRAs of subjects, files or folders; needs --prompts. Default: none.",
     )
     flag(
         "--prompts", nargs="+", help="One prompt for each LoRA, or prompts for the base model; default: some classes."
@@ -87,7 +87,12 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--resolution", type=int, help="Side of the images in pixels; default: 512, or what the model asks for.")
     flag("--num_inference_steps", type=int, default=DEFAULT_STEPS, help="Denoising steps of the images.")
     flag("--search_stride", type=int, default=1, help="Measure every how many blocks, then closer where it counts.")
-    flag("--window_lengths", nargs="*", type=int, help="Lengths of inner runs to mask for the heat map.")
+    flag(
+        "--window_lengths",
+        nargs="*",
+        type=int,
+        help="Lengths, in blocks, of inner runs to mask for the heat map; default: none.",
+    )
     flag("--images_at_once", type=int, help="Images in one forward; default: by their size.")
     flag("--stream_blocks", action="store_true", help="Read blocks from the files as they run, whatever is free.")
     flag("--no_cache", action="store_true", help="Do not keep the table where --skip_blocks auto looks for it.")

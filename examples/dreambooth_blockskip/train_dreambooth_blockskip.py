@@ -36,8 +36,9 @@ from blockskip_hooks.loading.quantization import check_device
 from blockskip_hooks.lora import add_lora
 from blockskip_hooks.losses import combine_losses, flow_matching_loss
 from blockskip_hooks.planning.plan import planned_batch_size, planned_vae, streams_text
+from blockskip_hooks.reporting.closing import closing_words, open_page
 from blockskip_hooks.reporting.hub import open_repository, push_to_hub
-from blockskip_hooks.reporting.outputs import RunOutputs, closing_words, lora_size
+from blockskip_hooks.reporting.outputs import RunOutputs, lora_size
 from blockskip_hooks.reporting.progress import Progress, photo_progress, set_log_level
 from blockskip_hooks.reporting.trackers import Tracking, start_trackers
 from blockskip_hooks.residuals.batches import SampleMaker
@@ -391,7 +392,9 @@ def finish(
         if settings.push_to_hub and settings.hub_model_id:
             push_to_hub(settings.hub_model_id, run.output_dir, settings.hub_token)
             print(f"Uploaded to {settings.hub_model_id}.")
-        print(closing_words(run, report))
+        print(closing_words(outputs, report, before, after))
+        if settings.open and (line := open_page(run.output_dir)):
+            print(line)
     accelerator.wait_for_everyone()
     if not settings.residual_dir and accelerator.is_main_process:
         records.drop(store_too=True)

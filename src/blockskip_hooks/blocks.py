@@ -50,6 +50,10 @@ class BlockSpans:
         return self.leading + self.trailing
 
 
+def _lists(module: torch.nn.Module) -> dict[str, torch.nn.ModuleList]:
+    return {name: child for name, child in module.named_children() if isinstance(child, torch.nn.ModuleList)}
+
+
 def _metadata_of(module: torch.nn.Module, layouts: Mapping[str, BlockLayout]) -> TransformerBlockMetadata | None:
     # torch's FSDP gives a module it divides a class of its own, whose second base is the module's.
     block_class = type(module).__bases__[1] if isinstance(module, FSDPModule) else type(module)
@@ -61,7 +65,12 @@ def _metadata_of(module: torch.nn.Module, layouts: Mapping[str, BlockLayout]) ->
         return None
 
 
-def list_blocks(transformer: torch.nn.Module, stacks: Sequence[str] | None = None) -> tuple[Block, ...]:
+def as_names(names: str | Sequence[str]) -> tuple[str, ...]:
+    """One name or several; a string is one, not its letters."""
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def list_blocks(transformer: torch.nn.Module, stacks: str | Sequence[str] | None = None) -> tuple[Block, ...]:
     """List the blocks of ``transformer`` in execution order.
 
     Args:
@@ -71,17 +80,20 @@ def list_blocks(transformer: torch.nn.Module, stacks: Sequence[str] | None = Non
             of no supported family, every ``ModuleList`` of registered blocks.
 
     Raises:
-        ValueError: if the model lacks a named stack, a module of a stack is no block that the model's family or
-            diffusers' ``TransformerBlockRegistry`` knows, or there are no blocks.
+        ValueError: if it is no transformer or lacks a named stack, a module of a stack is no block that the model's
+            family or diffusers' ``TransformerBlockRegistry`` knows, or there are no blocks.
 
     Example:
         >>> [block.name for block in list_blocks(transformer)]
         ['transformer_blocks.0', 'transformer_blocks.1', 'single_transformer_blocks.0', ...]
     """
+    if not isinstance(transformer, torch.nn.Module):
+        raise UserError(
+            f"A {type(transformer).__name__} is no transformer; give a loaded one, a pipeline's `.transformer` say."
+        )
     layout = layout_of(type(transformer))
-    if stacks is None:
-        stacks = layout.stacks
-    lists = {n: child for n, child in transformer.named_children() if isinstance(child, torch.nn.ModuleList)}
+    stacks = layout.stacks if stacks is None else as_names(stacks)
+    lists = _lists(transformer)
     blocks: list[Block] = []
     for stack_name in stacks if stacks is not None else lists:
         if stack_name not in lists:
@@ -100,6 +112,12 @@ def list_blocks(transformer: torch.nn.Module, stacks: Sequence[str] | None = Non
                 )
             blocks.append(Block(len(blocks), name, module, metadata))
     if not blocks:
+        inside = [name for name, child in transformer.named_children() if _lists(child)]
+        if inside:
+            raise UserError(
+                f"{type(transformer).__name__} is a wrapper without blocks of its own; give what it wraps, "
+                f"its `.{inside[0]}`."
+            )
         raise UserError(
             f"{type(transformer).__name__} has no stack of blocks that diffusers' TransformerBlockRegistry knows; "
             "register its block class first."
@@ -126,8 +144,10 @@ def split_blocks(blocks: Sequence[Block], config: BlockSkipConfig) -> BlockSpans
     """Split ``blocks`` into leading span, kept blocks and trailing span.
 
     Raises:
-        ValueError: if no block would be kept.
+        ValueError: if no block would be kept, or ``config`` is something else.
     """
+    if not isinstance(config, BlockSkipConfig):
+        raise UserError(f"{config!r} does not say what to skip; give BlockSkipConfig(leading=..., trailing=...).")
     config.validate_for(len(blocks))
     first_trailing = len(blocks) - config.trailing
     return BlockSpans(

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from .utils.errors import UserError
 
 
 ResidualMode = Literal["precomputed", "online", "none"]
 PatchMode = Literal["dynamic", "resize", "random", "high_to_low", "none"]
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +32,7 @@ class BlockSkipConfig:
             identity, an ablation that loses the subject (the paper's table 5).
 
     Raises:
-        ValueError: if a count is negative or ``residuals`` is unknown.
+        ValueError: if a count is no whole number or negative, or ``residuals`` is unknown.
     """
 
     leading: int = 0
@@ -36,8 +41,8 @@ class BlockSkipConfig:
 
     def __post_init__(self) -> None:
         for name in ("leading", "trailing"):
-            if getattr(self, name) < 0:
-                raise UserError(f"BlockSkipConfig.{name} is {getattr(self, name)}; give a number of blocks >= 0.")
+            if not _is_count(count := getattr(self, name)) or count < 0:
+                raise UserError(f"BlockSkipConfig.{name} is {count!r}; give a whole number of blocks >= 0.")
         if self.residuals not in get_args(ResidualMode):
             raise UserError(
                 f"BlockSkipConfig.residuals is '{self.residuals}'; choose one of {', '.join(get_args(ResidualMode))}."
@@ -78,7 +83,8 @@ class PatchSamplingConfig:
             would be.
 
     Raises:
-        ValueError: if the mode is unknown, a size is not a positive multiple of ``multiple``, or min > max.
+        ValueError: if the mode is unknown, a size is not a positive whole multiple of ``multiple``, or min > max. The
+            message names the arguments.
     """
 
     mode: PatchMode = "none"
@@ -92,12 +98,14 @@ class PatchSamplingConfig:
             raise UserError(
                 f"PatchSamplingConfig.mode is '{self.mode}'; choose one of {', '.join(get_args(PatchMode))}."
             )
-        for name, size in (("min_size", self.min_size), ("max_size", self.max_size)):
-            if size <= 0 or size % self.multiple:
+        for name in ("multiple", "min_size", "max_size"):
+            if not _is_count(size := getattr(self, name)) or size <= 0:
+                raise UserError(f"PatchSamplingConfig.{name} is {size!r}; give a whole number of pixels above 0.")
+            if size % self.multiple:
                 nearest = max(self.multiple, round(size / self.multiple) * self.multiple)
                 raise UserError(
-                    f"PatchSamplingConfig.{name} is {size}, which is not a positive multiple of this model's latent "
-                    f"token size ({self.multiple} px); use {nearest}."
+                    f"PatchSamplingConfig.{name} is {size}, which is not a multiple of this model's latent token size "
+                    f"({self.multiple} px); use {nearest}."
                 )
         if self.min_size > self.max_size:
             raise UserError(

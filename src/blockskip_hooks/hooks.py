@@ -35,7 +35,17 @@ PLACEHOLDER_HOOK = "blockskip_placeholder"
 RECORDED_HOOK = "blockskip_recorded"
 
 
-class PlaceholderHook(ModelHook):
+class Bound:
+    """A mixin of what cannot be copied or pickled: hooks stay with the blocks that they were put on."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UserError(
+            "A transformer with placeholders can be neither copied nor pickled: its hooks stay with the blocks they "
+            "were put on. Copy the transformer before, or after remove(), and wrap the copy."
+        )
+
+
+class PlaceholderHook(Bound, ModelHook):
     """Replaces the forward of one block of a span.
 
     Args:
@@ -166,7 +176,7 @@ class PlaceholderHook(ModelHook):
         )
 
 
-class RecordedLayerHook(ModelHook):
+class RecordedLayerHook(Bound, ModelHook):
     """Replaces the forward of a linear layer of a kept block whose input no LoRA can change.
 
     Layers that turn the timestep's and the prompt's embedding into a block's modulation are such: a large part of a
@@ -219,7 +229,7 @@ def remove_recorded_layers(transformer: torch.nn.Module, state: BlockSkipState) 
 
 
 def apply_block_skip(
-    transformer: torch.nn.Module, config: BlockSkipConfig, stacks: Sequence[str] | None = None
+    transformer: torch.nn.Module, config: BlockSkipConfig, stacks: str | Sequence[str] | None = None
 ) -> BlockSkipState:
     """Put placeholders on the skipped blocks of any loaded diffusers transformer.
 
@@ -248,8 +258,7 @@ def apply_block_skip(
         >>> prediction = transformer(**inputs)  # kept blocks only
         >>> remove_block_skip(transformer)
     """
-    if any(_placeholder(module) is not None for module in transformer.modules()):
-        raise UserError("Block skipping is applied to this transformer already; call remove_block_skip first.")
+    check_bare(transformer)
     spans = split_blocks(list_blocks(transformer, stacks), config)
     state = BlockSkipState(config)
     for span, is_leading in ((spans.leading, True), (spans.trailing, False)):
@@ -259,6 +268,17 @@ def apply_block_skip(
     if spans.skipped:
         state._watch(transformer)
     return state
+
+
+def check_bare(transformer: torch.nn.Module) -> None:
+    """Check that no placeholders are on a transformer, or on what it wraps.
+
+    Raises:
+        ValueError: if there are some.
+    """
+    modules = transformer.modules() if isinstance(transformer, torch.nn.Module) else ()
+    if any(_placeholder(module) is not None for module in modules):
+        raise UserError("Block skipping is applied to this transformer already; call remove_block_skip first.")
 
 
 def remove_block_skip(transformer: torch.nn.Module, stacks: Sequence[str] | None = None) -> None:

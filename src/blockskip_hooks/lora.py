@@ -11,6 +11,7 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from .blocks import as_names
 from .transformer import DiTBlockSkipTransformer
 from .utils.errors import UserError
 from .utils.seeds import derived_seed
@@ -23,9 +24,9 @@ if TYPE_CHECKING:
 
 def lora_targets(
     model: DiTBlockSkipTransformer,
-    layers: Sequence[str],
-    text_stream_layers: Sequence[str] = (),
-    blocks: Sequence[str] | None = None,
+    layers: str | Sequence[str],
+    text_stream_layers: str | Sequence[str] = (),
+    blocks: str | Sequence[str] | None = None,
 ) -> list[str]:
     """Full names of the linear layers that get LoRA: those that match ``layers``.
 
@@ -34,16 +35,24 @@ def lora_targets(
 
     Args:
         model: The transformer.
-        layers: Names or name endings, such as ``"to_q"`` or ``"attn.to_out.0"``.
+        layers: Name or name ending of a layer, such as ``"attn.to_q"``, or several.
         text_stream_layers: Layers that only act on the text. Nothing reads the text after the last block that trains,
             be it the model's last or one before a trailing span, so there they would never learn and are left out.
         blocks: Qualified names of the only blocks that are to train, such as ``"transformer_blocks.3"``; ``None`` for
             no limit.
 
     Raises:
-        ValueError: if a name of ``layers`` matches nothing at all, or no match is left: in the kept blocks, in
-            ``blocks``, or outside the text's last layers.
+        ValueError: if ``model`` is not wrapped, a name of ``layers`` matches nothing at all, or no match is left: in
+            the kept blocks, in ``blocks``, or outside the text's last layers.
     """
+    if not isinstance(model, DiTBlockSkipTransformer):
+        raise UserError(
+            f"lora_targets needs to know which blocks are kept, and a {type(model).__name__} does not say; give the "
+            "DiTBlockSkipTransformer around it."
+        )
+    layers, text_stream_layers = as_names(layers), as_names(text_stream_layers)
+    if not layers:
+        raise UserError("lora_targets was given no layer; name some, such as 'attn.to_q'.")
     kept = tuple(f"{block.name}." for block in model.spans.kept)
     last_kept = f"{model.spans.kept[-1].name}."
     names = [name for name, module in model.transformer.named_modules() if isinstance(module, torch.nn.Linear)]
@@ -59,6 +68,7 @@ def lora_targets(
             f"kept blocks ({model.spans.kept[0].name} to {model.spans.kept[-1].name}) have, or skip fewer blocks."
         )
     if blocks is not None:
+        blocks = as_names(blocks)
         targets = [name for name in targets if name.startswith(tuple(f"{block}." for block in blocks))]
         if not targets:
             raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -53,6 +54,28 @@ class SpanResiduals:
         """The tensors that are present, by attribute name."""
         return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
 
+    @classmethod
+    def cat(cls, records: Sequence[SpanResiduals]) -> SpanResiduals:
+        """Join the residuals of several samples or batches to those of one batch, in their order.
+
+        Raises:
+            ValueError: if they are of different spans, or of other shapes than another's.
+
+        Example:
+            >>> residuals = SpanResiduals.cat([records[3], records[7]])
+        """
+        tensors = [record.tensors() for record in records]
+        if not tensors or any(one.keys() != tensors[0].keys() for one in tensors):
+            raise UserError("Residuals of one batch must be some, and of the same spans; capture them with one model.")
+        for name in tensors[0]:
+            shapes = {tuple(one[name].shape[1:]) for one in tensors}
+            if len(shapes) > 1:
+                raise UserError(
+                    f"{name} of the residuals have the shapes {' and '.join(map(str, sorted(shapes)))} behind the "
+                    "batch; samples of one batch need one image size and one length of text."
+                )
+        return cls(**{name: torch.cat([one[name] for one in tensors]) for name in tensors[0]})
+
     def to(self, device: torch.device | str) -> SpanResiduals:
         """Copy to ``device``; dtypes are kept."""
         return SpanResiduals(**{name: t.to(device, non_blocking=True) for name, t in self.tensors().items()})
@@ -94,16 +117,19 @@ class BlockSkipState:
         config: The spans.
         residuals: What placeholders inject.
         stops_early: Whether a capture forward ends with :class:`CaptureDone` once everything is captured.
+        is_driven: Whether a wrapper begins all forwards in *inject* mode, so that one begun otherwise is a mistake.
     """
 
     def __init__(self, config: BlockSkipConfig) -> None:
         self.config = config
         self.residuals = SpanResiduals()
         self.stops_early = False
+        self.is_driven = False
         self._mode = SkipMode.RUN
         self._capture = Capture()
         self._recorded_layers: tuple[str, ...] = ()
         self._attached = True
+        self._in_wrapper = False
         self._handle: RemovableHandle | None = None
 
     @property
@@ -131,12 +157,17 @@ class BlockSkipState:
         return self._capture.residuals
 
     def _watch(self, transformer: torch.nn.Module) -> None:
-        """Begin a new capture with every forward of ``transformer`` in capture mode."""
+        """Look at every forward of ``transformer`` before it begins."""
         self._handle = transformer.register_forward_pre_hook(self._begin_forward)
 
     def _begin_forward(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
         if self._mode is SkipMode.CAPTURE:
             self._capture = Capture()
+        elif self._mode is SkipMode.INJECT and self.is_driven and not self._in_wrapper:
+            raise UserError(
+                "The transformer was called without the model around it, whose last call left residuals of its own in "
+                "place; call it inside model.full_model() to run every block, or call the model itself."
+            )
 
     def _detach(self) -> None:
         """Note that the placeholders were removed."""

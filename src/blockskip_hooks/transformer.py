@@ -12,9 +12,10 @@ from accelerate.hooks import remove_hook_from_module
 from diffusers import ModelMixin
 from torch.distributed.fsdp import FSDPModule
 
-from .blocks import BlockSpans, list_blocks, split_blocks
+from .blocks import BlockSpans, as_names, list_blocks, split_blocks
 from .config import BlockSkipConfig
-from .hooks import apply_block_skip, record_layers, remove_block_skip, remove_recorded_layers
+from .hooks import Bound, apply_block_skip, check_bare, record_layers, remove_block_skip, remove_recorded_layers
+from .loading.download import resolve_component
 from .loading.models import Checkpoint
 from .loading.quantization import QuantizationConfig
 from .loading.streaming import Streamer, frozen_weights_on_host, plain_device, stream
@@ -26,7 +27,7 @@ from .utils.norms import free_norm_dtypes, keep_norm_dtypes
 T = TypeVar("T")
 
 
-class DiTBlockSkipTransformer(torch.nn.Module):
+class DiTBlockSkipTransformer(Bound, torch.nn.Module):
     """A diffusers transformer whose leading and trailing spans are placeholders (DiT-BlockSkip, section 3.3).
 
     The wrapped model keeps its class, parameter names and block numbers, so adapters, LoRA files and pipelines work
@@ -63,25 +64,28 @@ class DiTBlockSkipTransformer(torch.nn.Module):
         self,
         transformer: ModelMixin,
         config: BlockSkipConfig,
-        stacks: Sequence[str] | None = None,
+        stacks: str | Sequence[str] | None = None,
         *,
         offload_device: torch.device | str | None = None,
-        recorded_layers: Sequence[str] = (),
+        recorded_layers: str | Sequence[str] = (),
     ) -> None:
+        check_bare(transformer)
         super().__init__()
         self.transformer: ModelMixin = transformer
         self.is_sharded = isinstance(transformer, FSDPModule)
         self._stacks = stacks
         self.spans: BlockSpans = split_blocks(list_blocks(transformer, stacks), config)
-        self.recorded_layers = tuple(recorded_layers)
+        self.recorded_layers = as_names(recorded_layers)
         self._streamer = Streamer(offload_device or "cpu")
+        streamed = self.streamed_modules
         if offload_device is not None:
-            for module in self.streamed_modules.values():
+            for module in streamed.values():
                 stream(module, offload_device, streamer=self._streamer)
         keep_norm_dtypes(transformer)
         self.skip_state = apply_block_skip(transformer, config, stacks)
         # A forward that is broken off would leave gathered weights behind, and other processes waiting.
         self.skip_state.stops_early = not self.is_sharded
+        self.skip_state.is_driven = True
         record_layers(transformer, self.recorded_layers, self.skip_state)
 
     @property
@@ -99,9 +103,10 @@ class DiTBlockSkipTransformer(torch.nn.Module):
         torch_dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         variant: str | None = None,
-        stacks: Sequence[str] | None = None,
+        revision: str | None = None,
+        stacks: str | Sequence[str] | None = None,
         transformer_class: type[ModelMixin] | None = None,
-        recorded_layers: Sequence[str] = (),
+        recorded_layers: str | Sequence[str] = (),
         quantization: QuantizationConfig | None = None,
         shard: Callable[[torch.nn.Module, torch.device | str], None] | None = None,
         stream_cache: int = 0,
@@ -112,12 +117,14 @@ class DiTBlockSkipTransformer(torch.nn.Module):
         the next while one runs.
 
         Args:
-            pretrained_model_path: Folder of a pipeline (or of a transformer, with ``subfolder=None``).
+            pretrained_model_path: Folder of a pipeline (or of a transformer, with ``subfolder=None``), or its id on
+                the hub, from which no more than the transformer is downloaded.
             config: The spans to skip.
             subfolder: The transformer's folder inside the pipeline's.
             torch_dtype: Dtype of all weights, but for modules the model class keeps in float32.
             device: Where kept weights live and every block runs.
             variant: Weight variant in the file names, such as ``"fp16"``.
+            revision: Branch, tag or commit on the hub.
             stacks: See :func:`~blockskip_hooks.blocks.list_blocks`.
             transformer_class: Class of the model, by default the one that its config names.
             recorded_layers: See the class; their weights are streamed like those of skipped blocks.
@@ -128,10 +135,13 @@ class DiTBlockSkipTransformer(torch.nn.Module):
             stream_cache: Bytes of host memory in which skipped blocks stay once they have been read.
 
         Raises:
-            ValueError: if weights are missing, have other shapes than the config says, or are not safetensors.
+            ValueError: if the model is not there, or weights are missing, have other shapes than the config says, or
+                are not safetensors.
         """
-        device = plain_device(device)
-        folder = Path(pretrained_model_path) / (subfolder or "")
+        if not isinstance(torch_dtype, torch.dtype):
+            raise UserError(f"torch_dtype is {torch_dtype!r}; give a dtype of torch, such as torch.bfloat16.")
+        device, recorded_layers = plain_device(device), as_names(recorded_layers)
+        folder = resolve_component(pretrained_model_path, subfolder, variant=variant, revision=revision)
         checkpoint = Checkpoint(folder, torch_dtype, variant, transformer_class)
         transformer = checkpoint.model
         spans = split_blocks(list_blocks(transformer, stacks), config)
@@ -156,8 +166,10 @@ class DiTBlockSkipTransformer(torch.nn.Module):
         """Take the placeholders and the streaming off and return the model.
 
         Weights that were in memory are put back; blocks read from a checkpoint by :meth:`from_pretrained` are left
-        without weights.
+        without weights. A second call does nothing.
         """
+        if not self.skip_state._attached:
+            return self.transformer
         remove_recorded_layers(self.transformer, self.skip_state)
         remove_block_skip(self.transformer, self._stacks)
         self.skip_state._detach()
@@ -174,9 +186,15 @@ class DiTBlockSkipTransformer(torch.nn.Module):
         are the identity in every call; :meth:`full_model` runs them.
 
         Raises:
-            ValueError: if a span has no residual, or one of another shape; if there are none at all in training mode
-                with gradients; if a skipped block has LoRA that trains; if the placeholders were removed.
+            ValueError: if ``residuals`` is something else; if a span has none, or one of another shape; if there are
+                none at all in training mode with gradients; if a skipped block has LoRA that trains; if the
+                placeholders were removed.
         """
+        if not isinstance(residuals, SpanResiduals | None):
+            raise UserError(
+                f"`residuals=` is a {type(residuals).__name__}; give what capture_residuals returned, and for records "
+                "of several samples SpanResiduals.cat(records)."
+            )
         whole = residuals is None and self.skip_state.config.residuals != "none"
         skips = self.skip_state._attached and bool(self.spans.skipped or self.recorded_layers)
         if whole and skips and self.training and torch.is_grad_enabled():
@@ -186,7 +204,11 @@ class DiTBlockSkipTransformer(torch.nn.Module):
             )
         self.skip_state.mode = SkipMode.RUN if whole else SkipMode.INJECT
         self.skip_state.residuals = residuals or SpanResiduals()
-        return self.transformer(*args, **kwargs)
+        self.skip_state._in_wrapper = True
+        try:
+            return self.transformer(*args, **kwargs)
+        finally:
+            self.skip_state._in_wrapper = False
 
     @torch.no_grad()
     def capture_residuals(self, *args: Any, **kwargs: Any) -> SpanResiduals:
@@ -221,6 +243,31 @@ class DiTBlockSkipTransformer(torch.nn.Module):
             outputs = [capture.recorded[name] for name in self.recorded_layers]
             capture.residuals.modulation = torch.cat(outputs, dim=1)
         return capture.residuals
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module, with the wrapped model's names behind ``transformer.``.
+
+        Raises:
+            ValueError: if the weights of skipped blocks are not in memory.
+        """
+        self._check_weights()
+        return super().state_dict(*args, **kwargs)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save the wrapped model, skipped blocks and all, as its own ``save_pretrained`` does.
+
+        Raises:
+            ValueError: if the weights of skipped blocks are not in memory.
+        """
+        self._check_weights()
+        self.transformer.save_pretrained(*args, **kwargs)
+
+    def _check_weights(self) -> None:
+        if absent := sorted({n.rpartition(".")[0] for n, p in self.transformer.named_parameters() if p.is_meta}):
+            raise UserError(
+                f"The weights of skipped blocks are not in memory ({absent[0]}, say), so the whole model cannot be "
+                "saved; save the LoRA by `.transformer.save_lora_adapter(folder)`: the other weights are as they were."
+            )
 
     def on_host(self) -> AbstractContextManager[None]:
         """Within this context what is resident of the frozen weights is in host memory; nothing may run.
@@ -291,6 +338,11 @@ class DiTBlockSkipTransformer(torch.nn.Module):
 def _streamed_modules(
     transformer: torch.nn.Module, spans: BlockSpans, recorded_layers: Sequence[str]
 ) -> dict[str, torch.nn.Module]:
+    modules = dict(transformer.named_modules())
+    for name in recorded_layers:
+        in_kept = any(name.startswith(f"{block.name}.") for block in spans.kept)
+        if not in_kept or not isinstance(modules.get(name), torch.nn.Linear):
+            raise UserError(f"recorded_layers has '{name}', which is no linear layer of a kept block; take it out.")
     # In the model's order, which is about the one that they run in.
     names = {block.name for block in spans.skipped} | set(recorded_layers)
-    return {name: module for name, module in transformer.named_modules() if name in names}
+    return {name: module for name, module in modules.items() if name in names}

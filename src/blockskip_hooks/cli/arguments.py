@@ -26,7 +26,7 @@ from ..utils.errors import UserError, one_line
 from ..utils.files import expand_home
 from .config_files import GONE, config_words
 from .flag_names import with_flags
-from .startup import OneLineParser
+from .startup import OneLineParser, make_parser
 
 
 _BYTE_UNITS = {"": 1, "b": 1} | {
@@ -134,7 +134,7 @@ def family_flags() -> dict[str, Flag]:
 
 def _settings_flags(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument_group("settings").add_argument
-    flag("--config", type=expand_home, help="YAML file with flags as keys; what is typed wins over it.")
+    flag("--config", type=expand_home, help="YAML file with flags as keys; what is typed wins over it. Default: none.")
     flag("--dump_config", action="store_true", help="Print all settings as such a file, and stop.")
 
 
@@ -143,16 +143,20 @@ def _model_flags(parser: argparse.ArgumentParser) -> None:
     flag(
         "--pretrained_model_name_or_path",
         type=expand_home,
-        help="Hub id or folder of a pipeline; without it, the embedded model.",
+        help="Hub id or folder of a pipeline; default: the embedded model.",
     )
-    flag("--revision", help="Branch, tag or commit of the model on the hub.")
-    flag("--variant", help="Weight file variant, fp16 say.")
-    flag("--cache_dir", type=expand_home, help="Where downloaded models and datasets are kept.")
+    flag("--revision", help="Branch, tag or commit of the model on the hub; default: main.")
+    flag("--variant", help="Weight file variant, fp16 say; default: files without one.")
+    flag(
+        "--cache_dir",
+        type=expand_home,
+        help="Where downloaded models and datasets are kept; default: the hub's cache.",
+    )
     flag("--max_sequence_length", type=int, default=512, help="Tokens of a prompt that the long text encoder sees.")
     flag(
         "--bnb_quantization_config_path",
         type=expand_home,
-        help="JSON file that says how bitsandbytes holds kept blocks' weights.",
+        help="JSON file that says how bitsandbytes holds kept blocks' weights; default: as --quantization says.",
     )
     flag("--quantization", choices=METHODS, default="none", help="Hold kept blocks in 4 (nf4) or 8 bits (int8).")
 
@@ -162,17 +166,22 @@ def _photos_flags(parser: argparse.ArgumentParser) -> None:
     flag(
         "--instance_data_dir",
         type=expand_home,
-        help="Folder with photos of the subject; name.txt beside name.jpg is its caption.",
+        help="Folder with photos of the subject; name.txt beside name.jpg is its caption. Default: the "
+        "embedded photos.",
     )
-    flag("--instance_prompt", help="Prompt for photos without a caption, with the subject's rare word in it.")
+    flag(
+        "--instance_prompt",
+        help="Prompt for photos without a caption, with the subject's rare word in it; "
+        "no default but the embedded one.",
+    )
     flag(
         "--dataset_name",
         type=expand_home,
-        help="Dataset with the photos, a hub id or a local folder, in place of --instance_data_dir.",
+        help="Dataset with the photos, a hub id or a local folder, in place of --instance_data_dir; default: none.",
     )
-    flag("--dataset_config_name", help="Configuration of --dataset_name.")
+    flag("--dataset_config_name", help="Configuration of --dataset_name; default: its only one.")
     flag("--image_column", default="image", help="Column of --dataset_name with the photos.")
-    flag("--caption_column", help="Column of --dataset_name with captions.")
+    flag("--caption_column", help="Column of --dataset_name with captions; default: none, so --instance_prompt.")
     flag("--repeats", type=int, default=1, help="How many times each photo counts in an epoch.")
     flag("--resolution", type=int, default=512, help="Training crop in pixels, and the default largest patch.")
     flag("--center_crop", action="store_true", help="Crop from the middle; otherwise anywhere.")
@@ -187,9 +196,15 @@ def _photos_flags(parser: argparse.ArgumentParser) -> None:
     flag(
         "--aspect_ratio_buckets",
         type=argument_type(parse_buckets),
-        help="Crop to these shapes in place of a square: height,width;height,width;...",
+        help="Crop to these shapes, in pixels, in place of a square: height,width;height,width;... "
+        "Default: the square.",
     )
-    flag("--caption_dropout", type=float, default=0.0, help="Part of the samples that trains on an empty prompt.")
+    flag(
+        "--caption_dropout",
+        type=float,
+        default=0.0,
+        help="Part of the samples, 0 to 1, that trains on an empty prompt.",
+    )
 
 
 def _block_skipping_flags(parser: argparse.ArgumentParser) -> None:
@@ -200,8 +215,12 @@ def _block_skipping_flags(parser: argparse.ArgumentParser) -> None:
         default="none",
         help="Blocks to skip: none, auto, N in all, or n,m (leading,trailing).",
     )
-    flag("--skip_ratio", type=float, default=0.3, help="Part of all blocks that --skip_blocks auto skips.")
-    flag("--skip_budget", type=SIZE, help="Bytes of parameters that --skip_blocks auto frees instead, like 10GiB.")
+    flag("--skip_ratio", type=float, default=0.3, help="Part of all blocks, 0 to 1, that --skip_blocks auto skips.")
+    flag(
+        "--skip_budget",
+        type=SIZE,
+        help="Bytes of parameters that --skip_blocks auto frees instead, like 10GiB; default: --skip_ratio decides.",
+    )
     flag(
         "--selection_table",
         type=expand_home,
@@ -225,11 +244,16 @@ def _block_skipping_flags(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="Number format of the records: that of the hidden states, or float8, which halves the disk.",
     )
-    flag("--residual_dir", type=expand_home, help="Folder of the residual records; by default inside --output_dir.")
+    flag(
+        "--residual_dir",
+        type=expand_home,
+        help="Folder of the residual records, kept afterwards; default: inside --output_dir, deleted at the end.",
+    )
     flag(
         "--residual_budget",
         type=SIZE,
-        help="Disk the records may fill at a time, like 8GB; fewer are then made per stretch.",
+        help="Bytes of disk the records may fill at a time, like 8GB; fewer are then made per stretch. "
+        "Default: 16GB, or half of what is free.",
     )
     flag("--stretch_steps", type=int, help="Steps whose records are made at a time; default: as many as fit.")
     flag("--record_repeats", type=int, default=1, help="Times each record is trained on; 2 halves the precompute.")
@@ -244,13 +268,15 @@ def _block_skipping_flags(parser: argparse.ArgumentParser) -> None:
     flag(
         "--memory_budget",
         type=SIZE,
-        help="Memory that every stage must fit in, like 12GiB; chooses how many blocks to skip.",
+        help="Bytes of memory that every stage must fit in, like 12GiB; chooses how many blocks to skip. "
+        "Default: no limit.",
     )
     flag(
         "--memory_options",
         nargs="+",
         default=[],
-        help=f"What --memory_budget may use beside skipping, in this order: {', '.join(MEMORY_OPTIONS)}.",
+        help=f"What --memory_budget may use beside skipping, in this order: {', '.join(MEMORY_OPTIONS)}. "
+        "Default: none.",
     )
     flag("--plan_only", action="store_true", help="Print the plan and its memory and disk needs, write it, and stop.")
 
@@ -263,19 +289,31 @@ def _patch_sampling_flags(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="How large a patch each timestep trains on; auto is dynamic when blocks are skipped, else none.",
     )
-    flag("--min_patch_size", type=int, help="Smallest patch, and the size trained at; default: half of --resolution.")
-    flag("--max_patch_size", type=int, help="Largest patch; default: --resolution.")
+    flag(
+        "--min_patch_size",
+        type=int,
+        help="Smallest patch in pixels, and the size trained at; default: half of --resolution.",
+    )
+    flag("--max_patch_size", type=int, help="Largest patch in pixels; default: --resolution.")
 
 
 def _prior_preservation_flags(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument_group("prior preservation").add_argument
     flag("--with_prior_preservation", action="store_true", help="Also train on pictures of the subject's class.")
     flag("--prior_loss_weight", type=float, default=1.0, help="Weight of the class pictures in the loss.")
-    flag("--class_data_dir", type=expand_home, help="Folder of class pictures; those that are missing are generated.")
-    flag("--class_prompt", help="Prompt of the class pictures.")
+    flag(
+        "--class_data_dir",
+        type=expand_home,
+        help="Folder of class pictures; those that are missing are generated. No default.",
+    )
+    flag("--class_prompt", help="Prompt of the class pictures; no default.")
     flag("--num_class_images", type=int, default=100, help="Class pictures wanted in --class_data_dir.")
     flag("--sample_batch_size", type=int, default=4, help="Class pictures generated at a time.")
-    flag("--prior_generation_precision", choices=("no", "fp32", "fp16", "bf16"), help="Number format for them.")
+    flag(
+        "--prior_generation_precision",
+        choices=("no", "fp32", "fp16", "bf16"),
+        help="Number format for them; default: that of training.",
+    )
 
 
 def _lora_flags(parser: argparse.ArgumentParser) -> None:
@@ -286,9 +324,13 @@ def _lora_flags(parser: argparse.ArgumentParser) -> None:
     flag(
         "--lora_layers",
         type=NAMES,
-        help="Comma-separated ends of the names of the layers to adapt, within kept blocks.",
+        help="Comma-separated ends of the names of the layers to adapt, within kept blocks; default: the family's.",
     )
-    flag("--lora_blocks", type=NAMES, help="Comma-separated numbers of the only blocks to adapt, counted from 0.")
+    flag(
+        "--lora_blocks",
+        type=NAMES,
+        help="Comma-separated numbers of the only blocks to adapt, counted from 0; default: all kept ones.",
+    )
     flag("--train_text_encoder", action="store_true", help="Also train a LoRA on the CLIP text encoders.")
     flag("--fsdp_text_encoder", action="store_true", help="Not supported: sharding of the text encoder.")
 
@@ -298,8 +340,12 @@ def _training_flags(parser: argparse.ArgumentParser) -> None:
     flag("--train_batch_size", type=int, default=4, help="Samples per step and process.")
     flag("--gradient_accumulation_steps", type=int, default=1, help="Batches per optimizer step.")
     flag("--num_train_epochs", type=int, default=1, help="Passes over the photos.")
-    flag("--max_train_steps", type=int, help="Optimizer steps in all; takes the place of --num_train_epochs.")
-    flag("--seed", type=int, help="Seed of everything random; without it each run differs.")
+    flag(
+        "--max_train_steps",
+        type=int,
+        help="Optimizer steps in all; takes the place of --num_train_epochs. Default: the steps of those.",
+    )
+    flag("--seed", type=int, help="Seed of everything random; default: another in each run.")
     flag("--gradient_checkpointing", action="store_true", help="Less activation memory for one more forward.")
     flag("--cache_latents", action="store_true", help="Encode the photos once and free the VAE.")
     flag("--dataloader_num_workers", type=int, default=0, help="Processes that prepare samples; 0: the main one.")
@@ -339,7 +385,11 @@ def _optimizer_flags(parser: argparse.ArgumentParser) -> None:
 
 def _validation_flags(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument_group("validation").add_argument
-    flag("--validation_prompt", nargs="+", help="Prompts, each in quotes, to draw pictures of in and after training.")
+    flag(
+        "--validation_prompt",
+        nargs="+",
+        help="Prompts, each in quotes, to draw pictures of in and after training; default: none.",
+    )
     flag("--num_validation_images", type=int, default=4, help="Pictures per validation.")
     flag(
         "--validation_resolution",
@@ -360,8 +410,12 @@ def _output_flags(parser: argparse.ArgumentParser) -> None:
         help="Folder for the LoRA, reports and checkpoints.",
     )
     flag("--checkpointing_steps", type=int, default=500, help="Steps between checkpoints.")
-    flag("--checkpoints_total_limit", type=int, help="Checkpoints kept; older ones are removed.")
-    flag("--resume_from_checkpoint", type=expand_home, help="Checkpoint folder to go on from, or latest.")
+    flag("--checkpoints_total_limit", type=int, help="Checkpoints kept; older ones are removed. Default: all.")
+    flag(
+        "--resume_from_checkpoint",
+        type=expand_home,
+        help="Checkpoint folder to go on from, or latest; default: begin anew.",
+    )
     flag("--upcast_before_saving", action="store_true", help="Save the LoRA in float32.")
     flag(
         "--save_format",
@@ -370,6 +424,7 @@ def _output_flags(parser: argparse.ArgumentParser) -> None:
         help="comfyui: beside the file that diffusers reads, one that ComfyUI reads.",
     )
     flag("--export_merged", action="store_true", help="Also write the transformer with the LoRA in its weights.")
+    flag("--open", action="store_true", help="Show report.html in this machine's browser at the end.")
     flag("--logging_dir", type=expand_home, default="logs", help="Folder for tracker logs, inside --output_dir.")
     flag(
         "--report_to",
@@ -384,7 +439,7 @@ def _output_flags(parser: argparse.ArgumentParser) -> None:
         help="What is said on stderr: everything, each stage's cost, warnings and progress, or errors alone.",
     )
     flag("--push_to_hub", action="store_true", help="Upload the result to the hub.")
-    flag("--hub_token", help="Token for the upload; logging in beforehand is safer.")
+    flag("--hub_token", help="Token for the upload; default: that of hf auth login, which is safer.")
     flag("--hub_model_id", help="Name of the repository on the hub; default: the name of --output_dir.")
 
 
@@ -409,9 +464,7 @@ def _family_flags(parser: argparse.ArgumentParser) -> None:
 def build_parser() -> OneLineParser:
     """Parser with the flags of the upstream DreamBooth-LoRA scripts of all families, and those of block skipping."""
     # Without abbreviations a command keeps its meaning when flags are added.
-    parser = OneLineParser(
-        description="DreamBooth-LoRA on a diffusion transformer, with part of its blocks skipped.", allow_abbrev=False
-    )
+    parser = make_parser("DreamBooth-LoRA on a diffusion transformer, with part of its blocks skipped.")
     for add_group in (
         _settings_flags,
         _model_flags,

@@ -43,7 +43,8 @@ def config_words(path: Path, parser: argparse.ArgumentParser) -> tuple[list[str]
         UserError: one line that names the file and the key.
     """
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        settings = yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"--config {path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
@@ -55,6 +56,8 @@ def config_words(path: Path, parser: argparse.ArgumentParser) -> tuple[list[str]
         raise UserError(f"--config {path} is no YAML{place}: {problem}.") from error
     except RecursionError as error:
         raise UserError(f"--config {path} is nested too deeply for settings.") from error
+    if settings is None and text.strip():
+        settings = {}  # All comments: what --dump_config prints where everything is as by default.
     if not isinstance(settings, dict):
         raise UserError(f"--config {path} holds no settings; write them like rank: 16, one a line.")
     if settings.keys() & _ACCELERATE_KEYS:

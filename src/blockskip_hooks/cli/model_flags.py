@@ -15,12 +15,12 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     flag(
         "--pretrained_model_name_or_path",
         type=expand_home,
-        help="Hub id or folder of a pipeline; without it, the embedded model.",
+        help="Hub id or folder of a pipeline; default: the embedded model.",
     )
-    flag("--revision", help="Branch, tag or commit of the model on the hub.")
-    flag("--variant", help="Weight file variant, fp16 say.")
-    flag("--cache_dir", type=expand_home, help="Where downloaded models are kept.")
-    flag("--hub_token", help="Token for the download; logging in beforehand is safer.")
+    flag("--revision", help="Branch, tag or commit of the model on the hub; default: main.")
+    flag("--variant", help="Weight file variant, fp16 say; default: files without one.")
+    flag("--cache_dir", type=expand_home, help="Where downloaded models are kept; default: the hub's cache.")
+    flag("--hub_token", help="Token for the download; default: that of hf auth login, which is safer.")
     flag("--max_sequence_length", type=int, help="Tokens of a prompt; default: that of the model.")
     flag("--mixed_precision", choices=("no", "fp16", "bf16"), help="Number format; default: accelerate's setting.")
 

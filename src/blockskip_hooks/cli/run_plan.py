@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+import psutil
 import torch
 from accelerate.utils import parse_flag_from_env
 from tqdm.auto import tqdm
@@ -16,7 +17,6 @@ from ..data.summary import summarize_photos
 from ..embedded import DEFAULT_SUBJECT
 from ..families import Family
 from ..loading.component_config import load_config
-from ..loading.lora_files import WEIGHTS_NAME
 from ..loading.models import empty_model
 from ..planning.budget import BudgetSteps, fit_budget, selections_for_budget
 from ..planning.description import format_plan
@@ -197,6 +197,11 @@ def _weights_bytes(family: Family, dtype: torch.dtype) -> int:
     return sum(parameter.numel() * dtype.itemsize for model in empty for parameter in model.parameters())
 
 
+def _of_the_process() -> str:
+    held = format_bytes(psutil.Process().memory_info().rss)
+    return f"Python and its libraries hold {held} besides by now"
+
+
 def describe_plan(run: Run, plan: dict[str, Any], further: Sequence[str] = ()) -> str:
     """The first screen: what happens, on what, in how much memory, and what is written where.
 
@@ -212,27 +217,16 @@ def describe_plan(run: Run, plan: dict[str, Any], further: Sequence[str] = ()) -
         if own_photos
         else f"the embedded subject '{DEFAULT_SUBJECT}'"
     )
-    model = f"{run.model_name} ({run.family.name})"
-    lines = []
-    if run.embedded:
-        lines.append("No --pretrained_model_name_or_path: the embedded model, a small FLUX, is used.")
-        if not own_photos:
-            lines.append("No --instance_data_dir: the embedded photos of a subject it never saw are used.")
-    folder = run.output_dir
-    written = [WEIGHTS_NAME, "report.html", "README.md", "plan.json", "run_report.json"]
-    written.append(f"checkpoint-N every {settings.checkpointing_steps} steps")
-    if settings.report_to:
-        written.append(f"{settings.logging_dir} ({','.join(settings.report_to)})")
-    if run.uses_store and not settings.residual_dir:
-        written.append(f"{run.residual_dir.name} (until the end)")
-    outputs = {f"in {folder}": ", ".join(written)}
+    model = f"{run.model_name} ({run.family.name})" + (", as no other was named" if run.embedded else "")
+    outputs = {}
     if run.uses_store and settings.residual_dir:
         outputs["records"] = str(run.residual_dir)
     if settings.push_to_hub:
-        outputs["upload"] = settings.hub_model_id or folder.resolve().name
-    first, rest = format_plan(plan, model=model, outputs=outputs).split("\n", 1)
+        outputs["upload"] = settings.hub_model_id or run.output_dir.resolve().name
+    on_cpu = {} if torch.accelerator.is_available() else {"besides": _of_the_process()}
+    first, rest = format_plan(plan, model=model, folder=str(run.output_dir), outputs=outputs, **on_cpu).split("\n", 1)
     if run.shares_weights:
         rest = f"Sharing  the processes divide the frozen weights of kept blocks (FSDP2)\n{rest}"
     summary = summarize_photos(run.photos, run.patch.shapes)
-    lines += [first, summary.describe(str(photos), settings.instance_prompt or ""), *further, rest]
+    lines = [first, summary.describe(str(photos), settings.instance_prompt or ""), *further, rest]
     return fit_lines("\n".join(lines))

@@ -65,11 +65,21 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(SETTINGS_ERROR, f"error: {self.source}{one_line(message)}{hint}\n")
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Help texts with the default of each flag that has one; texts that speak of it themselves stay as they are."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        default = ",".join(action.default) if isinstance(action.default, tuple) else action.default
+        says_it = action.nargs == 0 or default in (None, "", [], argparse.SUPPRESS)
+        if action.help is None or says_it or "default" in action.help.lower():
+            return action.help
+        # argparse fills in values behind percent signs.
+        return f"{action.help.removesuffix('.')}; default: {str(default).replace('%', '%%')}."
+
+
 def make_parser(description: str | None) -> OneLineParser:
     """A parser whose ``--help`` begins with a script's docstring, and that takes no shortened flags."""
-    return OneLineParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    return OneLineParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
 
 
 class Failed(Exception):

@@ -44,7 +44,7 @@ class PhotoSummary:
     mostly_cut: Sequence[str] = ()
 
     def describe(self, source: str, prompt: str) -> str:
-        """Three lines for the first screen.
+        """Two or three lines for the first screen.
 
         Args:
             source: Folder or dataset of the photos.
@@ -52,7 +52,7 @@ class PhotoSummary:
         """
         others = [name for found in self.left_out.values() for name in found]
         photos = f'{self.used} from {source}, prompt "{prompt}"' + (f"; left out: {names(others)}" if others else "")
-        captions = "none"
+        captions = "none" if self.unused_captions else ""
         if self.captions:
             sources = ", ".join(f"{count} from {kind}" for kind, count in self.captions.items())
             captions = f"{sum(self.captions.values())} of {self.used} ({sources})"
@@ -62,7 +62,8 @@ class PhotoSummary:
         if self.smallest != self.largest:
             sizes += f" to {_pixels(self.largest)}"
         trained = _pixels(self.shapes[0]) if len(self.shapes) == 1 else f"{len(self.shapes)} aspect ratios"
-        return f"Photos   {photos}\nCaptions {captions}\nSizes    {sizes} px, cropped to {trained}"
+        lines = [f"Photos   {photos}", f"Captions {captions}", f"Sizes    {sizes} px, cropped to {trained}"]
+        return "\n".join(line for line in lines if captions or not line.startswith("Captions"))
 
     def warnings(self) -> list[str]:
         """What is likely a mistake, given the training size: a line of each kind."""

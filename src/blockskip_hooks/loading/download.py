@@ -72,6 +72,40 @@ def resolve_model(
     return folder
 
 
+def resolve_component(
+    name: str | Path, subfolder: str | None, *, variant: str | None = None, revision: str | None = None
+) -> Path:
+    """The local folder of one component of a pipeline; of a hub id nothing else is downloaded.
+
+    Args:
+        name: Folder of the pipeline, or its id on the hub.
+        subfolder: The component's folder inside; ``None`` where ``name`` is the component itself.
+        variant: Weight variant in the file names, such as ``"fp16"``.
+        revision: Branch, tag or commit on the hub.
+
+    Raises:
+        UserError: if it is neither a folder with such a component nor a hub id that can be downloaded.
+    """
+    folder, inside = Path(name), f"{subfolder}/" if subfolder else ""
+    if not folder.exists():
+        weights = f"*{variant}*.safetensors" if variant else "*.safetensors"
+        try:
+            patterns = [f"{inside}*.json", f"{inside}{weights}"]
+            folder = Path(snapshot_download(str(name), revision=revision, allow_patterns=patterns))
+        except Exception as error:
+            # As above: the hub client raises many types.
+            raise UserError(
+                f"{name} is not a folder and could not be downloaded ({first_line(error)}); check the name, your "
+                "access to it and the network."
+            ) from error
+    if not (folder / inside / "config.json").is_file():
+        raise UserError(
+            f"{name} has no {inside}config.json; give the folder of a pipeline in diffusers' layout and, as "
+            "subfolder, its component, or subfolder=None for a component's own folder."
+        )
+    return folder / inside
+
+
 def _fetch_card(name: str, folder: Path, revision: str | None, cache_dir: str | None, token: str | None) -> None:
     """Bring a hub model's card beside its files where it is not: it names the licence."""
     # A folder of the hub's cache is named after the commit it holds; a card that is there is not asked for again.

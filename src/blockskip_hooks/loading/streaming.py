@@ -7,6 +7,7 @@ stream of its own. At most two modules are on the device: the one that runs and 
 from __future__ import annotations
 
 import contextvars
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -29,7 +30,10 @@ ALIGNMENT = 64
 
 
 class StreamHook(AlignDevicesHook):
-    """accelerate's offloading, with weights that a :class:`Streamer` has at hand."""
+    """accelerate's offloading, with weights that a :class:`Streamer` has at hand.
+
+    ``.to(device, dtype)`` of a model around the module is followed.
+    """
 
     def __init__(self, streamer: Streamer, weights: Weights | None) -> None:
         super().__init__(execution_device=streamer.device, offload=True, weights_map=weights, place_submodules=True)
@@ -38,6 +42,17 @@ class StreamHook(AlignDevicesHook):
     def init_hook(self, module: torch.nn.Module) -> torch.nn.Module:
         module = super().init_hook(module)
         self.streamer.add(module, self.weights_map)
+        module._apply = functools.partial(self._convert, module)  # type: ignore[method-assign]
+        return module
+
+    def _convert(self, module: torch.nn.Module, convert: Callable[..., Any], recurse: bool = True) -> torch.nn.Module:
+        """In place of ``torch.nn.Module._apply``, which cannot move what is not there: weights come as asked for."""
+        for parameter in module.parameters():
+            like = convert(torch.empty(0, dtype=parameter.dtype, device=self.streamer.device))
+            self.streamer.move(like.device, forget=like.dtype != parameter.dtype)
+            parameter.data = parameter.data.to(like.dtype)
+        for part in module.modules():
+            part._buffers.update({n: b if b is None else convert(b) for n, b in part._buffers.items()})
         return module
 
     def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -49,6 +64,7 @@ class StreamHook(AlignDevicesHook):
         return output
 
     def detach_hook(self, module: torch.nn.Module) -> torch.nn.Module:
+        del module._apply
         self.streamer.remove(module)
         return super().detach_hook(module)
 
@@ -79,7 +95,7 @@ class Streamer:
     def __init__(self, device: torch.device | str, cache_bytes: int = 0, *, reads_ahead: bool = True) -> None:
         self.device = plain_device(device)
         self._reads_ahead = reads_ahead
-        self._room = cache_bytes
+        self._cache_bytes = self._room = cache_bytes
         self._weights: dict[torch.nn.Module, Weights] = {}
         self._cached: dict[torch.nn.Module, Weights] = {}
         self._order: list[torch.nn.Module] = []
@@ -88,11 +104,23 @@ class Streamer:
         self._present: torch.nn.Module | None = None
         self._repeats = self._takes_turns = False
         self._keep: Callable[[], Callable[[], None]] = lambda: lambda: None
-        # Apple's devices share the host's memory, and have no streams.
-        self._sends = reads_ahead and self.device.type not in ("cpu", "mps", "meta")
         self._stream: torch.Stream | None = None
         self._left: torch.Event | None = None
         self._pool: ThreadPoolExecutor | None = None
+
+    @property
+    def _sends(self) -> bool:
+        # Apple's devices share the host's memory, and have no streams.
+        return self._reads_ahead and self.device.type not in ("cpu", "mps", "meta")
+
+    def move(self, device: torch.device, *, forget: bool) -> None:
+        """Hand out weights on another device from now on; ``forget`` what is in host memory, as its dtype is another."""
+        if device.type != "meta" and device != self.device:
+            self.release()
+            self.device, self._stream, self._left = plain_device(device), None, None
+        if forget:
+            self.release()
+            self._cached, self._room = {}, self._cache_bytes
 
     def add(self, module: torch.nn.Module, weights: Weights) -> None:
         """Take up a module, which is expected to run after those before it."""

@@ -12,13 +12,22 @@ from ..utils.formatting import format_bytes
 DEVICES = {"cuda": "CUDA devices", "cpu": "CPUs", "mps": "MPS devices"}
 
 
-def format_plan(plan: Mapping[str, Any], *, model: str | None = None, outputs: Mapping[str, str] | None = None) -> str:
+def format_plan(
+    plan: Mapping[str, Any],
+    *,
+    model: str | None = None,
+    folder: str | None = None,
+    outputs: Mapping[str, str] | None = None,
+    besides: str = "context and allocator's gaps come on top",
+) -> str:
     """The plan as the text a run starts with.
 
     Args:
         plan: From :func:`plan_run`.
         model: What the user calls the model.
-        outputs: What will be written, by description, with the place where.
+        folder: Where a run writes.
+        outputs: What will be written elsewhere, by description, with the place where.
+        besides: What comes on top of the simulated memory, which is that of tensors.
     """
     skip, patch, records, fits = plan["skip"], plan["patch"], plan["residuals"], plan["fits"]
     kept = skip["blocks"] - skip["leading"] - skip["trailing"]
@@ -28,8 +37,9 @@ def format_plan(plan: Mapping[str, Any], *, model: str | None = None, outputs: M
     if kept == skip["blocks"]:
         lines.append(f"         all {kept} blocks train")
     else:
-        # How its figures were come by is a long line, and in plan.json.
-        source = re.sub(r" \((\w+)[^()]*\)$", r", \1", skip["table"] or skip["source"])
+        # A table's name and how its figures were come by are a long line, and in plan.json.
+        origin = re.search(r" \((\w+)[^()]*\)$", skip["table"] or "")
+        source = f"table, {origin[1]}" if origin else skip["source"]
         lines.append(
             f"         {kept} of {skip['blocks']} train (■); skipped (□): first {skip['leading']}, last "
             f"{skip['trailing']}, {skip['ratio']:.0%} ({source})"
@@ -41,7 +51,7 @@ def format_plan(plan: Mapping[str, Any], *, model: str | None = None, outputs: M
     else:
         sizes = f"{patch['max']} px" if patch["mode"] == "resize" else f"{patch['min']} to {patch['max']} px"
         lines.append(f"Patches  {patch['mode']}: {sizes}, trained at {patch['training_resolution']} px")
-    header = ("Stage", "peak", "parameters", "LoRA+optim.", "activations", "TFLOP/step", "batch")
+    header = ("Simulated", "peak", "parameters", "LoRA+optim.", "activations", "TFLOP/step", "batch")
     rows = [header] + [
         (
             stage["name"],
@@ -55,23 +65,26 @@ def format_plan(plan: Mapping[str, Any], *, model: str | None = None, outputs: M
         for stage in plan["stages"]
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    lines.append(f"Memory and compute by the rules of {DEVICES[plan['device']]}, simulated (bytes of live tensors):")
     for row in rows:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
-        lines.append(f"  {'  '.join(cells)}")
+        lines.append("  ".join(cells))
+    lines.append(f"         of tensors on {DEVICES[plan['device']]}; {besides}")
     if any(stage.get("streamed") for stage in plan["stages"]):
-        lines.append("  Large text encoders are read layer by layer, once per prompt.")
+        lines.append("         Large text encoders are read layer by layer, once per prompt.")
     if any(stage.get("vae_tiled") for stage in plan["stages"]):
-        lines.append("  The VAE decodes images in tiles, blended where they meet.")
+        lines.append("         The VAE decodes images in tiles, blended where they meet.")
     if records["records"]:
         stretches = f"{records['stretches']} stretch" + ("es" if records["stretches"] != 1 else "")
         most = -(-records["bytes"] // max(records["stretches"], 1))
         at_once = "" if records["stretches"] <= 1 else f" of {format_bytes(most)}"
         size = format_bytes(records["bytes"])
-        lines.append(f"Disk     {records['records']} records, {size} in {stretches}{at_once} (simulated)")
+        rest = f"; the rest into {folder}" if folder else ""
+        lines.append(f"Disk     {records['records']} records, {size} in {stretches}{at_once}{rest}")
+    elif folder:
+        lines.append(f"Writes   into {folder}")
     if fits["ok"] is not None:
         verdict = "fits" if fits["ok"] else "does not fit"
-        lines.append(f"Budget   {verdict} in {format_bytes(fits['budget_bytes'])} (simulated)")
+        lines.append(f"Budget   {verdict} in {format_bytes(fits['budget_bytes'])}")
         if fits["reason"]:
             lines.append(f"         {fits['reason']}")
     for description, place in (outputs or {}).items():

@@ -16,13 +16,10 @@ from ..loading.lora_files import WEIGHTS_NAME
 from ..planning.simulation import empty_model
 from ..residuals.batches import SampleMaker
 from ..residuals.stretches import Stretches
-from ..training.comfyui import COMFYUI_NAME
 from ..training.history import History
-from ..training.merged import MERGED_NAME
 from ..training.run import Run
 from ..utils.digests import folder_digest
 from ..utils.files import write_json
-from ..utils.formatting import format_seconds
 from ..utils.machine import describe_machine, versions
 from ..utils.monitor import StageMonitor
 from ..utils.pictures import SheetRow, contact_sheet
@@ -38,8 +35,9 @@ Images = Sequence[Sequence[Image.Image]]
 _ANY_PIPELINE = ("diffusers", "DiffusionPipeline")
 MAX_PHOTOS = 8
 CROPS_SHOWN = 12
+PICTURE_NAME = "before_after.png"
 SHEET_PIXELS = 128
-"""Least side of an image in ``before_after.png``."""
+"""Least side of an image in it."""
 
 
 @dataclass(frozen=True)
@@ -134,11 +132,11 @@ class RunOutputs:
             }
             contact_sheet(
                 [SheetRow(label, row[:MAX_PHOTOS]) for label, row in rows.items()],
-                folder / "before_after.png",
+                folder / PICTURE_NAME,
                 side=max(first.size) * max(1, SHEET_PIXELS // max(first.size)),
             )
         result = run.settings.hub_model_id or str(folder)
-        self._write_page(report, images, self._snippet(result, nearby))
+        self._write_page(report, images, self.snippet(result, nearby))
         # A name like "." says nothing elsewhere.
         shared = result if folder.name not in ("", "..") else folder.resolve().name
         base_license = License("apache-2.0") if run.embedded else read_license(run.family.model_path, run.model_name)
@@ -150,7 +148,7 @@ class RunOutputs:
             base_license=base_license,
             tags=run.family.tags,
             # Where things lie on this machine is of no use to those who find the card, and nobody's business.
-            snippet=self._snippet(shared, without_folders),
+            snippet=self.snippet(shared, without_folders),
         )
 
     def write_so_far(
@@ -168,7 +166,7 @@ class RunOutputs:
         step, prompts, before, after = shown or (None, [], [], [])
         images = self._images(report, prompts, before, after, step)
         checkpoint = self.run.output_dir / f"checkpoint-{history.step}"
-        self._write_page(report, images, self._snippet(str(checkpoint), nearby), self.stretches.num_steps)
+        self._write_page(report, images, self.snippet(str(checkpoint), nearby), self.stretches.num_steps)
 
     def _images(
         self,
@@ -198,8 +196,8 @@ class RunOutputs:
             total_steps=total_steps,
         )
 
-    def _snippet(self, lora: str, named: Callable[[str], str]) -> str:
-        """Code that uses the LoRA; ``named`` says how files of this machine are called."""
+    def snippet(self, lora: str, named: Callable[[str], str]) -> str:
+        """Python code that makes an image with the model and a LoRA; ``named`` says how files are called in it."""
         run = self.run
         missing, pipeline = run.family.missing_components().items(), run.family.pipeline_class
         # diffusers finds its own classes by the model's index.
@@ -299,26 +297,6 @@ def _changed_settings(history: History) -> dict[str, list[dict[str, Any]]]:
 def _settings(run: Run) -> dict[str, Any]:
     """The run's settings by flag name, as JSON takes them."""
     return {name: value for name, value in sorted(run.settings.plain().items()) if name != "hub_token"}
-
-
-def closing_words(run: Run, report: dict[str, Any]) -> str:
-    """The last lines a user sees: what came out, and how to use it."""
-    losses = report["train"]["loss"]
-    loss = f", loss {losses[-1]:.4f}" if losses else ""
-    seconds = sum(stage["seconds"] for stage in report["stages"])
-    files = {"LoRA": WEIGHTS_NAME}
-    if run.settings.save_format == "comfyui":
-        files["ComfyUI"] = COMFYUI_NAME
-    if run.settings.export_merged:
-        files["Merged"] = MERGED_NAME
-    files["Report"] = "report.html"
-    width = max(map(len, files)) + 2
-    return "\n".join(
-        [
-            f"Trained {report['train']['steps']} steps in {format_seconds(seconds)}{loss}.",
-            *(f"{f'{name}:':<{width}}{run.output_dir / file}" for name, file in files.items()),
-        ]
-    )
 
 
 def _image(pixels: torch.Tensor) -> Image.Image:

@@ -54,7 +54,7 @@ ON_RESUME: dict[str, OnResume] = {
         dataloader_num_workers validation_prompt num_validation_images validation_resolution validation_epochs
         final_validation_prompt skip_final_inference output_dir checkpointing_steps checkpoints_total_limit
         resume_from_checkpoint
-        upcast_before_saving save_format export_merged logging_dir report_to log_level push_to_hub hub_token
+        upcast_before_saving save_format export_merged open logging_dir report_to log_level push_to_hub hub_token
         hub_model_id do_fp8_training offload enable_vae_tiling allow_tf32 enable_npu_flash_attention local_rank
         validation_guidance_scale validation_num_inference_steps validation_model_path remote_text_encoder
         disable_training_autocast

@@ -141,6 +141,7 @@ class TrainSettings:
     upcast_before_saving: bool
     save_format: str
     export_merged: bool
+    open: bool
     logging_dir: str
     report_to: Sequence[str]
     log_level: str

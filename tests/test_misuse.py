@@ -1,0 +1,281 @@
+"""The library used wrongly, or as one would guess: right, or refused in one line of its own words."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from blockskip_hooks import (
+    BlockSkipConfig,
+    DiTBlockSkipTransformer,
+    PatchSamplingConfig,
+    SpanResiduals,
+    UserError,
+    apply_block_skip,
+    list_blocks,
+    lora_targets,
+    remove_block_skip,
+)
+from tests.tiny import TINY_FAMILIES
+
+
+TINY = TINY_FAMILIES[0]
+CONFIG = BlockSkipConfig(leading=1, trailing=1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny transformer as a checkpoint."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    TINY.make_transformer().save_pretrained(folder / "transformer")
+    return folder
+
+
+def predict(model: torch.nn.Module, inputs: dict | None = None, **kwargs) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**(inputs or TINY.make_inputs(2)), **kwargs, return_dict=False)[0]
+
+
+def cast(inputs: dict, dtype: torch.dtype) -> dict:
+    return {n: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for n, v in inputs.items()}
+
+
+# Settings
+
+
+@pytest.mark.parametrize("count", [2.5, "2", True, None, -1], ids=repr)
+def test_counts_of_blocks_are_whole_numbers(count):
+    with pytest.raises(UserError, match=r"^BlockSkipConfig\.trailing is .*; give a whole number of blocks >= 0\.$"):
+        BlockSkipConfig(trailing=count)
+
+
+def test_counts_of_other_libraries_will_do():
+    assert BlockSkipConfig(leading=np.int64(2)).num_skipped == 2
+
+
+@pytest.mark.parametrize("size", [256.0, "256", True], ids=repr)
+def test_sizes_of_patches_are_whole_numbers(size):
+    with pytest.raises(UserError, match="^min_size is .*; give a whole number of pixels above 0"):
+        PatchSamplingConfig(mode="dynamic", min_size=size, max_size=512, multiple=16)
+
+
+@pytest.mark.parametrize("config", [{"leading": 1}, (1, 1), None], ids=repr)
+def test_spans_come_as_a_config(config):
+    for wrap in (DiTBlockSkipTransformer, apply_block_skip):
+        with pytest.raises(UserError, match=r"does not say what to skip; give BlockSkipConfig\("):
+            wrap(TINY.make_transformer(), config)
+
+
+def test_messages_are_in_the_words_of_the_library():
+    model = DiTBlockSkipTransformer(TINY.make_transformer(), CONFIG)
+    for misuse in (
+        lambda: BlockSkipConfig(leading=3, trailing=3).validate_for(5),
+        lambda: PatchSamplingConfig(mode="dynamic", min_size=250, max_size=512, multiple=16),
+        lambda: PatchSamplingConfig(mode="dynamic", min_size=512, max_size=256, multiple=16),
+        lambda: lora_targets(model, ["nothing"]),
+        lambda: lora_targets(model, []),
+        lambda: lora_targets(model, ["to_q"], blocks=["nothing"]),
+    ):
+        with pytest.raises(UserError) as error:
+            misuse()
+        assert "--" not in str(error.value) and "\n" not in str(error.value)
+
+
+# What is wrapped
+
+
+def test_what_is_no_transformer_is_named():
+    for wrap in (DiTBlockSkipTransformer, apply_block_skip):
+        with pytest.raises(UserError, match="^A str is no transformer"):
+            wrap("FLUX.1-dev", CONFIG)
+        with pytest.raises(UserError, match="^Linear has no stack of blocks"):
+            wrap(torch.nn.Linear(2, 2), CONFIG)
+
+
+def test_a_wrapper_around_a_wrapper_is_refused():
+    model = DiTBlockSkipTransformer(TINY.make_transformer(), CONFIG)
+    for wrap in (DiTBlockSkipTransformer, apply_block_skip):
+        for wrapped in (model, model.transformer):
+            with pytest.raises(UserError, match="applied to this transformer already"):
+                wrap(wrapped, CONFIG)
+    with pytest.raises(UserError, match=r"^DiTBlockSkipTransformer is a wrapper .* its `\.transformer`"):
+        list_blocks(model)
+
+
+def test_a_model_that_could_not_be_wrapped_is_left_alone():
+    transformer = TINY.make_transformer()
+    with pytest.raises(UserError, match="recorded_layers has 'nothing', which is no linear layer of a kept block"):
+        DiTBlockSkipTransformer(transformer, CONFIG, recorded_layers="nothing", offload_device="cpu")
+    assert not any(p.is_meta for p in transformer.parameters())
+    model = DiTBlockSkipTransformer(transformer, CONFIG)
+    with pytest.raises(UserError, match="applied to this transformer already"):
+        DiTBlockSkipTransformer(transformer, CONFIG, offload_device="cpu")
+    assert not any(p.is_meta for p in model.parameters())
+
+
+def test_one_name_is_a_name_and_not_its_letters():
+    model = DiTBlockSkipTransformer(TINY.make_transformer(), CONFIG)
+    assert lora_targets(model, "to_q") == lora_targets(model, ["to_q"])
+    block = model.spans.kept[0].name
+    assert lora_targets(model, "to_q", blocks=block) == [f"{block}.attn.to_q"]
+    assert len(list_blocks(model.transformer, "transformer_blocks")) == 2
+
+
+def test_lora_needs_the_wrapper():
+    with pytest.raises(UserError, match="a FluxTransformer2DModel does not say; give the DiTBlockSkipTransformer"):
+        lora_targets(TINY.make_transformer(), ["to_q"])
+
+
+# Residuals
+
+
+def test_records_of_several_samples_become_one_batch():
+    model = DiTBlockSkipTransformer(TINY.make_transformer(), CONFIG)
+    inputs = TINY.make_inputs(2)
+    batched = {n for n, v in inputs.items() if torch.is_tensor(v) and v.shape[0] == 2 and not n.endswith("_ids")}
+    single = [{n: v[i : i + 1] if n in batched else v for n, v in inputs.items()} for i in range(2)]
+    records = [model.capture_residuals(**one) for one in single]
+    expected, joined = model.capture_residuals(**inputs), SpanResiduals.cat(records)
+    assert joined.tensors().keys() == expected.tensors().keys()
+    for name, tensor in joined.tensors().items():
+        assert (tensor - expected.tensors()[name]).abs().max() <= 1e-5
+    assert (predict(model, inputs, residuals=joined) - predict(model, inputs)).abs().max() <= 1e-5
+
+
+def test_records_that_are_no_batch_are_refused():
+    one = SpanResiduals(trailing_hidden_states=torch.zeros(1, 4, 8))
+    with pytest.raises(UserError, match="of the same spans"):
+        SpanResiduals.cat([one, SpanResiduals(leading_hidden_states=torch.zeros(1, 4, 8))])
+    with pytest.raises(UserError, match="must be some"):
+        SpanResiduals.cat([])
+    with pytest.raises(UserError, match=r"trailing_hidden_states .* \(4, 8\) and \(6, 8\) behind the batch"):
+        SpanResiduals.cat([one, SpanResiduals(trailing_hidden_states=torch.zeros(1, 6, 8))])
+
+
+@pytest.mark.parametrize("residuals", [{}, [], torch.zeros(1)], ids=lambda value: type(value).__name__)
+def test_residuals_of_another_type_are_refused(residuals):
+    model = DiTBlockSkipTransformer(TINY.make_transformer(), CONFIG)
+    with pytest.raises(UserError, match=r"is a \w+; give what capture_residuals returned, .*SpanResiduals\.cat"):
+        predict(model, residuals=residuals)
+
+
+def test_the_transformer_called_by_itself_never_gets_residuals_of_before():
+    """A pipeline around it would make images of stale records."""
+    model = DiTBlockSkipTransformer(TINY.make_transformer(), CONFIG)
+    whole = predict(model.transformer)
+    predict(model, residuals=model.capture_residuals(**TINY.make_inputs(2)))
+    with pytest.raises(UserError, match=r"call it inside model\.full_model\(\)"):
+        predict(model.transformer)
+    with model.full_model() as transformer:
+        assert torch.equal(predict(transformer), whole)
+    assert torch.equal(predict(model), whole) and torch.equal(predict(model.transformer), whole)
+
+
+# What a module can do
+
+
+def test_a_second_removal_does_nothing():
+    transformer = TINY.make_transformer()
+    expected = predict(transformer)
+    first = DiTBlockSkipTransformer(transformer, CONFIG)
+    assert first.remove() is transformer and first.remove() is transformer
+    remove_block_skip(transformer)
+    second = DiTBlockSkipTransformer(transformer, CONFIG)
+    first.remove()
+    residuals = second.capture_residuals(**TINY.make_inputs(2))
+    assert (predict(second, residuals=residuals) - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps], ids=lambda function: function.__name__)
+def test_a_copy_would_run_the_blocks_of_the_original_and_is_refused(copied, folder: Path):
+    for model in (
+        DiTBlockSkipTransformer(TINY.make_transformer(), CONFIG),
+        DiTBlockSkipTransformer.from_pretrained(folder, CONFIG),
+    ):
+        with pytest.raises(UserError, match="can be neither copied nor pickled"):
+            copied(model)
+    transformer = TINY.make_transformer()
+    apply_block_skip(transformer, CONFIG)
+    if copied is not copy.copy:  # A shallow copy is the same model.
+        with pytest.raises(UserError, match="can be neither copied nor pickled"):
+            copied(transformer)
+    remove_block_skip(transformer)
+    assert torch.equal(predict(copy.deepcopy(transformer)), predict(transformer))
+
+
+def test_streamed_blocks_follow_the_device_and_dtype_of_the_model(folder: Path):
+    model = DiTBlockSkipTransformer.from_pretrained(folder, CONFIG)
+    streamed = next(iter(model.streamed_modules.values()))
+    assert torch.equal(predict(model.to("cpu")), predict(TINY.make_transformer()))
+    model.to(torch.bfloat16)
+    inputs = cast(TINY.make_inputs(2), torch.bfloat16)
+    expected = predict(TINY.make_transformer().to(torch.bfloat16), inputs)
+    assert torch.equal(predict(model, inputs), expected)
+    assert all(p.is_meta and p.dtype == torch.bfloat16 for p in streamed.parameters())
+
+
+def test_host_weights_come_back_in_the_dtype_that_the_model_has_now():
+    model = DiTBlockSkipTransformer(TINY.make_transformer(), CONFIG, offload_device="cpu").half()
+    assert {p.dtype for p in model.remove().parameters()} == {torch.float16}
+    assert not any("_apply" in vars(module) for module in model.transformer.modules())
+
+
+def test_what_is_saved_is_whole_or_refused(folder: Path, tmp_path: Path):
+    model = DiTBlockSkipTransformer(TINY.make_transformer(), CONFIG)
+    assert {name.removeprefix("transformer.") for name in model.state_dict()} == set(model.transformer.state_dict())
+    model.save_pretrained(tmp_path)
+    assert torch.equal(predict(type(model.transformer).from_pretrained(tmp_path)), predict(model))
+    streamed = DiTBlockSkipTransformer.from_pretrained(folder, CONFIG)
+    for save in (streamed.state_dict, lambda: streamed.save_pretrained(tmp_path)):
+        with pytest.raises(UserError, match=r"not in memory .*save_lora_adapter\(folder\)"):
+            save()
+
+
+def test_eval_and_train_reach_the_transformer():
+    model = DiTBlockSkipTransformer(TINY.make_transformer(), CONFIG)
+    assert model.eval() is model and not model.transformer.training and model.train().transformer.training
+
+
+def test_a_compiled_wrapper_computes_the_same():
+    model = DiTBlockSkipTransformer(TINY.make_transformer(), CONFIG).eval()
+    compiled = torch.compile(model, backend="eager")
+    residuals = compiled.capture_residuals(**TINY.make_inputs(2))
+    assert torch.equal(predict(compiled, residuals=residuals), predict(model, residuals=residuals))
+    assert torch.equal(predict(compiled), predict(model))
+    with pytest.raises(UserError, match="^OptimizedModule is a wrapper"):
+        DiTBlockSkipTransformer(torch.compile(TINY.make_transformer()), CONFIG)
+
+
+# Where it is loaded from
+
+
+def test_a_hub_id_downloads_the_transformer_only(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def download(name: str, **kwargs) -> str:
+        asked.append((name, kwargs))
+        return str(folder)
+
+    monkeypatch.setattr("blockskip_hooks.loading.download.snapshot_download", download)
+    model = DiTBlockSkipTransformer.from_pretrained("someone/tiny", CONFIG, revision="main")
+    assert torch.equal(predict(model), predict(TINY.make_transformer()))
+    DiTBlockSkipTransformer.from_pretrained("someone/tiny", CONFIG)
+    patterns = ["transformer/*.json", "transformer/*.safetensors"]
+    assert [name for name, _ in asked] == ["someone/tiny"] * 2
+    assert asked[0][1] == {"revision": "main", "allow_patterns": patterns} and asked[1][1]["revision"] is None
+
+
+def test_a_model_that_is_not_there_is_named(folder: Path, tmp_path: Path):
+    with pytest.raises(UserError, match="^black-forest-labs/FLUX.1-dev is not a folder and could not be downloaded"):
+        DiTBlockSkipTransformer.from_pretrained("black-forest-labs/FLUX.1-dev", CONFIG)
+    with pytest.raises(UserError, match=r"has no transformer/config\.json; give the folder of a pipeline"):
+        DiTBlockSkipTransformer.from_pretrained(tmp_path, CONFIG)
+    with pytest.raises(UserError, match=r"has no transformer/config\.json"):
+        DiTBlockSkipTransformer.from_pretrained(folder / "transformer", CONFIG)
+    with pytest.raises(UserError, match="^torch_dtype is 'bf16'; give a dtype of torch"):
+        DiTBlockSkipTransformer.from_pretrained(folder, CONFIG, torch_dtype="bf16")

@@ -154,12 +154,21 @@ class DiTBlockSkipTransformer(torch.nn.Module):
             remove_hook_from_module(module)
         return self.transformer
 
-    def forward(self, *args: Any, residuals: SpanResiduals | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self, *args: Any, residuals: SpanResiduals | None = None, condition_tokens: int = 0, **kwargs: Any
+    ) -> Any:
         """Run the transformer with the spans replaced by ``residuals``, or whole without them.
 
         Arguments and result are the wrapped model's. The residuals stay in use until the next call, because gradient
         checkpointing runs placeholders again during backward. With ``residuals="none"`` in the config skipped spans
         are the identity in every call; :meth:`full_model` runs them.
+
+        Args:
+            *args: As for the wrapped model.
+            residuals: What stands in for the spans.
+            condition_tokens: How many of the last image tokens belong to a condition image; trailing residuals do
+                not have them, because the prediction is not read there.
+            **kwargs: As for the wrapped model.
 
         Raises:
             ValueError: if a span has no residual, or one of another shape; if there are none at all in training mode
@@ -174,16 +183,18 @@ class DiTBlockSkipTransformer(torch.nn.Module):
             )
         self.skip_state.mode = SkipMode.RUN if whole else SkipMode.INJECT
         self.skip_state.residuals = residuals or SpanResiduals()
+        self.skip_state.condition_tokens = condition_tokens
         return self.transformer(*args, **kwargs)
 
     @torch.no_grad()
-    def capture_residuals(self, *args: Any, **kwargs: Any) -> SpanResiduals:
+    def capture_residuals(self, *args: Any, condition_tokens: int = 0, **kwargs: Any) -> SpanResiduals:
         """Run the model as far as needed without gradients and return what its spans contribute (Eq. 3).
 
         Adapters take part as they are: with LoRA at zero these are the base model's residuals.
 
         Args:
             *args: As for the wrapped model.
+            condition_tokens: As for :meth:`forward`.
             **kwargs: As for the wrapped model.
 
         Returns:
@@ -195,7 +206,7 @@ class DiTBlockSkipTransformer(torch.nn.Module):
         state = self.skip_state
         if not self.spans.skipped and not self.recorded_layers:
             return SpanResiduals()
-        state.mode = SkipMode.CAPTURE
+        state.mode, state.condition_tokens = SkipMode.CAPTURE, condition_tokens
         try:
             self.transformer(*args, **kwargs)
         except CaptureDone:

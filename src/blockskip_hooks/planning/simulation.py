@@ -49,6 +49,7 @@ class FakeTransformer:
         recorded_layers: See :class:`~blockskip_hooks.transformer.DiTBlockSkipTransformer`.
         dtype: Dtype of the model's weights. In half precision the training step runs under autocast.
         quantization: How the linear layers of kept blocks are held, if not in ``dtype``.
+        has_condition: Whether a condition image of the size of the image is in the sequence.
 
     Attributes:
         num_blocks: Blocks of the full model.
@@ -68,8 +69,10 @@ class FakeTransformer:
         dtype: torch.dtype,
         recorded_layers: Sequence[str] = (),
         quantization: QuantizationConfig | None = None,
+        has_condition: bool = False,
     ) -> None:
         self.family = family
+        self.has_condition = has_condition
         self.transformer_config = transformer_config
         self.dtype = dtype
         # Constants that a model keeps as ordinary tensors are not fake.
@@ -177,7 +180,7 @@ class FakeTransformer:
         handles = [module.register_forward_pre_hook(record(name), with_kwargs=True) for name, module in modules]
         try:
             with torch.no_grad(), self.fake_mode, ValuesAsPlanned(text_tokens), self._autocast():
-                inputs = self._inputs(self._batch(batch_size, size, text_tokens))
+                inputs = self._whole_inputs(batch_size, size, text_tokens)
                 with streamed_weights(self._streamed), self.model.full_model() as transformer:
                     transformer(**inputs, return_dict=False)
         except CaptureDone:
@@ -191,7 +194,7 @@ class FakeTransformer:
     def infer(self, batch_size: int, size: tuple[int, int], text_tokens: int) -> Usage:
         """A forward of the whole model without gradients, skipped blocks streamed one at a time."""
         with self._counted(text_tokens) as meter:
-            inputs = self._inputs(self._batch(batch_size, size, text_tokens))
+            inputs = self._whole_inputs(batch_size, size, text_tokens)
             with self._autocast(), streamed_weights(self._streamed), self.model.full_model() as transformer:
                 transformer(**inputs, return_dict=False)
         return self._measure.usage(meter, streamed_bytes=self._largest_streamed_module())
@@ -257,9 +260,13 @@ class FakeTransformer:
         return torch.autocast("cpu", self.dtype)
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
-        return self.family.transformer_inputs(
-            self.transformer_config, batch.noisy_latents, batch.timesteps, batch.embeds
-        )
+        return batch.arguments(self.family, self.transformer_config)
+
+    def _whole_inputs(self, batch_size: int, size: tuple[int, int], text_tokens: int) -> dict[str, Any]:
+        """Arguments of the wrapped model's forward."""
+        inputs = self._inputs(self._batch(batch_size, size, text_tokens))
+        inputs.pop("condition_tokens", None)
+        return inputs
 
     def _batch(self, batch_size: int, size: tuple[int, int], text_tokens: int) -> Batch:
         latents = torch.empty((batch_size, *self.family.latent_shape(*size)), dtype=self.dtype)
@@ -275,6 +282,7 @@ class FakeTransformer:
             embeds=place_embeds(self.family.collate_embeds([prompt] * batch_size), "cpu", self.dtype),
             prompts=[],
             residuals=None,
+            condition=torch.empty_like(latents) if self.has_condition else None,
         )
 
     @contextlib.contextmanager

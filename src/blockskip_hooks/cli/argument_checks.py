@@ -142,8 +142,9 @@ def _check_photos(settings: TrainSettings) -> None:
         model = f"--pretrained_model_name_or_path {settings.pretrained_model_name_or_path}"
         if not has_photos:
             raise UserError(f"{model} needs photos; give --instance_data_dir or --dataset_name.")
-        # An empty prompt is a choice; a blank one is a mistake.
-        if settings.instance_prompt is None or settings.instance_prompt.isspace():
+        # An empty prompt is a choice; a blank one is a mistake. The upstream scripts for pairs take captions alone.
+        prompt, captions_alone = settings.instance_prompt, settings.condition_flag and settings.caption_column
+        if prompt.isspace() if prompt is not None else not captions_alone:
             raise UserError(f'{model} needs --instance_prompt; give one like "a photo of sks dog".')
     elif {"instance_data_dir", "dataset_name"} & settings.given and "instance_prompt" not in settings.given:
         logger.warning("No --instance_prompt for your photos: those without a caption get the embedded model's.")

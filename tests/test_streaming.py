@@ -99,7 +99,7 @@ def FLUX_model(folder: Path) -> DiTBlockSkipTransformer:
 
 def test_layers_within_kept_blocks_are_read_ahead_too(folder: Path, monkeypatch: pytest.MonkeyPatch):
     kept = load(folder).spans.kept[0].name
-    names = [name for name in (f"{kept}.norm.linear", f"{kept}.norm1.linear")]
+    names = [f"{kept}.norm.linear", f"{kept}.norm1.linear"]
     transformer = FLUX_model(folder).transformer
     model = load(folder, recorded_layers=[name for name in names if name in dict(transformer.named_modules())])
     reads = Reads(monkeypatch)

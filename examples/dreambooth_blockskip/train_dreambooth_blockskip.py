@@ -330,7 +330,7 @@ def train_steps(
                 records.complete(batch)
 
                 # Predict the velocity by the kept blocks; residuals stand in for the skipped ones.
-                inputs = family.transformer_inputs(model.config, batch.noisy_latents, batch.timesteps, batch.embeds)
+                inputs = batch.arguments(family, model.config)
                 output = wrapped(**inputs, residuals=batch.residuals, return_dict=False)[0]
                 prediction, target = family.loss_terms(
                     family.prediction_to_latents(output, batch.latents),

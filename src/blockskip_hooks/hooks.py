@@ -103,9 +103,15 @@ class PlaceholderHook(Bound, ModelHook):
                         residuals.leading_encoder_hidden_states, encoder_hidden_states
                     )
             elif not self.is_leading and self.is_first:
-                residual = self._checked(residuals.trailing_hidden_states, hidden_states)
-                hidden_states = hidden_states + residual.to(hidden_states.dtype)
+                hidden_states = self._with_residual(hidden_states, residuals.trailing_hidden_states)
         return self._output(hidden_states, encoder_hidden_states)
+
+    def _with_residual(self, hidden_states: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        """Add a trailing residual to the tokens that it has; those of a condition image are behind them."""
+        condition_tokens = self.state.condition_tokens
+        image, condition = hidden_states.split([hidden_states.shape[1] - condition_tokens, condition_tokens], dim=1)
+        image = image + self._checked(residual, image).to(image.dtype)
+        return torch.cat([image, condition], dim=1) if condition_tokens else image
 
     def _check_lora(self, module: torch.nn.Module) -> None:
         if torch.is_grad_enabled() and any(p.requires_grad for n, p in module.named_parameters() if ".lora_" in n):
@@ -161,6 +167,7 @@ class PlaceholderHook(Bound, ModelHook):
         if self.is_last:
             assert capture.span_input is not None
             residual = output[:, capture.span_tokens].float() - capture.span_input.float()
+            residual = residual[:, : residual.shape[1] - self.state.condition_tokens]
             capture.residuals.trailing_hidden_states = residual.to(output.dtype).detach()
             capture.span_input = capture.span_output = None
 

@@ -39,8 +39,9 @@ class SpanResiduals:
         leading_encoder_hidden_states: Text tokens after the leading span, ``(batch, text_tokens, dim)``; ``None``
             for models whose blocks do not update the text.
         trailing_hidden_states: Residual of the image tokens over the trailing span, ``(batch, image_tokens, dim)``.
-            After the last block only the image tokens are read, so the text is not needed. In models that run text
-            and image as one sequence, the tokens are those of that sequence, here and in the leading span.
+            After the last block only the image tokens are read, so the text is not needed, nor are the tokens of a
+            condition image. In models that run text and image as one sequence, the tokens are those of that
+            sequence, here and in the leading span.
         modulation: Outputs of the kept blocks' recorded layers side by side, ``(batch, sum of their widths)``;
             ``None`` if no layer is recorded.
     """
@@ -116,6 +117,7 @@ class BlockSkipState:
     Attributes:
         config: The spans.
         residuals: What placeholders inject.
+        condition_tokens: Tokens at the end of the image's that belong to a condition image, in the next forward.
         stops_early: Whether a capture forward ends with :class:`CaptureDone` once everything is captured.
         is_driven: Whether a wrapper begins all forwards in *inject* mode, so that one begun otherwise is a mistake.
     """
@@ -123,6 +125,7 @@ class BlockSkipState:
     def __init__(self, config: BlockSkipConfig) -> None:
         self.config = config
         self.residuals = SpanResiduals()
+        self.condition_tokens = 0
         self.stops_early = False
         self.is_driven = False
         self._mode = SkipMode.RUN

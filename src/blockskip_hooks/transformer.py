@@ -178,12 +178,21 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
         free_norm_dtypes(self.transformer)
         return self.transformer
 
-    def forward(self, *args: Any, residuals: SpanResiduals | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self, *args: Any, residuals: SpanResiduals | None = None, condition_tokens: int = 0, **kwargs: Any
+    ) -> Any:
         """Run the transformer with the spans replaced by ``residuals``, or whole without them.
 
         Arguments and result are the wrapped model's. The residuals stay in use until the next call, because gradient
         checkpointing runs placeholders again during backward. With ``residuals="none"`` in the config skipped spans
         are the identity in every call; :meth:`full_model` runs them.
+
+        Args:
+            *args: As for the wrapped model.
+            residuals: What stands in for the spans.
+            condition_tokens: How many of the last image tokens belong to a condition image; trailing residuals do
+                not have them, because the prediction is not read there.
+            **kwargs: As for the wrapped model.
 
         Raises:
             ValueError: if ``residuals`` is something else; if a span has none, or one of another shape; if there are
@@ -204,6 +213,7 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
             )
         self.skip_state.mode = SkipMode.RUN if whole else SkipMode.INJECT
         self.skip_state.residuals = residuals or SpanResiduals()
+        self.skip_state.condition_tokens = condition_tokens
         self.skip_state._in_wrapper = True
         try:
             return self.transformer(*args, **kwargs)
@@ -211,13 +221,14 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
             self.skip_state._in_wrapper = False
 
     @torch.no_grad()
-    def capture_residuals(self, *args: Any, **kwargs: Any) -> SpanResiduals:
+    def capture_residuals(self, *args: Any, condition_tokens: int = 0, **kwargs: Any) -> SpanResiduals:
         """Run the model as far as needed without gradients and return what its spans contribute (Eq. 3).
 
         Adapters take part as they are: with LoRA at zero these are the base model's residuals.
 
         Args:
             *args: As for the wrapped model.
+            condition_tokens: As for :meth:`forward`.
             **kwargs: As for the wrapped model.
 
         Returns:
@@ -229,7 +240,7 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
         state = self.skip_state
         if not self.spans.skipped and not self.recorded_layers:
             return SpanResiduals()
-        state.mode = SkipMode.CAPTURE
+        state.mode, state.condition_tokens = SkipMode.CAPTURE, condition_tokens
         try:
             self.transformer(*args, **kwargs)
         except CaptureDone:

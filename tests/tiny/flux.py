@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxPipeline, FluxTransformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from blockskip_hooks.families.flux import Flux
+from blockskip_hooks.families.flux import Flux, FluxKontext
 
 from .base import TinyFamily, randomise, tiny_vae
 from .text import clip_tokenizer, t5_tokenizer
@@ -33,7 +33,7 @@ def _transformer(guidance_embeds: bool) -> FluxTransformer2DModel:
     )
 
 
-def save_tiny_flux(folder: Path, guidance_embeds: bool = True) -> Path:
+def save_tiny_flux(folder: Path, guidance_embeds: bool = True, pipeline_class: type = FluxPipeline) -> Path:
     """Write a whole FLUX pipeline of the real classes: VAE factor 4, so latent tokens are 8 px."""
     torch.manual_seed(0)
     clip_words, t5_words = clip_tokenizer(), t5_tokenizer()
@@ -51,7 +51,7 @@ def save_tiny_flux(folder: Path, guidance_embeds: bool = True) -> Path:
     )
     t5 = T5EncoderModel(T5Config(vocab_size=len(t5_words), d_model=24, d_ff=32, d_kv=12, num_layers=2, num_heads=2))
     vae = tiny_vae(3, scaling_factor=0.8, shift_factor=0.1)
-    FluxPipeline(
+    pipeline_class(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=vae,
         text_encoder=clip.eval(),
@@ -61,6 +61,8 @@ def save_tiny_flux(folder: Path, guidance_embeds: bool = True) -> Path:
         transformer=_transformer(guidance_embeds),
     ).save_pretrained(folder)
     images = {"height": 32, "width": 32, "num_inference_steps": 2}
+    if pipeline_class is FluxKontextPipeline:
+        images |= {"max_area": 32 * 32, "_auto_resize": False}
     (folder / "blockskip_defaults.json").write_text(json.dumps({"schema": 1, "pipeline_kwargs": images}))
     return folder
 
@@ -71,6 +73,13 @@ TINY = [
         "flux-schnell",
         Flux,
         functools.partial(save_tiny_flux, guidance_embeds=False),
+        num_blocks=5,
+        trains_text=True,
+    ),
+    TinyFamily(
+        "flux-kontext",
+        FluxKontext,
+        functools.partial(save_tiny_flux, pipeline_class=FluxKontextPipeline),
         num_blocks=5,
         trains_text=True,
     ),

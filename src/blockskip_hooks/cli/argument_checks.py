@@ -142,18 +142,39 @@ def _check_photos(settings: TrainSettings) -> None:
         model = f"--pretrained_model_name_or_path {settings.pretrained_model_name_or_path}"
         if not has_photos:
             raise UserError(f"{model} needs photos; give --instance_data_dir or --dataset_name.")
-        # An empty prompt is a choice; a blank one is a mistake.
-        if settings.instance_prompt is None or settings.instance_prompt.isspace():
+        # An empty prompt is a choice; a blank one is a mistake. The upstream scripts for pairs take captions alone.
+        prompt, captions_alone = settings.instance_prompt, settings.condition_flag and settings.caption_column
+        if prompt.isspace() if prompt is not None else not captions_alone:
             raise UserError(f'{model} needs --instance_prompt; give one like "a photo of sks dog".')
     elif {"instance_data_dir", "dataset_name"} & settings.given and "instance_prompt" not in settings.given:
         logger.warning("No --instance_prompt for your photos: those without a caption get the embedded model's.")
 
+    _check_conditions(settings)
     if settings.with_prior_preservation:
         for name, example in (("class_data_dir", "a folder"), ("class_prompt", '"a photo of a dog", say')):
             if not getattr(settings, name):
                 raise UserError(f"--with_prior_preservation needs --{name}; give {example}.")
         if settings.class_folder.is_file():
             raise UserError(f"--class_data_dir {settings.class_data_dir} is a file; name a folder.")
+
+
+def _check_conditions(settings: TrainSettings) -> None:
+    """Condition images come with photos of their kind, and go with nothing that trains or drops text."""
+    if (flag := settings.condition_flag) is None:
+        return
+    flags = settings.family_flags
+    if flags["cond_image_column"] is not None and flags["cond_data_dir"] is not None:
+        raise UserError("--cond_image_column and --cond_data_dir both name condition images; give one of them.")
+    photos = {"cond_image_column": "dataset_name", "cond_data_dir": "instance_data_dir"}
+    if getattr(settings, photos[flag]) is None:
+        rules = " and ".join(f"--{name} with --{source}" for name, source in photos.items())
+        raise UserError(f"--{flag} {flags[flag]} needs --{photos[flag]}; give {rules}.")
+    for name in ("with_prior_preservation", "train_text_encoder", "caption_dropout"):
+        if getattr(settings, name):
+            raise UserError(f"--{name} does not go with condition images (--{flag} {flags[flag]}); leave one out.")
+    prompts = settings.validation_prompt or settings.final_validation_prompt
+    if prompts and settings.num_validation_images and flags["validation_image"] is None:
+        raise UserError("--validation_prompt needs --validation_image where condition images are trained; name one.")
 
 
 def _check_skipping(settings: TrainSettings) -> None:

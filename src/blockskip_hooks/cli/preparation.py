@@ -7,13 +7,18 @@ import inspect
 import logging
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
+from ..data.checks import check_photos
 from ..data.dataset import load_dataset_photos
 from ..data.folder import image_paths
 from ..data.photo import Photo
 from ..data.photos import scan_photos
+from ..data.picture import open_picture
 from ..data.summary import summarize_photos
 from ..embedded import DEFAULT_SUBJECT, embedded_model, embedded_photos, embedded_subjects
 from ..families import Family, detect_family
@@ -105,6 +110,7 @@ def prepare_run(settings: TrainSettings) -> Run:
         **blocks,
         photos=photos,
         prompts=prompts,
+        validation_image=_find_validation_image(settings),
         pipeline_kwargs=pipeline_kwargs,
         quantization=quantization,
         shares_weights=shares_weights,
@@ -216,9 +222,21 @@ def _find_photos(settings: TrainSettings) -> list[Photo]:
             settings.image_column,
             settings.caption_column,
             settings.cache_dir,
+            cond_image_column=settings.family_flags["cond_image_column"],
             progress=photo_progress,
         )
-    return scan_photos(Path(settings.instance_data_dir or ""), progress=photo_progress)
+    folder, conditions = Path(settings.instance_data_dir or ""), settings.family_flags["cond_data_dir"]
+    return scan_photos(folder, conditions=conditions and Path(conditions), progress=photo_progress)
+
+
+def _find_validation_image(settings: TrainSettings) -> Image.Image | None:
+    """The condition image of validation images, decoded; ``None`` where there are none."""
+    name = settings.family_flags["validation_image"]
+    if name is None or settings.condition_flag is None:
+        return None
+    path = Path(name)
+    (photo,) = check_photos([Photo(path.name, None, partial(open_picture, path), path)], f"--validation_image {name}")
+    return photo.decode()
 
 
 def _check_writable(folder: Path) -> None:

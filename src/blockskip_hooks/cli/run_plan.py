@@ -89,6 +89,7 @@ def plan_request(run: Run, dtype: torch.dtype, num_processes: int, device: Devic
         record_repeats=run.record_repeats,
         residual_budget_bytes=run.residual_budget() if run.uses_store else None,
         residual_dtype=settings.residual_dtype,
+        has_condition=settings.condition_flag is not None,
         text_encoders=list(encoders.values()),
         trained_encoders={name: encoders[name] for name in trained},
         streamable_encoders=[position for position, name in enumerate(encoders) if name in streamable],

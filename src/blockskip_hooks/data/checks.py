@@ -11,16 +11,18 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ..utils.errors import UserError, first_line, one_line
-from .photo import Photo, ShowProgress, names
+from .photo import Photo, ShowProgress, names, without_progress
 
 
 logger = logging.getLogger(__name__)
 
 # Of 255: no pixel of a picture that looks black is brighter.
 _BLACK = 16
+# Of an aspect ratio: what nobody sees.
+_SAME_SHAPE = 0.02
 
 
-def check_photos(photos: Sequence[Photo], where: str, progress: ShowProgress) -> list[Photo]:
+def check_photos(photos: Sequence[Photo], where: str, progress: ShowProgress = without_progress) -> list[Photo]:
     """Decode every photo and add its size and digest; warn of what is likely a mistake, in one line of each kind.
 
     Args:
@@ -31,9 +33,10 @@ def check_photos(photos: Sequence[Photo], where: str, progress: ShowProgress) ->
     Raises:
         UserError: naming every photo that cannot be decoded.
     """
-    broken, checked, plain, black = [], [], [], []
+    broken, checked, plain, black, stretched = list[str](), list[Photo](), list[str](), list[str](), list[str]()
     copies: dict[str, list[str]] = {}
-    for photo in progress(photos, "Checking photos"):
+
+    def check(photo: Photo) -> Photo | None:
         try:
             image, ignored_profile = photo.read()
             # Web pages are full of them, and a download of photos brings them along.
@@ -41,14 +44,24 @@ def check_photos(photos: Sequence[Photo], where: str, progress: ShowProgress) ->
                 raise UserError("a single pixel")
         except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ...: all mean the same here
             broken.append(f"{one_line(photo.name)} ({_reason(photo, error)})")
-            continue
-        digest = _digest(image)
-        checked.append(replace(photo, size=(image.height, image.width), digest=digest))
-        copies.setdefault(digest, []).append(photo.name)
+            return None
         if ignored_profile:
             plain.append(photo.name)
         if np.asarray(image).max() <= _BLACK:
             black.append(photo.name)
+        return replace(photo, size=(image.height, image.width), digest=_digest(image))
+
+    for unchecked in progress(photos, "Checking photos"):
+        photo, condition = check(unchecked), unchecked.condition and check(unchecked.condition)
+        if photo is None or (unchecked.condition and condition is None):
+            continue
+        if condition:
+            digest = hashlib.sha256(f"{photo.digest} {condition.digest}".encode()).hexdigest()
+            photo = replace(photo, condition=condition, digest=digest)
+            if _other_shape(photo, condition):
+                stretched.append(condition.name)
+        checked.append(photo)
+        copies.setdefault(photo.digest or "", []).append(photo.name)
     if broken:
         count = "1 image" if len(broken) == 1 else f"{len(broken)} images"
         raise UserError(f"{where}: {count} cannot be read: {', '.join(broken)}; replace or remove.")
@@ -57,10 +70,18 @@ def check_photos(photos: Sequence[Photo], where: str, progress: ShowProgress) ->
         (plain, "taken as sRGB, because their colour profile cannot be applied"),
         (black, "all but black"),
         (same, "the same picture more than once, which counts more than the others"),
+        (stretched, "of another shape than their photos, to which they are stretched"),
     ):
         if found:
             logger.warning("%s: %s: %d (%s).", where, problem, len(found), names(found))
     return checked
+
+
+def _other_shape(photo: Photo, condition: Photo) -> bool:
+    """Whether two pictures differ in their aspect ratio by more than rounding their sizes explains."""
+    assert photo.size is not None and condition.size is not None
+    (height, width), (other_height, other_width) = photo.size, condition.size
+    return abs(height * other_width / (width * other_height) - 1) > _SAME_SHAPE
 
 
 def _digest(image: Image.Image) -> str:

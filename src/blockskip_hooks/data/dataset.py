@@ -29,6 +29,7 @@ def load_dataset_photos(
     caption_column: str | None = None,
     cache_dir: str | None = None,
     *,
+    cond_image_column: str | None = None,
     progress: ShowProgress = without_progress,
 ) -> list[Photo]:
     """Photos of the train split of a dataset, in its order.
@@ -40,6 +41,7 @@ def load_dataset_photos(
         image_column: Column with the pictures.
         caption_column: Column with one text per picture, or None: every picture gets the instance prompt.
         cache_dir: Where downloads are kept, or None for the usual place.
+        cond_image_column: Column with the pictures' condition images, or None for none.
         progress: Shows how far the check is.
 
     Raises:
@@ -51,11 +53,13 @@ def load_dataset_photos(
     where = f"--dataset_name {dataset_name}"
     table = _train_split(dataset_name, config_name, cache_dir, where)
     columns = ", ".join(table.column_names)
-    for flag, column in (("--image_column", image_column), ("--caption_column", caption_column)):
+    pictures = {"--image_column": image_column, "--cond_image_column": cond_image_column}
+    for flag, column in {**pictures, "--caption_column": caption_column}.items():
         if column is not None and column not in table.column_names:
             raise UserError(f"{flag} '{column}' is not in {where}; it has {columns}.")
-    if not isinstance(table.features[image_column], datasets.Image):
-        raise UserError(f"--image_column '{image_column}' of {where} does not hold images; it has {columns}.")
+    for flag, column in pictures.items():
+        if column is not None and not isinstance(table.features[column], datasets.Image):
+            raise UserError(f"{flag} '{column}' of {where} does not hold images; it has {columns}.")
     if len(table) == 0:
         raise UserError(f"{where} has no rows; name a dataset with at least one image.")
 
@@ -69,17 +73,22 @@ def load_dataset_photos(
         logger.warning("%s has text (%s) that is not used; --caption_column uses it.", where, ", ".join(texts))
     # A row may name a file in place of holding its bytes: only of the dataset's folder, or of what was downloaded.
     roots = [dataset_name] if Path(dataset_name).is_dir() else [HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE]
-    rows = _Rows(
-        table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False)),
-        table.features[image_column].decode_example,
-        tuple(Path(root) for root in (*roots, *filter(None, [cache_dir]))),
-    )
+    rows = {
+        column: _Rows(
+            table.select_columns([column]).cast_column(column, datasets.Image(decode=False)),
+            table.features[column].decode_example,
+            tuple(Path(root) for root in (*roots, *filter(None, [cache_dir]))),
+        )
+        for column in pictures.values()
+        if column is not None
+    }
     photos = []
     for row, caption in enumerate(captions):
-        text = (caption or "").strip() or None
-        photos.append(
-            Photo(f"{row:06d}", text, partial(rows.image, row), caption_source=text and f"column {caption_column}")
-        )
+        text, condition = (caption or "").strip() or None, None
+        if cond_image_column is not None:
+            condition = Photo(f"{row:06d} {cond_image_column}", None, partial(rows[cond_image_column].image, row))
+        opener, source = partial(rows[image_column].image, row), text and f"column {caption_column}"
+        photos.append(Photo(f"{row:06d}", text, opener, caption_source=source, condition=condition))
     return check_photos(photos, where, progress)
 
 

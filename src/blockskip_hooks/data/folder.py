@@ -32,6 +32,7 @@ _REASONS = {
 }
 # Of a file with another name, only what a browser saves is looked for.
 _RENAMED = ("JPEG", "PNG", "GIF", "WEBP")
+CONDITION_ENDING = "_cond"
 _KOHYA = re.compile(r"(\d+)_(.+)")
 
 
@@ -52,6 +53,22 @@ def image_paths(folder: Path) -> list[Path]:
         (path for path in _visible(folder) if path.suffix.lower() in suffixes and not path.is_dir()),
         key=lambda path: path.name,
     )
+
+
+def condition_paths(folder: Path, photos: list[Path]) -> dict[Path, Path]:
+    """The condition image of each photo that has one: ``x_cond`` with any ending or, in another folder, ``x``.
+
+    Args:
+        folder: Where they are; may be the folder of the photos.
+        photos: The photos; ``x_cond`` beside ``x`` is none of them, but has no place here.
+    """
+    found = {path.stem: path for path in reversed(image_paths(folder))}
+    pairs = {}
+    for photo in photos:
+        names = (f"{photo.stem}{CONDITION_ENDING}", *([] if folder.samefile(photo.parent) else [photo.stem]))
+        if (name := next((name for name in names if name in found), None)) is not None:
+            pairs[photo] = found[name]
+    return pairs
 
 
 def _visible(folder: Path) -> list[Path]:

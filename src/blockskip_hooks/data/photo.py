@@ -32,7 +32,9 @@ class Photo:
         path: The file, or None for a dataset row.
         size: Upright height and width in pixels, once the picture has been checked.
         caption_source: File name or dataset column that the caption is from.
-        digest: SHA-256 (hex) of the upright size and the pixels, once the picture has been checked.
+        digest: SHA-256 (hex) of the upright size and the pixels, those of the condition image too, once the picture
+            has been checked.
+        condition: The condition image that the photo is trained with, or None.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Photo:
     size: tuple[int, int] | None = None
     caption_source: str | None = None
     digest: str | None = None
+    condition: Photo | None = None
 
     def decode(self) -> Image.Image:
         """Decode the whole picture: first frame, upright, 8-bit sRGB, transparency on white.

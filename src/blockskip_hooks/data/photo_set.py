@@ -31,6 +31,8 @@ INTERPOLATION = {
 class PhotoSet:
     """Decoded photos in memory, as 8-bit RGB that just covers the largest crop; the originals are not kept.
 
+    A condition image is scaled to the size of its photo, so that the same crop of both shows the same place.
+
     Args:
         photos: What `scan_photos` or `load_dataset_photos` returned.
         max_size: Side in pixels of the largest square that can be cropped.
@@ -61,7 +63,7 @@ class PhotoSet:
         self._photos = list(photos)
         self._resampling = INTERPOLATION[interpolation]
         self._buckets: list[int] = []
-        self._pixels: dict[tuple[int, int], np.ndarray] = {}
+        self._pixels: dict[tuple[int, int], list[np.ndarray]] = {}
         for number, photo in enumerate(progress(photos, "Loading photos")):
             image = photo.decode()
             self._buckets.append(nearest_bucket((image.height, image.width), self.shapes))
@@ -70,6 +72,11 @@ class PhotoSet:
 
     def __len__(self) -> int:
         return len(self._photos)
+
+    @property
+    def are_pairs(self) -> bool:
+        """Whether every photo has a condition image."""
+        return all(photo.condition is not None for photo in self._photos)
 
     def name(self, index: int) -> str:
         """Name of the photo, see `Photo`."""
@@ -85,14 +92,15 @@ class PhotoSet:
 
     def size(self, index: int) -> tuple[int, int]:
         """Height and width in pixels after scaling."""
-        height, width, _ = self._pixels[index, self._buckets[index]].shape
+        height, width, _ = self._pixels[index, self._buckets[index]][0].shape
         return height, width
 
     def digest(self, index: int) -> str:
         """SHA-256 (hex) of the size and the scaled pixels: equal digests mean equal crops, whatever the file name."""
         if index not in self._digests:
-            pixels = self._pixels[index, self._buckets[index]]
-            self._digests[index] = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
+            pictures = self._pixels[index, self._buckets[index]]
+            content = b"".join(repr(pixels.shape).encode() + pixels.tobytes() for pixels in pictures)
+            self._digests[index] = hashlib.sha256(content).hexdigest()
         return self._digests[index]
 
     def crop(
@@ -125,7 +133,8 @@ class PhotoSet:
             bucket: Number of the bucket whose crop the photo is to cover; by default its own.
 
         Returns:
-            float32 tensor of shape (3, output height, output width) with values in [-1, 1].
+            float32 tensor of shape (3, output height, output width) with values in [-1, 1]; of pairs of shape
+            (2, 3, output height, output width), the photo and its condition image.
 
         Raises:
             UserError: if a size or a position is out of range.
@@ -139,16 +148,20 @@ class PhotoSet:
             raise UserError(f"output_size is {output_size}; give a number of pixels >= 1.")
         if (index, bucket) not in self._pixels:
             self._scale(self._photos[index].decode(), index, bucket)
-        pixels = self._pixels[index, bucket]
+        pictures = self._pixels[index, bucket]
         y, x = (
             _center_offset(length, side) if center else _offset(fraction, length, side)
-            for fraction, length, side in zip((top, left), pixels.shape[:2], patch)
+            for fraction, length, side in zip((top, left), pictures[0].shape[:2], patch)
         )
-        cut = pixels[y : y + patch[0], x : x + patch[1]]
-        if patch != output:
+        crops = [self._resized(pixels[y : y + patch[0], x : x + patch[1]], output, flip) for pixels in pictures]
+        return torch.stack(crops) if self._photos[index].condition else crops[0]
+
+    def _resized(self, cut: np.ndarray, size: tuple[int, int], flip: bool) -> torch.Tensor:
+        """A cut of this height and width in pixels, mirrored if asked, as a tensor."""
+        if cut.shape[:2] != size:
             # Cropped first: Pillow's `resize(box=...)` lets pixels outside the box into its edges.
             image = Image.fromarray(np.ascontiguousarray(cut))
-            cut = np.asarray(image.resize(output[::-1], self._resampling))
+            cut = np.asarray(image.resize(size[::-1], self._resampling))
         if flip:
             cut = cut[:, ::-1]
         tensor = torch.from_numpy(cut.transpose(2, 0, 1).astype(np.float32))
@@ -160,9 +173,11 @@ class PhotoSet:
         height, width = self.shapes[bucket]
         scale = max(height / image.height, width / image.width)
         size = max(width, round(image.width * scale)), max(height, round(image.height * scale))
-        if size != image.size:
-            image = image.resize(size, self._resampling)
-        self._pixels[index, bucket] = np.array(image)
+        condition = self._photos[index].condition
+        images = [image, *([condition.decode()] if condition else [])]
+        self._pixels[index, bucket] = [
+            np.array(image if image.size == size else image.resize(size, self._resampling)) for image in images
+        ]
 
 
 def _offset(fraction: float, length: int, patch_size: int) -> int:

@@ -38,6 +38,7 @@ class _Entry(NamedTuple):
 
 _REGISTRY = {
     "FluxPipeline": _Entry("flux", "Flux", "FluxTransformer2DModel"),
+    "FluxKontextPipeline": _Entry("flux", "FluxKontext", "FluxTransformer2DModel"),
     "Flux2Pipeline": _Entry("flux2", "Flux2", "Flux2Transformer2DModel"),
     "Flux2KleinPipeline": _Entry("flux2", "Flux2Klein", "Flux2Transformer2DModel"),
     "StableDiffusion3Pipeline": _Entry("sd3", "StableDiffusion3", "SD3Transformer2DModel"),

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..loading.component_config import is_absent
 from ..utils.errors import UserError
-from .facts import ComfyUIFormat, Config, FamilyFacts, Flag, PromptEmbeds
+from .facts import CONDITION_FLAGS, ComfyUIFormat, Config, FamilyFacts, Flag, PromptEmbeds
 
 
 if TYPE_CHECKING:
@@ -188,6 +188,18 @@ class Family(FamilyFacts):
             embeds: Prompt embeddings with a batch dimension.
         """
 
+    def with_condition(self, inputs: dict[str, Any], condition: torch.Tensor) -> dict[str, Any]:
+        """Arguments of the transformer's forward with the tokens of a condition image behind those of the image.
+
+        Only for families that have ``CONDITION_FLAGS``; their :meth:`prediction_to_latents` takes the image's tokens
+        from the prediction.
+
+        Args:
+            inputs: From :meth:`transformer_inputs`.
+            condition: Clean latents of the condition images, ``(B, C, H, W)``.
+        """
+        raise NotImplementedError(f"{self.name} takes no condition images")
+
     def prediction_to_latents(self, prediction: Any, like: torch.Tensor) -> torch.Tensor:
         """The first output of the transformer, as the velocity ``noise - x`` in the layout of the latents ``like``."""
         return prediction
@@ -289,4 +301,13 @@ def no_progress_bar() -> Iterator[None]:
             module.enable_progress_bar()
 
 
-__all__ = ["ComfyUIFormat", "Config", "Family", "Flag", "PromptEmbeds", "no_progress_bar", "repeat_given_embeds"]
+__all__ = [
+    "CONDITION_FLAGS",
+    "ComfyUIFormat",
+    "Config",
+    "Family",
+    "Flag",
+    "PromptEmbeds",
+    "no_progress_bar",
+    "repeat_given_embeds",
+]

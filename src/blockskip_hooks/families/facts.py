@@ -14,6 +14,7 @@ import torch
 
 from ..layouts import BlockLayout
 from ..loading.component_config import diffusers_class, load_config, model_class
+from ..utils.files import expand_home
 
 
 if TYPE_CHECKING:
@@ -45,6 +46,20 @@ class Flag:
     def default(self) -> Any:
         """Value when the flag is not given."""
         return self.settings.get("default", False if self.settings.get("action") == "store_true" else None)
+
+
+CONDITION_FLAGS = (
+    Flag("cond_image_column", {"help": "Column of --dataset_name with the condition images, for image to image."}),
+    Flag(
+        "cond_data_dir",
+        {
+            "type": expand_home,
+            "help": "Folder of the condition images of --instance_data_dir: x_cond.png or, in another folder, x.png.",
+        },
+    ),
+    Flag("validation_image", {"type": expand_home, "help": "Condition image of the validation pictures."}),
+)
+"""Flags of families whose pipelines take condition images; see :meth:`~.base.Family.with_condition`."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +145,7 @@ class FamilyFacts(ABC):
     text_comes_first: ClassVar[bool] = True
     own_flags: ClassVar[tuple[Flag, ...]] = ()
     flag_defaults: ClassVar[Mapping[str, Any]] = {}
-    trains_on_mode: ClassVar[bool] = False
+    trains_on_mode: bool = False
     negative_prompt: ClassVar[str | None] = None
     tags: ClassVar[tuple[str, ...]] = ()
     comfyui: ClassVar[ComfyUIFormat | None] = None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from .base import ComfyUIFormat, Config, Family, Flag, PromptEmbeds, split_batch
+from .base import CONDITION_FLAGS, ComfyUIFormat, Config, Family, Flag, PromptEmbeds, split_batch
 
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ class Flux(Family):
     pipeline_name = "FluxPipeline"
     text_components = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     trained_text_components = ("text_encoder",)
-    lora_layers = (
+    lora_layers: ClassVar[tuple[str, ...]] = (
         "attn.to_k",
         "attn.to_q",
         "attn.to_v",
@@ -43,14 +44,14 @@ class Flux(Family):
         "ff_context.net.2",
     )
     text_lora_layers = ("q_proj", "k_proj", "v_proj", "out_proj")
-    own_flags = (
+    own_flags: ClassVar[tuple[Flag, ...]] = (
         Flag(
             "guidance_scale",
             {"type": float, "default": 3.5, "help": "Guidance value fed to guidance-distilled models."},
         ),
     )
     flag_defaults = {"max_sequence_length": 512, "output_dir": "flux-dreambooth-lora"}
-    tags = ("flux", "flux-diffusers")
+    tags: ClassVar[tuple[str, ...]] = ("flux", "flux-diffusers")
     comfyui = ComfyUIFormat(writes_alpha=True)
 
     def empty_embeds(self, transformer_config: Config, text_tokens: int, dtype: torch.dtype) -> PromptEmbeds:
@@ -95,3 +96,50 @@ class Flux(Family):
     ) -> PromptEmbeds:
         pooled = encoders["text_encoder"](tokens["text_encoder"], output_hidden_states=False).pooler_output
         return {**embeds, "pooled_prompt_embeds": pooled.to(embeds["prompt_embeds"].dtype)}
+
+
+class FluxKontext(Flux):
+    """FLUX.1-Kontext: the transformer of FLUX.1-dev, with the tokens of a condition image behind the image's."""
+
+    name = "flux-kontext"
+    pipeline_name = "FluxKontextPipeline"
+    unused_components = ("image_encoder", "feature_extractor")
+    lora_layers = (*Flux.lora_layers, "proj_mlp")
+    own_flags = (
+        *Flux.own_flags,
+        *CONDITION_FLAGS,
+        Flag(
+            "vae_encode_mode",
+            {
+                "choices": ("sample", "mode"),
+                "default": "mode",
+                "help": "Whether latents are drawn from the VAE's posterior or are its mode.",
+            },
+        ),
+    )
+    flag_defaults = {**Flux.flag_defaults, "output_dir": "flux-kontext-lora"}
+    tags = ("flux-kontext", *Flux.tags)
+
+    def __init__(self, model_path: Path, variant: str | None = None, flags: Mapping[str, Any] | None = None) -> None:
+        super().__init__(model_path, variant, flags)
+        self.trains_on_mode = self.flags["vae_encode_mode"] == "mode"
+
+    def image_arguments(self, side: int) -> dict[str, Any]:
+        # The pipeline scales what it draws, and what it is given, to a megapixel.
+        return {**super().image_arguments(side), "max_area": side**2, "_auto_resize": False}
+
+    def with_condition(self, inputs: dict[str, Any], condition: torch.Tensor) -> dict[str, Any]:
+        batch, channels, height, width = condition.shape
+        tokens = self.pipeline_class._pack_latents(condition, batch, channels, height, width)
+        ids = self.pipeline_class._prepare_latent_image_ids(
+            batch, height // 2, width // 2, condition.device, condition.dtype
+        )
+        ids[..., 0] = 1
+        return {
+            **inputs,
+            "hidden_states": torch.cat([inputs["hidden_states"], tokens], dim=1),
+            "img_ids": torch.cat([inputs["img_ids"], ids]),
+        }
+
+    def prediction_to_latents(self, prediction: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        return super().prediction_to_latents(prediction[:, : like[0, 0].numel() // 4], like)

@@ -13,7 +13,7 @@ import torch
 from ..layouts import BlockLayout
 from ..loading.component_config import load_config
 from ..utils.errors import UserError
-from .base import ComfyUIFormat, Config, Family, Flag, PromptEmbeds, split_batch
+from .base import CONDITION_FLAGS, ComfyUIFormat, Config, Family, Flag, PromptEmbeds, split_batch
 
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 SHARED_FLAGS = (
+    *CONDITION_FLAGS,
     Flag(
         "guidance_scale",
         {"type": float, "default": 3.5, "help": "Guidance value fed to guidance-distilled models."},
@@ -127,8 +128,17 @@ class Flux2(Family):
             "img_ids": self.pipeline_class._prepare_latent_ids(noisy_latents).to(device),
         }
 
+    def with_condition(self, inputs: dict[str, Any], condition: torch.Tensor) -> dict[str, Any]:
+        # All samples have the place of a pipeline's first condition image.
+        ids = self.pipeline_class._prepare_image_ids([condition[:1]]).to(condition.device)
+        return {
+            **inputs,
+            "hidden_states": torch.cat([inputs["hidden_states"], self.pipeline_class._pack_latents(condition)], dim=1),
+            "img_ids": torch.cat([inputs["img_ids"], ids.expand(len(condition), -1, -1)], dim=1),
+        }
+
     def prediction_to_latents(self, prediction: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        return prediction.transpose(1, 2).reshape(like.shape)
+        return prediction[:, : like[0, 0].numel()].transpose(1, 2).reshape(like.shape)
 
     def prompt_inputs(self, prompt: str) -> dict[str, Any]:
         return {"prompt": prompt, **self._encode_settings()}

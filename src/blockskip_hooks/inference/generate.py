@@ -138,22 +138,29 @@ def _decoding(vae: ModelMixin, model: DiTBlockSkipTransformer, placement: VaePla
 
 @contextmanager
 def _taking_turns(vae: ModelMixin, model: DiTBlockSkipTransformer) -> Iterator[None]:
-    """Within this context the VAE is in host memory but for its decodes, and the model is there during them."""
+    """Within this context the VAE is in host memory but while it works, and the model is there meanwhile."""
     autoencoder: Any = vae
-    device, decode = vae.device, autoencoder.decode
-    # diffusers' autoencoders fetch themselves to the hook's device when they are asked to decode.
+    device = vae.device
+    # Condition images are encoded.
+    methods = {name: getattr(autoencoder, name) for name in ("encode", "decode")}
+    # diffusers' autoencoders fetch themselves to the hook's device when they are asked to encode or decode.
     autoencoder, offload = cpu_offload_with_hook(autoencoder, device)
 
-    def alone(*args: Any, **kwargs: Any) -> Any:
-        with model.on_host():
-            decoded = decode(*args, **kwargs)
-            offload.offload()
-            return decoded
+    def alone(method: Callable[..., Any]) -> Callable[..., Any]:
+        def work(*args: Any, **kwargs: Any) -> Any:
+            with model.on_host():
+                result = method(*args, **kwargs)
+                offload.offload()
+                return result
 
-    autoencoder.decode = alone
+        return work
+
+    for name, method in methods.items():
+        setattr(autoencoder, name, alone(method))
     try:
         yield
     finally:
-        autoencoder.decode = decode
+        for name, method in methods.items():
+            setattr(autoencoder, name, method)
         remove_hook_from_module(autoencoder)
         autoencoder.to(device)

@@ -114,7 +114,7 @@ class Streamer:
         return self._reads_ahead and self.device.type not in ("cpu", "mps", "meta")
 
     def move(self, device: torch.device, *, forget: bool) -> None:
-        """Hand out weights on another device from now on; ``forget`` what is in host memory, as its dtype is another."""
+        """Hand out weights on another device from now on; ``forget`` what is in host memory in another dtype."""
         if device.type != "meta" and device != self.device:
             self.release()
             self.device, self._stream, self._left = plain_device(device), None, None

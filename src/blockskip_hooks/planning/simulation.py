@@ -53,6 +53,7 @@ class FakeTransformer:
         quantization: How the linear layers of kept blocks are held, if not in ``dtype``.
         device: Whose rules it computes by.
         trained_encoders: Configs of the text encoders that train along, by component.
+        has_condition: Whether a condition image of the size of the image is in the sequence.
 
     Attributes:
         num_blocks: Blocks of the full model.
@@ -75,8 +76,10 @@ class FakeTransformer:
         quantization: QuantizationConfig | None = None,
         device: DeviceType = "cuda",
         trained_encoders: Mapping[str, Mapping[str, Any]] | None = None,
+        has_condition: bool = False,
     ) -> None:
         self.family = family
+        self.has_condition = has_condition
         self.transformer_config = transformer_config
         self.dtype = dtype
         self.device = device
@@ -167,7 +170,7 @@ class FakeTransformer:
     def infer(self, batch_size: int, size: tuple[int, int], text_tokens: int) -> Usage:
         """A forward of the whole model without gradients, skipped blocks streamed one at a time."""
         with self._counted(text_tokens) as meter:
-            inputs = self._inputs(self._batch(batch_size, size, text_tokens))
+            inputs = self._whole_inputs(batch_size, size, text_tokens)
             with self._autocast(), streamed_weights(self._streamed), self.model.full_model() as transformer:
                 transformer(**inputs, return_dict=False)
         return self._measure.usage(meter, streamed_bytes=self._largest_streamed_module())
@@ -239,9 +242,13 @@ class FakeTransformer:
         return torch.autocast("cpu", self.dtype)
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
-        return self.family.transformer_inputs(
-            self.transformer_config, batch.noisy_latents, batch.timesteps, batch.embeds
-        )
+        return batch.arguments(self.family, self.transformer_config)
+
+    def _whole_inputs(self, batch_size: int, size: tuple[int, int], text_tokens: int) -> dict[str, Any]:
+        """Arguments of the wrapped model's forward."""
+        inputs = self._inputs(self._batch(batch_size, size, text_tokens))
+        inputs.pop("condition_tokens", None)
+        return inputs
 
     def _tokens(self, batch_size: int) -> dict[str, torch.Tensor]:
         """Tokens of a batch's prompts for each text encoder that trains, padded to its length."""
@@ -264,6 +271,7 @@ class FakeTransformer:
             embeds=place_embeds(self.family.collate_embeds([prompt] * batch_size), "cpu", self.dtype),
             prompts=[],
             residuals=None,
+            condition=torch.empty_like(latents) if self.has_condition else None,
         )
 
     @contextlib.contextmanager

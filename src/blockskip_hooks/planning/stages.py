@@ -68,6 +68,7 @@ class PlanRequest:
         record_repeats: How many times a record is trained on.
         residual_budget_bytes: Disk that the records may take at a time; ``None`` for no limit.
         residual_dtype: How records hold residuals.
+        has_condition: Whether each sample, and each validation image, has a condition image of its size.
         text_encoders: Configs of the text encoders.
         streamable_encoders: Positions of those that are streamed, if they are large and encoding would need more
             than training does; ``None`` for all.
@@ -107,6 +108,7 @@ class PlanRequest:
     record_repeats: int = 1
     residual_budget_bytes: int | None = None
     residual_dtype: ResidualDtype = "auto"
+    has_condition: bool = False
     text_encoders: Sequence[Mapping[str, Any]] = ()
     streamable_encoders: Sequence[int] | None = None
     text_encoder_parameter_bytes: int = 0
@@ -167,6 +169,7 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
         quantization=request.quantization,
         device=request.device,
         trained_encoders=request.trained_encoders,
+        has_condition=request.has_condition,
     )
     states = _optimizer_state_bytes(fake.lora_sizes(), request.use_8bit_adam, request.device)
     train, capture, residuals = _training_step(request, fake, states)
@@ -306,7 +309,9 @@ class _Vae:
 
     def _simulate(self, batch_size: int, size: tuple[int, int], *, decode: bool, tiled: bool = False) -> Usage:
         family, dtype, device = self._request.family, self._request.weight_dtype, self._request.device
-        return simulate_vae(family, batch_size, size, dtype, decode=decode, tiled=tiled, device=device)
+        usage = simulate_vae(family, batch_size, size, dtype, decode=decode, tiled=tiled, device=device)
+        # The photos of a batch, then their condition images.
+        return usage.then(usage) if self._request.has_condition and not decode else usage
 
     def _beside(self, usage: Usage) -> Usage:
         return usage.beside(parameter_bytes=self._base.parameter_bytes, lora_bytes=self._base.lora_bytes)
@@ -410,6 +415,7 @@ def _records(request: PlanRequest, residuals: SpanResiduals) -> dict[str, int]:
     }
     modulation = sizes.pop("modulation", 0)
     record = math.prod(request.family.latent_shape(*request.training_size)) * request.weight_dtype.itemsize
+    record *= 1 + request.has_condition
     record += sum(sizes.values())
     # Samples of the same prompt and timestep share their modulation; at most, each has its own.
     per_record = record + modulation + RECORD_OVERHEAD

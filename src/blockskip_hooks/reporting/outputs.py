@@ -300,5 +300,6 @@ def _settings(run: Run) -> dict[str, Any]:
 
 
 def _image(pixels: torch.Tensor) -> Image.Image:
-    """A tensor ``(3, h, w)`` in [-1, 1] as an image."""
+    """A tensor ``(3, h, w)`` in [-1, 1] as an image; pairs ``(2, 3, h, w)`` side by side."""
+    pixels = pixels if pixels.ndim == 3 else torch.cat(list(pixels), dim=-1)
     return Image.fromarray(((pixels + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy())

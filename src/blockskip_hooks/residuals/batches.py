@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from diffusers import ModelMixin
@@ -64,6 +64,7 @@ class Batch:
         embeds: Prompt embeddings with a batch dimension.
         prompts: Their prompts.
         residuals: What the skipped spans contribute, or ``None`` when no record holds it.
+        condition: Clean scaled latents of the condition images, ``(B, C, H, W)``; ``None`` without.
     """
 
     samples: list[Sample]
@@ -75,6 +76,21 @@ class Batch:
     embeds: PromptEmbeds
     prompts: list[str]
     residuals: SpanResiduals | None
+    condition: torch.Tensor | None = None
+
+    def arguments(self, family: Family, transformer_config: Mapping[str, Any]) -> dict[str, Any]:
+        """Keyword arguments of :class:`~blockskip_hooks.transformer.DiTBlockSkipTransformer` beside the residuals."""
+        inputs = family.transformer_inputs(transformer_config, self.noisy_latents, self.timesteps, self.embeds)
+        if self.condition is None:
+            return inputs
+        joined = family.with_condition(inputs, self.condition)
+        tokens = [family.image_tokens(transformer_config, arguments) for arguments in (inputs, joined)]
+        return {**joined, "condition_tokens": tokens[1] - tokens[0]}
+
+    @property
+    def recorded_latents(self) -> torch.Tensor:
+        """The clean latents as :meth:`SampleMaker.encode` makes them."""
+        return self.latents if self.condition is None else torch.stack([self.latents, self.condition], dim=1)
 
 
 class SampleMaker:
@@ -110,6 +126,7 @@ class SampleMaker:
         self.embeds = embeds
         self.device = torch.device(device)
         self.dtype = dtype
+        self.are_pairs = sources["instance"].photos.are_pairs
         self._posteriors: dict[tuple[SampleKind, int, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def samples(self, indices: Iterable[int]) -> list[Sample]:
@@ -122,7 +139,10 @@ class SampleMaker:
         return f"{sample.kind} sample {sample.index} ({self.sources[sample.kind].photos.name(sample.image)})"
 
     def crop(self, sample: Sample) -> torch.Tensor:
-        """The sample's image as the VAE sees it, ``(3, h, w)`` in [-1, 1] at its bucket's training shape."""
+        """The sample's image as the VAE sees it, ``(3, h, w)`` in [-1, 1] at its bucket's training shape.
+
+        Of a pair ``(2, 3, h, w)``: the image and its condition image.
+        """
         patch = self.plan.patch
         return self.sources[sample.kind].photos.crop(
             sample.image,
@@ -160,10 +180,12 @@ class SampleMaker:
     def encode(self, vae: ModelMixin, samples: Sequence[Sample], crops: torch.Tensor | None = None) -> torch.Tensor:
         """Crops through the VAE: scaled latents ``(B, C, H, W)``, each drawn from the posterior with its own seed.
 
+        Of pairs ``(B, 2, C, H, W)``.
+
         Args:
             vae: The VAE.
             samples: The samples.
-            crops: Their crops, ``(B, 3, h, w)``, if they were made already.
+            crops: Their crops, ``(B, 3, h, w)`` or ``(B, 2, 3, h, w)``, if they were made already.
         """
         if self.plan.fixed_crops:
             posteriors = [self._fixed_posterior(vae, sample) for sample in samples]
@@ -178,7 +200,18 @@ class SampleMaker:
             )
             for s in samples
         ]
-        return self.family.scale_latents(vae, mean + std * torch.stack(noise).to(mean)).to(self.dtype)
+        drawn = mean + std * torch.stack(noise).to(mean)
+        if not self.are_pairs:
+            return self.family.scale_latents(vae, drawn).to(self.dtype)
+        return torch.stack([self.family.scale_latents(vae, part) for part in drawn.unbind(1)], dim=1).to(self.dtype)
+
+    def _posterior(self, vae: ModelMixin, crops: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of crops; pairs are as in the crops."""
+        if not self.are_pairs:
+            return self.family.posterior(vae, crops)
+        photos, conditions = (self.family.posterior(vae, part) for part in crops.unbind(1))
+        mean, std = (torch.stack(parts, dim=1) for parts in zip(photos, conditions, strict=True))
+        return mean, std
 
     def _fixed_posterior(self, vae: ModelMixin, sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
         """The posterior of an image whose crop never changes, computed once and kept on the CPU."""
@@ -194,7 +227,9 @@ class SampleMaker:
             return self.family.posterior(vae, pixels)
 
     def batch(self, samples: Sequence[Sample], latents: torch.Tensor, residuals: SpanResiduals | None = None) -> Batch:
-        """Complete clean latents with noise, noise levels and prompts."""
+        """Complete clean latents, as :meth:`encode` makes them, with noise, noise levels and prompts."""
+        latents = latents.to(self.device, self.dtype)
+        latents, condition = latents.unbind(1) if self.are_pairs else (latents, None)
         scheduler = self.family.scheduler
         indices = [sample.timestep_index for sample in samples]
         # Noise is drawn on the CPU in float32, so that every device and dtype trains on the same sample.
@@ -203,7 +238,6 @@ class SampleMaker:
         )
         prompts = [self.prompt(sample) for sample in samples]
         embeds = self.family.collate_embeds([self.embeds[prompt] for prompt in prompts])
-        latents = latents.to(self.device, self.dtype)
         noise = noise.to(latents)
         return Batch(
             samples=list(samples),
@@ -215,6 +249,7 @@ class SampleMaker:
             embeds=place_embeds(embeds, self.device, self.dtype),
             prompts=prompts,
             residuals=None if residuals is None else residuals.to(self.device),
+            condition=condition,
         )
 
     def batch_from_records(self, samples: Sequence[Sample], records: Sequence[Record]) -> Batch:

@@ -55,7 +55,7 @@ def only_new_garbage() -> Iterator[None]:
 
 def capture(model: DiTBlockSkipTransformer, maker: SampleMaker, batch: Batch) -> SpanResiduals:
     """Residuals of one batch by a no-grad forward of the whole model, without the LoRA's dropout."""
-    inputs = maker.family.transformer_inputs(model.config, batch.noisy_latents, batch.timesteps, batch.embeds)
+    inputs = batch.arguments(maker.family, model.config)
     trains = model.training
     model.eval()
     try:
@@ -206,7 +206,7 @@ def _unfinished_batches(
 
 def _records(batch: Batch, residuals: SpanResiduals, maker: SampleMaker, store: ResidualStore) -> dict[str, Record]:
     """Records by id: one for each sample, and one for each modulation that the store lacks."""
-    stacked: dict[str, Any] = {"latents": batch.latents, **residuals.tensors()}
+    stacked: dict[str, Any] = {"latents": batch.recorded_latents, **residuals.tensors()}
     on_cpu = {name: tensor.cpu() for name, tensor in stacked.items()}
     modulation = on_cpu.pop("modulation", None)
     records: dict[str, Record] = {}

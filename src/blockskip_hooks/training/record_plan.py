@@ -20,6 +20,7 @@ from ..utils.errors import UserError
 from ..utils.machine import versions
 from ..version import __version__
 from .checkpoints import read_state
+from .resume_flags import ON_RESUME
 from .run import Run
 
 
@@ -63,7 +64,11 @@ def describe_records(
         },
         "samples": {field.name: str(getattr(plan, field.name)) for field in fields(plan) if field.name != "timesteps"},
         "timesteps": hashlib.sha256(plan.timesteps.numpy().tobytes()).hexdigest(),
-        **{flag.name: str(settings.family_flags[flag.name]) for flag in run.family.own_flags},
+        **{
+            flag.name: str(settings.family_flags[flag.name])
+            for flag in run.family.own_flags
+            if ON_RESUME[flag.name] == "kept"
+        },
         "max_sequence_length": settings.max_sequence_length,
         "interpolation": settings.image_interpolation_mode,
         "dtype": str(dtype),

@@ -24,7 +24,7 @@ ON_RESUME: dict[str, OnResume] = {
         rank lora_alpha lora_dropout cache_latents weighting_scheme logit_mean logit_std mode_scale
         guidance_scale text_encoder_out_layers precondition_outputs complex_human_instruction system_prompt
         pretrained_text_encoder_4_name_or_path pretrained_tokenizer_4_name_or_path
-        upsample_prompt prompt_enhancer_head_id
+        upsample_prompt prompt_enhancer_head_id vae_encode_mode
         """,
     ),
     **_flags(
@@ -32,6 +32,7 @@ ON_RESUME: dict[str, OnResume] = {
         """
         pretrained_model_name_or_path revision variant cache_dir bnb_quantization_config_path quantization
         instance_data_dir instance_prompt dataset_name dataset_config_name image_column caption_column class_data_dir
+        cond_image_column cond_data_dir
         skip_blocks skip_ratio skip_budget selection_table strict_table memory_budget memory_options refresh_residuals
         use_aspect_ratio_buckets aspect_ratio_buckets patch_sampling min_patch_size max_patch_size
         lora_layers lora_blocks train_text_encoder optimizer use_8bit_adam num_train_epochs max_train_steps
@@ -52,8 +53,8 @@ ON_RESUME: dict[str, OnResume] = {
         config dump_config plan_only keep_modulation residual_dir residual_budget precompute_batch_size
         overwrite_residuals sample_batch_size prior_generation_precision fsdp_text_encoder gradient_checkpointing
         dataloader_num_workers validation_prompt num_validation_images validation_resolution validation_epochs
-        final_validation_prompt skip_final_inference output_dir checkpointing_steps checkpoints_total_limit
-        resume_from_checkpoint
+        final_validation_prompt validation_image skip_final_inference output_dir checkpointing_steps
+        checkpoints_total_limit resume_from_checkpoint
         upcast_before_saving save_format export_merged open logging_dir report_to log_level push_to_hub hub_token
         hub_model_id do_fp8_training offload enable_vae_tiling allow_tf32 enable_npu_flash_attention local_rank
         validation_guidance_scale validation_num_inference_steps validation_model_path remote_text_encoder

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from ..blocks import modulation_layers
 from ..config import BlockSkipConfig, PatchSamplingConfig
@@ -25,6 +26,7 @@ from ..residuals.batches import PhotoSource
 from ..search.tables import SelectionTable
 from ..selection import Selection
 from ..transformer import DiTBlockSkipTransformer
+from ..utils.pictures import within
 from .chosen_blocks import choose_blocks
 from .settings import TrainSettings
 from .sharding import bytes_elsewhere
@@ -51,6 +53,7 @@ class Run:
         targets: Full names of the layers that get LoRA.
         photos: The instance photos, not decoded yet.
         prompts: Validation prompts.
+        validation_image: Condition image of validation images.
         pipeline_kwargs: Arguments of the pipeline call that the model asks for.
         quantization: How kept blocks are held; ``None`` for plain weights.
         table: What is known of the harm of skipping this model's blocks.
@@ -72,6 +75,7 @@ class Run:
     quantization: QuantizationConfig | None = None
     table: SelectionTable | None = None
     shares_weights: bool = False
+    validation_image: Image.Image | None = None
 
     def skipping(self, selection: Selection, flags: Mapping[str, Any]) -> Run:
         """This run with other blocks skipped and other values of some flags."""
@@ -162,13 +166,18 @@ class Run:
     @property
     def image_kwargs(self) -> dict[str, Any]:
         """Arguments of the pipeline call that makes validation images."""
+        image = self.validation_image
+        return self._sized_kwargs | ({} if image is None else {"image": within(image, self.image_size**2)})
+
+    @property
+    def _sized_kwargs(self) -> dict[str, Any]:
         side = self.settings.validation_resolution
         return self.pipeline_kwargs | ({} if side is None else self.family.image_arguments(side))
 
     @property
     def image_size(self) -> int:
         """Height in pixels of validation images."""
-        return self.image_kwargs.get("height", self.family.image_size)
+        return self._sized_kwargs.get("height", self.family.image_size)
 
     @property
     def class_image_size(self) -> int:

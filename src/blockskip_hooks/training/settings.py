@@ -190,6 +190,12 @@ class TrainSettings:
         return Path(self.class_data_dir or "")
 
     @property
+    def condition_flag(self) -> str | None:
+        """The flag that says where condition images are; ``None`` for training without them."""
+        named = (name for name in ("cond_image_column", "cond_data_dir") if self.family_flags.get(name) is not None)
+        return next(named, None)
+
+    @property
     def looks_up_blocks(self) -> bool:
         """Whether a selection table or the rule decides which blocks are skipped."""
         choice = parse_skip_blocks(self.skip_blocks)

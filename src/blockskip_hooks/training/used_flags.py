@@ -51,6 +51,11 @@ def without_effect(settings: TrainSettings) -> Iterator[tuple[str, str]]:
         ),
         (settings.validation_prompt, ("validation_epochs",), "--validation_prompt"),
         (
+            settings.condition_flag and (settings.validation_prompt or settings.final_validation_prompt),
+            ("validation_image",),
+            "--validation_prompt and condition images",
+        ),
+        (
             warms_up(settings) or not settings.lr_warmup_steps,
             ("lr_warmup_steps",),
             "--lr_scheduler other than constant",

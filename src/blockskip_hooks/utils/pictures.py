@@ -82,6 +82,15 @@ def flattened(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def within(image: Image.Image, pixels: int) -> Image.Image:
+    """``image``, scaled down if it has more pixels than this."""
+    scale = math.sqrt(pixels / (image.width * image.height))
+    if scale >= 1:
+        return image
+    width, height = (max(1, math.floor(side * scale)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
 def _fitted(image: Image.Image, side: int) -> Image.Image:
     """A square of this side with the whole image: small ones are enlarged with hard pixel edges, others reduced."""
     image = flattened(image)

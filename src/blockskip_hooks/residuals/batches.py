@@ -207,9 +207,11 @@ class SampleMaker:
 
     def _posterior(self, vae: ModelMixin, crops: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation of crops; pairs are as in the crops."""
-        if not self.are_pairs:
-            return self.family.posterior(vae, crops)
-        photos, conditions = (self.family.posterior(vae, part) for part in crops.unbind(1))
+        # In half precision the VAE's weights are; under autocast its norms would make float32 of the largest images.
+        with torch.autocast(vae.device.type, enabled=False):
+            if not self.are_pairs:
+                return self.family.posterior(vae, crops)
+            photos, conditions = (self.family.posterior(vae, part) for part in crops.unbind(1))
         mean, std = (torch.stack(parts, dim=1) for parts in zip(photos, conditions, strict=True))
         return mean, std
 
@@ -220,11 +222,6 @@ class SampleMaker:
             mean, std = self._posterior(vae, self.crop(sample)[None])
             self._posteriors[key] = (mean[0].cpu(), std[0].cpu())
         return self._posteriors[key]
-
-    def _posterior(self, vae: ModelMixin, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # In half precision the VAE's weights are; under autocast its norms would make float32 of the largest images.
-        with torch.autocast(vae.device.type, enabled=False):
-            return self.family.posterior(vae, pixels)
 
     def batch(self, samples: Sequence[Sample], latents: torch.Tensor, residuals: SpanResiduals | None = None) -> Batch:
         """Complete clean latents, as :meth:`encode` makes them, with noise, noise levels and prompts."""

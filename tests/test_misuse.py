@@ -60,7 +60,7 @@ def test_counts_of_other_libraries_will_do():
 
 @pytest.mark.parametrize("size", [256.0, "256", True], ids=repr)
 def test_sizes_of_patches_are_whole_numbers(size):
-    with pytest.raises(UserError, match="^min_size is .*; give a whole number of pixels above 0"):
+    with pytest.raises(UserError, match="^PatchSamplingConfig.min_size is .*; give a whole number of pixels above 0"):
         PatchSamplingConfig(mode="dynamic", min_size=size, max_size=512, multiple=16)
 
 

@@ -138,7 +138,7 @@ class CheckpointWeights(Mapping[str, torch.Tensor]):
 
         Args:
             key: The tensor.
-            out: Contiguous, in host memory, of its shape and the dtype that the model wants.
+            out: Contiguous, in host memory, of its shape; the tensor is cast to its dtype.
 
         Raises:
             UserError: if the tensor has another shape.
@@ -149,16 +149,16 @@ class CheckpointWeights(Mapping[str, torch.Tensor]):
                 f"{place.path}: {self._prefix}{key} has shape {place.shape}, but the model's config asks for "
                 f"{tuple(out.shape)}."
             )
-        if place.dtype == _DTYPE_NAMES.get(self._dtypes[key]):
+        if place.dtype == _DTYPE_NAMES.get(out.dtype):
             read_bytes(place.path, place.start, out.view(-1).view(torch.uint8).numpy())
         else:
             out.copy_(self[key])
             self.close()
 
-    def offset(self, key: str) -> int:
-        """Where a tensor begins in its file, in bytes; 0 for one that is cast."""
+    def offset(self, key: str, dtype: torch.dtype) -> int:
+        """Where a tensor begins in its file, in bytes; 0 for one that is cast to ``dtype``."""
         place = self._place(key)
-        return place.start if place.dtype == _DTYPE_NAMES.get(self._dtypes[key]) else 0
+        return place.start if place.dtype == _DTYPE_NAMES.get(dtype) else 0
 
     def _place(self, key: str) -> _Place:
         if not self._places:

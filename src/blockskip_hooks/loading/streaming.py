@@ -373,7 +373,7 @@ def _read(module: torch.nn.Module, weights: CheckpointWeights) -> dict[str, torc
 
     They are aligned as in a mapped file, as resident weights are: a processor's products depend on it in the last bit.
     """
-    offsets = {name: weights.offset(name) % ALIGNMENT for name, _ in module.named_parameters()}
+    offsets = {name: weights.offset(name, p.dtype) % ALIGNMENT for name, p in module.named_parameters()}
     _, views = _buffer(module, torch.device("cpu"), offsets)
     for name, view in views.items():
         weights.read(name, view)

@@ -47,6 +47,7 @@ from blockskip_hooks.residuals.stretches import Stretches, segments
 from blockskip_hooks.training.adapters import Adapters
 from blockskip_hooks.training.checkpointer import Checkpointer
 from blockskip_hooks.training.class_images import make_class_images
+from blockskip_hooks.training.compiling import check_compiler, compile_kept_blocks
 from blockskip_hooks.training.context import Context
 from blockskip_hooks.training.export import export_lora
 from blockskip_hooks.training.history import History
@@ -118,6 +119,8 @@ def run_script(settings: TrainSettings, command: str, stop: StopSignals, lock: F
             dtype = weight_dtype(accelerator)
             if run.quantization:
                 check_device(run.quantization, accelerator.device, dtype)
+            if settings.compile and not settings.plan_only:
+                check_compiler(accelerator.device)
             device = planned_device(accelerator.device, plan_only=settings.plan_only)
             run, plan = make_plan(run, dtype, accelerator.num_processes, device)
             checkpoint = choose_checkpoint(run)
@@ -282,6 +285,11 @@ def make_learner(run: Run, accelerator: Accelerator, text: TrainedText | None, n
         model.transformer.enable_gradient_checkpointing()
         for encoder in encoders:
             encoder.gradient_checkpointing_enable()
+
+    if settings.compile:
+        number = compile_kept_blocks(model)
+        device = accelerator.device.type
+        accelerator.print(f"Compiling {number} kept blocks for {device}; the first steps of each size take longer.")
 
     # Optimiser and schedule; accelerate counts the schedule in steps of all processes.
     scale = run.samples_per_step(accelerator.num_processes) if settings.scale_lr else 1

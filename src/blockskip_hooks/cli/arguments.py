@@ -449,6 +449,7 @@ def _machine_flags(parser: argparse.ArgumentParser) -> None:
     flag("--do_fp8_training", action="store_true", help="Not supported: training in float8.")
     flag("--offload", action="store_true", help="Keep models that are not in use off the device; always so here.")
     flag("--enable_vae_tiling", action="store_true", help="Let the VAE work tile by tile: less memory for it.")
+    flag("--compile", action="store_true", help="Compile kept blocks: faster steps after slow first ones.")
     flag("--allow_tf32", action="store_true", help="Let NVIDIA cards multiply matrices in TF32.")
     flag("--enable_npu_flash_attention", action="store_true", help="Flash attention on Ascend NPUs.")
     flag("--local_rank", type=int, default=-1, help="Process number on this machine; LOCAL_RANK takes precedence.")

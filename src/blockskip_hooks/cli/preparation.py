@@ -127,10 +127,16 @@ def _weights_in_training(
             f"No kept block has a layer that can be held in {quantization.name}; leave --quantization out."
         )
     shares_weights = asks_for_sharding()
-    if shares_weights and (quantization or not QUANTIZING_OPTIONS.isdisjoint(settings.memory_options)):
+    may_quantize = quantization is not None or not QUANTIZING_OPTIONS.isdisjoint(settings.memory_options)
+    if shares_weights and may_quantize:
         raise UserError(
             "--quantization, also as one of --memory_options, and accelerate's FSDP do not go together: quantised "
             "weights cannot be divided; leave one of them out."
+        )
+    if settings.compile and (shares_weights or may_quantize):
+        raise UserError(
+            "--compile goes neither with --quantization, also as one of --memory_options, nor with accelerate's FSDP: "
+            "compiled blocks of such weights were never tried; leave one of them out."
         )
     return quantization, shares_weights
 

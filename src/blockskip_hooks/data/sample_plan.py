@@ -2,7 +2,7 @@
 
 Everything else that is random in training, such as the LoRA's first weights and its dropout, is seeded from the same
 seed. So any process can rebuild any sample: residuals are precomputed for exactly the samples that training will use,
-a killed run resumes bit for bit, and the work can be spread over any number of processes.
+a killed run resumes bit for bit on a CPU, and the work can be spread over any number of processes.
 """
 
 from __future__ import annotations

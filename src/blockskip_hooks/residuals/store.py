@@ -7,7 +7,8 @@ everything they depend on; a store of another run is an error, never a silent re
 
 Every record has a checksum, which is compared whenever the record is read: records that were found on disk are read
 once before their stretch begins, and all are in training, where a disk may still go bad. A record that fails is
-forgotten with its shard, which is what one forward wrote, and made again by the same forward, to the same bits.
+forgotten with its shard, which is what one forward wrote, and made again by the same forward; on a CPU to the same
+bits.
 
 Several processes may use one folder. Shards have names of their own and never change; a shard that another process
 deleted is as good as a damaged one.

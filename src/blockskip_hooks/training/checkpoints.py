@@ -1,4 +1,4 @@
-"""Checkpoints: complete or absent, without pickle, and enough to continue bit for bit.
+"""Checkpoints: complete or absent, without pickle, and enough to continue bit for bit on a CPU.
 
 Training draws everything from the sample plan, so a checkpoint needs no random state: the LoRA, the optimiser and a
 few numbers are all.

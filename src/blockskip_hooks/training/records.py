@@ -89,7 +89,7 @@ class RecordSource:
 
         Args:
             stretch: The steps of the whole stretch, also when part of it has been trained: records then come out of
-                the same batches, and with the same last bits, as in a run that was never stopped.
+                the same batches, and on a CPU with the same last bits, as in a run that was never stopped.
             first: The first step that is still to be trained.
             batch_size: Samples per forward; halved when memory runs out.
             encodes_alone: Whether the transformer makes room while the VAE encodes.
@@ -212,7 +212,7 @@ class RecordSource:
                 batch.residuals = capture(self._model, self.maker, batch)
 
     def _repair(self, sample: Sample, store: ResidualStore) -> Record:
-        """The record of a sample that could not be read: made again by the forward that made it, to the same bits."""
+        """The record of a sample that could not be read, made again by the same forward; on a CPU to the same bits."""
         ids = [sample.id, *([self.maker.modulation_id(sample)] if self.maker.records_modulation else [])]
         for sample_id in ids:
             try:

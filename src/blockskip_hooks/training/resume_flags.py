@@ -44,7 +44,7 @@ ON_RESUME: dict[str, OnResume] = {
         seed train_batch_size gradient_accumulation_steps learning_rate text_encoder_lr scale_lr lr_scheduler
         lr_warmup_steps lr_num_cycles lr_power adam_beta1 adam_beta2 adam_weight_decay adam_weight_decay_text_encoder
         adam_epsilon prodigy_beta3 prodigy_decouple prodigy_use_bias_correction prodigy_safeguard_warmup max_grad_norm
-        mixed_precision residual_dtype
+        mixed_precision residual_dtype compile
         """,
     ),
     **_flags(

@@ -153,6 +153,7 @@ class TrainSettings:
     do_fp8_training: bool
     offload: bool
     enable_vae_tiling: bool
+    compile: bool
     allow_tf32: bool
     enable_npu_flash_attention: bool
     local_rank: int

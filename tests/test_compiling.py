@@ -1,0 +1,90 @@
+"""Compiled kept blocks: the same numbers, and no step that compiles again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch._dynamo
+from torch._dynamo.utils import counters
+
+from blockskip_hooks import BlockSkipConfig, DiTBlockSkipTransformer, SpanResiduals
+from blockskip_hooks.cli.arguments import parse_args
+from blockskip_hooks.cli.preparation import prepare_run
+from blockskip_hooks.lora import add_lora
+from blockskip_hooks.training import compiling
+from blockskip_hooks.training.compiling import check_compiler, compile_kept_blocks
+from blockskip_hooks.utils.errors import UserError
+from tests import script
+from tests.tiny import TINY_FAMILIES
+
+
+FLUX = TINY_FAMILIES[0]
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(recompile_limit=8):
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("records_modulation", [True, False])
+def test_steps_with_other_records_compile_nothing_and_change_nothing(records_modulation: bool) -> None:
+    transformer = FLUX.make_transformer()
+    kept = ("transformer_blocks.1.", "single_transformer_blocks.0.", "single_transformer_blocks.1.")
+    modulation = [name for name, _ in transformer.named_modules() if name.endswith(("norm.linear", "norm1.linear"))]
+    recorded = [name for name in modulation if records_modulation and name.startswith(kept)]
+    model = DiTBlockSkipTransformer(transformer, BlockSkipConfig(leading=1, trailing=1), recorded_layers=recorded)
+    targets = [f"{block.name}.attn.to_q" for block in model.spans.kept]
+    parameters = add_lora(transformer, targets, rank=2, alpha=2, dropout=0.0, seed=0)
+    inputs = FLUX.make_inputs(2)
+    residuals = model.capture_residuals(**inputs, return_dict=False)
+
+    def step(number: int) -> torch.Tensor:
+        records = SpanResiduals(**{name: tensor + number / 10 for name, tensor in residuals.tensors().items()})
+        output = model(**inputs, residuals=records, return_dict=False)[0]
+        output.square().mean().backward()
+        return output.detach()
+
+    model.train()
+    expected = [step(number) for number in range(3)]
+    gradients = [parameter.grad.clone() for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+
+    assert compile_kept_blocks(model, backend="eager") == 3
+    first = step(0)
+    compiled = counters["stats"]["unique_graphs"]
+    assert 2 <= compiled <= 3 and not counters["graph_break"]
+    later = [step(number) for number in (1, 2)]
+    assert counters["stats"]["unique_graphs"] == compiled
+    assert all(map(torch.equal, [first, *later], expected))
+    assert all(torch.equal(parameter.grad, gradient) for parameter, gradient in zip(parameters, gradients))
+    # Another precompute, then training as before.
+    again = model.capture_residuals(**inputs, return_dict=False)
+    assert all(map(torch.equal, again.tensors().values(), residuals.tensors().values()))
+    after = counters["stats"]["unique_graphs"]
+    step(1)
+    assert counters["stats"]["unique_graphs"] == after
+
+
+def test_what_compiling_lacks_or_cannot_do_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: Path, photos: Path
+) -> None:
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match="--compile needs a C\\+\\+ compiler"):
+        check_compiler(torch.device("cpu"))
+    monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--compile needs the package triton"):
+        check_compiler(torch.device("cuda"))
+    flags = script.settings(
+        model, photos, tmp_path, "--compile", "--memory_budget", "1GiB", "--memory_options", "int8"
+    )
+    with pytest.raises(UserError, match="--compile goes neither with --quantization"):
+        prepare_run(parse_args(flags))

@@ -185,9 +185,9 @@ def _check_device(plan: dict[str, Any]) -> None:
     if not torch.cuda.is_available():
         return
     stage, there = largest_stage(plan), torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    if stage["peak_device_bytes"] > there:
+    if stage["needed_bytes"] > there:
         raise UserError(
-            f"Stage {stage['name']} needs {format_bytes(stage['peak_device_bytes'])} by plan, and the accelerator has "
+            f"Stage {stage['name']} needs {format_bytes(stage['needed_bytes'])} by plan, and the accelerator has "
             f"{format_bytes(there)}; give --memory_budget {there // 2**30}GiB to let blocks be skipped until it fits."
         )
 

@@ -41,24 +41,33 @@ def format_plan(plan: Mapping[str, Any], *, model: str | None = None, outputs: M
     else:
         sizes = f"{patch['max']} px" if patch["mode"] == "resize" else f"{patch['min']} to {patch['max']} px"
         lines.append(f"Patches  {patch['mode']}: {sizes}, trained at {patch['training_resolution']} px")
-    header = ("Stage", "peak", "parameters", "LoRA+optim.", "activations", "TFLOP/step", "batch")
+    columns = {
+        "peak_device": "live",
+        "peak_reserved": "reserved",
+        "parameter": "parameters",
+        "lora_optimizer": "LoRA+optim.",
+        "activation": "activations",
+    }
+    if not plan["context_bytes"]:
+        del columns["peak_reserved"]
+    header = ("Stage", *columns.values(), "TFLOP/step", "batch")
     rows = [header] + [
         (
             stage["name"],
-            *(
-                format_bytes(stage[f"{part}_bytes"])
-                for part in ("peak_device", "parameter", "lora_optimizer", "activation")
-            ),
+            *(format_bytes(stage[f"{part}_bytes"]) for part in columns),
             f"{stage['tflops_per_step'] + stage['attention_tflops_per_step']:.3g}",
             str(stage["batch_size"]),
         )
         for stage in plan["stages"]
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    lines.append(f"Memory and compute by the rules of {DEVICES[plan['device']]}, simulated (bytes of live tensors):")
+    lines.append(f"Memory and compute by the rules of {DEVICES[plan['device']]}, simulated:")
     for row in rows:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
         lines.append(f"  {'  '.join(cells)}")
+    if plan["context_bytes"]:
+        most, context = max(stage["needed_bytes"] for stage in plan["stages"]), format_bytes(plan["context_bytes"])
+        lines.append(f"  With a CUDA context of {context}, {format_bytes(most)} of the device must be free.")
     if any(stage.get("streamed") for stage in plan["stages"]):
         lines.append("  Large text encoders are read layer by layer, once per prompt.")
     if any(stage.get("vae_tiled") for stage in plan["stages"]):

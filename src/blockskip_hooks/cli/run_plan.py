@@ -185,9 +185,9 @@ def _check_device(plan: dict[str, Any]) -> None:
         UserError: naming the stage, what it needs and what there is.
     """
     stage, there = largest_stage(plan), total_memory_bytes()
-    if there is not None and stage["peak_device_bytes"] > there:
+    if there is not None and stage["needed_bytes"] > there:
         raise UserError(
-            f"Stage {stage['name']} needs {format_bytes(stage['peak_device_bytes'])} by plan, and the accelerator has "
+            f"Stage {stage['name']} needs {format_bytes(stage['needed_bytes'])} by plan, and the accelerator has "
             f"{format_bytes(there)}; give --memory_budget {there // 2**30}GiB to let blocks be skipped until it fits."
         )
 

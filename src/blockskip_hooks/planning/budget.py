@@ -114,7 +114,7 @@ def fit_budget(plan_for: PlanFor, steps: BudgetSteps, budget: int) -> Choice:
 
 def _nothing_fits(steps: BudgetSteps, least: dict[str, Any], budget: int) -> UserError:
     stage, skip = largest_stage(least), least["skip"]
-    used, needed = ", ".join((*steps.options, *steps.last_options)), format_bytes(stage["peak_device_bytes"])
+    used, needed = ", ".join((*steps.options, *steps.last_options)), format_bytes(stage["needed_bytes"])
     if len(steps.selections) == 1:
         return UserError(
             f"--skip_blocks {skip['leading']},{skip['trailing']} needs {needed} in stage {stage['name']}"
@@ -153,7 +153,7 @@ def _first_that_fits(
 
 
 def _peak(plan: dict[str, Any]) -> int:
-    return largest_stage(plan)["peak_device_bytes"]
+    return largest_stage(plan)["needed_bytes"]
 
 
 def _reason(selection: Selection, budget: int, used: tuple[str, ...], plan: dict[str, Any]) -> str:
@@ -163,5 +163,5 @@ def _reason(selection: Selection, budget: int, used: tuple[str, ...], plan: dict
     least = "the least harmful selection" if selection.harm is not None else "the fewest skipped blocks"
     return (
         f"{least} that fits, {selection.num_skipped} of {selection.blocks} blocks{with_options}: stage "
-        f"{stage['name']} needs {format_bytes(stage['peak_device_bytes'])} of {format_bytes(budget)}"
+        f"{stage['name']} needs {format_bytes(stage['needed_bytes'])} of {format_bytes(budget)}"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -136,6 +136,7 @@ class Phase:
         product_flops: FLOPs of matrix products and convolutions.
         attention_flops: FLOPs of attention.
         freed_bytes: What is freed of bytes that a block left in an earlier phase, by the name of that block.
+        events: Number and bytes of each allocation, in order; the number and 0 where it is freed.
     """
 
     name: str | None
@@ -144,6 +145,7 @@ class Phase:
     product_flops: int
     attention_flops: int
     freed_bytes: Mapping[str, int] = field(default_factory=dict)
+    events: Sequence[tuple[int, int]] = ()
 
 
 class Meter(LiveBytes):
@@ -162,6 +164,9 @@ class Meter(LiveBytes):
         self.flops = CountFlops()
         self._start = 0
         self._phases: list[Phase] = []
+        self._events: list[tuple[int, int]] = []
+        self._numbers: dict[int, int] = {}
+        self._allocations = 0
 
     def _size(self, num_bytes: int) -> int:
         return rounded(num_bytes, self._device)
@@ -175,6 +180,28 @@ class Meter(LiveBytes):
     def raise_peak(self, num_bytes: int) -> None:
         """Count bytes that are alive for a moment, beside what is alive now."""
         self.peak = max(self.peak, self.current + self._size(num_bytes))
+        self._allocations += 1
+        self._events += [(self._allocations, num_bytes), (self._allocations, 0)]
+
+    def track(self, tensors: Iterable[torch.Tensor]) -> None:
+        super().track(tensors)
+        # What is there before is no allocation.
+        self._events.clear()
+        self._numbers.clear()
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        known = len(self._finalizers)
+        super()._count(storage)
+        if len(self._finalizers) > known and storage.nbytes():
+            self._allocations += 1
+            self._numbers[id(storage)] = self._allocations
+            self._events.append((self._allocations, storage.nbytes()))
+
+    def _free(self, key: int, num_bytes: int, block: str | None) -> None:
+        super()._free(key, num_bytes, block)
+        number = self._numbers.pop(key, None)
+        if number is not None:
+            self._events.append((number, 0))
 
     def phases(self) -> list[Phase]:
         """The phases so far, the current one included."""
@@ -184,8 +211,9 @@ class Meter(LiveBytes):
     def _end(self) -> None:
         left = self.current - self._start
         flops = self.flops
-        self._phases.append(Phase(self._name, self.peak, left, flops.products, flops.attention, self._freed))
-        self.flops, self._start, self._freed = CountFlops(), self.current, {}
+        made = self.peak, left, flops.products, flops.attention, self._freed, self._events
+        self._phases.append(Phase(self._name, *made))
+        self.flops, self._start, self._freed, self._events = CountFlops(), self.current, {}, []
         self.reset_peak()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -51,14 +51,20 @@ def format_plan(
     else:
         sizes = f"{patch['max']} px" if patch["mode"] == "resize" else f"{patch['min']} to {patch['max']} px"
         lines.append(f"Patches  {patch['mode']}: {sizes}, trained at {patch['training_resolution']} px")
-    header = ("Simulated", "peak", "parameters", "LoRA+optim.", "activations", "TFLOP/step", "batch")
+    columns = {
+        "peak_device": "live",
+        "peak_reserved": "reserved",
+        "parameter": "parameters",
+        "lora_optimizer": "LoRA+optim.",
+        "activation": "activations",
+    }
+    if not plan["context_bytes"]:
+        del columns["peak_reserved"]
+    header = ("Simulated", *columns.values(), "TFLOP/step", "batch")
     rows = [header] + [
         (
             stage["name"],
-            *(
-                format_bytes(stage[f"{part}_bytes"])
-                for part in ("peak_device", "parameter", "lora_optimizer", "activation")
-            ),
+            *(format_bytes(stage[f"{part}_bytes"]) for part in columns),
             f"{stage['tflops_per_step'] + stage['attention_tflops_per_step']:.3g}",
             str(stage["batch_size"]),
         )
@@ -68,7 +74,7 @@ def format_plan(
     for row in rows:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
         lines.append("  ".join(cells))
-    lines.append(f"         of tensors on {DEVICES[plan['device']]}; {besides}")
+    lines.append(f"         of tensors on {DEVICES[plan['device']]}; {_on_top(plan) or besides}")
     if any(stage.get("streamed") for stage in plan["stages"]):
         lines.append("         Large text encoders are read layer by layer, once per prompt.")
     if any(stage.get("vae_tiled") for stage in plan["stages"]):
@@ -90,3 +96,11 @@ def format_plan(
     for description, place in (outputs or {}).items():
         lines.append(f"Writes   {description}: {place}")
     return "\n".join(lines)
+
+
+def _on_top(plan: Mapping[str, Any]) -> str | None:
+    """What a device needs besides its tensors, where that is known."""
+    if not plan["context_bytes"]:
+        return None
+    most = max(stage["needed_bytes"] for stage in plan["stages"])
+    return f"{format_bytes(most)} must be free, with a context of {format_bytes(plan['context_bytes'])}"

@@ -77,6 +77,90 @@ class Depth:
             attention += (1 + copies) * phase.attention_flops
         return Phase(None, peak, 0, products, attention)
 
+    def events_in_full(self, phases: Sequence[Phase]) -> list[tuple[int, int]]:
+        """The allocations of a simulated piece of work, as the full model would make them.
+
+        What a block does, those that it stands for do as well, in forward after it and in backward before it. Each
+        frees its own tensors, and of its neighbour what the simulated block frees of its own neighbour.
+
+        Args:
+            phases: The work on the shortened model, block by block.
+        """
+        return _Repeated(self, phases).events()
+
+
+class _Repeated:
+    """The allocations of phases, some of them repeated; an allocation is told by its number and by its copy's."""
+
+    def __init__(self, depth: Depth, phases: Sequence[Phase]) -> None:
+        self._phases = phases
+        self._copies = [depth.copies.get(phase.name or "", 0) for phase in phases]
+        self._stride = max(self._copies, default=0) + 1
+        names = [phase.name for phase in phases]
+        blocks = [index for index, name in enumerate(names) if name not in (None, ALL_BLOCKS)]
+        seen_again = (index for index in blocks if names[index] in names[:index])
+        self._backward_from = next(seen_again, len(phases))
+        self._made: dict[int, int] = {}
+        self._freed: dict[int, int] = {}
+        self._sizes: dict[int, int] = {}
+        for index, phase in enumerate(phases):
+            for number, size in phase.events:
+                if size:
+                    self._made[number], self._sizes[number] = index, size
+                else:
+                    self._freed[number] = index
+        self._partners = self._find_partners(set(blocks))
+        self._alive: dict[int, set[int]] = {}
+
+    def _is_backward(self, index: int) -> bool:
+        return index >= self._backward_from
+
+    def _find_partners(self, blocks: set[int]) -> dict[int, int]:
+        """For what a repeated block frees of its neighbour: what it leaves in turn for its own copy to free."""
+        wanted: dict[Hashable, list[int]] = {}
+        left: dict[Hashable, list[int]] = {}
+        for number, freed in self._freed.items():
+            made = self._made[number]
+            if self._phases[made].name == self._phases[freed].name:
+                continue
+            key = self._is_backward(made), self._is_backward(freed), self._sizes[number]
+            if self._copies[freed]:
+                wanted.setdefault((self._phases[freed].name, *key), []).append(number)
+            elif self._copies[made] and freed in blocks:
+                left.setdefault((self._phases[made].name, *key), []).append(number)
+        return {one: other for key, numbers in wanted.items() for one, other in zip(numbers, left.get(key, ()))}
+
+    def events(self) -> list[tuple[int, int]]:
+        done: list[tuple[int, int]] = []
+        for index, phase in enumerate(self._phases):
+            copies = range(self._copies[index] + 1)
+            for copy in reversed(copies) if self._is_backward(index) else copies:
+                for number, size in phase.events:
+                    if size:
+                        self._alive.setdefault(number, set()).add(copy)
+                        done.append((number * self._stride + copy, size))
+                        continue
+                    for freed, of in self._frees(index, copy, number):
+                        if of in self._alive.get(freed, ()):
+                            self._alive[freed].remove(of)
+                            done.append((freed * self._stride + of, 0))
+        return done
+
+    def _frees(self, index: int, copy: int, number: int) -> list[tuple[int, int]]:
+        """Which allocations a copy of a phase frees where the simulated phase frees ``number``."""
+        made, copies = self._made[number], self._copies[index]
+        backward = self._is_backward(made)
+        if self._phases[made].name == self._phases[index].name:
+            return [(number, copy)]
+        if copies:
+            if copy == (copies if backward else 0):
+                return [(number, 0)]
+            partner = self._partners.get(number)
+            return [] if partner is None else [(partner, copy + 1 if backward else copy - 1)]
+        if number in self._partners.values():
+            return [(number, 0 if backward else self._copies[made])]
+        return [(number, of) for of in sorted(self._alive.get(number, ()))]
+
 
 def shorten(model: torch.nn.Module, blocks: Iterable[tuple[str, Hashable]]) -> Depth:
     """Take blocks out of a model whose cost follows from that of their neighbours.

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .allocator import Trace
 from .counters import Meter
 from .devices import DeviceType, computing_as, rounded
 from .equal_blocks import Depth
@@ -90,13 +91,19 @@ class Measure:
         copied = self._in_full(sizes) - sum(sizes.values())
         if accumulates:
             copied += self._in_full(lora) - sum(lora.values())
-        done = self.depth.in_full(meter.phases(), copied)
+        phases = meter.phases()
+        done = self.depth.in_full(phases, copied)
+        trace = Trace(
+            tuple(num_bytes(t) for name, t in self._resident().items() for _ in range(self.depth.times(name))),
+            self.depth.events_in_full(phases),
+        )
         return Usage(
             peak_bytes=done.peak_bytes,
             parameter_bytes=self._in_full(sizes) - self._in_full(lora) + streamed_bytes,
             lora_bytes=self._in_full(lora),
             product_flops=done.product_flops,
             attention_flops=done.attention_flops,
+            traces=(trace,) if self.device == "cuda" else (),
         )
 
     def _in_full(self, sizes: Mapping[str, int]) -> int:

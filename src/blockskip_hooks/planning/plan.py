@@ -8,8 +8,8 @@ from ..inference.generate import VaePlacement
 
 
 def largest_stage(plan: dict[str, Any]) -> dict[str, Any]:
-    """The stage of a plan that needs the most memory."""
-    return max(plan["stages"], key=lambda stage: stage["peak_device_bytes"])
+    """The stage of a plan that needs the most memory of a device, in its ``needed_bytes``."""
+    return max(plan["stages"], key=lambda stage: stage["needed_bytes"])
 
 
 def planned_batch_size(plan: dict[str, Any], stage: str) -> int | None:

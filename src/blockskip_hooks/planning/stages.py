@@ -1,8 +1,7 @@
 """The plan of a run, made before anything is loaded: memory of every stage, FLOPs, disk (``plan.json``).
 
-Every figure is simulated (see :mod:`~blockskip_hooks.planning.simulation`): bytes of live tensors, without the
-allocator's fragmentation and the device context. It is what the method bounds, not what a monitor of the whole
-process shows.
+Every figure is simulated (see :mod:`~blockskip_hooks.planning.simulation`): bytes of live tensors, which is what the
+method bounds, and what CUDA's caching allocator reserves for them (see :mod:`~blockskip_hooks.planning.allocator`).
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from ..residuals.dtype import PACKED, ResidualDtype, packed_bytes
 from ..residuals.stretches import Stretches
 from ..selection import Selection
 from ..state import SpanResiduals
+from .allocator import CONTEXT_BYTES
 from .components import simulate_text_encoder, simulate_vae
 from .devices import DeviceType, rounded
 from .simulation import FakeTransformer
@@ -149,7 +149,9 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
     Returns:
         The contents of ``plan.json``. In each stage, ``peak_device_bytes`` is the sum of ``parameter_bytes`` (frozen
         weights, with one streamed block), ``lora_optimizer_bytes`` and ``activation_bytes`` (with gradients alive at
-        the peak). ``tflops_per_step`` counts matrix products of one forward (and backward) of ``batch_size``
+        the peak). ``peak_reserved_bytes`` is what CUDA's caching allocator reserves for them, on other devices the
+        same, and ``needed_bytes`` is that with the context: what has to be free on the device.
+        ``tflops_per_step`` counts matrix products of one forward (and backward) of ``batch_size``
         samples, ``attention_tflops_per_step`` the attention beside them, ``vae_tflops`` what of both is the VAE's: of
         the batch, or of one image that is decoded. ``seconds`` is always null: no time is
         predicted. ``streamed`` of the stage "encode" says whether the layers of large text encoders are read from the
@@ -186,12 +188,16 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
         side, wanted = request.validation_resolution, request.validation_batch_size
         stages.append(_make_images("validate", request, fake, vae, wanted, side, states))
 
-    largest = max(stage["peak_device_bytes"] for stage in stages)
+    context_bytes = CONTEXT_BYTES if request.device == "cuda" else 0
+    for stage in stages:
+        stage["needed_bytes"] = stage["peak_reserved_bytes"] + context_bytes
+    largest = max(stage["needed_bytes"] for stage in stages)
     budget, config = request.memory_budget_bytes, request.config
     selection = request.selection or Selection(fake.num_blocks, config.leading, config.trailing, "flag")
     return {
         "schema": SCHEMA,
         "device": request.device,
+        "context_bytes": context_bytes,
         "skip": selection.as_dict(),
         "quantization": request.quantization.name if request.quantization else None,
         "patch": {
@@ -314,7 +320,11 @@ class _Vae:
         return usage.then(usage) if self._request.has_condition and not decode else usage
 
     def _beside(self, usage: Usage) -> Usage:
-        return usage.beside(parameter_bytes=self._base.parameter_bytes, lora_bytes=self._base.lora_bytes)
+        base = self._base
+        # Steps have some of them for a while only, such as streamed blocks; those make no difference here.
+        return usage.beside(
+            parameter_bytes=base.parameter_bytes, lora_bytes=base.lora_bytes, sizes=base.resident or None
+        )
 
     def _placed(self, usage: Usage) -> tuple[Usage, bool]:
         beside = self._beside(usage)
@@ -460,6 +470,7 @@ def _stage(name: str, usage: Usage, batch_size: int, vae: Usage | None = None) -
     return {
         "name": name,
         "peak_device_bytes": usage.peak_bytes,
+        "peak_reserved_bytes": max(usage.peak_bytes, usage.reserved_bytes()),
         "parameter_bytes": usage.parameter_bytes,
         "activation_bytes": usage.activation_bytes,
         "lora_optimizer_bytes": usage.lora_bytes,

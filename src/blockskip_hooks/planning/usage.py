@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from .allocator import Trace, reserved_bytes
 
 
 @dataclass(frozen=True)
@@ -15,6 +18,7 @@ class Usage:
         lora_bytes: Of them, LoRA weights and their optimizer state.
         product_flops: FLOPs of matrix products and convolutions.
         attention_flops: FLOPs of attention.
+        traces: The allocations of each part of the work that is done after another.
     """
 
     peak_bytes: int
@@ -22,19 +26,37 @@ class Usage:
     lora_bytes: int = 0
     product_flops: int = 0
     attention_flops: int = 0
+    traces: tuple[Trace, ...] = field(default=(), compare=False, repr=False)
+
+    @property
+    def resident(self) -> tuple[int, ...]:
+        """Bytes of each tensor that is there all the time; negative ones are on other devices."""
+        return (*self.traces[0].resident, -self.traces[0].elsewhere) if self.traces else ()
+
+    def reserved_bytes(self) -> int:
+        """Most bytes that CUDA's caching allocator reserves, if what an earlier part left is given back."""
+        return max((reserved_bytes(trace) for trace in self.traces), default=0)
 
     @property
     def activation_bytes(self) -> int:
         """The rest: inputs, activations, and gradients alive at the peak."""
         return max(0, self.peak_bytes - self.parameter_bytes - self.lora_bytes)
 
-    def beside(self, *, parameter_bytes: int = 0, lora_bytes: int = 0) -> Usage:
-        """The same work while other parameters, or LoRA weights and optimizer state, are resident."""
+    def beside(self, *, parameter_bytes: int = 0, lora_bytes: int = 0, sizes: Sequence[int] | None = None) -> Usage:
+        """The same work while other parameters, or LoRA weights and optimizer state, are resident.
+
+        Args:
+            parameter_bytes: Bytes of the parameters.
+            lora_bytes: Bytes of LoRA weights and optimizer state.
+            sizes: Bytes of each tensor of both; by default one of each.
+        """
+        more = (parameter_bytes, lora_bytes) if sizes is None else sizes
         return replace(
             self,
             peak_bytes=self.peak_bytes + parameter_bytes + lora_bytes,
             parameter_bytes=self.parameter_bytes + parameter_bytes,
             lora_bytes=self.lora_bytes + lora_bytes,
+            traces=tuple(trace.beside(more) for trace in self.traces),
         )
 
     def then(self, other: Usage) -> Usage:
@@ -43,4 +65,5 @@ class Usage:
             max(self, other, key=lambda usage: usage.peak_bytes),
             product_flops=self.product_flops + other.product_flops,
             attention_flops=self.attention_flops + other.attention_flops,
+            traces=self.traces + other.traces,
         )

@@ -99,7 +99,7 @@ def FLUX_model(folder: Path) -> DiTBlockSkipTransformer:
 
 def test_layers_within_kept_blocks_are_read_ahead_too(folder: Path, monkeypatch: pytest.MonkeyPatch):
     kept = load(folder).spans.kept[0].name
-    names = [name for name in (f"{kept}.norm.linear", f"{kept}.norm1.linear")]
+    names = f"{kept}.norm.linear", f"{kept}.norm1.linear"
     transformer = FLUX_model(folder).transformer
     model = load(folder, recorded_layers=[name for name in names if name in dict(transformer.named_modules())])
     reads = Reads(monkeypatch)
@@ -186,7 +186,7 @@ def test_forwards_in_step_read_each_block_once(folder: Path, monkeypatch: pytest
 
 def test_forwards_of_different_lengths_go_in_step_as_far_as_they_can(folder: Path):
     model = load(folder)
-    results = model.together([lambda: [run(model), run(model)], lambda: [run(model)], lambda: []])
+    results = model.together([lambda: [run(model), run(model)], lambda: [run(model)], list])
     assert [len(result) for result in results] == [2, 1, 0]
     assert all(torch.equal(prediction, run(model)) for result in results for prediction in result)
 

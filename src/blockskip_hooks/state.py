@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -137,6 +138,15 @@ class BlockSkipState:
     def _begin_forward(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
         if self._mode is SkipMode.CAPTURE:
             self._capture = Capture()
+
+    def _keep(self) -> Callable[[], None]:
+        """Keep the state of a forward that is halted; returns what restores it."""
+        mode, capture = self._mode, self._capture
+
+        def restore() -> None:
+            self._mode, self._capture = mode, capture
+
+        return restore
 
     def _detach(self) -> None:
         """Note that the placeholders were removed."""

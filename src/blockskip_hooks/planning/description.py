@@ -47,7 +47,7 @@ def format_plan(plan: Mapping[str, Any], *, model: str | None = None, outputs: M
                 for part in ("peak_device", "parameter", "lora_optimizer", "activation")
             ),
             f"{stage['tflops_per_step'] + stage['attention_tflops_per_step']:.3g}",
-            str(stage["batch_size"]),
+            f"{stage['batch_size']}" + (f" x {together}" if (together := stage.get("together", 1)) > 1 else ""),
         )
         for stage in plan["stages"]
     ]

@@ -13,6 +13,7 @@ class Usage:
         peak_bytes: Most live bytes at a time, parameters included.
         parameter_bytes: Of them, parameters of the model without LoRA, a streamed block included.
         lora_bytes: Of them, LoRA weights and their optimizer state.
+        halted_bytes: What a forward that is halted before a streamed block holds, beside parameters.
         product_flops: FLOPs of matrix products and convolutions.
         attention_flops: FLOPs of attention.
     """
@@ -22,6 +23,7 @@ class Usage:
     lora_bytes: int = 0
     product_flops: int = 0
     attention_flops: int = 0
+    halted_bytes: int = 0
 
     @property
     def activation_bytes(self) -> int:
@@ -36,6 +38,11 @@ class Usage:
             parameter_bytes=self.parameter_bytes + parameter_bytes,
             lora_bytes=self.lora_bytes + lora_bytes,
         )
+
+    def in_step(self, wanted: int, limit: int) -> tuple[int, Usage]:
+        """As many of these forwards in step as are wanted and need no more than ``limit``, and what they need."""
+        count = max(1, min(wanted, 1 + (limit - self.peak_bytes) // max(self.halted_bytes, 1)))
+        return count, replace(self, peak_bytes=self.peak_bytes + (count - 1) * self.halted_bytes)
 
     def then(self, other: Usage) -> Usage:
         """This work and, after it, another: the bytes of the larger, the FLOPs of both."""

@@ -12,6 +12,7 @@ import torch
 
 from blockskip_hooks import BlockSkipConfig, DiTBlockSkipTransformer
 from blockskip_hooks.inference.generate import VaePlacement, generate_images
+from blockskip_hooks.loading import checkpoint_index
 from tests.tiny import TINY_FAMILIES, TinyFamily
 
 
@@ -44,6 +45,48 @@ def test_images_come_in_batches_and_alone_without_a_difference() -> None:
         difference = torch.from_numpy(np.asarray(one).astype(int) - np.asarray(other).astype(int))
         assert difference.abs().max() <= 1
     assert "decode" not in vars(vae) and not vae.use_slicing and not hasattr(vae, "_hf_hook")
+
+
+def test_images_in_step_read_each_block_once_and_stay_the_same(
+    tiny: TinyFamily, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two prompts, also where the VAE takes turns with the transformer: to the bit as one after the other."""
+    family = tiny.make_family()
+    vae = family.load_vae(torch.float32, "cpu")
+    embeds = family.encode_prompts(
+        family.load_text_pipeline(torch.float32, "cpu"), ["a photo of sks dog", "a cat", ""]
+    )
+    transformer = tiny.make_transformer()
+    model = DiTBlockSkipTransformer.from_pretrained(
+        tiny.folder,
+        BlockSkipConfig(leading=1, trailing=1),
+        stacks=family.block_stacks,
+        transformer_class=type(transformer),
+    )
+    reads, read = [], checkpoint_index.read_bytes
+    monkeypatch.setattr(checkpoint_index, "read_bytes", lambda *args: (reads.append(args), read(*args)))
+
+    def images(**settings: Any) -> tuple[list[Any], int]:
+        reads.clear()
+        made = generate_images(
+            embeds[:2],
+            family=family,
+            model=model,
+            vae=vae,
+            negative=None if family.negative_prompt is None else embeds[2],
+            seeds=[1, 2],
+            pipeline_kwargs={"height": 64, "width": 64, "num_inference_steps": 2},
+            images_at_once=1,
+            **settings,
+        )
+        assert [len(of_prompt) for of_prompt in made] == [2, 2]
+        return [np.asarray(image) for of_prompt in made for image in of_prompt], len(reads)
+
+    one_by_one, all_reads = images()
+    in_step, fewest = images(together=4)
+    some, more = images(together=3, placement=VaePlacement(alone=True))
+    assert fewest < all_reads / 3 and fewest < more < all_reads
+    assert all(np.array_equal(a, b) and np.array_equal(a, c) for a, b, c in zip(one_by_one, in_step, some))
 
 
 def test_vae_and_transformer_are_never_on_the_device_together(monkeypatch: pytest.MonkeyPatch) -> None:

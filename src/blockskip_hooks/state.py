@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -171,6 +171,15 @@ class BlockSkipState:
                 "The transformer was called without the model around it, whose last call left residuals of its own in "
                 "place; call it inside model.full_model() to run every block, or call the model itself."
             )
+
+    def _keep(self) -> Callable[[], None]:
+        """Keep the state of a forward that is halted; returns what restores it."""
+        mode, capture = self._mode, self._capture
+
+        def restore() -> None:
+            self._mode, self._capture = mode, capture
+
+        return restore
 
     def _detach(self) -> None:
         """Note that the placeholders were removed."""

@@ -306,7 +306,7 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
         """Within this context forward follows forward: the first skipped block is read again while the last runs."""
         return self._streamer.repeated()
 
-    def together(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
+    def together(self, tasks: Sequence[Callable[[], T]], between: Callable[[], None] = lambda: None) -> list[T]:
         """Call functions that each run this model, in step: a skipped block is read once for all of them.
 
         Each is halted before a block that holds no weights, and goes on once all have come to it. One of them runs at
@@ -316,22 +316,14 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
 
         Args:
             tasks: The functions; they run without gradients and must not change the model.
+            between: Called while all are halted; may raise to end them.
 
         Returns:
             What each of them returns.
         """
-        state = self.skip_state
-
-        def keep() -> Callable[[], None]:
-            mode, capture = state._mode, state._capture
-
-            def restore() -> None:
-                state._mode, state._capture = mode, capture
-
-            return restore
-
+        streamer, keep = self._streamer, self.skip_state._keep
         with torch.no_grad():
-            return [task() for task in tasks] if self.is_sharded else self._streamer.together(tasks, keep)
+            return [task() for task in tasks] if self.is_sharded else streamer.together(tasks, keep, between)
 
     @property
     def frozen_parameter_names(self) -> list[str]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from copy import copy, deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,11 +45,15 @@ def generate_images(
     seeds: Sequence[int],
     pipeline_kwargs: Mapping[str, Any] | None = None,
     images_at_once: int | None = None,
+    together: int = 1,
     placement: VaePlacement | None = None,
     progress: Callable[[int], None] | None = None,
     calls: Callable[[int], bool] = lambda number: True,
 ) -> list[list[Image.Image]]:
     """Make images with the stock pipeline around the loaded modules.
+
+    Calls of the pipeline go in step: in each of their forwards a skipped block is read once for all of them. An image
+    has the same bits however many calls do, on a CPU.
 
     Args:
         prompts: Embeddings of each prompt, without a batch dimension.
@@ -59,6 +64,7 @@ def generate_images(
         seeds: One for each image of a prompt; an image has the same noise in every call.
         pipeline_kwargs: Further arguments of the pipeline call.
         images_at_once: Images per call of the pipeline; by default all of a prompt.
+        together: Calls of the pipeline in step.
         placement: How the VAE works; by default beside the transformer and on whole images.
         progress: Called with the number of images that have been made since the call before.
         calls: Which of the pipeline's calls are made, by their number from 0: processes that share the images leave
@@ -70,41 +76,51 @@ def generate_images(
     Raises:
         UserError: if the pipeline refuses what it is asked for, a size say.
     """
-    device = vae.device
-    dtype = model.dtype
+    kwargs = {k: v for k, v in (pipeline_kwargs or {}).items() if k not in ("negative_prompt", "max_sequence_length")}
+    at_once = images_at_once or len(seeds)
+    starts = range(0, len(seeds), at_once)
+    every = [(prompt, seeds[start : start + at_once]) for prompt in range(len(prompts)) for start in starts]
+    chosen = [call for number, call in enumerate(every) if calls(number)]
 
     def batched(embeds: PromptEmbeds) -> PromptEmbeds:
-        return place_embeds(family.collate_embeds([embeds]), device, dtype)
+        return place_embeds(family.collate_embeds([embeds]), vae.device, model.dtype)
 
-    pipeline = family.image_pipeline(model.transformer, vae)
-    kwargs = {k: v for k, v in (pipeline_kwargs or {}).items() if k not in ("negative_prompt", "max_sequence_length")}
-    images: list[list[Image.Image]] = []
-    at_once = images_at_once or len(seeds)
+    def make(pipeline: Any, prompt: int, part: Sequence[int]) -> list[Image.Image]:
+        inputs = family.pipeline_inputs(batched(prompts[prompt]), None if negative is None else batched(negative))
+        # What was asked for explicitly comes before a family's own settings.
+        inputs |= {**kwargs, "num_images_per_prompt": len(part)}
+        made = _call(family, pipeline, inputs, part)
+        if progress is not None:
+            progress(len(part))
+        return made
+
+    pipelines = [family.image_pipeline(model.transformer, vae)]
+    for _ in chosen[1:together]:
+        # Those that go in step cannot share a schedule, which counts its steps.
+        pipelines.append(copy(pipelines[0]))
+        pipelines[-1].scheduler = deepcopy(pipelines[0].scheduler)
+    images: list[list[Image.Image]] = [[] for _ in prompts]
     was_training = model.training
     model.eval()
     with model.full_model(), _decoding(vae, model, placement or VaePlacement()):
-        number = itertools.count()
-        for embeds in prompts:
-            images.append([])
-            for start in range(0, len(seeds), at_once):
-                if not calls(next(number)):
-                    continue
-                part = seeds[start : start + at_once]
-                inputs = family.pipeline_inputs(batched(embeds), None if negative is None else batched(negative))
-                # What was asked for explicitly comes before a family's own settings.
-                call = {**inputs, **kwargs, "num_images_per_prompt": len(part)}
-                generators = [torch.Generator().manual_seed(seed) for seed in part]
-                try:
-                    images[-1] += pipeline(**call, generator=generators).images
-                except ValueError as error:
-                    raise UserError(
-                        f"{family.pipeline_class.__name__} makes no images with these settings ({error}); correct "
-                        "--validation_resolution, or pipeline_kwargs in the model's blockskip_defaults.json."
-                    ) from error
-                if progress is not None:
-                    progress(len(part))
+        for start in range(0, len(chosen), together):
+            group = chosen[start : start + together]
+            tasks = [partial(make, pipeline, *call) for pipeline, call in zip(pipelines, group)]
+            for (prompt, _), made in zip(group, model.together(tasks), strict=True):
+                images[prompt] += made
     model.train(was_training)
     return images
+
+
+def _call(family: Family, pipeline: Any, inputs: dict[str, Any], seeds: Sequence[int]) -> list[Image.Image]:
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    try:
+        return pipeline(**inputs, generator=generators).images
+    except ValueError as error:
+        raise UserError(
+            f"{family.pipeline_class.__name__} makes no images with these settings ({error}); correct "
+            "--validation_resolution, or pipeline_kwargs in the model's blockskip_defaults.json."
+        ) from error
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """Modules without weights of their own: each gets them when it runs, and lets go of them afterwards.
 
-While one module runs, a thread reads the next one's weights into one buffer and, on accelerators, sends them on a
-stream of its own. At most two modules are on the device: the one that runs and the one that comes.
+While one module runs, a thread reads the next one's weights: into one buffer on a CPU, into pinned memory for an
+accelerator. From there they are sent when the module runs or, where the device has room for two modules, as soon as
+they are read, on a stream of their own.
 """
 
 from __future__ import annotations
@@ -74,8 +75,8 @@ class Fetched(NamedTuple):
 
     Attributes:
         tensors: By name.
-        buffer: What they lie in on an accelerator.
-        arrival: Comes once all of them are there; ``None`` if they are.
+        buffer: What they lie in on the device, if they were sent there.
+        arrival: Comes once all of them are there.
     """
 
     tensors: Weights
@@ -90,10 +91,14 @@ class Streamer:
         device: Where they run.
         cache_bytes: Host memory in which weights that were read from a checkpoint may stay, those read first.
         reads_ahead: Whether the next module's weights are read while one runs.
+
+    Attributes:
+        sends_ahead: Whether what was read is sent to an accelerator at once, which then holds two modules.
     """
 
     def __init__(self, device: torch.device | str, cache_bytes: int = 0, *, reads_ahead: bool = True) -> None:
         self.device = plain_device(device)
+        self.sends_ahead = False
         self._reads_ahead = reads_ahead
         self._cache_bytes = self._room = cache_bytes
         self._weights: dict[torch.nn.Module, Weights] = {}
@@ -109,7 +114,7 @@ class Streamer:
         self._pool: ThreadPoolExecutor | None = None
 
     @property
-    def _sends(self) -> bool:
+    def _pins(self) -> bool:
         # Apple's devices share the host's memory, and have no streams.
         return self._reads_ahead and self.device.type not in ("cpu", "mps", "meta")
 
@@ -156,7 +161,8 @@ class Streamer:
             # Its memory is not given to another before what runs on it now has been computed.
             fetched.buffer.record_stream(current)
         for name, _ in module.named_parameters():
-            set_module_tensor_to_device(module, name, self.device, value=fetched.tensors[name], clear_cache=False)
+            value = fetched.tensors[name].to(self.device, non_blocking=self._pins)
+            set_module_tensor_to_device(module, name, self.device, value=value, clear_cache=False)
         self._present = module
         del fetched
         if self._reads_ahead:
@@ -189,7 +195,12 @@ class Streamer:
             if not before:
                 self.release()
 
-    def together(self, tasks: Sequence[Callable[[], T]], keep: Callable[[], Callable[[], None]]) -> list[T]:
+    def together(
+        self,
+        tasks: Sequence[Callable[[], T]],
+        keep: Callable[[], Callable[[], None]],
+        between: Callable[[], None] = lambda: None,
+    ) -> list[T]:
         """Call functions that run the same forwards so that each module's weights are fetched once for all of them.
 
         Each function is halted where it needs a module that is not there, and goes on when all the others need it too.
@@ -199,6 +210,7 @@ class Streamer:
         Args:
             tasks: The functions.
             keep: Called where one is halted; returns what restores the state that the others change.
+            between: Called while all are halted; may raise to end them.
         """
         if len(tasks) < 2 or not self._weights or self._takes_turns:
             return [task() for task in tasks]
@@ -211,6 +223,7 @@ class Streamer:
             while len(results) < len(lanes):
                 for lane in lanes:
                     if lane not in results:
+                        between()
                         result = lane.switch()
                         if lane.dead:
                             results[lane] = result
@@ -251,7 +264,7 @@ class Streamer:
             return
         for name, _ in module.named_parameters():
             set_module_tensor_to_device(module, name, "meta", clear_cache=False)
-        if self._sends:
+        if self._pins:
             self._left = torch.accelerator.current_stream(self.device).record_event()
 
     def _fetch(self, module: torch.nn.Module, left: torch.Event | None) -> Fetched:
@@ -268,31 +281,35 @@ class Streamer:
         elif (size := _num_bytes(module)) <= self._room:
             self._room -= size
             self._cached[module] = weights = _read(module, weights)
-        if self._sends:
-            return self._send(module, weights, left)
+        if self._pins:
+            return self._pin(module, weights, left)
         return Fetched(_read(module, weights) if isinstance(weights, CheckpointWeights) else weights)
 
-    def _send(self, module: torch.nn.Module, weights: Weights, left: torch.Event | None) -> Fetched:
-        """Copy weights to the device tensor by tensor through pinned memory, the next being read meanwhile.
+    def _pin(self, module: torch.nn.Module, weights: Weights, left: torch.Event | None) -> Fetched:
+        """Bring weights into pinned memory tensor by tensor and, if they are sent ahead, from there to the device.
 
-        Pinned memory is the allocator's: it gives none away before the copy from it is done.
+        The pinned memory is the allocator's, which gives none away before the copies from it are done.
         """
         if left is not None:
-            # Otherwise a host that is ahead of its device would fill it with modules that wait for their turn.
+            # A host that is ahead of its device would fill memory with modules that wait for their turn.
             left.synchronize()
         torch.accelerator.set_device_index(self.device)
         if self._stream is None:
             self._stream = torch.Stream(self.device)
         with self._stream:
-            buffer, views = _buffer(module, self.device, {})
-            for name, view in views.items():
-                pinned = torch.empty(view.shape, dtype=view.dtype, pin_memory=True)
+            buffer, views = _buffer(module, self.device, {}) if self.sends_ahead else (None, {})
+            pinned: dict[str, torch.Tensor] = {}
+            for name, parameter in module.named_parameters():
+                part = pinned[name] = torch.empty(parameter.shape, dtype=parameter.dtype, pin_memory=True)
                 if isinstance(weights, CheckpointWeights):
-                    weights.read(name, pinned)
+                    weights.read(name, part)
                 else:
-                    pinned.copy_(weights[name])
-                view.copy_(pinned, non_blocking=True)
-            return Fetched(views, buffer, self._stream.record_event())
+                    part.copy_(weights[name])
+                if buffer is not None:
+                    views[name].copy_(pinned.pop(name), non_blocking=True)
+            return (
+                Fetched(pinned, None, None) if buffer is None else Fetched(views, buffer, self._stream.record_event())
+            )
 
 
 def stream(

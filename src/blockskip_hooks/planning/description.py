@@ -66,7 +66,7 @@ def format_plan(
             stage["name"],
             *(format_bytes(stage[f"{part}_bytes"]) for part in columns),
             f"{stage['tflops_per_step'] + stage['attention_tflops_per_step']:.3g}",
-            str(stage["batch_size"]),
+            f"{stage['batch_size']}" + (f" x {together}" if (together := stage.get("together", 1)) > 1 else ""),
         )
         for stage in plan["stages"]
     ]

@@ -17,6 +17,11 @@ def planned_batch_size(plan: dict[str, Any], stage: str) -> int | None:
     return next((planned["batch_size"] for planned in plan["stages"] if planned["name"] == stage), None)
 
 
+def planned_together(plan: dict[str, Any], stage: str) -> int:
+    """Forwards of a stage in step, for which a skipped block is read once, by the plan."""
+    return next((planned.get("together", 1) for planned in plan["stages"] if planned["name"] == stage), 1)
+
+
 def planned_vae(plan: dict[str, Any], stage: str) -> VaePlacement:
     """How the VAE works in a stage, by the plan."""
     planned: dict[str, Any] = next((planned for planned in plan["stages"] if planned["name"] == stage), {})

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -153,8 +154,9 @@ class FakeTransformer:
         """
         adapters = contextlib.nullcontext() if with_adapters else base_model(self.model.transformer)
         with adapters, self._counted(text_tokens) as meter:
+            resident = meter.current
             inputs = self._inputs(self._batch(batch_size, size, text_tokens))
-            with self._autocast(), streamed_weights(self._streamed):
+            with self._autocast(), self._halts(meter, resident) as halted, streamed_weights(self._streamed):
                 residuals = self.model.capture_residuals(**inputs, return_dict=False)
             modulation = residuals.modulation
             if modulation is not None:
@@ -164,16 +166,24 @@ class FakeTransformer:
         if modulation is not None:
             with self.fake_mode:
                 residuals.modulation = torch.empty((batch_size, self._recorded_width), dtype=modulation.dtype)
-        return self._measure.usage(meter, streamed_bytes=self._largest_streamed_module()), residuals
+        usage = self._measure.usage(meter, streamed_bytes=self.largest_streamed_bytes)
+        return replace(usage, halted_bytes=max(halted)), residuals
 
     @torch.no_grad()
     def infer(self, batch_size: int, size: tuple[int, int], text_tokens: int) -> Usage:
         """A forward of the whole model without gradients, skipped blocks streamed one at a time."""
         with self._counted(text_tokens) as meter:
+            resident = meter.current
             inputs = self._whole_inputs(batch_size, size, text_tokens)
-            with self._autocast(), streamed_weights(self._streamed), self.model.full_model() as transformer:
+            with (
+                self._autocast(),
+                self._halts(meter, resident) as halted,
+                streamed_weights(self._streamed),
+                self.model.full_model() as transformer,
+            ):
                 transformer(**inputs, return_dict=False)
-        return self._measure.usage(meter, streamed_bytes=self._largest_streamed_module())
+        usage = self._measure.usage(meter, streamed_bytes=self.largest_streamed_bytes)
+        return replace(usage, halted_bytes=max(halted))
 
     def train(
         self,
@@ -279,7 +289,23 @@ class FakeTransformer:
         with self.fake_mode, self._measure.counted() as meter, ValuesAsPlanned(text_tokens):
             yield meter
 
-    def _largest_streamed_module(self) -> int:
+    @contextlib.contextmanager
+    def _halts(self, meter: Meter, resident: int) -> Iterator[list[int]]:
+        """Within this context note what is alive beside ``resident`` bytes before each streamed block."""
+        halted = [0]
+        handles = [
+            module.register_forward_pre_hook(lambda *_: halted.append(meter.current - resident))
+            for module in self._streamed
+        ]
+        try:
+            yield halted
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @property
+    def largest_streamed_bytes(self) -> int:
+        """Weights of the largest block that is streamed."""
         return max((sum(map(num_bytes, module.parameters())) for module in self._streamed), default=0)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,9 @@ from .usage import Usage
 
 SCHEMA = 1
 LARGEST_PRECOMPUTE_BATCH = 64
+# Forwards in step whose hidden states wait while one of them runs, and what they may take beyond a training step.
+MOST_IN_STEP = 64
+SLACK = 0.05
 # A shard's header names each tensor of a record, the manifest each photo; beside real records this is nothing.
 RECORD_OVERHEAD = 2048
 # Text encoders that need less are loaded whole, whatever training needs.
@@ -77,9 +80,11 @@ class PlanRequest:
         resident_bytes: Parameters of other models that stay during training.
         bytes_elsewhere: Kept blocks' weights that other processes hold; ``None`` if nothing is shared.
         validation_resolution: Side of validation images in pixels; ``None`` if there are none.
-        validation_batch_size: Validation images made at a time.
+        validation_batch_size: Validation images of a prompt, which may share a forward.
+        validation_prompts: Their prompts.
         validation_extra_bytes: Parameters of other models that validation images need.
-        class_batch_size: Class images made at a time, at most; ``None`` if there are none to make.
+        class_batch_size: Class images that may share a forward; ``None`` if there are none to make.
+        class_images: How many there are to make.
         class_resolution: Their side in pixels.
         memory_budget_bytes: What every stage must fit in; ``None`` for no limit.
         selection: Where the spans come from, for the plan's ``skip`` part; by default the flag.
@@ -117,8 +122,10 @@ class PlanRequest:
     bytes_elsewhere: int | None = None
     validation_resolution: int | None = None
     validation_batch_size: int = 1
+    validation_prompts: int = 1
     validation_extra_bytes: int = 0
     class_batch_size: int | None = None
+    class_images: int = 1
     class_resolution: int = 0
     memory_budget_bytes: int | None = None
     selection: Selection | None = None
@@ -133,6 +140,12 @@ class PlanRequest:
     def beside_bytes(self) -> int:
         """Parameters beside the transformer's own, less those of its own that are elsewhere."""
         return self.resident_bytes - (self.bytes_elsewhere or 0)
+
+    def limit(self, training: int, alone: int) -> int:
+        """Live bytes that forwards in step may take, from those of a training step and of one such forward."""
+        # A budget is also for the context, and for gaps that the allocator leaves.
+        room = (self.memory_budget_bytes or 0) - (CONTEXT_BYTES if self.device == "cuda" else 0)
+        return max(int((1 - SLACK) * room), int((1 + SLACK) * training), alone)
 
     @property
     def stores_residuals(self) -> bool:
@@ -179,14 +192,16 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
     stages: list[dict[str, Any]] = []
     if request.class_batch_size is not None:
         side, wanted = request.class_resolution, request.class_batch_size
-        stages.append(_make_images("class_images", request, fake, vae, wanted, side, states))
+        of_all = -(-request.class_images // wanted)
+        stages.append(_make_images("class_images", request, fake, vae, wanted, of_all, side, states))
     if request.text_encoders or request.text_encoder_parameter_bytes:
         usage, streamed = _encode_text(request, train.peak_bytes)
         stages.append({**_stage("encode", usage, 1), "streamed": streamed})
     stages += _records_and_training(request, fake, vae, train, capture, states)
     if request.validation_resolution is not None:
         side, wanted = request.validation_resolution, request.validation_batch_size
-        stages.append(_make_images("validate", request, fake, vae, wanted, side, states))
+        of_all = request.validation_prompts
+        stages.append(_make_images("validate", request, fake, vae, wanted, of_all, side, states))
 
     context_bytes = CONTEXT_BYTES if request.device == "cuda" else 0
     for stage in stages:
@@ -246,10 +261,11 @@ def _records_and_training(
     """The stages that make records, if there are any, and train."""
     if request.stores_residuals:
         assert capture is not None
-        batch_size, capture = _precompute_batch(request, fake, capture, train, vae, states)
+        batch_size, together, capture = _precompute_batch(request, fake, capture, train, vae, states)
         # All photos of a stretch are encoded first; the VAE is gone when the transformer runs.
         encode, alone = vae.encode(batch_size)
         precompute = {**_stage("precompute", encode.then(capture), batch_size, encode), "vae_alone": alone}
+        precompute["together"] = together
         return [precompute, _stage("train", train, request.batch_size)]
     if request.cache_latents:
         encode, alone = vae.encode(1)
@@ -337,11 +353,19 @@ class _Vae:
 
 
 def _make_images(
-    name: str, request: PlanRequest, fake: FakeTransformer, vae: _Vae, wanted: int, side: int, states: int
+    name: str,
+    request: PlanRequest,
+    fake: FakeTransformer,
+    vae: _Vae,
+    wanted: int,
+    groups: int,
+    side: int,
+    states: int,
 ) -> dict[str, Any]:
     """The stage in which the pipeline makes images, LoRA and optimizer state resident.
 
-    As many at a time as are wanted and need no more than training; the VAE decodes them one by one.
+    As many of a group at a time as need no more than training, and as many calls in step as fit; the VAE decodes the
+    images one by one.
     """
     images = max(wanted, 1)
     while True:
@@ -355,36 +379,47 @@ def _make_images(
         phases, placement = vae.decode_after(infer, (side, side))
         usage = phases.beside(parameter_bytes=request.validation_extra_bytes)
         if images == 1 or usage.peak_bytes <= vae.limit:
-            return {**_stage(name, usage, images, vae.decode((side, side))), **placement}
+            limit = request.limit(vae.limit, usage.peak_bytes)
+            usage = replace(usage, halted_bytes=infer.halted_bytes)
+            calls = min(groups * -(-max(wanted, 1) // images), MOST_IN_STEP)
+            together, usage = usage.in_step(calls if infer.halted_bytes else 1, limit)
+            stage = _stage(name, usage, images, vae.decode((side, side)))
+            return {**stage, **placement, "together": together}
         images //= 2
 
 
 def _precompute_batch(
     request: PlanRequest, fake: FakeTransformer, first: Usage, train: Usage, vae: _Vae, states: int
-) -> tuple[int, Usage]:
-    """The batch of precompute forwards, and what they need.
+) -> tuple[int, int, Usage]:
+    """The batch of precompute forwards, how many of them go in step, and what they need.
 
-    Weights are read once per batch, so more samples are faster; activations grow with them, and precompute should
-    not need more than training does.
+    Weights are read once for all samples that go in step. Activations grow with the batch, hidden states with all of
+    those samples; precompute should hardly need more than training does.
     """
+    limit = request.limit(train.peak_bytes, first.peak_bytes)
+    samples = min(MOST_IN_STEP, max(request.num_samples, 1))
     if request.precompute_batch_size is not None:
-        return request.precompute_batch_size, first
+        batch_size = request.precompute_batch_size
+        return batch_size, *first.in_step(-(-samples // batch_size), limit)
     batch_size = 1
-    limit = min(LARGEST_PRECOMPUTE_BATCH, max(request.num_samples, 1))
     # Activations grow about in proportion to the batch, so one sample tells where to begin.
     phases = (first, vae.encode(1)[0])
-    while 2 * batch_size <= limit and all(
+    while 2 * batch_size <= min(LARGEST_PRECOMPUTE_BATCH, samples) and all(
         phase.parameter_bytes + phase.lora_bytes + 2 * batch_size * phase.activation_bytes <= train.peak_bytes
         for phase in phases
     ):
         batch_size *= 2
+    best = 1, *first.in_step(samples, limit)
     while batch_size > 1:
         usage, _ = fake.capture(batch_size, request.training_size, request.text_tokens)
         usage = usage.beside(parameter_bytes=request.beside_bytes, lora_bytes=states)
         if usage.peak_bytes <= train.peak_bytes:
-            return batch_size, usage
+            chosen = batch_size, *usage.in_step(-(-samples // batch_size), limit)
+            # Fewer readings come before larger batches.
+            if min(chosen[0] * chosen[1], samples) >= min(best[0] * best[1], samples):
+                return chosen
         batch_size //= 2
-    return 1, first
+    return best
 
 
 def _encode_text(request: PlanRequest, training_peak: int) -> tuple[Usage, bool]:

@@ -16,6 +16,7 @@ class Usage:
         peak_bytes: Most live bytes at a time, parameters included.
         parameter_bytes: Of them, parameters of the model without LoRA, a streamed block included.
         lora_bytes: Of them, LoRA weights and their optimizer state.
+        halted_bytes: What a forward that is halted before a streamed block holds, beside parameters.
         product_flops: FLOPs of matrix products and convolutions.
         attention_flops: FLOPs of attention.
         traces: The allocations of each part of the work that is done after another.
@@ -26,6 +27,7 @@ class Usage:
     lora_bytes: int = 0
     product_flops: int = 0
     attention_flops: int = 0
+    halted_bytes: int = 0
     traces: tuple[Trace, ...] = field(default=(), compare=False, repr=False)
 
     @property
@@ -58,6 +60,13 @@ class Usage:
             lora_bytes=self.lora_bytes + lora_bytes,
             traces=tuple(trace.beside(more) for trace in self.traces),
         )
+
+    def in_step(self, wanted: int, limit: int) -> tuple[int, Usage]:
+        """As many of these forwards in step as are wanted and need no more than ``limit``, and what they need."""
+        count = max(1, min(wanted, 1 + (limit - self.peak_bytes) // max(self.halted_bytes, 1)))
+        halted = (count - 1) * self.halted_bytes
+        traces = tuple(trace.beside([halted]) for trace in self.traces)
+        return count, replace(self, peak_bytes=self.peak_bytes + halted, traces=traces)
 
     def then(self, other: Usage) -> Usage:
         """This work and, after it, another: the bytes of the larger, the FLOPs of both."""

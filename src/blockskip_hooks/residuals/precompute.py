@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import TypeVar
 
 import torch
 from accelerate.utils import find_executable_batch_size
@@ -22,8 +24,10 @@ from .dtype import pack_record
 from .store import Record, ResidualStore
 
 
-# Streaming reads the skipped weights once per batch, so bigger is faster until activations fill the device.
+T = TypeVar("T")
+
 LARGEST_BATCH = {"cpu": 32, "cuda": 64}
+"""Samples per forward, if nobody says: fewer do not fill a device."""
 
 
 @contextlib.contextmanager
@@ -89,7 +93,6 @@ def encode_latents(
     """
     latents: dict[str, torch.Tensor] = {}
 
-    @find_executable_batch_size(starting_batch_size=_start_size(samples, maker, batch_size))
     def run(size: int) -> None:
         for part in _unfinished_batches(samples, maker, store, size):
             between_batches()
@@ -99,7 +102,7 @@ def encode_latents(
                 latents.update(zip((sample.id for sample in part), encoded, strict=True))
                 progress.update(sum(not maker.is_recorded(sample, store) for sample in part))
 
-    run()
+    _halving(run, _start_size(samples, maker, batch_size))
     return latents
 
 
@@ -126,6 +129,7 @@ def precompute_records(
     maker: SampleMaker,
     store: ResidualStore,
     batch_size: int | None = None,
+    together: int = 1,
     with_residuals: bool = True,
     with_adapters: bool = False,
     progress: StageProgress = SILENT_STAGE,
@@ -134,9 +138,9 @@ def precompute_records(
 ) -> int:
     """Write the records that ``store`` lacks: clean latents and, with skipped blocks, the spans' residuals.
 
-    Weights of skipped blocks are read once per batch of samples. Samples share a batch only if their tensors have the
-    same shapes, so that no record depends on its neighbours. Which samples share a batch does not depend on what the
-    store holds already, so that records of a run that was killed come out as they would have.
+    Weights of skipped blocks are read once for as many batches of samples as go in step. Samples share a batch only if
+    their tensors have the same shapes, so that no record depends on its neighbours. Which samples share a batch does
+    not depend on what the store holds already, so that records of a run that was killed come out as they would have.
 
     Args:
         samples: Samples to have records of.
@@ -145,10 +149,11 @@ def precompute_records(
         maker: Builds batches.
         store: Takes the records.
         batch_size: Samples per forward; by default the largest that fits the device.
+        together: Forwards in step, see :meth:`~blockskip_hooks.transformer.DiTBlockSkipTransformer.together`.
         with_residuals: Whether to run the transformer at all.
         with_adapters: Whether adapters take part; otherwise residuals are the base model's.
         progress: The running stage, which advances by one per sample.
-        between_batches: Called before each forward, when all that was computed is on disk; may raise to stop.
+        between_batches: Called between forwards, and between blocks of those in step; may raise to stop.
         forwards: Where processes share weights: how many forwards all of them do, from the number that this one needs.
             What it does beyond those is not kept, and the batch size stays when memory runs out.
 
@@ -158,33 +163,39 @@ def precompute_records(
     missing = sum(not maker.is_recorded(sample, store) for sample in samples)
     progress.skip(len(samples) - missing)
 
-    def forward(part: Sequence[Sample]) -> tuple[Batch, SpanResiduals]:
-        between_batches()
+    def forward(part: Sequence[Sample]) -> dict[str, torch.Tensor]:
         of_part = [
             latents[sample.id] if sample.id in latents else maker.read_record(sample, store)["latents"]
             for sample in part
         ]
         batch = maker.batch(part, torch.stack(of_part))
-        return batch, capture(model, maker, batch) if with_residuals else SpanResiduals()
+        residuals = capture(model, maker, batch) if with_residuals else SpanResiduals()
+        return {
+            name: tensor.cpu() for name, tensor in {"latents": batch.recorded_latents, **residuals.tensors()}.items()
+        }
 
     def run(size: int) -> int:
-        # Called again with half the size when memory runs out; what is written stays.
-        done = 0
-        for part in _unfinished_batches(samples, maker, store, size):
-            batch, residuals = forward(part)
-            fresh = [sample for sample in part if not maker.is_recorded(sample, store)]
-            store.write(_records(batch, residuals, maker, store))
-            progress.update(len(fresh))
-            done += 1
+        # Called again when memory runs out, with half the size and then one forward at a time; what is written stays.
+        in_step = together if size == start_size and with_residuals and not model.is_sharded else 1
+        done, parts = 0, _unfinished_batches(samples, maker, store, size)
+        while group := list(itertools.islice(parts, in_step)):
+            between_batches()
+            made = model.together([partial(forward, part) for part in group], between_batches)
+            for part, tensors in zip(group, made, strict=True):
+                fresh = [sample for sample in part if not maker.is_recorded(sample, store)]
+                store.write(_records(part, tensors, maker, store))
+                progress.update(len(fresh))
+                done += 1
         return done
 
     start_size = _start_size(samples, maker, batch_size)
-    with contextlib.nullcontext() if with_adapters else base_model(model.transformer):
+    with contextlib.nullcontext() if with_adapters else base_model(model.transformer), model.repeated_forwards():
         if forwards is None:
-            find_executable_batch_size(run, starting_batch_size=start_size)()
+            _halving(run, start_size)
         else:
             wanted = forwards(len(list(_unfinished_batches(samples, maker, store, start_size))))
             for _ in range(run(start_size), wanted):
+                between_batches()
                 forward(samples[:1])
     return missing
 
@@ -204,15 +215,30 @@ def _unfinished_batches(
     return (batch for batch in batches if not all(maker.is_recorded(sample, store) for sample in batch))
 
 
-def _records(batch: Batch, residuals: SpanResiduals, maker: SampleMaker, store: ResidualStore) -> dict[str, Record]:
-    """Records by id: one for each sample, and one for each modulation that the store lacks."""
-    stacked: dict[str, Any] = {"latents": batch.recorded_latents, **residuals.tensors()}
-    on_cpu = {name: tensor.cpu() for name, tensor in stacked.items()}
-    modulation = on_cpu.pop("modulation", None)
+def _halving(work: Callable[[int], T], size: int) -> T:
+    """Do work with a batch size that is halved whenever memory runs out.
+
+    Raises:
+        RuntimeError: if it runs out with a batch of one.
+    """
+
+    def halve() -> int:
+        nonlocal size
+        size //= 2
+        return size
+
+    return find_executable_batch_size(work, starting_batch_size=size, reduce_batch_size_fn=halve)()
+
+
+def _records(
+    samples: Sequence[Sample], tensors: dict[str, torch.Tensor], maker: SampleMaker, store: ResidualStore
+) -> dict[str, Record]:
+    """Records by id: one for each sample of a batch, and one for each modulation that the store lacks."""
+    modulation = tensors.pop("modulation", None)
     records: dict[str, Record] = {}
-    for row, sample in enumerate(batch.samples):
+    for row, sample in enumerate(samples):
         if sample.id not in store:
-            record = {name: tensor[row].clone() for name, tensor in on_cpu.items()}
+            record = {name: tensor[row].clone() for name, tensor in tensors.items()}
             records[sample.id] = pack_record(record) if maker.residual_dtype == "float8" else record
         shared = maker.modulation_id(sample)
         if modulation is not None and shared not in records and shared not in store:

@@ -12,7 +12,7 @@ from diffusers.training_utils import free_memory
 from ..data.folder import image_paths
 from ..families.prompts import encode_prompts
 from ..inference.generate import generate_images
-from ..planning.plan import planned_batch_size, planned_vae, streams_text
+from ..planning.plan import planned_batch_size, planned_together, planned_vae, streams_text
 from ..transformer import DiTBlockSkipTransformer
 from ..utils.accelerator import weight_dtype
 from ..utils.files import replacing
@@ -41,6 +41,7 @@ def make_class_images(run: Run, context: Context, plan: dict[str, Any]) -> int:
         Number of images made by this process.
     """
     accelerator, batch_size = context.accelerator, planned_batch_size(plan, "class_images") or 1
+    together = planned_together(plan, "class_images")
     settings, family, device = run.settings, run.family, accelerator.device
     folder, prompt = settings.class_folder, settings.class_prompt or ""
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,8 +61,8 @@ def make_class_images(run: Run, context: Context, plan: dict[str, Any]) -> int:
         )
         vae = family.load_vae(dtype, device)
         with context.progress.stage("class images", class_images=len(numbers)) as display:
-            for start in range(0, len(numbers), batch_size):
-                part = numbers[start : start + batch_size]
+            for start in range(0, len(numbers), together * batch_size):
+                part = numbers[start : start + together * batch_size]
                 (images,) = generate_images(
                     [embeds[prompt]],
                     family=family,
@@ -70,6 +71,8 @@ def make_class_images(run: Run, context: Context, plan: dict[str, Any]) -> int:
                     negative=None if run.negative_prompt is None else embeds[run.negative_prompt],
                     seeds=[derived_seed(run.seed, "class image", number) for number in part],
                     pipeline_kwargs=run.pipeline_kwargs,
+                    images_at_once=batch_size,
+                    together=together,
                     placement=planned_vae(plan, "class_images"),
                 )
                 for number, image in zip(part, images, strict=True):

@@ -68,7 +68,7 @@ class RecordSource:
         self._resident_vae = run.family.load_vae(maker.dtype, context.accelerator.device) if store is None else None
         self._stretch, self._samples = range(0), list[Sample]()
         self._batch_size: int | None = None
-        self._encodes_alone = False
+        self._together, self._encodes_alone = 1, False
         self.stretch_adapters: dict[str, torch.Tensor] = {}
         self.count = RecordCount()
 
@@ -83,7 +83,13 @@ class RecordSource:
             free_memory()
 
     def precompute(
-        self, stretch: range, first: int, batch_size: int | None = None, *, encodes_alone: bool = False
+        self,
+        stretch: range,
+        first: int,
+        batch_size: int | None = None,
+        *,
+        together: int = 1,
+        encodes_alone: bool = False,
     ) -> None:
         """Make this process's records of a stretch, where they are missing.
 
@@ -92,6 +98,7 @@ class RecordSource:
                 the same batches, and on a CPU with the same last bits, as in a run that was never stopped.
             first: The first step that is still to be trained.
             batch_size: Samples per forward; halved when memory runs out.
+            together: Forwards in step, for each of which skipped blocks are read once.
             encodes_alone: Whether the transformer makes room while the VAE encodes.
         """
         store = self._store
@@ -103,7 +110,7 @@ class RecordSource:
             # A run that was killed behind its last checkpoint left records of a later stretch.
             store.drop_others(sample.id for sample in self.maker.samples(self._indices(recorded)))
         self._stretch, self._samples = stretch, self.maker.samples(self._my_indices(recorded))
-        self._batch_size, self._encodes_alone = batch_size, encodes_alone
+        self._batch_size, self._together, self._encodes_alone = batch_size, together, encodes_alone
         if self._run.refreshes:
             # One that is resumed in the middle of a stretch has the LoRA from the checkpoint.
             if first == stretch.start:
@@ -152,6 +159,7 @@ class RecordSource:
                 samples,
                 latents,
                 model=model,
+                together=self._together,
                 with_residuals=self._run.stores_residuals,
                 with_adapters=self._run.refreshes,
                 progress=progress,

@@ -43,6 +43,7 @@ class Validation:
         records: Has the prompts' embeddings, the VAE and the records.
         tracking: Takes images and figures.
         images_at_once: Images per call of the pipeline; by default all of a prompt.
+        together: Calls of the pipeline in step.
         placement: How the VAE works.
 
     Attributes:
@@ -58,11 +59,12 @@ class Validation:
         records: RecordSource,
         tracking: Tracking,
         images_at_once: int | None = None,
+        together: int = 1,
         placement: VaePlacement | None = None,
     ) -> None:
         self._run, self._context, self._model, self._adapters = run, context, model, adapters
         self._records, self._tracking = records, tracking
-        self._images_at_once, self._placement = images_at_once, placement
+        self._images_at_once, self._together, self._placement = images_at_once, together, placement
         self.shown: tuple[int, list[str], Images, Images] | None = None
         self._seeds = [run.seed + number for number in range(run.settings.num_validation_images)]
         self._base: dict[str, list[Image.Image]] = {}
@@ -147,6 +149,7 @@ class Validation:
                 seeds=self._seeds,
                 pipeline_kwargs=self._run.image_kwargs,
                 images_at_once=at_once,
+                together=self._together,
                 placement=self._placement,
                 progress=made,
                 calls=lambda number: number % others == accelerator.process_index % others,

@@ -1,4 +1,4 @@
-.PHONY: quality style test test-slow bench docs build versions
+.PHONY: quality style test test-slow bench docs site build versions
 
 quality:
 	ruff check .
@@ -25,7 +25,12 @@ bench:
 # The pages and pictures of docs/ that are made by scripts.
 docs:
 	python tools/make_reference.py
+	python tools/make_models.py
 	python tools/draw_figures.py
+
+# The same pages as a site, in build/site; needs pip install -e ".[docs]".
+site:
+	mkdocs build --strict
 
 build:
 	python tools/check_build.py

@@ -29,7 +29,8 @@ DOCS = ROOT / "docs"
 PAGES = sorted({*ROOT.glob("*.md"), *DOCS.glob("*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("tools/*/*.md")})
 NOTEBOOK = ROOT / "examples" / "dreambooth_blockskip" / "blockskip_colab.ipynb"
 # Flags of other commands: accelerate, torchrun, pip, .ci/run and the like.
-FOREIGN = {"--config_file", "--num_processes", "--check", "--fast", "--quiet"}
+FOREIGN = {"--config_file", "--num_processes", "--num_machines", "--machine_rank", "--main_process_ip"}
+FOREIGN |= {"--check", "--fast", "--quiet"}
 
 
 def load_tool(name: str) -> ModuleType:
@@ -211,6 +212,39 @@ def test_reference_is_fresh(capsys: pytest.CaptureFixture[str]):
     assert load_tool("make_reference").main(["--check"]) == 0, capsys.readouterr().out
 
 
+def test_the_page_of_models_is_fresh(capsys: pytest.CaptureFixture[str]):
+    assert load_tool("make_models").main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_every_flag_has_a_row_with_its_default():
+    page = (DOCS / "flags.md").read_text()
+    for action in build_parser()._actions:
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| `{action.option_strings[0]}`")] or [""]
+        assert action.dest == "help" or row, action.dest
+        if action.nargs != 0 and action.dest != "help" and "Refused" not in row:
+            assert "efault" in row, action.dest
+    assert "| ours |" in page and "| diffusers |" in page
+
+
+def test_the_site_has_every_page():
+    config = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    site = {page for entry in config["nav"] for page in ([entry] if isinstance(entry, str) else [*entry.values()][0])}
+    assert site == {page.name for page in DOCS.glob("*.md")}
+
+
+def test_links_out_of_the_pages_are_plain_on_the_site_without_an_address(monkeypatch: pytest.MonkeyPatch):
+    tool, text = load_tool("site_links"), "[a](../README.md#x) ![b](../c.png) [d](faq.md)"
+    monkeypatch.delenv("REPOSITORY", raising=False)
+    assert tool.on_page_markdown(text) == "a ![b](../c.png) [d](faq.md)"
+    monkeypatch.setenv("REPOSITORY", "https://example.org/x/")
+    assert tool.on_page_markdown(text).startswith("[a](https://example.org/x/blob/HEAD/README.md#x) ")
+
+
+def test_questions_are_answered():
+    questions = re.findall(r"^## (.+)$", (DOCS / "faq.md").read_text(), flags=re.MULTILINE)
+    assert len(questions) >= 15 and all(question.endswith("?") for question in questions)
+
+
 def test_changelog_is_of_this_version():
     changelog = (ROOT / "CHANGELOG.md").read_text()
     assert re.fullmatch(r"\d+\.\d+\.\d+", __version__)
@@ -265,7 +299,7 @@ def test_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.slow
 def test_gpu_sizes_are_what_the_planner_says(capsys: pytest.CaptureFixture[str]):
-    text = (ROOT / "README.md").read_text().split("### By GPU size")[1].split("\n### ")[0]
+    text = (ROOT / "README.md").read_text().split("<!-- gpu table: begin -->")[1].split("<!-- gpu table: end -->")[0]
     rows = re.findall(r"^\| (\d+) GB \| `([^`]+)` \| (.+) \|$", text, flags=re.MULTILINE)
     assert [int(size) for size, _, _ in rows] == [6, 8, 12, 16, 24]
     for size, file, cells in rows:
@@ -285,7 +319,7 @@ def test_gpu_sizes_are_what_the_planner_says(capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.slow
 def test_the_memory_table_is_what_its_command_prints(capsys: pytest.CaptureFixture[str]):
-    section = (ROOT / "README.md").read_text().split("\n## Memory\n")[1].split("\n## ")[0]
+    section = (DOCS / "benchmarks.md").read_text().split("\n## Memory\n")[1].split("\n## ")[0]
     (command,) = re.findall(r"^    python \S+/plan_memory\.py ((?:[^\\\n]|\\\n)+)$", section, flags=re.MULTILINE)
     (last,) = re.findall(r"^    # last row: (.+)$", section, flags=re.MULTILINE)
     rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")][1:5]

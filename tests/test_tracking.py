@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from blockskip_hooks.cli.argument_checks import validate_args
 from blockskip_hooks.cli.arguments import parse_args, parse_trackers
 from blockskip_hooks.config import BlockSkipConfig
 from blockskip_hooks.lora import add_lora
-from blockskip_hooks.reporting.trackers import Tracking, block_norms
+from blockskip_hooks.reporting.trackers import Tracking, block_norms, start_trackers
 from blockskip_hooks.training.sample_losses import quarter_means
 from blockskip_hooks.transformer import DiTBlockSkipTransformer
 from tests import script
@@ -128,9 +129,10 @@ def test_tensorboard_has_the_trailing_error(events):
 
 
 def test_tensorboard_has_images_beside_those_of_the_base_model(tracked: Path, events):
-    tag = f"validation/0 {BEACH}"
-    assert sorted(events.Tags()["images"]) == [f"{tag}/seed 3", f"{tag}/seed 4"]
-    first, second = (events.Images(f"{tag}/seed {seed}") for seed in (3, 4))
+    tag, final = f"validation/0 {BEACH}", f"test/0 {BEACH}"
+    pairs = [f"{phase}/seed {seed}" for phase in (final, tag) for seed in (3, 4)]
+    assert sorted(events.Tags()["images"]) == sorted(["test", "validation", *pairs])
+    first, second = ([*events.Images(f"{tag}/seed {seed}"), *events.Images(f"{final}/seed {seed}")] for seed in (3, 4))
     assert [event.step for event in first] == [event.step for event in second] == [4, 8, STEPS]
     pictures = [Image.open(io.BytesIO(event.encoded_image_string)) for event in first]
     width = pictures[0].width // 2
@@ -140,7 +142,7 @@ def test_tensorboard_has_images_beside_those_of_the_base_model(tracked: Path, ev
     )
     # The same seeds each time: the base model's image stays, the trained model's changes.
     assert len(set(base)) == 1 and len(set(trained)) == 3 and base[0] not in trained
-    (caption,) = {event.tensor_proto.string_val[0].decode() for event in tensors(events, f"{tag}/caption", STEPS)}
+    (caption,) = {event.tensor_proto.string_val[0].decode() for event in tensors(events, f"{final}/caption", STEPS)}
     assert BEACH in caption and "seed 3" in caption and "seed 4" in caption and f"step {STEPS}" in caption
     final = Image.open(tracked / "image_0.png").convert("RGB")
     assert trained[-1] == final.tobytes()
@@ -160,11 +162,24 @@ def test_wandb_offline_has_the_same_figures(tracked: Path, events, history):
     assert last["patch_size._type"] == "histogram" and sum(last["patch_size.values"]) == 2 * STEPS
 
 
+def test_images_have_the_tags_and_steps_of_upstreams_scripts(tracked: Path, events, history):
+    """Tensorboard's steps are epochs, of two steps here: that after which a validation came, and the last."""
+    assert [event.step for event in events.Images("validation")] == [1, 3]
+    assert [event.step for event in events.Images("test")] == [4]
+    for phase, steps in (("validation", [4, 8]), ("test", [STEPS])):
+        assert [step for step, row in sorted(history.items()) if f"{phase}.captions" in row] == steps
+        assert history[steps[0]][f"{phase}.captions"] == [f"0: {BEACH}", f"1: {BEACH}"]
+    assert history[STEPS]["test._type"] == "images/separated"
+
+
 def test_wandb_offline_has_images_with_prompts_and_seeds(tracked: Path, history):
-    name = f"validation/0 {BEACH}"
-    shown = {step: row for step, row in history.items() if f"{name}.captions" in row}
-    assert sorted(shown) == [4, 8, STEPS]
-    for step, row in shown.items():
+    shown = {}
+    for step, row in history.items():
+        for name in (f"validation/0 {BEACH}", f"test/0 {BEACH}"):
+            if f"{name}.captions" in row:
+                shown[step] = name, row
+    assert sorted(shown) == [4, 8, STEPS] and shown[STEPS][0].startswith("test/")
+    for step, (name, row) in shown.items():
         assert row[f"{name}.captions"] == [f"{BEACH} (seed {seed}: base model, step {step})" for seed in (3, 4)]
         for file in row[f"{name}.filenames"]:
             (picture,) = tracked.glob(f"logs/wandb/offline-run-*/files/{file}")
@@ -277,9 +292,23 @@ def test_a_tracker_without_histograms_gets_shares_and_images_are_left_out(follow
     assert not any(name.startswith("validation") for _, row in memory.rows for name in row)
 
 
+def test_where_trackers_write_is_for_their_variables_to_say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    settings = SimpleNamespace(logging_dir="logs", plain=lambda: {"rank": 4, "hub_token": "secret"})
+    run: Any = SimpleNamespace(output_dir=tmp_path, settings=settings, family=SimpleNamespace(name="flux"))
+    started: list[tuple] = []
+    accelerator: Any = SimpleNamespace(log_with=["wandb"], init_trackers=lambda *given: started.append(given))
+    for name in ("WANDB_DIR", "SWANLAB_LOG_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    start_trackers(run, accelerator)
+    monkeypatch.setenv("WANDB_DIR", "elsewhere")
+    start_trackers(run, accelerator)
+    (_, given, ours), (_, _, theirs) = started
+    assert given == {"rank": 4}
+    assert ours["wandb"] == {"dir": str(tmp_path / "logs")} and theirs.keys() == {"swanlab"}
+
+
 def test_comet_and_swanlab_get_images_by_their_own_means(monkeypatch):
     import sys
-    from types import SimpleNamespace
 
     logged: list[tuple] = []
     monkeypatch.setitem(sys.modules, "swanlab", SimpleNamespace(Image=lambda image, caption: (image.size, caption)))
@@ -291,7 +320,7 @@ def test_comet_and_swanlab_get_images_by_their_own_means(monkeypatch):
     accelerator: Any = SimpleNamespace(trackers=[comet, swanlab])
     model: Any = None
     image = Image.new("RGB", (8, 8))
-    Tracking(accelerator, model, model).log_images(7, ["a dog, läuft!"], [3], [[image]], [[image]])
+    Tracking(accelerator, model, model).log_images("validation", 7, 1, ["a dog, läuft!"], [3], [[image]], [[image]])
     caption, size = "a dog, läuft! (seed 3: base model, step 7)", (16, 8)
     assert logged == [
         (size, caption, 7),

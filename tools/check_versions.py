@@ -31,7 +31,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SCRIPT = Path("examples") / "dreambooth_blockskip" / "train_dreambooth_blockskip.py"
 SETS = ("oldest", "newest")
-FOR_DEVELOPMENT = {"test", "dev"}
+FOR_DEVELOPMENT = {"test", "dev", "docs"}
 TEST_TOOLS = ("pytest", "pytest-xdist")
 TESTS = (
     "tests/test_block_skip.py",

@@ -1,5 +1,8 @@
 #!/usr/bin/env python
-"""Write ``docs/reference.md`` from the docstrings of the package's public names; ``--check`` says whether it is fresh.
+"""Write the pages of ``docs/`` that come from the code; ``--check`` says whether they are fresh.
+
+``reference.md`` is made of the docstrings of the package's public names, ``flags.md`` of the training script's parser
+and of the flags of diffusers' scripts in ``tests/flags``.
 
 Example:
     python tools/make_reference.py
@@ -10,15 +13,27 @@ from __future__ import annotations
 import argparse
 import enum
 import inspect
+import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import blockskip_hooks
+from blockskip_hooks.cli.arguments import build_parser
 
 
-FILE = Path(__file__).parents[1] / "docs" / "reference.md"
+ROOT = Path(__file__).parents[1]
+FLAGS_HEAD = """# Flags
+
+Made from the parser by `python tools/make_reference.py`. `blockskip train --help` prints the same.
+
+*From* says whose flag it is: *diffusers* where all of the upstream scripts that we compare have it, or all but
+some; the names of the scripts where a few do; *ours* where none does. A flag of *diffusers* has upstream's name, type,
+default and effect. Families that a flag is not for refuse it in one line. A switch is off unless it is given. Flags
+may also be keys of a file, see `--config`.
+"""
 HEAD = """# Reference
 
 Made from the docstrings by `python tools/make_reference.py`.
@@ -118,6 +133,45 @@ def describe(name: str) -> str:
     return "\n\n".join(parts)
 
 
+def upstream_flags() -> dict[str, list[str]]:
+    """Names of diffusers' scripts by flag, from what they were when their flags were last read."""
+    found: dict[str, list[str]] = {}
+    for file in sorted((ROOT / "tests" / "flags").glob("flags_*.json")):
+        for entry in json.loads(file.read_text()):
+            found.setdefault(entry["name"], []).append(file.stem.removeprefix("flags_"))
+    return found
+
+
+def _source(owners: list[str], scripts: set[str]) -> str:
+    others = sorted(scripts - set(owners))
+    if not owners:
+        return "ours"
+    if len(others) <= 3:
+        return "diffusers" + (f", not {', '.join(others)}" if others else "")
+    return ", ".join(owners)
+
+
+def make_flags() -> str:
+    """The page of flags."""
+    upstream, parts = upstream_flags(), [FLAGS_HEAD]
+    scripts = {name for names in upstream.values() for name in names}
+    parser = build_parser()
+    formatter = parser._get_formatter()
+    for group in parser._action_groups:
+        actions = [action for action in group._group_actions if action.dest != "help"]
+        if not actions:
+            continue
+        parts += [f"## {group.title[0].upper()}{group.title[1:]}\n", "| flag | meaning | from |", "|---|---|---|"]
+        for action in actions:
+            owners = upstream.get(action.option_strings[0], [])
+            source = _source(owners, scripts)
+            text = (formatter._get_help_string(action) or "").replace("|", "\\|").replace("%%", "%")
+            choices = f" One of {', '.join(f'`{choice}`' for choice in action.choices)}." if action.choices else ""
+            parts.append(f"| `{'`, `'.join(action.option_strings)}` | {text}{choices} | {source} |")
+        parts.append("")
+    return "\n".join(parts)
+
+
 def make_reference() -> str:
     """The whole page.
 
@@ -132,18 +186,25 @@ def make_reference() -> str:
     return "\n".join([HEAD.format(rooms=rooms), *(f"{describe(name)}\n" for name in _ORDER)])
 
 
+PAGES: dict[str, Callable[[], str]] = {"reference.md": make_reference, "flags.md": make_flags}
+"""What makes each page, by its name."""
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Write the page, or check it; the exit code is 1 if it is stale."""
+    """Write the pages, or check them; the exit code is 1 if one is stale."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="Write nothing; exit with 1 if the page is stale.")
+    parser.add_argument("--check", action="store_true", help="Write nothing; exit with 1 if a page is stale.")
     args = parser.parse_args(argv)
-    page = make_reference()
-    if args.check:
-        fresh = FILE.is_file() and FILE.read_text() == page
-        print(f"{FILE.name} is {'fresh' if fresh else 'stale: run python tools/make_reference.py'}")
-        return 0 if fresh else 1
-    FILE.write_text(page)
-    return 0
+    code = 0
+    for name, make in PAGES.items():
+        file, page = ROOT / "docs" / name, make()
+        if not args.check:
+            file.write_text(page)
+            continue
+        fresh = file.is_file() and file.read_text() == page
+        print(f"{name} is {'fresh' if fresh else 'stale: run python tools/make_reference.py'}")
+        code |= not fresh
+    return code
 
 
 if __name__ == "__main__":

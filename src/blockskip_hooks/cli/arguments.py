@@ -183,7 +183,7 @@ def _photos_flags(parser: argparse.ArgumentParser) -> None:
     flag("--image_column", default="image", help="Column of --dataset_name with the photos.")
     flag("--caption_column", help="Column of --dataset_name with captions; default: none, so --instance_prompt.")
     flag("--repeats", type=int, default=1, help="How many times each photo counts in an epoch.")
-    flag("--resolution", type=int, default=512, help="Training crop in pixels, and the default largest patch.")
+    flag("--resolution", type=int, default=512, help="Side in pixels of the training crop, and of the largest patch.")
     flag("--center_crop", action="store_true", help="Crop from the middle; otherwise anywhere.")
     flag("--random_flip", action="store_true", help="Mirror half of the samples.")
     flag(

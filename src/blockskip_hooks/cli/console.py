@@ -24,7 +24,7 @@ SCRIPTS = {
     "evaluate": ("evaluate.py", "measure a trained LoRA against photos and prompts"),
 }
 COMMANDS = {name: meaning for name, (_, meaning) in SCRIPTS.items()} | {
-    "doctor": "what this machine has, what of it was tested, and what fits"
+    "doctor": "what this machine has, what was tested, what fits"
 }
 
 
@@ -55,7 +55,7 @@ def help_text() -> str:
             "",
             *lines,
             "",
-            "Each takes --help. Several GPUs: accelerate launch, see docs/settings.md.",
+            "Each takes --help. Several GPUs: accelerate launch, see docs/choosing_settings.md.",
         ]
     )
 

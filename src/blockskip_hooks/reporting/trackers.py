@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 def start_trackers(run: Run, accelerator: Accelerator) -> None:
     """Start the trackers of ``--report_to`` and give them the flags.
 
-    All trackers write their files to ``--logging_dir``.
+    Trackers write their files to ``--logging_dir``, or where their own variables say.
 
     Raises:
         UserError: if a tracker cannot start.
@@ -37,7 +38,14 @@ def start_trackers(run: Run, accelerator: Accelerator) -> None:
     folder = run.output_dir / run.settings.logging_dir
     if accelerator.log_with:
         folder.mkdir(parents=True, exist_ok=True)
-    places = {"wandb": {"dir": str(folder)}, "swanlab": {"logdir": str(folder / "swanlab")}}
+    places = {
+        name: {argument: place}
+        for name, argument, place, variable in (
+            ("wandb", "dir", str(folder), "WANDB_DIR"),
+            ("swanlab", "logdir", str(folder / "swanlab"), "SWANLAB_LOG_DIR"),
+        )
+        if not os.environ.get(variable)
+    }
     try:
         accelerator.init_trackers(f"dreambooth-{run.family.name}-lora", _trackable_settings(run), places)
     except Exception as error:  # every service has errors of its own, of the network and of logging in
@@ -130,27 +138,37 @@ class Tracking:
 
     def log_images(
         self,
+        phase: str,
         step: int,
+        epoch: int,
         prompts: Sequence[str],
         seeds: Sequence[int],
         base: Sequence[Sequence[Image.Image]],
         now: Sequence[Sequence[Image.Image]],
     ) -> None:
-        """Log validation images: for each prompt and seed the base model's, and the trained model's to its right.
+        """Log images of the trained model as upstream's scripts do, and for each prompt and seed a pair.
 
-        Trackers that show no images get none.
+        A pair is the base model's image, and the trained model's to its right. Trackers that show no images get none.
 
         Args:
+            phase: ``"validation"`` during training, ``"test"`` after it.
             step: The step after which they were made.
+            epoch: Its epoch, from 0: tensorboard's steps of upstream's images.
             prompts: The prompts.
             seeds: The seed of each image of a prompt.
             base: The base model's images of each prompt.
             now: The trained model's images of each prompt.
         """
+        images = {
+            f"{number}: {prompt}": image
+            for number, (prompt, image) in enumerate((p, i) for p, row in zip(prompts, now, strict=True) for i in row)
+        }
+        for tracker in self.accelerator.trackers:
+            _log_as_upstream(tracker, phase, images, epoch, step)
         for number, (prompt, before, after) in enumerate(zip(prompts, base, now, strict=True)):
             pairs = [make_image_grid(list(pair), rows=1, cols=2) for pair in zip(before, after, strict=True)]
             # Some trackers take few characters in a name; the whole prompt is in the caption.
-            name = f"validation/{number} {re.sub('[^0-9a-zA-Z _-]', '_', prompt)[:80]}"
+            name = f"{phase}/{number} {re.sub('[^0-9a-zA-Z _-]', '_', prompt)[:80]}"
             captions = [f"{prompt} (seed {seed}: base model, step {step})" for seed in seeds]
             for tracker in self.accelerator.trackers:
                 _log_pairs(tracker, name, seeds, pairs, captions, step)
@@ -196,6 +214,18 @@ def block_norms(model: DiTBlockSkipTransformer) -> dict[str, float]:
     # One transfer from the device for all of them; rounding can leave a little less than zero.
     norms = torch.stack([torch.stack(parts).sum() for parts in squares.values()]).clamp_min(0).sqrt().tolist()
     return dict(zip(squares, norms, strict=True))
+
+
+def _log_as_upstream(tracker: Any, phase: str, images: Mapping[str, Image.Image], epoch: int, step: int) -> None:
+    """Tags and steps that dashboards made for diffusers' scripts look for; those know these two trackers."""
+    if tracker.name == "tensorboard":
+        tracker.log_images(
+            {phase: np.stack([np.asarray(image) for image in images.values()])}, epoch, dataformats="NHWC"
+        )
+    elif tracker.name == "wandb":
+        import wandb
+
+        tracker.log({phase: [wandb.Image(image, caption=caption) for caption, image in images.items()]}, step=step)
 
 
 def _log_pairs(

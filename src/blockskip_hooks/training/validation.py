@@ -77,7 +77,7 @@ class Validation:
         base: Images = []
         if self._tracking.main_is_on and self._seeds:
             base = self._base_images(prompts)
-            self._tracking.log_images(step, prompts, self._seeds, base, trained)
+            self._log_images("validation", step, prompts, base, trained)
         self.shown = step, prompts, base, trained
         self.log_trailing_error(step)
 
@@ -90,8 +90,13 @@ class Validation:
         if not prompts or not self._seeds:
             return [], []
         base, trained = self._base_images(prompts), self._images(prompts, with_adapters=True)
-        self._tracking.log_images(step, prompts, self._seeds, base, trained)
+        self._log_images("test", step, prompts, base, trained)
         return base, trained
+
+    def _log_images(self, phase: str, step: int, prompts: Sequence[str], base: Images, trained: Images) -> None:
+        steps_per_epoch, _ = self._run.schedule(self._records.maker.plan, self._context.accelerator.num_processes)
+        epoch = (step - 1) // steps_per_epoch
+        self._tracking.log_images(phase, step, epoch, prompts, self._seeds, base, trained)
 
     def log_trailing_error(self, step: int, *, is_last: bool = False) -> None:
         """Log the trailing error of the stretch that was trained on, unless that was done a few steps ago.

@@ -280,7 +280,7 @@ def main(argv: list[str] | None = None) -> int:
     with scratch_folder(args) as folder:
         models = make_models(folder, args)
         print(
-            f"{'MiB':34}{'stage':13}{'planned':>10}{'live':>10}{'planned':>10}{'reserved':>10}{'seconds':>10}  plan is\n"
+            f"{'MiB':34}{'stage':13}{'planned':>10}{'live':>10}{'planned':>10}{'reserved':>10}{'seconds':>10}  plan\n"
             "seconds: median of a step, mean of a record, otherwise of the whole stage"
         )
         for setting in settings(models, args.quick or args.smoke):

@@ -54,3 +54,26 @@ def test_smoke(name: str, load, tmp_path: Path) -> None:
     assert figures["benchmark"] == name
     assert figures["results"]
     assert str(tmp_path) not in json.dumps(figures["settings"])
+
+
+def test_a_plan_is_off_by_a_tenth_and_by_more_than_workspaces(load) -> None:
+    check = load(BENCHMARKS / "gpu_check.py")
+    mib = 2**20
+    assert not check.is_off(1050 * mib, 1000 * mib) and not check.is_off(950 * mib, 1000 * mib)
+    assert check.is_off(1150 * mib, 1000 * mib) and check.is_off(850 * mib, 1000 * mib)
+    assert not check.is_off(20 * mib, 40 * mib)
+    plan = {"stages": [{"name": "train", "peak_device_bytes": 850 * mib, "peak_reserved_bytes": 1200 * mib}]}
+    measured = {
+        "name": "train",
+        "peak_device_bytes": 1000 * mib,
+        "peak_device_reserved_bytes": 1200 * mib,
+        "seconds": 1.0,
+    }
+    for device, compared in {"cuda": {"live", "reserved"}, "xpu": {"live"}}.items():
+        (stage,) = check.compare({"stages": [measured], "machine": {"device": device}}, plan)
+        assert stage["off"] == ["live"] and set(stage["errors"]) == compared
+
+
+def test_without_an_accelerator_the_gpu_check_says_so(load, capsys: pytest.CaptureFixture[str]) -> None:
+    assert load(BENCHMARKS / "gpu_check.py").main([]) == 2
+    assert "--smoke" in capsys.readouterr().err

@@ -63,6 +63,12 @@ class Watched:
         ]
 
 
+def on_cpu(batch: Batch) -> Batch:
+    """What of a batch is compared here, wherever it was trained on."""
+    embeds = {name: tensor.detach().cpu() for name, tensor in batch.embeds.items()}
+    return dataclasses.replace(batch, latents=batch.latents.cpu(), embeds=embeds)
+
+
 @contextmanager
 def watch() -> Iterator[Watched]:
     seen = Watched()
@@ -71,7 +77,7 @@ def watch() -> Iterator[Watched]:
 
     def on_batch(self, batch):
         complete(self, batch)
-        seen.batches.append(batch)
+        seen.batches.append(on_cpu(batch))
 
     def on_steps(steps, run, context, learner, records, history, *rest):
         seen.adapters, seen.optimizer = learner.adapters, learner.optimizer
@@ -181,7 +187,7 @@ def test_cached_latents_meet_the_caption_of_their_own_photo(name: str, spans: st
             for key, tensor in maker.embeds[CAPTIONS[sample.image]].items():
                 assert torch.equal(batch.embeds[key][row], tensor)
             for image in range(3):
-                other = uncached.encode(vae, [dataclasses.replace(sample, image=image)])[0]
+                other = uncached.encode(vae, [dataclasses.replace(sample, image=image)])[0].cpu()
                 same = torch.allclose(batch.latents[row], other, rtol=1e-4, atol=1e-5)
                 assert same == (image == sample.image)
     epochs = [tuple(orders[start : start + 3]) for start in range(0, 15, 3)]

@@ -21,7 +21,8 @@ from filelock import FileLock
 from torch.utils import cpp_extension
 
 
-NAME = "standin"
+# Another name for the same: libraries that have lists of devices know "musa".
+NAME = os.environ.get("STANDIN_NAME", "standin")
 SOURCE = Path(__file__).with_name("device.cpp")
 FLAGS = ["-O1", "-std=c++20"]
 
@@ -44,14 +45,14 @@ def missing_tool() -> str | None:
 def build() -> Path:
     """The compiled module of this source for this torch and Python; takes a minute or two once per machine."""
     about = f"{SOURCE.read_text()}{FLAGS}{torch.__version__}{sys.version}".encode()
-    target = cache_folder() / hashlib.sha256(about).hexdigest()[:16] / f"{NAME}_device.so"
+    target = cache_folder() / hashlib.sha256(about).hexdigest()[:16] / "standin_device.so"
     target.parent.mkdir(parents=True, exist_ok=True)
     # The lock goes with the process that holds it; that of torch's loader stays when a build is killed.
     with FileLock(target.with_suffix(".lock")):
         if not target.exists():
             with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
                 cpp_extension.load(
-                    f"{NAME}_device", [str(SOURCE)], extra_cflags=FLAGS, build_directory=scratch, with_cuda=False
+                    "standin_device", [str(SOURCE)], extra_cflags=FLAGS, build_directory=scratch, with_cuda=False
                 )
                 os.replace(Path(scratch) / target.name, target)
     return target
@@ -62,7 +63,7 @@ def activate() -> None:
     global native
     if native is not None:
         return
-    spec = importlib.util.spec_from_file_location(f"{NAME}_device", build())
+    spec = importlib.util.spec_from_file_location("standin_device", build())
     assert spec is not None and spec.loader is not None
     native = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(native)

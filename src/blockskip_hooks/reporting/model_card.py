@@ -135,6 +135,7 @@ def usage_snippet(
     dtype: str | None = "bfloat16",
     *,
     embedded: bool = False,
+    condition: str | None = None,
 ) -> str:
     """Python code that loads a base model with diffusers, adds the LoRA and makes one image.
 
@@ -145,8 +146,11 @@ def usage_snippet(
         pipeline_kwargs: Further arguments of the pipeline call, such as ``max_sequence_length``.
         dtype: Name of a torch dtype for the weights, or None for the pipeline's default.
         embedded: Whether the base model is the embedded one, which the package finds itself.
+        condition: File of the condition image, for LoRAs that were trained on pairs.
     """
-    arguments = [_literal(prompt), *(f"{key}={_literal(value)}" for key, value in (pipeline_kwargs or {}).items())]
+    # By name: some pipelines take an image first.
+    arguments = [f"prompt={_literal(prompt)}", *([f"image=load_image({_literal(condition)})"] if condition else [])]
+    arguments += (f"{key}={_literal(value)}" for key, value in (pipeline_kwargs or {}).items())
     call = f"image = pipeline({', '.join(arguments)}).images[0]"
     if len(call) > 88:
         call = "\n".join(("image = pipeline(", *(f"    {argument}," for argument in arguments), ").images[0]"))
@@ -156,6 +160,7 @@ def usage_snippet(
         (
             "import torch",
             "from diffusers import DiffusionPipeline",
+            *(["from diffusers.utils import load_image"] if condition else []),
             *(["from blockskip_hooks.embedded import embedded_model"] if embedded else []),
             "",
             f"pipeline = DiffusionPipeline.from_pretrained({base}{torch_dtype})",

@@ -210,6 +210,7 @@ class RunOutputs:
             # Always named: transformers and diffusers have different defaults, which do not mix.
             str(self.maker.dtype).removeprefix("torch."),
             embedded=run.embedded,
+            condition="condition.png" if run.settings.condition_flag else None,
         )
 
 

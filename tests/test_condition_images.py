@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +19,14 @@ from diffusers.training_utils import compute_loss_weighting_for_sd3
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
+from blockskip_hooks.cli.arguments import parse_args
+from blockskip_hooks.cli.preparation import prepare_run
 from blockskip_hooks.config import BlockSkipConfig, PatchSamplingConfig
 from blockskip_hooks.data.dataset import load_dataset_photos
 from blockskip_hooks.data.photo_set import PhotoSet
 from blockskip_hooks.data.photos import scan_photos
 from blockskip_hooks.data.sample_plan import SamplePlan
+from blockskip_hooks.data.summary import summarize_photos
 from blockskip_hooks.families import Family
 from blockskip_hooks.loading.component_config import load_config
 from blockskip_hooks.lora import add_lora, lora_targets
@@ -263,6 +269,15 @@ def finished(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(KONTEXT, pairs, output, *flags, *kept, "--validation_image", str(pairs / "0.png"))
 
 
+def test_the_card_and_the_page_show_pairs(finished: Path):
+    """The card's code gives the pipeline an image; the page has both pictures of a pair side by side."""
+    card = (finished / "README.md").read_text()
+    assert 'image=load_image("condition.png")' in card and 'prompt="a photo' in card
+    encoded = re.findall(r'src="data:image/(?:png|jpeg);base64,([^"]+)"', (finished / "report.html").read_text())
+    shapes = {Image.open(io.BytesIO(base64.b64decode(picture))).size for picture in encoded}
+    assert any(width == 2 * height for width, height in shapes)
+
+
 @pytest.mark.slow
 def test_a_resumed_run_on_pairs_equals_the_one_that_was_never_stopped(finished: Path, pairs: Path, tmp_path: Path):
     """E5."""
@@ -415,6 +430,21 @@ def test_pairs_of_a_folder_and_of_two(tmp_path: Path):
     digests = [[photos.digest(number) for number in range(3)] for photos in sets]
     assert digests[0] == digests[1] and not set(digests[0]) & set(digests[2])
     assert [photos.are_pairs for photos in sets] == [True, True, False]
+
+
+def test_condition_images_that_are_taken_for_photos_are_named(
+    pairs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    settings = parse_args(script.settings(KONTEXT.folder, pairs, tmp_path / "out"))
+    assert len(prepare_run(settings).photos) == 6
+    found = [record.message for record in caplog.records if "0_cond.png and others train as photos" in record.message]
+    assert len(found) == 1 and f"--cond_data_dir {pairs} makes" in found[0]
+    run = prepare_run(
+        parse_args([*script.settings(KONTEXT.folder, pairs, tmp_path / "out"), "--cond_data_dir", str(pairs)])
+    )
+    assert len(run.photos) == 3 and len([r for r in caplog.records if "train as photos" in r.message]) == 1
+    summary = summarize_photos(run.photos, [(64, 64)]).describe("here", PROMPT)
+    assert summary.startswith("Photos   3 with condition images from here")
 
 
 def test_pairs_of_a_dataset(tmp_path: Path, pairs: Path):

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ TINY = {tiny.name: tiny for tiny in TINY_FAMILIES}
 # The tiny pipeline that stands in for each model that a recipe names.
 STAND_INS = {
     "black-forest-labs/FLUX.1-dev": "flux-dev",
+    "black-forest-labs/FLUX.1-Kontext-dev": "flux-kontext",
     "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers": "sana",
     "stabilityai/stable-diffusion-3.5-large": "sd3.5",
     "black-forest-labs/FLUX.2-dev": "flux2-dev",
@@ -101,6 +103,9 @@ def ground(tmp_path, monkeypatch):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     for name in ("dog", "my-photos"):
         save_photos(tmp_path / name, [(80, 64), (64, 64)])
+    for path in sorted(save_photos(tmp_path / "pairs", [(80, 64), (64, 64)]).iterdir()):
+        shutil.copy(path, path.with_name(f"{path.stem}_cond.png"))
+    shutil.copy(tmp_path / "dog" / "0.png", tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from ..data.checks import check_photos
 from ..data.dataset import load_dataset_photos
-from ..data.folder import image_paths
+from ..data.folder import condition_paths, image_paths
 from ..data.photo import Photo
 from ..data.photos import scan_photos
 from ..data.picture import open_picture
@@ -89,7 +89,7 @@ def prepare_run(settings: TrainSettings) -> Run:
     pipeline_kwargs = _image_size(settings, family) | pipeline_kwargs
     quantization, shares_weights = _weights_in_training(settings, blocks["skeleton"])
     _check_pipeline(family, pipeline_kwargs)
-    photos = _find_photos(settings)
+    photos = _find_photos(settings, family_class)
     for line in summarize_photos(photos, blocks["patch"].shapes).warnings():
         logger.warning(line)
     if settings.with_prior_preservation:
@@ -220,7 +220,7 @@ def _check_class_images(folder: Path) -> None:
         scan_photos(folder, flag="--class_data_dir", progress=photo_progress)
 
 
-def _find_photos(settings: TrainSettings) -> list[Photo]:
+def _find_photos(settings: TrainSettings, family: type[Family]) -> list[Photo]:
     if settings.dataset_name:
         return load_dataset_photos(
             settings.dataset_name,
@@ -232,7 +232,12 @@ def _find_photos(settings: TrainSettings) -> list[Photo]:
             progress=photo_progress,
         )
     folder, conditions = Path(settings.instance_data_dir or ""), settings.family_flags["cond_data_dir"]
-    return scan_photos(folder, conditions=conditions and Path(conditions), progress=photo_progress)
+    photos = scan_photos(folder, conditions=conditions and Path(conditions), progress=photo_progress)
+    if conditions is None and "cond_data_dir" in {flag.name for flag in family.own_flags}:
+        for path in list(condition_paths(folder, [photo.path for photo in photos if photo.path]).values())[:1]:
+            advice = f"--cond_data_dir {folder} makes condition images of them"
+            logger.warning("--instance_data_dir %s: %s and others train as photos; %s.", folder, path.name, advice)
+    return photos
 
 
 def _find_validation_image(settings: TrainSettings) -> Image.Image | None:

@@ -31,6 +31,7 @@ class PhotoSummary:
         shapes: Heights and widths in pixels of the largest crops.
         enlarged: Names of photos that are smaller than their crop.
         mostly_cut: Names of photos of which a crop shows less than half.
+        are_pairs: Whether they have condition images.
     """
 
     used: int
@@ -42,6 +43,7 @@ class PhotoSummary:
     shapes: Sequence[tuple[int, int]] = ()
     enlarged: Sequence[str] = ()
     mostly_cut: Sequence[str] = ()
+    are_pairs: bool = False
 
     def describe(self, source: str, prompt: str) -> str:
         """Two or three lines for the first screen.
@@ -51,7 +53,10 @@ class PhotoSummary:
             prompt: Prompt of photos without a caption.
         """
         others = [name for found in self.left_out.values() for name in found]
-        photos = f'{self.used} from {source}, prompt "{prompt}"' + (f"; left out: {names(others)}" if others else "")
+        kind = " with condition images" if self.are_pairs else ""
+        photos = f'{self.used}{kind} from {source}, prompt "{prompt}"' + (
+            f"; left out: {names(others)}" if others else ""
+        )
         captions = "none" if self.unused_captions else ""
         if self.captions:
             sources = ", ".join(f"{count} from {kind}" for kind, count in self.captions.items())
@@ -112,6 +117,7 @@ def summarize_photos(photos: Sequence[Photo], shapes: Sequence[tuple[int, int]])
         shapes=tuple(shapes),
         enlarged=enlarged,
         mostly_cut=mostly_cut,
+        are_pairs=photos[0].condition is not None,
     )
 
 

@@ -138,6 +138,7 @@ def usage_snippet(
     pipeline_class: tuple[str, str] = ("diffusers", "DiffusionPipeline"),
     components: Mapping[str, tuple[str, str] | None] | None = None,
     embedded: bool = False,
+    condition: str | None = None,
 ) -> str:
     """Python code that loads a base model with diffusers, adds the LoRA and makes one image.
 
@@ -151,8 +152,11 @@ def usage_snippet(
         components: Components that the base model comes without: a class of transformers and what it loads, or
             ``None`` where the pipeline does without.
         embedded: Whether the base model is the embedded one, which the package finds itself.
+        condition: File of the condition image, for LoRAs that were trained on pairs.
     """
-    arguments = [_literal(prompt), *(f"{key}={_literal(value)}" for key, value in (pipeline_kwargs or {}).items())]
+    # By name: some pipelines take an image first.
+    arguments = [f"prompt={_literal(prompt)}", *([f"image=load_image({_literal(condition)})"] if condition else [])]
+    arguments += (f"{key}={_literal(value)}" for key, value in (pipeline_kwargs or {}).items())
     call = f"image = pipeline({', '.join(arguments)}).images[0]"
     if len(call) > 88:
         call = "\n".join(("image = pipeline(", *(f"    {argument}," for argument in arguments), ").images[0]"))
@@ -164,6 +168,7 @@ def usage_snippet(
         (
             "import torch",
             "from {} import {}".format(*pipeline_class),
+            *(["from diffusers.utils import load_image"] if condition else []),
             *([f"from transformers import {', '.join(sorted({kind for kind, _ in loaded.values()}))}"] * bool(loaded)),
             *(["from blockskip_hooks import embedded_model"] if embedded else []),
             "",

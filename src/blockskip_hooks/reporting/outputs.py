@@ -213,6 +213,7 @@ class RunOutputs:
             pipeline_class=_ANY_PIPELINE if is_stock else (pipeline.__module__, pipeline.__name__),
             components={name: part and (part[0], named(part[1])) for name, part in missing},
             embedded=run.embedded,
+            condition="condition.png" if run.settings.condition_flag else None,
         )
 
 

@@ -68,7 +68,7 @@ def train(
 
 def evaluate(lora: Path | None, subject: str) -> Evaluation:
     """Measure images of prompts that training has not seen, with a LoRA or without any."""
-    pipeline = FluxPipeline.from_pretrained(embedded_model(), torch_dtype=torch.float32)
+    pipeline = FluxPipeline.from_pretrained(embedded_model(), dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     if lora is not None:
         pipeline.load_lora_weights(lora)

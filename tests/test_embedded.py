@@ -46,7 +46,7 @@ def test_no_weights_but_safetensors():
 
 
 def test_stock_pipeline_loads_it_and_draws_another_picture_for_another_prompt():
-    pipeline = FluxPipeline.from_pretrained(embedded_model(), torch_dtype=torch.float32)
+    pipeline = FluxPipeline.from_pretrained(embedded_model(), dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
 
     def draw(prompt: str) -> torch.Tensor:

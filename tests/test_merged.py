@@ -58,7 +58,7 @@ def test_a_checkpoint_keeps_its_dtype(dtype, tmp_path):
     transformer.save_pretrained(tmp_path / "half")
     lora = save_random_lora(TINY, tmp_path, alpha=4, dtype=dtype)
     found = read(export_merged(tmp_path / "half", lora, tmp_path))
-    expected = fused(TINY, FluxTransformer2DModel.from_pretrained(tmp_path / "half", torch_dtype=dtype), lora)
+    expected = fused(TINY, FluxTransformer2DModel.from_pretrained(tmp_path / "half", dtype=dtype), lora)
     assert all(tensor.dtype == dtype and torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 

@@ -75,7 +75,7 @@ def test_sd3_without_t5_trains_and_leaves_a_stock_lora(without_t5: Path, photos:
     assert pipeline.text_encoder_3 is None
     pipeline.load_lora_weights(tmp_path)
     assert script.losses(tmp_path)
-    assert "text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32" in (tmp_path / "README.md").read_text()
+    assert "text_encoder_3=None, tokenizer_3=None, dtype=torch.float32" in (tmp_path / "README.md").read_text()
     makes_an_image(without_t5, tmp_path)
 
 
@@ -100,7 +100,7 @@ def test_the_card_says_what_loads_a_llama_that_the_model_comes_without(photos: P
     rename(model / "model_index.json", text_encoder_4=[None, None], tokenizer_4=[None, None])
     assert run(model, photos, output, *flags) == 0
     card = (output / "README.md").read_text()
-    assert 'text_encoder_4 = LlamaForCausalLM.from_pretrained("text_encoder_4", torch_dtype=torch.float32)' in card
+    assert 'text_encoder_4 = LlamaForCausalLM.from_pretrained("text_encoder_4", dtype=torch.float32)' in card
     card = card.replace('from_pretrained("t', f'from_pretrained("{tmp_path}/t')
     (output / "README.md").write_text(card)
     makes_an_image(model, output)

@@ -116,7 +116,7 @@ def draw_flow(file: Path) -> None:
 
     config = BlockSkipConfig(leading=5, trailing=4)
     transformer = FluxTransformer2DModel.from_pretrained(
-        embedded_model(), subfolder="transformer", torch_dtype=torch.float32
+        embedded_model(), subfolder="transformer", dtype=torch.float32
     )
     generator = torch.Generator().manual_seed(0)
     tokens = transformer.config.in_channels

@@ -14,7 +14,7 @@ from blockskip_hooks import embedded_model, embedded_photos, embedded_subjects
 
 def load_pipeline() -> FluxPipeline:
     """The embedded pipeline; any FLUX.1 folder or hub id would do."""
-    return FluxPipeline.from_pretrained(embedded_model(), torch_dtype=torch.float32)
+    return FluxPipeline.from_pretrained(embedded_model(), dtype=torch.float32)
 
 
 @torch.no_grad()

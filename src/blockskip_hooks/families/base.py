@@ -76,7 +76,7 @@ class Family(FamilyFacts):
         components |= self._absences()
         components |= self.outside_components(dtype, without=streamed)
         pipeline = self.pipeline_class.from_pretrained(
-            self.model_path, **components, torch_dtype=dtype, variant=self.variant
+            self.model_path, **components, dtype=dtype, variant=self.variant
         )
         pipeline = pipeline.to(device)
         if not streamed:
@@ -93,9 +93,7 @@ class Family(FamilyFacts):
     def load_pipeline(self, dtype: torch.dtype) -> DiffusionPipeline:
         """The complete stock pipeline, on the CPU."""
         components: dict[str, Any] = {**self._absences(), **self.outside_components(dtype)}
-        return self.pipeline_class.from_pretrained(
-            self.model_path, **components, torch_dtype=dtype, variant=self.variant
-        )
+        return self.pipeline_class.from_pretrained(self.model_path, **components, dtype=dtype, variant=self.variant)
 
     def _absences(self) -> dict[str, None]:
         # A pipeline has to be told of each component that it is to do without.
@@ -125,7 +123,7 @@ class Family(FamilyFacts):
     def load_vae(self, dtype: torch.dtype, device: torch.device | str) -> ModelMixin:
         """The VAE, frozen."""
         vae = diffusers.AutoModel.from_pretrained(
-            str(self.model_path), subfolder="vae", torch_dtype=dtype, variant=self.variant
+            str(self.model_path), subfolder="vae", dtype=dtype, variant=self.variant
         )
         if self.flags.get("enable_vae_tiling"):
             vae.enable_tiling()

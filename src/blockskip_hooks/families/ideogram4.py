@@ -128,7 +128,7 @@ class Ideogram4(Family):
         pipeline = super().load_text_pipeline(dtype, device, streamed)
         if self.flags["upsample_prompt"]:
             head = diffusers_class("Ideogram4PromptEnhancerHead").from_pretrained(
-                self.flags["prompt_enhancer_head_id"], torch_dtype=dtype
+                self.flags["prompt_enhancer_head_id"], dtype=dtype
             )
             pipeline.register_modules(prompt_enhancer_head=head.to(device))
         return pipeline
@@ -193,7 +193,7 @@ class Ideogram4(Family):
             transformer=transformer,
             vae=vae,
             **absent,
-            torch_dtype=transformer.dtype,
+            dtype=transformer.dtype,
             variant=self.variant,
         )
         pipeline.unconditional_transformer.to(vae.device)

@@ -160,7 +160,7 @@ def usage_snippet(
     call = f"image = pipeline({', '.join(arguments)}).images[0]"
     if len(call) > 88:
         call = "\n".join(("image = pipeline(", *(f"    {argument}," for argument in arguments), ").images[0]"))
-    weights = f", torch_dtype=torch.{dtype}" if dtype else ""
+    weights = f", dtype=torch.{dtype}" if dtype else ""
     loaded = {name: source for name, source in (components or {}).items() if source}
     given = [f"{name}={name if name in loaded else None}" for name in components or {}]
     base = "embedded_model()" if embedded else _literal(model)

@@ -167,7 +167,7 @@ class PlaceholderHook(Bound, ModelHook):
         if self.is_last:
             assert capture.span_input is not None
             residual = output[:, capture.span_tokens].float() - capture.span_input.float()
-            residual = residual[:, : residual.shape[1] - self.state.condition_tokens]
+            residual = residual[:, : residual.shape[1] - capture.condition_tokens]
             capture.residuals.trailing_hidden_states = residual.to(output.dtype).detach()
             capture.span_input = capture.span_output = None
 

@@ -99,6 +99,7 @@ class Capture:
         span_input: Image tokens that the trailing span received.
         span_output: Image tokens, or all, after the last of its blocks that ran.
         span_tokens: Where the tokens of the span's input are in ``span_output``.
+        condition_tokens: Tokens at the end of the image's that belong to a condition image.
     """
 
     residuals: SpanResiduals = field(default_factory=SpanResiduals)
@@ -106,6 +107,7 @@ class Capture:
     span_input: torch.Tensor | None = None
     span_output: torch.Tensor | None = None
     span_tokens: slice = field(default_factory=lambda: slice(None))
+    condition_tokens: int = 0
 
 
 class BlockSkipState:
@@ -165,7 +167,7 @@ class BlockSkipState:
 
     def _begin_forward(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
         if self._mode is SkipMode.CAPTURE:
-            self._capture = Capture()
+            self._capture = Capture(condition_tokens=self.condition_tokens)
         elif self._mode is SkipMode.INJECT and self.is_driven and not self._in_wrapper:
             raise UserError(
                 "The transformer was called without the model around it, whose last call left residuals of its own in "

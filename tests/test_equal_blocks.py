@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -72,13 +72,14 @@ def costs(family: Family, config: dict[str, Any], setting: Setting, side: int, t
         gradient_checkpointing=setting.checkpointing,
         accumulated_gradients=setting.accumulates,
     )
+    infer = fake.infer(1, size, text_tokens)
     return {
         "blocks": fake.num_blocks,
         "lora": sorted(fake.lora_sizes()),
-        "capture": capture and asdict(capture),
+        "capture": capture and (capture, capture.reserved_bytes()),
         "residuals": {name: tuple(tensor.shape) for name, tensor in residuals.tensors().items()},
-        "train": asdict(train),
-        "infer": asdict(fake.infer(1, size, text_tokens)),
+        "train": (train, train.reserved_bytes()),
+        "infer": (infer, infer.reserved_bytes()),
     }
 
 

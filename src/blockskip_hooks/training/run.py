@@ -25,6 +25,7 @@ from ..residuals.batches import PhotoSource
 from ..search.tables import SelectionTable
 from ..selection import Selection
 from ..transformer import DiTBlockSkipTransformer
+from ..utils.machine import cache_bytes
 from .chosen_blocks import choose_blocks
 from .settings import TrainSettings
 from .sharding import bytes_elsewhere
@@ -278,6 +279,7 @@ class Run:
             "recorded_layers": self.recorded_layers,
             "quantization": self.quantization,
             "shard": shard if self.shares_weights else None,
+            "stream_cache": cache_bytes(self.settings.stream_cache, device),
         }
 
     def bytes_elsewhere(self, dtype: torch.dtype, num_processes: int) -> int | None:

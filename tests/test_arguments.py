@@ -69,6 +69,7 @@ OUR_FLAGS = {
     "--memory_options": (None, [], None),
     "--residual_budget": (None, None, None),
     "--precompute_batch_size": (int, None, None),
+    "--stream_cache": (None, "auto", None),
     "--overwrite_residuals": ("store_true", False, None),
     "--plan_only": ("store_true", False, None),
     "--log_level": (None, "warning", ("debug", "info", "warning", "error")),

@@ -151,6 +151,7 @@ REFUSED = {
     "residual_budget": ({"--residual_budget": "lots"}, ["--residual_budget", "lots", "8GB"]),
     "negative residual_budget": ({"--residual_budget": "-8GB"}, ["--residual_budget"]),
     "zero residual_budget": ({"--residual_budget": "0"}, ["--residual_budget"]),
+    "stream_cache": ({"--stream_cache": "all"}, ["--stream_cache", "all", "8GB"]),
     "absent checkpoint": ({"--resume_from_checkpoint": "checkpoint-9"}, ["--resume_from_checkpoint checkpoint-9"]),
     "tracker": ({"--report_to": "excel"}, ["--report_to", "excel"]),
     "flag of another family": ({"--precondition_outputs": "0"}, ["--precondition_outputs", "sd3", "leave it out"]),

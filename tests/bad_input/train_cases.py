@@ -48,6 +48,7 @@ _TEXTS = [
     "cache_dir",
     "residual_dir",
     "residual_budget",
+    "stream_cache",
     "logging_dir",
     "report_to",
     "hub_model_id",

@@ -90,6 +90,12 @@ def parse_bytes(text: str) -> ByteCount:
     return count
 
 
+def parse_cache(text: str) -> str | ByteCount:
+    """``--stream_cache``: the words ``auto`` and ``none``, or a number of bytes."""
+    word = text.strip().lower()
+    return word if word in ("auto", "none") else parse_bytes(text)
+
+
 def parse_names(text: str) -> tuple[str, ...]:
     """The names in a text that separates them by commas."""
     return tuple(name.strip() for name in text.split(","))
@@ -264,6 +270,13 @@ def _block_skipping_flags(parser: argparse.ArgumentParser) -> None:
         "Default: where trailing blocks are skipped, unless --residual_dir keeps the records for other runs.",
     )
     flag("--precompute_batch_size", type=int, help="Samples per forward when making records; default: what fits.")
+    flag(
+        "--stream_cache",
+        type=argument_type(parse_cache),
+        default="auto",
+        help="Host memory that skipped blocks stay in once read: a number of bytes, none, or auto: half of what is "
+        "free, beside an accelerator.",
+    )
     flag("--overwrite_residuals", action="store_true", help="Replace records that another run left.")
     flag(
         "--memory_budget",

@@ -50,7 +50,7 @@ ON_RESUME: dict[str, OnResume] = {
     **_flags(
         "free",
         """
-        config dump_config plan_only keep_modulation residual_dir residual_budget precompute_batch_size
+        config dump_config plan_only keep_modulation residual_dir residual_budget precompute_batch_size stream_cache
         overwrite_residuals sample_batch_size prior_generation_precision fsdp_text_encoder gradient_checkpointing
         dataloader_num_workers validation_prompt num_validation_images validation_resolution validation_epochs
         final_validation_prompt validation_image skip_final_inference output_dir checkpointing_steps

@@ -26,6 +26,7 @@ from ..residuals.batches import PhotoSource
 from ..search.tables import SelectionTable
 from ..selection import Selection
 from ..transformer import DiTBlockSkipTransformer
+from ..utils.machine import cache_bytes
 from ..utils.pictures import within
 from .chosen_blocks import choose_blocks
 from .settings import TrainSettings
@@ -287,6 +288,7 @@ class Run:
             "recorded_layers": self.recorded_layers,
             "quantization": self.quantization,
             "shard": shard if self.shares_weights else None,
+            "stream_cache": cache_bytes(self.settings.stream_cache, device),
         }
 
     def bytes_elsewhere(self, dtype: torch.dtype, num_processes: int) -> int | None:

@@ -69,6 +69,7 @@ class TrainSettings:
     record_repeats: int
     refresh_residuals: bool | None
     precompute_batch_size: int | None
+    stream_cache: str | int
     overwrite_residuals: bool
     memory_budget: int | None
     memory_options: Sequence[str]

@@ -29,6 +29,7 @@ def without_effect(settings: TrainSettings) -> Iterator[tuple[str, str]]:
         ),
         (skipping or settings.memory_budget, ("residuals",), "skipped blocks"),
         (settings.memory_budget, ("memory_options",), "--memory_budget"),
+        (skipping or settings.memory_budget, ("stream_cache",), "skipped blocks"),
         (
             skipping and settings.residuals == "precomputed",
             (

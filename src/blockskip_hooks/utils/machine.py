@@ -8,6 +8,7 @@ import platform
 from importlib import metadata
 from typing import Any
 
+import psutil
 import torch
 
 from ..version import __version__
@@ -41,6 +42,21 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "datasets": _version("datasets"),
         "sources": {library: library_source(library) for library in LIBRARIES},
     }
+
+
+def cache_bytes(wanted: str | int, device: torch.device) -> int:
+    """Host memory that a process may keep weights in which it would read again.
+
+    Args:
+        wanted: Bytes, ``"none"``, or ``"auto"``: half of what is free, shared by the machine's processes; nothing
+            where the device's memory is the host's and the system keeps files in what is free of it.
+        device: Where the model runs.
+    """
+    if wanted == "auto":
+        if device.type in ("cpu", "mps"):
+            return 0
+        return psutil.virtual_memory().available // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return 0 if wanted == "none" else int(wanted)
 
 
 def versions() -> dict[str, str | None]:

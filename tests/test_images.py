@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from blockskip_hooks import BlockSkipConfig, DiTBlockSkipTransformer
 from blockskip_hooks.inference.generate import VaePlacement, generate_images
+from blockskip_hooks.inference.lora_files import with_adapter
 from blockskip_hooks.loading import checkpoint_index
+from blockskip_hooks.loading.checks import check_lora_file
 from tests.tiny import TINY_FAMILIES, TinyFamily
 
 
@@ -157,3 +161,29 @@ def test_tiling_ends_with_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
             prompt, family=family, model=model, vae=vae, seeds=[1], pipeline_kwargs=settings, placement=placement
         )
     assert tiled == [True, False] and not vae.use_tiling
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "stored"),
+    [
+        ("z-image", "layers.0.attention.to_q", "diffusion_model.layers.0.attention.to_q"),
+        ("flux2-klein", "transformer_blocks.0.attn.to_q", "lycoris_transformer_blocks_0_attn_to_q"),
+    ],
+)
+def test_a_lokr_file_takes_part_in_images_and_is_taken_off(name: str, layer: str, stored: str, tmp_path: Path) -> None:
+    """In the names that other trainers give its tensors, where diffusers reads them."""
+    (tiny,) = (tiny for tiny in TINY_FAMILIES if tiny.name == name)
+    model = DiTBlockSkipTransformer(tiny.make_transformer(), BlockSkipConfig(), tiny.family.block_stacks)
+    transformer: Any = model.transformer
+    linear = transformer.get_submodule(layer)
+    x = torch.randn(3, linear.in_features, generator=torch.Generator().manual_seed(0))
+    plain = linear(x)
+    small, large = torch.eye(2), torch.full((linear.out_features // 2, linear.in_features // 2), 0.1)
+    file = tmp_path / "lokr.safetensors"
+    save_file({f"{stored}.lokr_w1": small, f"{stored}.lokr_w2": large, f"{stored}.alpha": torch.tensor(1.0)}, file)
+    check_lora_file(file, transformer, "--lora_weights")
+    family = tiny.make_family()
+    with with_adapter(family, model, family.load_vae(torch.float32, "cpu"), file):
+        changed = transformer.get_submodule(layer)(x)
+        assert torch.allclose(changed - plain, x @ torch.kron(small, large).T, atol=1e-5)
+    assert torch.equal(transformer.get_submodule(layer)(x), plain)

@@ -2,19 +2,23 @@
 """What personalising a model would need, without its files: memory per stage, FLOPs and disk, all simulated.
 
 A preset is a model folder without weights, and the plan is the one that the training script makes of it with
-``--plan_only``.
+``--plan_only``. ``--gpu`` ranks settings of all presets, or of the one that ``--preset`` names: for each the one that
+is closest to plain LoRA, and the one with the least compute of those that skip at most 30 % of the blocks.
 
 Example:
+    python plan_memory.py --gpu 12GB
     python plan_memory.py --preset flux.1-dev --skip_blocks 19,9 --resolution 512 --training_resolution 256
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +34,11 @@ from blockskip_hooks.cli.startup import (
 
 quiet_libraries()
 
-from blockskip_hooks.cli.arguments import parse_args
+import torch
+from tqdm.auto import tqdm
+
+from blockskip_hooks.cli.arguments import SIZE, parse_args
+from blockskip_hooks.cli.gpu_sizes import Fits, format_fits
 from blockskip_hooks.cli.preparation import prepare_run
 from blockskip_hooks.cli.run_plan import make_plan, plan_request
 from blockskip_hooks.embedded import embedded_photos
@@ -39,6 +47,7 @@ from blockskip_hooks.planning.description import format_plan
 from blockskip_hooks.planning.devices import PLANNED_DEVICES
 from blockskip_hooks.planning.options import MEMORY_OPTIONS, QUANTIZING_OPTIONS
 from blockskip_hooks.planning.presets import preset_names, write_preset
+from blockskip_hooks.planning.ranking import USABLE
 from blockskip_hooks.planning.stages import plan_run
 from blockskip_hooks.training.chosen_blocks import planned_dtype
 from blockskip_hooks.training.run import Run
@@ -53,6 +62,12 @@ TRAINING_FLAGS = (
     *("residual_dtype", "residual_budget", "memory_budget", "memory_options", "mixed_precision"),
     *("gradient_checkpointing", "quantization", "use_8bit_adam"),
 )
+# What --gpu chooses itself.
+CHOSEN = ("skip_blocks", "skip_ratio", "skip_budget", "memory_budget", "memory_options", "gradient_checkpointing")
+CHOSEN += ("quantization", "use_8bit_adam", "training_resolution", "shared_by", "json")
+# Side of the largest patch: what the upstream scripts' examples train at, and of validation images.
+RESOLUTION = {"flux.1-dev": 512, "flux.1-schnell": 512, "sana-0.6b": 512}
+DEFAULT_RESOLUTION = 1024
 # What plain LoRA, for comparison, does not take from the plan.
 NOT_PLAIN = ("skip_ratio", "skip_budget", "selection_table", "memory_budget", "memory_options", "quantization")
 
@@ -61,7 +76,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The flags; those of the training script mean the same here."""
     parser = make_parser(__doc__)
     flag = parser.add_argument
-    flag("--preset", required=True, help=f"Model: {', '.join(preset_names())}.")
+    flag("--preset", help=f"Model: {', '.join(preset_names())}.")
+    flag("--gpu", type=SIZE, help="Rank what fits a GPU of this size, like 12GB, of one preset or all.")
     flag("--skip_blocks", default="auto", help="Blocks to skip: none, auto, N in all, or n,m (leading,trailing).")
     flag("--skip_ratio", type=float, help="Part of all blocks that --skip_blocks auto skips; default: 0.3.")
     flag(
@@ -72,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--selection_table",
         help="Table that says which blocks to skip, from select_blocks.py; default: what is known.",
     )
-    flag("--resolution", type=int, default=512, help="Largest patch in pixels.")
+    flag("--resolution", type=int, help="Largest patch in pixels; default: 512, with --gpu that of the recipes.")
     flag("--training_resolution", type=int, help="Side trained at; default: half of --resolution if blocks skip.")
     flag("--rank", type=int, default=4, help="Rank of the LoRA matrices.")
     flag(
@@ -113,6 +129,13 @@ def check_args(args: argparse.Namespace) -> None:
     Raises:
         UserError: one line that names the flag and the fix.
     """
+    if args.gpu is None and args.preset is None:
+        raise UserError(f"--preset names the model; choose one of {', '.join(preset_names())}, or rank all by --gpu.")
+    if args.gpu is not None:
+        defaults = build_parser().parse_args([])
+        given = [name for name in CHOSEN if getattr(args, name) != getattr(defaults, name)]
+        if given:
+            raise UserError(f"--gpu chooses {', '.join(f'--{name}' for name in given)} itself; leave it out.")
     for name in ("shared_by", "training_resolution", "validation_resolution"):
         value = getattr(args, name)
         if value is not None and not 1 <= value <= 2**14:
@@ -120,9 +143,10 @@ def check_args(args: argparse.Namespace) -> None:
     quantizes = args.quantization != "none" or not QUANTIZING_OPTIONS.isdisjoint(args.memory_options or ())
     if args.shared_by > 1 and quantizes:
         raise UserError(f"--shared_by {args.shared_by}: quantised weights cannot be divided; keep them as they are.")
-    if args.training_resolution is not None and args.training_resolution > args.resolution:
+    if args.training_resolution is not None and args.training_resolution > (args.resolution or 512):
         raise UserError(
-            f"--training_resolution {args.training_resolution} is above --resolution {args.resolution}; lower it."
+            f"--training_resolution {args.training_resolution} is above --resolution {args.resolution or 512}; "
+            "lower it."
         )
 
 
@@ -173,21 +197,56 @@ def prepare(args: argparse.Namespace, words: list[str]) -> Run:
     return run
 
 
+@contextlib.contextmanager
+def prepared(args: argparse.Namespace, preset: str) -> Iterator[tuple[str, Run, dict[str, Any], torch.dtype]]:
+    """A preset's name, its run, what a step of plain LoRA needs on the same terms, and the dtype of frozen weights."""
+    with tempfile.TemporaryDirectory(prefix="blockskip_plan_") as scratch:
+        model, output, side = Path(scratch, "model"), Path(scratch, "output"), args.validation_resolution
+        name = write_preset(preset, model, {"height": side, "width": side} if side else None)
+        run = prepare(args, training_words(args, model, output))
+        dtype = planned_dtype(run.settings)
+        comparison = prepare_run(parse_args(training_words(args, model, output, plain=True)))
+        plain = _train(plan_run(replace(plan_request(comparison, dtype, 1, args.device), text_encoders=())))
+        yield name, run, plain, dtype
+
+
+@contextlib.contextmanager
+def fits_of(args: argparse.Namespace, preset: str) -> Iterator[Fits]:
+    """Settings of a preset that fit GPUs, at the resolution that the flag names or its recipe has."""
+    resolution = args.resolution or RESOLUTION.get(preset, DEFAULT_RESOLUTION)
+    changes = {"resolution": resolution, "validation_resolution": args.validation_resolution or DEFAULT_RESOLUTION}
+    with prepared(argparse.Namespace(**{**vars(args), **changes}), preset) as (_, run, plain, dtype):
+        yield Fits(preset, run, plain["tflops_per_step"], dtype, args.device)
+
+
+def rank(args: argparse.Namespace) -> None:
+    """Print what fits a GPU, preset by preset."""
+    names, fits = [args.preset] if args.preset else preset_names(), []
+    for preset in tqdm(names, desc="Planning", unit="preset", disable=None):
+        with fits_of(args, preset) as settings:
+            fits.append((preset, settings.closest(args.gpu), settings.fastest(args.gpu)))
+    print(
+        f"What fits {args.gpu}, of which {USABLE:.0%} are planned with, simulated (bytes of live tensors). Compute\n"
+        "is the transformer's in a step and for its record, without attention, against plain LoRA at the same\n"
+        "resolution; reported is what the paper says of subject fidelity, against plain LoRA.\n"
+    )
+    print(format_fits(fits))
+
+
 @returns_exit_code
 def main(argv: list[str] | None = None) -> None:
     """Run the script; the exit code is 0, or 2 with one line on stderr for settings that cannot work."""
     args = build_parser().parse_args(argv)
     # What a run would warn of is about photos and flags that only stand in here.
     logging.getLogger("blockskip_hooks").setLevel(logging.ERROR)
-    with errors_in_one_line(SETTINGS_ERROR), tempfile.TemporaryDirectory(prefix="blockskip_plan_") as scratch:
+    with errors_in_one_line(SETTINGS_ERROR):
         check_args(args)
-        model, output, side = Path(scratch, "model"), Path(scratch, "output"), args.validation_resolution
-        name = write_preset(args.preset, model, {"height": side, "width": side} if side else None)
-        run = prepare(args, training_words(args, model, output))
-        dtype = planned_dtype(run.settings)
-        _, plan = make_plan(run, dtype, args.shared_by, args.device)
-        comparison = prepare_run(parse_args(training_words(args, model, output, plain=True)))
-        plain = _train(plan_run(replace(plan_request(comparison, dtype, 1, args.device), text_encoders=())))
+        if args.gpu is not None:
+            rank(args)
+            return
+        args.resolution = args.resolution or 512
+        with prepared(args, args.preset) as (name, run, plain, dtype):
+            _, plan = make_plan(run, dtype, args.shared_by, args.device)
     if args.json:
         print(json.dumps({**plan, "model": name, "plain_lora": plain}, indent=2))
         return

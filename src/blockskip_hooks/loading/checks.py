@@ -87,7 +87,8 @@ def check_lora_file(file: Path, transformer: torch.nn.Module, flag: str) -> None
             raise UserError(
                 f"{flag} is of another model: its LoRA of {name} takes {shape[1]} features, and this model {there}."
             )
-    if not layers and not any("lora" in name for name in found):
+    # LoKr is another form of it, which diffusers reads for some families.
+    if not layers and not any(kind in name for name in found for kind in ("lora", "lokr")):
         raise UserError(f"{flag} holds no LoRA.")
 
 

@@ -67,6 +67,19 @@ def test_slow_work_soon_has_a_line_with_its_rate_and_the_time_left(clock, capsys
     assert "1/1000" in line and "40.00s/step" in line and "11:06:00 left" in line
 
 
+def test_a_stage_that_goes_on_keeps_its_rate_and_time(clock, capsys):
+    """Stretches train in turn with their records; the line of the second is of both."""
+    progress = Progress()
+    for first in (0, 50):
+        with progress.stage("train", first, steps=100) as stage:
+            for _ in range(50):
+                clock.seconds += 3 if first else 1
+                stage.update()
+        clock.seconds += 500  # The next stretch's records.
+    last = lines(capsys)[-1]
+    assert "100/100" in last and "03:20 gone" in last and "2.00s/step" in last
+
+
 def test_times_left_never_grow_or_fall_below_zero_at_an_even_pace(clock, capsys):
     with contextlib.closing(progress_bar("train", 100, "step", initial=40)) as bar:
         for _ in range(60):

@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import io
 import json
+import re
 import sys
 from collections.abc import Iterator
 from importlib import util
@@ -114,7 +115,7 @@ def describe(module: str, classes: list[type], presets: list[str], figures: dict
             yield f"- Pipeline: `{pipeline}`"
     first: Any = classes[0]
     for file, settings in recipes.items():
-        if file.startswith(module.replace("_", "-")) or file.replace("-", "_").startswith(module):
+        if re.fullmatch(rf"{module}(_.*)?\.yaml", file.replace("-", "_")):
             yield (
                 f"- Recipe: [`{file}`](../configs/{file}), `{settings['pretrained_model_name_or_path']}` at "
                 f"{settings['resolution']} px"

@@ -8,8 +8,10 @@ import logging
 import re
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from tqdm import tqdm
 
 from blockskip_hooks.reporting.progress import Progress, set_log_level
 from blockskip_hooks.utils.monitor import StageMonitor
@@ -37,6 +39,18 @@ def on_terminal() -> Iterator[Terminal]:
 
 def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
     return capsys.readouterr().err.splitlines()
+
+
+def test_who_wants_no_bars_gets_no_lines(monkeypatch: pytest.MonkeyPatch, capsys):
+    """``TQDM_DISABLE`` reaches tqdm where it is imported, as this setting."""
+    monkeypatch.setattr("blockskip_hooks.utils.progress.LogLines.__init__", disabled)
+    with contextlib.closing(progress_bar("train", 2, "step")) as bar:
+        bar.update(2)
+    assert lines(capsys) == []
+
+
+def disabled(self: tqdm, **settings: Any) -> None:
+    tqdm.__init__(self, **settings, disable=True)
 
 
 @pytest.mark.parametrize("seconds", [0.5, 20.0])

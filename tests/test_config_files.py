@@ -122,6 +122,13 @@ def test_a_dump_is_read_as_the_same_run(write):
     assert read.given == typed.given | {"config"}
 
 
+def test_a_dump_of_nothing_but_defaults_is_read_as_such(write):
+    untouched = parse_args([])
+    text = dump_config(untouched, build_parser(), {})
+    assert all(line.startswith("#") or not line for line in text.splitlines())
+    assert plain(parse_args(["--config", write(text)])) == plain(untouched)
+
+
 def test_a_dump_is_complete_and_keeps_the_token_to_itself(write):
     typed = parse_args(["--rank", "8", "--hub_token", "Sesame0pen7"])
     text = dump_config(typed, build_parser(), {"resolution": 64})

@@ -287,7 +287,7 @@ def test_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.Mo
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
     assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
     printed = "".join(o.get("text", "") for c in notebook.cells if c.cell_type == "code" for o in c.outputs)
-    assert "architecture only" in printed and "embedded model" in printed and "skipped: " in printed
+    assert "architecture only" in printed and "embedded micro-FLUX" in printed and "skipped: " in printed
     pictures = [
         o for c in notebook.cells if c.cell_type == "code" for o in c.outputs if "image/png" in o.get("data", {})
     ]

@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -284,5 +285,23 @@ def test_trainer_loop_of_the_embedded_model(load, tmp_path: Path):
         pipeline.transformer, samples, BlockSkipConfig(leading=3, trailing=5), str(tmp_path)
     )
     assert losses[-1] < 0.95 * losses[0]
+    pipeline.transformer.unload_lora()
+    assert_restored(pipeline.transformer, before)
+
+
+def test_the_example_of_the_readme_runs_and_is_short(load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    section = (ROOT / "README.md").read_text().split("\n## As a library\n")[1].split("\n## ")[0]
+    (code,) = re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    lines = [line for line in code.splitlines() if line and not line.startswith(("import", "from"))]
+    assert len(lines) <= 12
+    samples = load("flux_samples")
+    pipeline = samples.load_pipeline()
+    names = {"transformer": pipeline.transformer, "samples": samples.make_samples(pipeline)}
+    before = copied(pipeline.transformer)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), names)
+    assert (tmp_path / "my-lora" / "pytorch_lora_weights.safetensors").is_file()
+    assert all(torch.isfinite(p).all() for p in pipeline.transformer.parameters())
+    assert any(p.abs().max() > 0 for n, p in pipeline.transformer.named_parameters() if "lora_B" in n)
     pipeline.transformer.unload_lora()
     assert_restored(pipeline.transformer, before)

@@ -8,8 +8,10 @@ import logging
 import re
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from tqdm import tqdm
 
 from blockskip_hooks.reporting.progress import Progress, set_log_level
 from blockskip_hooks.utils.monitor import StageMonitor
@@ -39,6 +41,18 @@ def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
     return capsys.readouterr().err.splitlines()
 
 
+def test_who_wants_no_bars_gets_no_lines(monkeypatch: pytest.MonkeyPatch, capsys):
+    """``TQDM_DISABLE`` reaches tqdm where it is imported, as this setting."""
+    monkeypatch.setattr("blockskip_hooks.utils.progress.LogLines.__init__", disabled)
+    with contextlib.closing(progress_bar("train", 2, "step")) as bar:
+        bar.update(2)
+    assert lines(capsys) == []
+
+
+def disabled(self: tqdm, **settings: Any) -> None:
+    tqdm.__init__(self, **settings, disable=True)
+
+
 @pytest.mark.parametrize("seconds", [0.5, 20.0])
 def test_a_log_gets_about_ten_lines(seconds: float, clock, capsys):
     with contextlib.closing(progress_bar("train", 1000, "step")) as bar:
@@ -65,6 +79,19 @@ def test_slow_work_soon_has_a_line_with_its_rate_and_the_time_left(clock, capsys
         bar.update()
     (line,) = lines(capsys)
     assert "1/1000" in line and "40.00s/step" in line and "11:06:00 left" in line
+
+
+def test_a_stage_that_goes_on_keeps_its_rate_and_time(clock, capsys):
+    """Stretches train in turn with their records; the line of the second is of both."""
+    progress = Progress()
+    for first in (0, 50):
+        with progress.stage("train", first, steps=100) as stage:
+            for _ in range(50):
+                clock.seconds += 3 if first else 1
+                stage.update()
+        clock.seconds += 500  # The next stretch's records.
+    last = lines(capsys)[-1]
+    assert "100/100" in last and "03:20 gone" in last and "2.00s/step" in last
 
 
 def test_times_left_never_grow_or_fall_below_zero_at_an_even_pace(clock, capsys):

@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import io
 import json
+import re
 import sys
 from collections.abc import Iterator
 from importlib import util
@@ -109,16 +110,14 @@ def describe(module: str, classes: list[type], presets: list[str], figures: dict
     yield f"## {' and '.join(dict.fromkeys(cls.name for cls in classes))}"  # type: ignore[attr-defined]
     yield ""
     recipes = {path.name: yaml.safe_load(path.read_text()) for path in sorted((ROOT / "configs").glob("*.yaml"))}
-    for pipeline, cls in FAMILIES.items():
-        if cls in classes:
-            yield f"- Pipeline: `{pipeline}`"
+    yield f"- Pipeline: {quoted(pipeline for pipeline, cls in FAMILIES.items() if cls in classes)}"
     first: Any = classes[0]
+    of_model: dict[str, list[str]] = {}
     for file, settings in recipes.items():
-        if file.startswith(module.replace("_", "-")) or file.replace("-", "_").startswith(module):
-            yield (
-                f"- Recipe: [`{file}`](../configs/{file}), `{settings['pretrained_model_name_or_path']}` at "
-                f"{settings['resolution']} px"
-            )
+        if re.fullmatch(rf"{module}(_.*)?\.yaml", file.replace("-", "_")):
+            model, side = settings["pretrained_model_name_or_path"], settings["resolution"]
+            of_model.setdefault(f"`{model}`", []).append(f"[`{file}`](../configs/{file}) at {side} px")
+    yield from (f"- Recipes of {model}: {', '.join(files)}" for model, files in of_model.items())
     yield f"- LoRA in: {quoted(first.lora_layers)}"
     encoders = quoted(first.trained_text_components)
     yield f"- `--train_text_encoder`: {encoders or 'refused'}"

@@ -55,7 +55,7 @@ def help_text() -> str:
             "",
             *lines,
             "",
-            "Each takes --help. Several GPUs: accelerate launch, see docs/choosing_settings.md.",
+            "Each takes --help. Several GPUs: accelerate launch, see docs/files.md.",
         ]
     )
 

@@ -34,7 +34,7 @@ class Sana(Family):
             {
                 "type": str,
                 "default": None,
-                "help": "Instruction put before every prompt but the empty one, also in validation; default: none.",
+                "help": "Instruction put before every prompt but the empty one, in images too; default: none.",
             },
         ),
     )

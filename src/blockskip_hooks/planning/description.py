@@ -84,8 +84,11 @@ def format_plan(
         most = -(-records["bytes"] // max(records["stretches"], 1))
         at_once = "" if records["stretches"] <= 1 else f" of {format_bytes(most)}"
         size = format_bytes(records["bytes"])
-        rest = f"; the rest into {folder}" if folder else ""
-        lines.append(f"Disk     {records['records']} records, {size} in {stretches}{at_once}{rest}")
+        if folder:
+            at_once = "" if records["stretches"] <= 1 else f", {format_bytes(most)} at a time"
+            lines.append(f"Writes   into {folder}; {size} of records{at_once}")
+        else:
+            lines.append(f"Disk     {records['records']} records, {size} in {stretches}{at_once}")
     elif folder:
         lines.append(f"Writes   into {folder}")
     if fits["ok"] is not None:

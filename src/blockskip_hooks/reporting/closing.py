@@ -81,8 +81,13 @@ def _alike(run: Run, photos: Sequence[Image.Image], before: Images, after: Image
         return ["Measure  blockskip evaluate compares images with your photos (--help)"]
     encoder = SubjectImageEncoder()
     embedded = encoder.embed(photos)
-    means = [
+    before_training, after_training = (
         float(subject_fidelity(encoder.embed(list(itertools.chain(*images))), embedded).mean())
         for images in (before, after)
+    )
+    # No image can be expected to be more like the photos than they are like each other.
+    pairs = len(photos) * (len(photos) - 1)
+    most = f", of photos {float((embedded @ embedded.T).sum() - len(photos)) / pairs:.2f}" if pairs else ""
+    return [
+        f"Alike    {before_training:.2f} before and {after_training:.2f} after: similarity of images and photos{most}"
     ]
-    return [f"Alike    {means[0]:.2f} before and {means[1]:.2f} after: similarity of images and photos, 1 is the same"]

@@ -56,6 +56,8 @@ class Progress(RunProgress):
     def __init__(self, monitor: StageMonitor | None = None, *, shown: bool = True) -> None:
         self.monitor, self.shown = monitor or StageMonitor(), shown
         self.losses: deque[float] = deque(maxlen=AVERAGED)
+        # Where each stage first began, and the seconds that it has taken: a stage that goes on later keeps its rate.
+        self.before: dict[tuple[str, str], tuple[int, float]] = {}
 
     @contextlib.contextmanager
     def stage(self, name: str, done: int = 0, **pieces: int) -> Iterator[StageBar]:
@@ -76,7 +78,7 @@ class StageBar(StageProgress):
     def begin(self, kind: str) -> None:
         if kind != self._kind:
             self._bar.leave = False
-            self._bar.close()
+            self._end()
             self._open(kind)
 
     def update(self, count: int = 1, *, loss: float | None = None) -> None:
@@ -97,6 +99,12 @@ class StageBar(StageProgress):
     def close(self) -> None:
         """End the bar; on a terminal it stays only if all pieces are done, as the stage goes on later otherwise."""
         self._bar.leave = self._bar.n >= self._pieces[self._kind]
+        self._end()
+
+    def _end(self) -> None:
+        if not self._bar.disable:
+            taken = self._bar.format_dict["elapsed"]
+            self._progress.before[self._name, self._kind] = self._bar.initial, taken
         self._bar.close()
 
     def _open(self, kind: str) -> None:
@@ -108,3 +116,6 @@ class StageBar(StageProgress):
             initial=self._done,
             shown=self._progress.shown,
         )
+        if self._done and not self._bar.disable:
+            first, taken = self._progress.before.get((self._name, kind), (self._done, 0.0))
+            self._bar.initial, self._bar.start_t = first, self._bar.start_t - taken

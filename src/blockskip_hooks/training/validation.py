@@ -130,7 +130,7 @@ class Validation:
         sharded, accelerator = self._model.is_sharded, context.accelerator
         others = 1 if sharded else accelerator.num_processes
         at_once = self._images_at_once or len(self._seeds)
-        name = f"validate ({'LoRA' if with_adapters else 'base model'})"
+        name = f"validate ({'LoRA, after' if with_adapters else 'base model, before'})"
         with (
             context.stop.held() if sharded else contextlib.nullcontext(),
             context.monitor.stage("validate"),

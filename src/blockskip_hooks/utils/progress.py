@@ -68,6 +68,8 @@ class LogLines(tqdm):
 
     def update(self, n: int = 1) -> None:
         """Count ``n`` more pieces, and print a line if one is due."""
+        if self.disable:  # by TQDM_DISABLE
+            return
         before, self.n = self.n, self.n + n
         silent, is_first = self._time() - self.last_print_t, self.last_print_t == self.start_t
         if (

@@ -232,6 +232,31 @@ def test_plan_has_the_schema(skipping_plan: dict[str, Any]) -> None:
     assert plan["fits"] == {"budget_bytes": 1, "ok": False, "reason": None}
 
 
+def test_what_is_needed_of_a_gpu_is_reserved_bytes_and_the_context(preset: Preset) -> None:
+    plans = {device: plan_run(request_for(preset, 2, 1, device=device)) for device in ("cuda", "mps", "cpu")}
+    for device, plan in plans.items():
+        assert plan["device"] == device and (plan["context_bytes"] > 0) == (device == "cuda")
+        for s in plan["stages"]:
+            assert s["needed_bytes"] == s["peak_reserved_bytes"] + plan["context_bytes"]
+            assert (s["peak_reserved_bytes"] > s["peak_device_bytes"]) == (device == "cuda")
+        assert ("reserved" in format_plan(plan)) == (device == "cuda")
+    # The scores of attention are kept where no kernel does without them.
+    assert stage(plans["mps"], "train")["activation_bytes"] > stage(plans["cuda"], "train")["activation_bytes"]
+
+
+def test_text_encoders_that_train_are_part_of_every_stage(preset: Preset) -> None:
+    folder = TINY_FAMILIES[0].folder
+    encoders = FAMILIES["FluxPipeline"](folder).text_encoder_configs()
+    trained = {name: encoders[name] for name in preset.family.trained_text_components}
+    plain = plan_run(request_for(preset, 1, 1, validation_resolution=32, device="cuda"))
+    along = plan_run(request_for(preset, 1, 1, validation_resolution=32, device="cuda", trained_encoders=trained))
+    for name in ("precompute", "train", "validate"):
+        more = {key: stage(along, name)[key] - stage(plain, name)[key] for key in stage(plain, name) if "bytes" in key}
+        assert more["parameter_bytes"] > 0 and more["lora_optimizer_bytes"] > 0, name
+    # What the encoder keeps for backward, and the modulation layers, whose input has a gradient now.
+    assert stage(along, "train")["activation_bytes"] > stage(plain, "train")["activation_bytes"]
+
+
 def test_records_on_disk(preset: Preset, skipping_plan: dict[str, Any]) -> None:
     # 16 px sides of latents, 64 image tokens of width 32, 5 text tokens after the leading span, float32.
     latents, image, text = 4 * 4 * 16 * 16, 4 * 32 * 64, 4 * 32 * TEXT_TOKENS

@@ -28,7 +28,7 @@ def save(tiny, folder, alpha, dtype=None):
 
 def read_back(tiny, folder):
     """What diffusers' loader of the family makes of the file: tensors, and alphas where it keeps them apart."""
-    kwargs = {"return_alphas": True} if tiny.family.name == "flux" else {}
+    kwargs = {"return_alphas": True} if tiny.family.name in ("flux", "flux-kontext") else {}
     found = tiny.family.pipeline_class.lora_state_dict(str(folder), weight_name=COMFYUI_NAME, **kwargs)
     return found if kwargs else (found, {})
 

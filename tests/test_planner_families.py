@@ -7,6 +7,7 @@ import torch
 
 from blockskip_hooks.blocks import modulation_layers
 from blockskip_hooks.config import BlockSkipConfig, PatchSamplingConfig
+from blockskip_hooks.families.facts import CONDITION_FLAGS
 from blockskip_hooks.loading.component_config import load_config
 from blockskip_hooks.lora import add_lora, lora_targets
 from blockskip_hooks.losses import flow_matching_loss
@@ -48,8 +49,12 @@ def live_peak(tiny: TinyFamily, request: PlanRequest) -> int:
         timesteps = family.scheduler.timesteps[torch.arange(batch_size)]
         embeds = family.collate_embeds([prompt] * batch_size)
         inputs = family.transformer_inputs(request.transformer_config, noisy, timesteps, embeds)
+        condition = None
+        if request.has_condition:
+            condition, tokens = torch.randn_like(noisy), inputs["hidden_states"].shape[1]
+            inputs = {**family.with_condition(inputs, condition), "condition_tokens": tokens}
         # The trainer's batch keeps the embeddings beside what the family made of them.
-        return latents, noise, noisy, sigmas, {**inputs, "kept": embeds}
+        return latents, noise, noisy, sigmas, {**inputs, "kept": (embeds, condition)}
 
     first = batch()[-1]
     first.pop("kept")
@@ -89,6 +94,7 @@ def live_peak(tiny: TinyFamily, request: PlanRequest) -> int:
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.fast_for("flux-dev", "sana")
 def test_training_peak_is_that_of_live_tensors(tiny: TinyFamily, setting: str):
+    """Families that take condition images have one wherever blocks are skipped."""
     leading, trailing, checkpointing = SETTINGS[setting]
     # One block is kept.
     trailing = min(trailing, tiny.num_blocks - leading - 1)
@@ -110,6 +116,7 @@ def test_training_peak_is_that_of_live_tensors(tiny: TinyFamily, setting: str):
         text_tokens=tiny.text_tokens,
         weight_dtype=torch.float32,
         gradient_checkpointing=checkpointing,
+        has_condition=config.num_skipped > 0 and CONDITION_FLAGS[0] in family.own_flags,
         cache_latents=True,
         num_samples=8,
     )

@@ -49,15 +49,19 @@ class Flag:
 
 
 CONDITION_FLAGS = (
-    Flag("cond_image_column", {"help": "Column of --dataset_name with the condition images, for image to image."}),
+    Flag("cond_image_column", {"help": "Column of --dataset_name with the condition images; default: no pairs."}),
     Flag(
         "cond_data_dir",
         {
             "type": expand_home,
-            "help": "Folder of the condition images of --instance_data_dir: x_cond.png or, in another folder, x.png.",
+            "help": "Folder of the condition images of --instance_data_dir: x_cond.png or, in another folder, x.png; "
+            "default: no pairs.",
         },
     ),
-    Flag("validation_image", {"type": expand_home, "help": "Condition image of the validation pictures."}),
+    Flag(
+        "validation_image",
+        {"type": expand_home, "help": "Condition image of the validation pictures; with pairs, no default."},
+    ),
 )
 """Flags of families whose pipelines take condition images; see :meth:`~.base.Family.with_condition`."""
 

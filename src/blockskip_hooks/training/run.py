@@ -167,18 +167,16 @@ class Run:
     @property
     def image_kwargs(self) -> dict[str, Any]:
         """Arguments of the pipeline call that makes validation images."""
-        image = self.validation_image
-        return self._sized_kwargs | ({} if image is None else {"image": within(image, self.image_size**2)})
-
-    @property
-    def _sized_kwargs(self) -> dict[str, Any]:
         side = self.settings.validation_resolution
-        return self.pipeline_kwargs | ({} if side is None else self.family.image_arguments(side))
+        kwargs = self.pipeline_kwargs | ({} if side is None else self.family.image_arguments(side))
+        if self.validation_image is None:
+            return kwargs
+        return kwargs | {"image": within(self.validation_image, kwargs.get("height", self.family.image_size) ** 2)}
 
     @property
     def image_size(self) -> int:
         """Height in pixels of validation images."""
-        return self._sized_kwargs.get("height", self.family.image_size)
+        return self.image_kwargs.get("height", self.family.image_size)
 
     @property
     def class_image_size(self) -> int:

@@ -134,7 +134,8 @@ def test_what_crosses_for_a_record(do: Do) -> None:
     ran = do("plain")
     crossed, written = ran.traffic["precompute"], ran.report["residuals"]["bytes"]
     assert ran.report["residuals"]["records"] == RECORDS
-    batches = RECORDS // next(s["batch_size"] for s in ran.plan["stages"] if s["name"] == "precompute")
+    size = next(stage["batch_size"] for stage in ran.plan["stages"] if stage["name"] == "precompute")
+    batches = -(-RECORDS // size)
     # To the host: latents of all samples, then the records, which hold them again.
     assert crossed["to_host"] <= 1.1 * written
     # A wait for the latents of a batch, and one for each tensor of its records.

@@ -120,7 +120,7 @@ def run(standin: Path, shared: Path, once: Any) -> Callable[[str, Job], Ran]:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
         environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HOME": str(shared / "hf-home")}
         done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=600, cwd=shared, errors="replace"
+            command, env=environment, capture_output=True, text=True, timeout=3000, cwd=shared, errors="replace"
         )
         found = json.loads(report.read_text()) if report.exists() else {"left_bytes": -1}
         return Ran(output, done.returncode, done.stdout + done.stderr, **found)

@@ -20,7 +20,7 @@ def test_the_gpu_check_measures_plans_and_a_resumed_run(standin: Path, tmp_path:
     command += ["--runner", "tests.accelerator.run", "--json", str(figures), "--only", *settings]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf-home")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3000)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(figures.read_text())
     assert found["schema"] == 1 and found["benchmark"] == "gpu_check"

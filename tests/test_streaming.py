@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -17,7 +18,13 @@ from safetensors.torch import save_file
 from blockskip_hooks import BlockSkipConfig, DiTBlockSkipTransformer
 from blockskip_hooks.loading import checkpoint_index, streaming
 from blockskip_hooks.loading.checkpoint_index import CheckpointWeights
+from blockskip_hooks.loading.quantization import QuantizationConfig, move_weight, quantize_layer
+from blockskip_hooks.loading.streaming import frozen_weights_on_host
+from blockskip_hooks.residuals import precompute
+from blockskip_hooks.residuals.precompute import _halving
 from blockskip_hooks.state import SkipMode
+from blockskip_hooks.utils.machine import cache_bytes
+from tests import script
 from tests.tiny import TINY_FAMILIES
 
 
@@ -243,3 +250,82 @@ def test_tensors_are_read_in_the_dtype_that_is_wanted(tmp_path: Path):
     with pytest.raises(OSError, match="ended while it was read"):
         for name in (weights := CheckpointWeights(index, {n: t.dtype for n, t in stored.items()}, "a.")):
             weights.read(name, torch.empty_like(stored[f"a.{name}"]))
+
+
+def test_memory_that_runs_out_halves_the_batch():
+    sizes: list[int] = []
+
+    def work(size: int) -> str:
+        sizes.append(size)
+        if size > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return "done"
+
+    assert _halving(work, 13) == "done" and sizes == [13, 6, 3]
+    with pytest.raises(RuntimeError, match="reached zero"):
+        _halving(lambda size: work(8), 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("largest", [None, 2])
+def test_the_script_makes_the_same_records_in_step(
+    model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, largest: int | None
+):
+    """Also where memory runs out: then with half the batch, one at a time, to the weights of such a run."""
+    flags = ("--skip_blocks", "1,1", "--skip_final_inference", "--max_train_steps", "4", "--no-refresh_residuals")
+    reads, capture = Reads(monkeypatch), precompute.capture
+
+    def train(name: str, in_step: int, size: int, *more: str) -> tuple[Path, int]:
+        monkeypatch.setattr(script.load_script(), "planned_together", lambda plan, stage: in_step)
+        reads.clear()
+        words = (*flags, "--precompute_batch_size", str(size), *more)
+        return script.train(model, photos, tmp_path / name, *words), len(reads)
+
+    alone, most = train("alone", 1, largest or 4)
+    if largest is not None:
+
+        def limited(of: Any, maker: Any, batch: Any) -> Any:
+            if len(batch.samples) > largest:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return capture(of, maker, batch)
+
+        monkeypatch.setattr(precompute, "capture", limited)
+    in_step, fewest = train("in step", 4, 4, "--stream_cache", "1GiB" if largest else "none")
+    assert fewest < most
+    script.assert_same_weights(in_step, alone)
+
+
+def test_the_cache_is_half_of_the_free_memory_beside_an_accelerator(monkeypatch: pytest.MonkeyPatch):
+    free = psutil.virtual_memory().available
+    assert cache_bytes("auto", torch.device("cpu")) == cache_bytes("none", torch.device("cuda")) == 0
+    assert cache_bytes(10**9, torch.device("cpu")) == 10**9
+    assert 0.3 * free < cache_bytes("auto", torch.device("cuda")) < 0.7 * free
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert 0.15 * free < cache_bytes("auto", torch.device("cuda")) < 0.35 * free
+
+
+def test_all_of_a_quantised_weight_moves():
+    """torchao's inner tensors, and what bitsandbytes keeps beside the weight; seen on the meta device."""
+    layers = {
+        config: quantize_layer(torch.nn.Linear(64, 64), config, "cpu")
+        for config in (
+            QuantizationConfig(library="torchao", bits=8),
+            QuantizationConfig(library="bitsandbytes", bits=4, double_quant=True),
+            QuantizationConfig(library="bitsandbytes", bits=8),
+        )
+    }
+    torchao, four, eight = (layer.weight for layer in layers.values())
+    before = torchao.qdata
+    move_weight(torchao, "meta")
+    assert {getattr(torchao, part).device.type for part in torchao.__tensor_flatten__()[0]} == {"meta"}
+    assert before.device.type == "cpu"
+    moved: list[torch.device] = []
+    four.quant_state.to = moved.append
+    with frozen_weights_on_host(list(layers.values())[1]):
+        assert moved == [torch.device("cpu")]
+    assert len(moved) == 2
+    layer: Any = list(layers.values())[2]
+    layer(torch.randn(2, 64))
+    with frozen_weights_on_host(layer):
+        # One copy, to which both refer.
+        assert layer.state.CB.data_ptr() == eight.data.data_ptr()

@@ -100,6 +100,7 @@ def plan_request(run: Run, dtype: torch.dtype, num_processes: int, device: Devic
         class_images=settings.num_class_images,
         class_resolution=run.class_image_size,
         validation_extra_bytes=_weights_bytes(family, dtype),
+        memory_budget_bytes=settings.memory_budget,
         bytes_elsewhere=run.bytes_elsewhere(dtype, num_processes),
         selection=run.selection,
     )

@@ -30,7 +30,8 @@ from .usage import Usage
 
 SCHEMA = 1
 LARGEST_PRECOMPUTE_BATCH = 64
-# Forwards in step whose hidden states wait while one of them runs, and what they may take beyond a training step.
+# Samples whose forwards go in step, at most, and what their hidden states may take beyond the larger one of a training
+# step and one such forward, where no budget is given.
 MOST_IN_STEP = 64
 SLACK = 0.05
 # A shard's header names each tensor of a record, the manifest each photo; beside real records this is nothing.
@@ -143,9 +144,10 @@ class PlanRequest:
 
     def limit(self, training: int, alone: int) -> int:
         """Live bytes that forwards in step may take, from those of a training step and of one such forward."""
+        if self.memory_budget_bytes is None:
+            return int((1 + SLACK) * max(training, alone))
         # A budget is also for the context, and for gaps that the allocator leaves.
-        room = (self.memory_budget_bytes or 0) - (CONTEXT_BYTES if self.device == "cuda" else 0)
-        return max(int((1 - SLACK) * room), int((1 + SLACK) * training), alone)
+        return int((1 - SLACK) * (self.memory_budget_bytes - (CONTEXT_BYTES if self.device == "cuda" else 0)))
 
     @property
     def stores_residuals(self) -> bool:

@@ -314,7 +314,7 @@ def test_format_plan_shows_blocks_and_says_simulated(skipping_plan: dict[str, An
     text = format_plan(skipping_plan, model="tiny", outputs={"LoRA": "out/pytorch_lora_weights.safetensors"})
     assert "□□■■□" in text
     assert "does not fit" in text
-    assert "simulated" in text
+    assert text.lower().count("simulated") == 1
     assert "out/pytorch_lora_weights.safetensors" in text
 
 
@@ -375,7 +375,7 @@ def test_script(as_json: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         assert plan["plain_lora"]["peak_device_bytes"] > stage(plan, "train")["peak_device_bytes"]
     else:
         assert script.main(command) == 0
-        assert "plain LoRA at 64 px, simulated" in capsys.readouterr().out
+        assert "plain LoRA at 64 px: " in capsys.readouterr().out
 
 
 def test_a_preset_is_planned_as_the_training_script_plans_it(

@@ -199,11 +199,7 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
                 none at all in training mode with gradients; if a skipped block has LoRA that trains; if the
                 placeholders were removed.
         """
-        if not isinstance(residuals, SpanResiduals | None):
-            raise UserError(
-                f"`residuals=` is a {type(residuals).__name__}; give what capture_residuals returned, and for records "
-                "of several samples SpanResiduals.cat(records)."
-            )
+        _check_type(residuals)
         whole = residuals is None and self.skip_state.config.residuals != "none"
         skips = self.skip_state._attached and bool(self.spans.skipped or self.recorded_layers)
         if whole and skips and self.training and torch.is_grad_enabled():
@@ -256,12 +252,8 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
         return capture.residuals
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As of any module, with the wrapped model's names behind ``transformer.``.
-
-        Raises:
-            ValueError: if the weights of skipped blocks are not in memory.
-        """
-        self._check_weights()
+        """As of any module; a ``ValueError`` if the weights of skipped blocks are not in memory."""
+        _check_weights(self.transformer)
         return super().state_dict(*args, **kwargs)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
@@ -270,15 +262,8 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
         Raises:
             ValueError: if the weights of skipped blocks are not in memory.
         """
-        self._check_weights()
+        _check_weights(self.transformer)
         self.transformer.save_pretrained(*args, **kwargs)
-
-    def _check_weights(self) -> None:
-        if absent := sorted({n.rpartition(".")[0] for n, p in self.transformer.named_parameters() if p.is_meta}):
-            raise UserError(
-                f"The weights of skipped blocks are not in memory ({absent[0]}, say), so the whole model cannot be "
-                "saved; save the LoRA by `.transformer.save_lora_adapter(folder)`: the other weights are as they were."
-            )
 
     def on_host(self) -> AbstractContextManager[None]:
         """Within this context what is resident of the frozen weights is in host memory; nothing may run.
@@ -349,3 +334,19 @@ def _streamed_modules(
     # In the model's order, which is about the one that they run in.
     names = {block.name for block in spans.skipped} | set(recorded_layers)
     return {name: module for name, module in modules.items() if name in names}
+
+
+def _check_type(residuals: Any) -> None:
+    if not isinstance(residuals, SpanResiduals | None):
+        raise UserError(
+            f"`residuals=` is a {type(residuals).__name__}; give what capture_residuals returned, and for records of "
+            "several samples SpanResiduals.cat(records)."
+        )
+
+
+def _check_weights(transformer: torch.nn.Module) -> None:
+    if absent := sorted({name.rpartition(".")[0] for name, p in transformer.named_parameters() if p.is_meta}):
+        raise UserError(
+            f"The weights of skipped blocks are not in memory ({absent[0]}, say), so the whole model cannot be saved; "
+            "save the LoRA by `.transformer.save_lora_adapter(folder)`: the other weights are as they were."
+        )

@@ -90,8 +90,8 @@ def package_lines() -> list[str]:
         same = re.match(rf"{re.escape(tested)}(\.|$|\+)", here)
         lines.append(f"{name:<15} {here:<12} {'as tested' if same else f'tested with {tested}'}")
     for name, use in OPTIONAL.items():
-        version = _version(name)
-        lines.append(f"{name:<15} {version or 'missing':<12} for {use}" + ("" if version else f": pip install {name}"))
+        found = _version(name)
+        lines.append(f"{name:<15} {found or 'missing':<12} for {use}" + ("" if found else f": pip install {name}"))
     return lines
 
 

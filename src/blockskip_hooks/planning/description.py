@@ -79,18 +79,7 @@ def format_plan(
         lines.append("         Large text encoders are read layer by layer, once per prompt.")
     if any(stage.get("vae_tiled") for stage in plan["stages"]):
         lines.append("         The VAE decodes images in tiles, blended where they meet.")
-    if records["records"]:
-        stretches = f"{records['stretches']} stretch" + ("es" if records["stretches"] != 1 else "")
-        most = -(-records["bytes"] // max(records["stretches"], 1))
-        at_once = "" if records["stretches"] <= 1 else f" of {format_bytes(most)}"
-        size = format_bytes(records["bytes"])
-        if folder:
-            at_once = "" if records["stretches"] <= 1 else f", {format_bytes(most)} at a time"
-            lines.append(f"Writes   into {folder}; {size} of records{at_once}")
-        else:
-            lines.append(f"Disk     {records['records']} records, {size} in {stretches}{at_once}")
-    elif folder:
-        lines.append(f"Writes   into {folder}")
+    lines += _disk(records, folder)
     if fits["ok"] is not None:
         verdict = "fits" if fits["ok"] else "does not fit"
         lines.append(f"Budget   {verdict} in {format_bytes(fits['budget_bytes'])}")
@@ -107,3 +96,15 @@ def _on_top(plan: Mapping[str, Any]) -> str | None:
         return None
     most = max(stage["needed_bytes"] for stage in plan["stages"])
     return f"{format_bytes(most)} must be free, with a context of {format_bytes(plan['context_bytes'])}"
+
+
+def _disk(records: Mapping[str, Any], folder: str | None) -> list[str]:
+    """What the records take, and where a run writes."""
+    if not records["records"]:
+        return [] if folder is None else [f"Writes   into {folder}"]
+    size, stretches = format_bytes(records["bytes"]), records["stretches"]
+    most = format_bytes(-(-records["bytes"] // max(stretches, 1)))
+    if folder is not None:
+        return [f"Writes   into {folder}; {size} of records" + (f", {most} at a time" if stretches > 1 else "")]
+    parts = f"{stretches} stretches of {most}" if stretches > 1 else "1 stretch"
+    return [f"Disk     {records['records']} records, {size} in {parts}"]

@@ -69,7 +69,7 @@ def simulate_text_encoder(
     Args:
         config: Its config, with ``model_type`` and ``architectures``.
         batch_size: Prompts at a time.
-        text_tokens: Tokens of a prompt; an encoder with fewer positions gets as many as it has.
+        text_tokens: Tokens of a prompt; an encoder that learnt its positions, such as CLIP's, gets as many as it has.
         dtype: Dtype of its weights.
         streamed: Whether its layers have weights only while they run, and large tables none on the device.
         device: Whose rules it computes by.
@@ -79,6 +79,9 @@ def simulate_text_encoder(
     """
     encoder = empty_text_encoder(config, dtype)
     tokens = min(text_tokens, getattr(encoder.config, "max_position_embeddings", text_tokens))
+    if any(name.endswith("position_embedding") for name, _ in encoder.named_modules()):
+        # Pipelines fill prompts up to its length, whatever a prompt may have.
+        tokens = encoder.config.max_position_embeddings
     tables = [encoder.get_submodule(name) for name in large_tables(encoder)] if streamed else []
     stacks = layer_stacks(encoder)
     depth = shorten(

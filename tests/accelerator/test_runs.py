@@ -29,7 +29,7 @@ WITHOUT_IMAGES = f"{SKIP} --no-refresh_residuals --checkpointing_steps 1"
 WITH_IMAGES = WITHOUT_IMAGES.replace(" --skip_final_inference", "")
 # The wide model, whose activations outweigh what is rounded.
 FLUX = (
-    "--pretrained_model_name_or_path {flux}/model --instance_data_dir {flux}/photos --instance_prompt dog --rank 16 "
+    "--pretrained_model_name_or_path {wide}/model --instance_data_dir {wide}/photos --instance_prompt dog --rank 16 "
     "--resolution 512 --max_sequence_length 64 --mixed_precision bf16 --train_batch_size 1 --max_train_steps 2 "
     "--seed 0 --report_to none"
 )
@@ -79,7 +79,7 @@ def do(run: Run, once: Any, shared: Path) -> Do:
 
     def by_name(name: str) -> Ran:
         if "flux" in name:
-            once("flux", save_flux)
+            once("wide", save_flux)
         if name == "evaluation":
             run("plain", TRAINED["plain"])
             (shared / "prompts.txt").write_text("a photo of {}\n")

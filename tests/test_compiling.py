@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,6 +73,26 @@ def test_steps_with_other_records_compile_nothing_and_change_nothing(records_mod
     after = counters["stats"]["unique_graphs"]
     step(1)
     assert counters["stats"]["unique_graphs"] == after
+
+
+@pytest.mark.slow
+def test_a_run_of_the_script_is_the_same_compiled(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Precompute, steps, a resumed run and images; without code generation, whose last bits would differ."""
+    flags = ("--skip_blocks", "1,2", "--checkpointing_steps", "2", "--validation_prompt", "a dog")
+    flags += ("--num_validation_images", "1", "--gradient_checkpointing")
+    plain = script.train(model, photos, tmp_path / "plain", *flags)
+    without_code = functools.partial(compile_kept_blocks, backend="eager")
+    monkeypatch.setattr(script.load_script(), "compile_kept_blocks", without_code)
+    compiled = script.train(model, photos, tmp_path / "compiled", *flags, "--compile")
+    assert "Compiling 2 kept blocks for cpu" in capsys.readouterr().out
+    assert counters["stats"]["unique_graphs"] > 0
+    assert script.losses(compiled) == script.losses(plain)
+    script.assert_same_weights(compiled, plain)
+    script.train(model, photos, compiled, *flags, "--compile", "--resume_from_checkpoint", "checkpoint-2")
+    assert script.losses(compiled) == script.losses(plain)
+    script.assert_same_weights(compiled, plain)
 
 
 def test_what_compiling_lacks_or_cannot_do_is_one_line(

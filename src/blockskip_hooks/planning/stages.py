@@ -190,6 +190,7 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
         of_all = request.validation_prompts
         stages.append(_make_images("validate", request, fake, vae, wanted, of_all, side, states))
 
+    _send_ahead(request, stages, fake.largest_streamed_bytes, train.peak_bytes)
     largest = max(stage["peak_device_bytes"] for stage in stages)
     budget, config = request.memory_budget_bytes, request.config
     selection = request.selection or Selection(fake.num_blocks, config.leading, config.trailing, "flag")
@@ -395,6 +396,18 @@ def _precompute_batch(
                 return chosen
         batch_size //= 2
     return best
+
+
+def _send_ahead(request: PlanRequest, stages: list[dict[str, Any]], block_bytes: int, training: int) -> None:
+    """Let stages that stream hold a second block, if that fits beside the forwards in step in all of them."""
+    streaming = [stage for stage in stages if "together" in stage]
+    largest = max((stage["peak_device_bytes"] for stage in streaming), default=0)
+    fits = block_bytes and streaming and largest + block_bytes <= request.limit(training, training)
+    for stage in streaming:
+        stage["sends_ahead"] = bool(fits)
+        if fits:
+            stage["peak_device_bytes"] += block_bytes
+            stage["parameter_bytes"] += block_bytes
 
 
 def _encode_text(request: PlanRequest, training_peak: int) -> tuple[Usage, bool]:

@@ -35,7 +35,7 @@ from blockskip_hooks.families.prompts import TrainedText, check_embeds, encode_p
 from blockskip_hooks.loading.quantization import check_device
 from blockskip_hooks.lora import add_lora
 from blockskip_hooks.losses import combine_losses, flow_matching_loss
-from blockskip_hooks.planning.plan import planned_batch_size, planned_together, planned_vae, streams_text
+from blockskip_hooks.planning.plan import planned_batch_size, planned_together, planned_vae, sends_ahead, streams_text
 from blockskip_hooks.reporting.closing import closing_words, open_page
 from blockskip_hooks.reporting.hub import open_repository, push_to_hub
 from blockskip_hooks.reporting.outputs import RunOutputs, lora_size
@@ -201,7 +201,7 @@ def train(run: Run, context: Context, plan: Plan, checkpoint: Path | None, stret
 
     # The kept blocks of the transformer, LoRA on them, optimiser and schedule.
     with monitor.stage("load"):
-        learner = make_learner(run, accelerator, text, num_steps)
+        learner = make_learner(run, accelerator, text, num_steps, sends_ahead(plan))
         model, adapters = learner.model, learner.adapters
         records = RecordSource(run, context, maker, model, adapters, store, stretches)
     accelerator.print(f"Training {describe_trainable(model, run.targets)}.")
@@ -265,14 +265,15 @@ def load_data(run: Run, context: Context, streamed: bool) -> Data:
     return maker, text, store
 
 
-def make_learner(run: Run, accelerator: Accelerator, text: TrainedText | None, num_steps: int) -> Learner:
+def make_learner(
+    run: Run, accelerator: Accelerator, text: TrainedText | None, num_steps: int, sends_ahead: bool = False
+) -> Learner:
     """Load the transformer, add LoRA, and prepare what trains it."""
     settings, family = run.settings, run.family
 
     # The weights of skipped blocks stay in the checkpoint.
-    model = DiTBlockSkipTransformer.from_pretrained(
-        family.model_path, run.config, **run.model_options(weight_dtype(accelerator), accelerator.device, shard)
-    )
+    options = run.model_options(weight_dtype(accelerator), accelerator.device, shard)
+    model = DiTBlockSkipTransformer.from_pretrained(family.model_path, run.config, **options, sends_ahead=sends_ahead)
     if settings.enable_npu_flash_attention:
         model.transformer.set_attention_backend("_native_npu")
 

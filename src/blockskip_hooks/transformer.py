@@ -110,6 +110,7 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
         quantization: QuantizationConfig | None = None,
         shard: Callable[[torch.nn.Module, torch.device | str], None] | None = None,
         stream_cache: int = 0,
+        sends_ahead: bool = False,
     ) -> DiTBlockSkipTransformer:
         """Load the kept blocks only; skipped blocks are read from the checkpoint when the whole model runs.
 
@@ -133,6 +134,7 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
                 :func:`~blockskip_hooks.training.sharding.shard`; called for every kept block and then for the model.
                 ``None`` keeps them whole. Not for quantised layers.
             stream_cache: Bytes of host memory in which skipped blocks stay once they have been read.
+            sends_ahead: Whether an accelerator gets the next skipped block while one runs, so that it holds two.
 
         Raises:
             ValueError: if the model is not there, or weights are missing, have other shapes than the config says, or
@@ -155,7 +157,7 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
             quantization=quantization,
             shard=shard,
         )
-        streamer = Streamer(device, stream_cache)
+        streamer = Streamer(device, stream_cache, sends_ahead=sends_ahead)
         for name, module in streamed.items():
             stream(module, device, checkpoint.weights_of(f"{name}."), streamer)
         model = cls(transformer, config, stacks, recorded_layers=recorded_layers)
@@ -278,7 +280,7 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
 
     @contextmanager
     def full_model(self) -> Iterator[ModelMixin]:
-        """Let the wrapped model compute every block, streamed where needed; for pipelines and validation."""
+        """Let the wrapped model compute every block, streamed where needed; for forwards that follow each other."""
         previous = self.skip_state.mode
         self.skip_state.mode = SkipMode.RUN
         try:
@@ -287,11 +289,7 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
         finally:
             self.skip_state.mode = previous
 
-    def repeated_forwards(self) -> AbstractContextManager[None]:
-        """Within this context forward follows forward: the first skipped block is read again while the last runs."""
-        return self._streamer.repeated()
-
-    def together(self, tasks: Sequence[Callable[[], T]], between: Callable[[], None] = lambda: None) -> list[T]:
+    def together(self, tasks: Sequence[Callable[[], T]], between: Callable[[], None] | None = None) -> list[T]:
         """Call functions that each run this model, in step: a skipped block is read once for all of them.
 
         Each is halted before a block that holds no weights, and goes on once all have come to it. One of them runs at

@@ -91,15 +91,19 @@ class Streamer:
         device: Where they run.
         cache_bytes: Host memory in which weights that were read from a checkpoint may stay, those read first.
         reads_ahead: Whether the next module's weights are read while one runs.
-
-    Attributes:
         sends_ahead: Whether what was read is sent to an accelerator at once, which then holds two modules.
     """
 
-    def __init__(self, device: torch.device | str, cache_bytes: int = 0, *, reads_ahead: bool = True) -> None:
+    def __init__(
+        self,
+        device: torch.device | str,
+        cache_bytes: int = 0,
+        *,
+        reads_ahead: bool = True,
+        sends_ahead: bool = False,
+    ) -> None:
         self.device = plain_device(device)
-        self.sends_ahead = False
-        self._reads_ahead = reads_ahead
+        self._reads_ahead, self._sends_ahead = reads_ahead, sends_ahead
         self._cache_bytes = self._room = cache_bytes
         self._weights: dict[torch.nn.Module, Weights] = {}
         self._cached: dict[torch.nn.Module, Weights] = {}
@@ -199,7 +203,7 @@ class Streamer:
         self,
         tasks: Sequence[Callable[[], T]],
         keep: Callable[[], Callable[[], None]],
-        between: Callable[[], None] = lambda: None,
+        between: Callable[[], None] | None = None,
     ) -> list[T]:
         """Call functions that run the same forwards so that each module's weights are fetched once for all of them.
 
@@ -223,7 +227,8 @@ class Streamer:
             while len(results) < len(lanes):
                 for lane in lanes:
                     if lane not in results:
-                        between()
+                        if between is not None:
+                            between()
                         result = lane.switch()
                         if lane.dead:
                             results[lane] = result
@@ -297,7 +302,7 @@ class Streamer:
         if self._stream is None:
             self._stream = torch.Stream(self.device)
         with self._stream:
-            buffer, views = _buffer(module, self.device, {}) if self.sends_ahead else (None, {})
+            buffer, views = _buffer(module, self.device, {}) if self._sends_ahead else (None, {})
             pinned: dict[str, torch.Tensor] = {}
             for name, parameter in module.named_parameters():
                 part = pinned[name] = torch.empty(parameter.shape, dtype=parameter.dtype, pin_memory=True)

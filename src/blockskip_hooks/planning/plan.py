@@ -22,6 +22,11 @@ def planned_together(plan: dict[str, Any], stage: str) -> int:
     return next((planned.get("together", 1) for planned in plan["stages"] if planned["name"] == stage), 1)
 
 
+def sends_ahead(plan: dict[str, Any]) -> bool:
+    """Whether the plan has room on the device for a second skipped block, which is sent while one runs."""
+    return any(stage.get("sends_ahead", False) for stage in plan["stages"])
+
+
 def planned_vae(plan: dict[str, Any], stage: str) -> VaePlacement:
     """How the VAE works in a stage, by the plan."""
     planned: dict[str, Any] = next((planned for planned in plan["stages"] if planned["name"] == stage), {})

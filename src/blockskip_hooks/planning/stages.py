@@ -205,6 +205,7 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
         of_all = request.validation_prompts
         stages.append(_make_images("validate", request, fake, vae, wanted, of_all, side, states))
 
+    _send_ahead(request, stages, fake.largest_streamed_bytes, train.peak_bytes)
     context_bytes = CONTEXT_BYTES if request.device == "cuda" else 0
     for stage in stages:
         stage["needed_bytes"] = stage["peak_reserved_bytes"] + context_bytes
@@ -422,6 +423,18 @@ def _precompute_batch(
                 return chosen
         batch_size //= 2
     return best
+
+
+def _send_ahead(request: PlanRequest, stages: list[dict[str, Any]], block_bytes: int, training: int) -> None:
+    """Let stages that stream hold a second block, if that fits beside the forwards in step in all of them."""
+    streaming = [stage for stage in stages if "together" in stage]
+    largest = max((stage["peak_device_bytes"] for stage in streaming), default=0)
+    fits = block_bytes and streaming and largest + block_bytes <= request.limit(training, training)
+    for stage in streaming:
+        stage["sends_ahead"] = bool(fits)
+        if fits:
+            for part in ("peak_device_bytes", "peak_reserved_bytes", "parameter_bytes"):
+                stage[part] += block_bytes
 
 
 def _encode_text(request: PlanRequest, training_peak: int) -> tuple[Usage, bool]:

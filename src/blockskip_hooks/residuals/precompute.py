@@ -189,7 +189,7 @@ def precompute_records(
         return done
 
     start_size = _start_size(samples, maker, batch_size)
-    with contextlib.nullcontext() if with_adapters else base_model(model.transformer), model.repeated_forwards():
+    with contextlib.nullcontext() if with_adapters else base_model(model.transformer), model.full_model():
         if forwards is None:
             _halving(run, start_size)
         else:

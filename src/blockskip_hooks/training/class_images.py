@@ -12,7 +12,7 @@ from diffusers.training_utils import free_memory
 from ..data.folder import image_paths
 from ..families.prompts import encode_prompts
 from ..inference.generate import generate_images
-from ..planning.plan import planned_batch_size, planned_together, planned_vae, streams_text
+from ..planning.plan import planned_batch_size, planned_together, planned_vae, sends_ahead, streams_text
 from ..transformer import DiTBlockSkipTransformer
 from ..utils.accelerator import weight_dtype
 from ..utils.files import replacing
@@ -57,7 +57,7 @@ def make_class_images(run: Run, context: Context, plan: dict[str, Any]) -> int:
         prompts = [prompt, *([] if run.negative_prompt is None else [run.negative_prompt])]
         embeds, _ = encode_prompts(family, prompts, dtype=dtype, device=device, streamed=streams_text(plan))
         model = DiTBlockSkipTransformer.from_pretrained(
-            family.model_path, run.config, **run.model_options(dtype, device)
+            family.model_path, run.config, **run.model_options(dtype, device), sends_ahead=sends_ahead(plan)
         )
         vae = family.load_vae(dtype, device)
         with context.progress.stage("class images", class_images=len(numbers)) as display:

@@ -83,13 +83,7 @@ class RecordSource:
             free_memory()
 
     def precompute(
-        self,
-        stretch: range,
-        first: int,
-        batch_size: int | None = None,
-        *,
-        together: int = 1,
-        encodes_alone: bool = False,
+        self, stretch: range, first: int, batch_size: int | None = None, together: int = 1, encodes_alone: bool = False
     ) -> None:
         """Make this process's records of a stretch, where they are missing.
 

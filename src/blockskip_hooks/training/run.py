@@ -276,13 +276,12 @@ class Run:
             device: Where the kept blocks go.
             shard: What divides their weights among processes, for runs that share them.
         """
-        family = self.family
         return {
             "torch_dtype": dtype,
             "device": device,
             "variant": self.settings.variant,
-            "stacks": family.block_stacks,
-            "transformer_class": family.transformer_class(self.transformer_config),
+            "stacks": self.family.block_stacks,
+            "transformer_class": self.family.transformer_class(self.transformer_config),
             "recorded_layers": self.recorded_layers,
             "quantization": self.quantization,
             "shard": shard if self.shares_weights else None,

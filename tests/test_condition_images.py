@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -143,6 +144,26 @@ def test_gradients_equal_the_full_model_with_condition_tokens(tiny: TinyFamily, 
     assert expected and expected.keys() == actual.keys()
     for name, gradient in expected.items():
         assert (actual[name] - gradient).norm() <= 1e-5 * gradient.norm().clamp_min(1e-12), name
+
+
+@each_family
+@fast_for_kontext
+def test_captures_with_condition_images_of_several_sizes_go_in_step(tiny: TinyFamily):
+    """A forward that is halted keeps how many condition tokens it has, bit for bit."""
+    family = tiny.make_family()
+    config = BlockSkipConfig(leading=1, trailing=2)
+    model = DiTBlockSkipTransformer.from_pretrained(tiny.folder, config, stacks=family.block_stacks)
+    calls = []
+    for side in (2, 3, 0):
+        inputs, pixels = tiny.make_inputs(1), side * family.latent_token_size
+        latents = torch.randn((1, *family.latent_shape(pixels, pixels)), generator=torch.Generator().manual_seed(side))
+        inputs = family.with_condition(inputs, latents) if side else inputs
+        calls.append(partial(model.capture_residuals, **inputs, condition_tokens=side**2))
+    alone = [call().tensors() for call in calls]
+    for expected, together in zip(alone, model.together(calls), strict=True):
+        actual = together.tensors()
+        assert expected.keys() == actual.keys()
+        assert all(torch.equal(tensor, actual[name]) for name, tensor in expected.items())
 
 
 # Against the stock pipeline

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from blockskip_hooks.data.photos import scan_photos
 from blockskip_hooks.data.sample_plan import SamplePlan
 from blockskip_hooks.data.summary import summarize_photos
 from blockskip_hooks.families import Family
+from blockskip_hooks.inference.streamed_model import ImageFlags, image_settings
 from blockskip_hooks.loading.component_config import load_config
 from blockskip_hooks.lora import add_lora, lora_targets
 from blockskip_hooks.residuals.batches import PhotoSource, SampleMaker
@@ -352,6 +354,14 @@ def test_validation_images_are_made_from_the_validation_image(finished: Path, pa
     assert_same_weights(other, finished)
     first, second = ((output / "image_0.png").read_bytes() for output in (finished, other))
     assert first != second
+
+
+def test_images_of_an_evaluation_have_the_size_that_is_asked_for():
+    """Without being told, the pipeline of FLUX.1 Kontext scales any size to a megapixel."""
+    given = {"pretrained_model_name_or_path": str(KONTEXT.folder), "resolution": 64}
+    flags = ImageFlags(**{**dict.fromkeys(field.name for field in fields(ImageFlags)), **given})
+    kwargs = image_settings(flags).pipeline_kwargs
+    assert (kwargs["height"], kwargs["width"], kwargs["max_area"]) == (64, 64, 64 * 64)
 
 
 # Crops

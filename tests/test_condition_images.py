@@ -8,6 +8,8 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -28,6 +30,7 @@ from blockskip_hooks.data.photos import scan_photos
 from blockskip_hooks.data.sample_plan import SamplePlan
 from blockskip_hooks.data.summary import summarize_photos
 from blockskip_hooks.families import Family
+from blockskip_hooks.inference.streamed_model import ImageFlags, image_settings
 from blockskip_hooks.loading.component_config import load_config
 from blockskip_hooks.lora import add_lora, lora_targets
 from blockskip_hooks.residuals.batches import PhotoSource, SampleMaker
@@ -143,6 +146,26 @@ def test_gradients_equal_the_full_model_with_condition_tokens(tiny: TinyFamily, 
     assert expected and expected.keys() == actual.keys()
     for name, gradient in expected.items():
         assert (actual[name] - gradient).norm() <= 1e-5 * gradient.norm().clamp_min(1e-12), name
+
+
+@each_family
+@fast_for_kontext
+def test_captures_with_condition_images_of_several_sizes_go_in_step(tiny: TinyFamily):
+    """A forward that is halted keeps how many condition tokens it has, bit for bit."""
+    family = tiny.make_family()
+    config = BlockSkipConfig(leading=1, trailing=2)
+    model = DiTBlockSkipTransformer.from_pretrained(tiny.folder, config, stacks=family.block_stacks)
+    calls = []
+    for side in (2, 3, 0):
+        inputs, pixels = tiny.make_inputs(1), side * family.latent_token_size
+        latents = torch.randn((1, *family.latent_shape(pixels, pixels)), generator=torch.Generator().manual_seed(side))
+        inputs = family.with_condition(inputs, latents) if side else inputs
+        calls.append(partial(model.capture_residuals, **inputs, condition_tokens=side**2))
+    alone = [call().tensors() for call in calls]
+    for expected, together in zip(alone, model.together(calls), strict=True):
+        actual = together.tensors()
+        assert expected.keys() == actual.keys()
+        assert all(torch.equal(tensor, actual[name]) for name, tensor in expected.items())
 
 
 # Against the stock pipeline
@@ -331,6 +354,14 @@ def test_validation_images_are_made_from_the_validation_image(finished: Path, pa
     assert_same_weights(other, finished)
     first, second = ((output / "image_0.png").read_bytes() for output in (finished, other))
     assert first != second
+
+
+def test_images_of_an_evaluation_have_the_size_that_is_asked_for():
+    """Without being told, the pipeline of FLUX.1 Kontext scales any size to a megapixel."""
+    given = {"pretrained_model_name_or_path": str(KONTEXT.folder), "resolution": 64}
+    flags = ImageFlags(**{**dict.fromkeys(field.name for field in fields(ImageFlags)), **given})
+    kwargs = image_settings(flags).pipeline_kwargs
+    assert (kwargs["height"], kwargs["width"], kwargs["max_area"]) == (64, 64, 64 * 64)
 
 
 # Crops

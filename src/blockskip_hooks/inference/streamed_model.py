@@ -105,7 +105,9 @@ def image_settings(flags: ImageFlags, *, largest_side: int | None = None) -> Ima
     side = flags.resolution or defaults.get("resolution") or native
     if side % family.latent_token_size:
         raise UserError(f"--resolution is {side}; give a multiple of {family.latent_token_size}.")
-    pipeline_kwargs |= {"height": side, "width": side}
+    # Where a pipeline draws at sizes that it was trained on and scales the image, it may.
+    sized = {name: v for name, v in family.image_arguments(side).items() if name != "use_resolution_binning"}
+    pipeline_kwargs |= sized
     if flags.num_inference_steps is not None:
         pipeline_kwargs["num_inference_steps"] = flags.num_inference_steps
     taken = inspect.signature(family.pipeline_class.__call__).parameters

@@ -174,7 +174,9 @@ class FakeTransformer:
         """A forward of the whole model without gradients, skipped blocks streamed one at a time."""
         with self._counted(text_tokens) as meter:
             resident = meter.current
-            inputs = self._whole_inputs(batch_size, size, text_tokens)
+            inputs = self._inputs(self._batch(batch_size, size, text_tokens))
+            # Of the wrapper's forward alone.
+            inputs.pop("condition_tokens", None)
             with (
                 self._autocast(),
                 self._halts(meter, resident) as halted,
@@ -253,12 +255,6 @@ class FakeTransformer:
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         return batch.arguments(self.family, self.transformer_config)
-
-    def _whole_inputs(self, batch_size: int, size: tuple[int, int], text_tokens: int) -> dict[str, Any]:
-        """Arguments of the wrapped model's forward."""
-        inputs = self._inputs(self._batch(batch_size, size, text_tokens))
-        inputs.pop("condition_tokens", None)
-        return inputs
 
     def _tokens(self, batch_size: int) -> dict[str, torch.Tensor]:
         """Tokens of a batch's prompts for each text encoder that trains, padded to its length."""

@@ -74,12 +74,14 @@ def name_of(words):
 
 
 MODEL = "--pretrained_model_name_or_path"
+# The only recipes with numbers of blocks are FLUX.1's.
+FLUX_BLOCKS = 57
 
 
-def smaller(model, quantized=False):
+def smaller(model, settings):
     """Flags that put the tiny pipeline in the model's place; behind a recipe's own they win."""
     # A 4-bit layer has a least width.
-    tiny = WIDE_FLUX if quantized else TINY[STAND_INS[model]]
+    tiny = WIDE_FLUX if "quantization" in settings else TINY[STAND_INS[model]]
     flags = {
         MODEL.removeprefix("--"): tiny.folder,
         "resolution": tiny.resolution,
@@ -89,8 +91,17 @@ def smaller(model, quantized=False):
         "seed": 0,
         "report_to": "none",
         **tiny.flags,
+        **scaled(settings.get("skip_blocks", ""), tiny.num_blocks),
     }
     return [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+
+
+def scaled(skip_blocks, num_blocks):
+    """A pair of numbers of blocks, as the same part of the tiny model's; at least one of a span that there is."""
+    if "," not in skip_blocks:
+        return {}
+    pair = [int(number) for number in skip_blocks.split(",")]
+    return {"skip_blocks": ",".join(str(number and max(1, number * num_blocks // FLUX_BLOCKS)) for number in pair)}
 
 
 def train(words):
@@ -102,10 +113,14 @@ def train(words):
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_a_shipped_config_runs(config, ground):
     settings = yaml.safe_load(config.read_text())
-    train(["--config", config, *smaller(settings["pretrained_model_name_or_path"], "quantization" in settings)])
+    flags = smaller(settings["pretrained_model_name_or_path"], settings)
+    train(["--config", config, *flags])
     output = ground / settings["output_dir"]
     assert (output / WEIGHTS_NAME).is_file()
-    assert json.loads((output / "plan.json").read_text())["skip"]["ratio"] > 0
+    skip = json.loads((output / "plan.json").read_text())["skip"]
+    assert skip["ratio"] > 0
+    if "," in settings["skip_blocks"]:
+        assert f"{skip['leading']},{skip['trailing']}" == flags[flags.index("--skip_blocks") + 1]
 
 
 def test_every_recipe_of_the_readme_is_a_config_with_the_same_settings():
@@ -140,7 +155,7 @@ def test_a_command_of_the_readme_runs(words, ground):
     assert (ROOT / path).is_file()
     if name == "train_dreambooth_blockskip":
         small = ["--max_train_steps", "1", "--skip_final_inference", "--report_to", "none"]
-        train([*flags, *(smaller(model, "quantization" in settings) if model else small)])
+        train([*flags, *(smaller(model, settings) if model else small)])
         return
     if name == "plan_memory":
         # Its parser and its checks; the simulation of the model itself is that of tests/test_presets.py.

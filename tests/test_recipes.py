@@ -136,7 +136,7 @@ def test_every_recipe_of_the_readme_is_a_config_with_the_same_settings():
 
 def test_each_gpu_size_has_a_config_that_says_what_it_needs():
     for size in (6, 8, 12, 16, 24):
-        text = (ROOT / "configs" / f"flux-{size}gb.yaml").read_text()
+        text = (ROOT / "configs" / f"flux-{size}gb.yaml").read_text().replace("\n# ", " ")
         peaks = [float(number) for number in re.findall(r"(\d+\.\d) GiB", text.partition("Simulated peaks")[2])]
         # A gigabyte of the box is 0.93 GiB; a context and an allocator's gaps need the rest.
         assert len(peaks) >= 4 and max(peaks) <= 0.9 * size * 1e9 / 2**30

@@ -136,16 +136,16 @@ def config(size: int, setting: dict[str, Any]) -> str:
     )
     about = (
         f"{how}: a step and its record take {setting['compute']:.0%} of the TFLOP of plain LoRA at "
-        f"{setting['resolution']} px. What else fits: plan_memory.py --preset {FLUX} --gpu {size}GB. Simulated peaks: "
-        f"{', '.join(stages)} (images of 1024 px). A CUDA context (about half a GiB) and the allocator's gaps come on "
-        "top; no GPU was at hand. Made by tools/make_recipes.py."
+        f"{setting['resolution']} px. What else fits: plan_memory.py --preset {FLUX} --gpu {size}GB.",
+        f"Simulated peaks: {', '.join(stages)} (images of 1024 px). A CUDA context (about half a GiB) and the "
+        "allocator's gaps come on top; no GPU was at hand. Made by tools/make_recipes.py.",
     )
     lines = [
         f"# FLUX.1-dev on a GPU of {size} GB: kept blocks in {weights}, {skipped} of {blocks} blocks skipped.",
         f"#   {COMMAND} --config configs/flux-{size}gb.yaml \\",
         '#     --instance_data_dir my-photos --instance_prompt "a photo of sks cat" --output_dir cat \\',
         '#     --validation_prompt "a photo of sks cat in a bucket"',
-        *textwrap.wrap(about, 119, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False),
+        *(f"# {line}" for text in about for line in textwrap.wrap(text, 117, break_on_hyphens=False)),
         "pretrained_model_name_or_path: black-forest-labs/FLUX.1-dev",
         "instance_data_dir: dog",
         "instance_prompt: a photo of sks dog",

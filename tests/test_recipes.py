@@ -116,12 +116,14 @@ def name_of(words):
 
 
 MODEL = "--pretrained_model_name_or_path"
+# The only recipes with numbers of blocks are FLUX.1's.
+FLUX_BLOCKS = 57
 
 
-def smaller(model, quantized=False):
+def smaller(model, settings):
     """Flags that put the tiny pipeline in the model's place; behind a recipe's own they win."""
     # A 4-bit layer has a least width.
-    tiny = WIDE_FLUX if quantized else TINY[STAND_INS[model]]
+    tiny = WIDE_FLUX if "quantization" in settings else TINY[STAND_INS[model]]
     flags = {
         MODEL.removeprefix("--"): tiny.folder,
         "resolution": tiny.resolution,
@@ -131,8 +133,17 @@ def smaller(model, quantized=False):
         "seed": 0,
         "report_to": "none",
         **tiny.flags,
+        **scaled(settings.get("skip_blocks", ""), tiny.num_blocks),
     }
     return [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+
+
+def scaled(skip_blocks, num_blocks):
+    """A pair of numbers of blocks, as the same part of the tiny model's; at least one of a span that there is."""
+    if "," not in skip_blocks:
+        return {}
+    pair = [int(number) for number in skip_blocks.split(",")]
+    return {"skip_blocks": ",".join(str(number and max(1, number * num_blocks // FLUX_BLOCKS)) for number in pair)}
 
 
 def train(words):
@@ -144,10 +155,14 @@ def train(words):
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_a_shipped_config_runs(config, ground):
     settings = yaml.safe_load(config.read_text())
-    train(["--config", config, *smaller(settings["pretrained_model_name_or_path"], "quantization" in settings)])
+    flags = smaller(settings["pretrained_model_name_or_path"], settings)
+    train(["--config", config, *flags])
     output = ground / settings["output_dir"]
     assert (output / WEIGHTS_NAME).is_file()
-    assert json.loads((output / "plan.json").read_text())["skip"]["ratio"] > 0
+    skip = json.loads((output / "plan.json").read_text())["skip"]
+    assert skip["ratio"] > 0
+    if "," in settings["skip_blocks"]:
+        assert f"{skip['leading']},{skip['trailing']}" == flags[flags.index("--skip_blocks") + 1]
 
 
 def test_the_table_of_models_is_what_the_recipes_say():
@@ -173,7 +188,7 @@ def test_recipes_set_what_their_page_says():
 
 def test_each_gpu_size_has_a_config_that_says_what_it_needs():
     for size in (6, 8, 12, 16, 24):
-        text = (ROOT / "configs" / f"flux-{size}gb.yaml").read_text()
+        text = (ROOT / "configs" / f"flux-{size}gb.yaml").read_text().replace("\n# ", " ")
         peaks = [float(number) for number in re.findall(r"(\d+\.\d) GiB", text.partition("Simulated peaks")[2])]
         # A gigabyte of the box is 0.93 GiB; a context and an allocator's gaps need the rest.
         assert len(peaks) >= 4 and max(peaks) <= 0.9 * size * 1e9 / 2**30
@@ -193,7 +208,7 @@ def test_a_command_of_the_pages_runs(words, ground):
     assert (ROOT / path).is_file()
     if name == "train_dreambooth_blockskip":
         small = ["--max_train_steps", "1", "--skip_final_inference", "--report_to", "none"]
-        train([*flags, *(smaller(model, "quantization" in settings) if model else small)])
+        train([*flags, *(smaller(model, settings) if model else small)])
         return
     if name == "plan_memory":
         # Its parser and its checks; the simulation of the model itself is that of tests/test_presets.py.

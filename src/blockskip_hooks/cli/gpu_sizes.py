@@ -132,11 +132,6 @@ class Fits:
         return Fit(self._preset, self._run.settings.resolution, choice, compute)
 
 
-def recommended(closest: Fit | None, fastest: Fit | None) -> Fit | None:
-    """The one with the least compute; where it skips more than a few blocks, the other is all that fits."""
-    return fastest or closest
-
-
 def format_fits(fits: Sequence[tuple[str, Fit | None, Fit | None]]) -> str:
     """A table of presets' closest and fastest settings, the least changed ones first.
 

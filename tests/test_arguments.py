@@ -652,7 +652,7 @@ def test_lora_blocks_are_numbers_of_blocks_in_order_of_execution(prepare, skippe
         (["--lora_blocks", "1,"], "^--lora_blocks '1,': '' is no block"),
         (["--lora_blocks", "1,\u00b2"], "^--lora_blocks .* is no block"),
         (["--lora_blocks", "9" * 5000], "^--lora_blocks .* is no block"),
-        (["--lora_blocks", "3", "--lora_layers", "attn.add_q_proj"], "^--lora_blocks: none of single_.*name others"),
+        (["--lora_blocks", "3", "--lora_layers", "attn.add_q_proj"], "None of single_.*name others"),
         (["--aspect_ratio_buckets", "64,64;60,64"], "^--aspect_ratio_buckets has 60,64, which are not .*8 px"),
         (["--aspect_ratio_buckets", "64,68"], "^--aspect_ratio_buckets has 64,68"),
         (["--aspect_ratio_buckets", "0,64"], "^--aspect_ratio_buckets has 0,64, which are not positive"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import re
+import shlex
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from blockskip_hooks.cli import console, doctor
 from blockskip_hooks.utils.errors import UserError
+from tests.script import load_script
 from tests.tiers import fast_first
 
 
@@ -60,6 +62,16 @@ def test_a_word_that_is_no_command_is_refused(capsys: pytest.CaptureFixture[str]
 def test_help_is_that_of_the_script(name: str, capsys: pytest.CaptureFixture[str]):
     assert console.main([name, "--help"]) == 0
     assert capsys.readouterr().out.startswith(f"usage: {console.SCRIPTS[name][0]} ")
+
+
+def test_examples_in_help_can_be_typed(capsys: pytest.CaptureFixture[str]):
+    assert console.main(["evaluate", "--help"]) == 0
+    said = capsys.readouterr().out
+    (example,) = re.findall(r"^Example:\n((?:    .*\n)+)", said, re.MULTILINE)
+    assert all(len(line) <= 119 for line in example.splitlines()) and example.count("\\\n") >= 1 and "``" not in said
+    words = shlex.split(example.replace("\\\n", " "))
+    args = load_script("evaluate").build_parser().parse_args(words[2:])
+    assert args.class_phrase == "a dog" and str(args.output_dir) == "flux-dog-evaluation"
 
 
 def test_exit_codes_are_those_of_the_script(capsys: pytest.CaptureFixture[str]):

@@ -12,10 +12,11 @@ from accelerate.state import AcceleratorState
 from diffusers import FluxPipeline
 from PIL import Image
 
-from blockskip_hooks.cli.arguments import build_parser
+from blockskip_hooks.cli.arguments import build_parser, parse_args
+from blockskip_hooks.cli.preparation import prepare_run
 from blockskip_hooks.data.photo_set import PhotoSet
 from blockskip_hooks.data.photos import scan_photos
-from blockskip_hooks.embedded import embedded_model, embedded_photos, embedded_subjects
+from blockskip_hooks.embedded import embedded_model, embedded_photos, embedded_subjects, unknown_words
 from blockskip_hooks.families import detect_family
 from blockskip_hooks.families.flux import Flux
 from blockskip_hooks.inference.subject_encoder import SubjectEncoder
@@ -121,3 +122,17 @@ def test_readme_command_runs_on_a_machine_without_anything(tmp_path: Path, capsy
         "README.md",
         "before_after.png",
     }
+
+
+def test_words_that_the_model_never_read_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    assert unknown_words("a photo of sks dog on the beach") == []
+    assert unknown_words("A photo of SKS Teapot") == ["A", "SKS", "Teapot"]
+    photos = ["--instance_data_dir", str(embedded_photos()), "--output_dir", str(tmp_path)]
+    with caplog.at_level("WARNING"):
+        prepare_run(parse_args([*photos, "--instance_prompt", "a photo of sks Teapot"]))
+    (line,) = [record.getMessage() for record in caplog.records if "never read" in record.getMessage()]
+    assert "never read Teapot: it knows a few words in lower case, among them backpack, boot, cat" in line
+    caplog.clear()
+    with caplog.at_level("WARNING"):
+        prepare_run(parse_args(["--output_dir", str(tmp_path)]))
+    assert not [record for record in caplog.records if "never read" in record.getMessage()]

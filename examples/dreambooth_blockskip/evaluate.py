@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""How well a LoRA shows its subject and follows prompts: the evaluation of DreamBooth and DiT-BlockSkip.
+r"""How well a LoRA shows its subject and follows prompts: the evaluation of DreamBooth and DiT-BlockSkip.
 
 Makes images of every prompt and compares them with the subject's photos (DINO, CLIP-I, DINOv2), with the prompts
 (CLIP-T) and with each other (diversity). Writes ``results.json``, ``results.md`` and a contact sheet for each LoRA.

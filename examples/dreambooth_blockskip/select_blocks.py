@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Which blocks of a diffusion transformer to skip: the masking search of DiT-BlockSkip (section 3.4, Eq. 2).
+r"""Which blocks of a diffusion transformer to skip: the masking search of DiT-BlockSkip (section 3.4, Eq. 2).
 
 Hides the text from the image in the first or last blocks and measures what that does to images of some subjects:
 of fine-tuned LoRAs, as in the paper, or of the base model with class prompts. Writes ``selection.json``, which

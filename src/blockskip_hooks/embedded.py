@@ -44,3 +44,10 @@ def embedded_subjects() -> dict[str, dict[str, Any]]:
 def embedded_photos(subject: str = DEFAULT_SUBJECT) -> Path:
     """Folder with a subject's photos."""
     return _asset("photos", subject)
+
+
+def unknown_words(prompt: str) -> list[str]:
+    """Words of a prompt that the embedded model has never read, in their order; its words are lower case."""
+    tokenizer = json.loads(_asset("micro_flux", "tokenizer_2", "tokenizer.json").read_text(encoding="utf-8"))
+    known = {piece for piece, _ in tokenizer["model"]["vocab"]}
+    return [word for word in dict.fromkeys(prompt.split()) if f"▁{word}" not in known]

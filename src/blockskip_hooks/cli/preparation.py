@@ -20,7 +20,7 @@ from ..data.photo import Photo
 from ..data.photos import scan_photos
 from ..data.picture import open_picture
 from ..data.summary import summarize_photos
-from ..embedded import DEFAULT_SUBJECT, embedded_model, embedded_photos, embedded_subjects
+from ..embedded import DEFAULT_SUBJECT, embedded_model, embedded_photos, embedded_subjects, unknown_words
 from ..families import Family, detect_family
 from ..loading.checks import check_model
 from ..loading.download import check_weights, has_weights, resolve_model
@@ -92,6 +92,8 @@ def prepare_run(settings: TrainSettings) -> Run:
     photos = _find_photos(settings, family_class)
     for line in summarize_photos(photos, blocks["patch"].shapes).warnings():
         logger.warning(line)
+    if embedded and (unknown := unknown_words(" ".join([settings.instance_prompt or "", *prompts]))):
+        logger.warning(_unknown_line(unknown))
     if settings.with_prior_preservation:
         _check_class_images(settings.class_folder)
     if not settings.instance_prompt and any(photo.caption is None for photo in photos):
@@ -114,6 +116,14 @@ def prepare_run(settings: TrainSettings) -> Run:
         pipeline_kwargs=pipeline_kwargs,
         quantization=quantization,
         shares_weights=shares_weights,
+    )
+
+
+def _unknown_line(words: list[str]) -> str:
+    classes = ", ".join(sorted({subject["class"] for subject in embedded_subjects().values()}))
+    return (
+        f"The embedded model has never read {', '.join(words)}: it knows a few words in lower case, among them "
+        f"{classes}. Write the prompt with these, or name a larger model."
     )
 
 

@@ -79,7 +79,9 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 def make_parser(description: str | None) -> OneLineParser:
     """A parser whose ``--help`` begins with a script's docstring, and that takes no shortened flags."""
-    return OneLineParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+    # A docstring marks names as reST does; a terminal has no use for two of each.
+    text = description and description.replace("``", "`")
+    return OneLineParser(description=text, formatter_class=HelpFormatter, allow_abbrev=False)
 
 
 class Failed(Exception):

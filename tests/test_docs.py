@@ -297,7 +297,6 @@ def test_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_the_memory_table_is_what_its_command_prints(capsys: pytest.CaptureFixture[str]):
     section = (DOCS / "benchmarks.md").read_text().split("\n## Memory\n")[1].split("\n## ")[0]
     (command,) = re.findall(r"^    python \S+/plan_memory\.py ((?:[^\\\n]|\\\n)+)$", section, flags=re.MULTILINE)

@@ -30,7 +30,7 @@ def plan_for(selection: Selection, options: tuple[str, ...]) -> dict[str, Any]:
     kept = 20 - selection.num_skipped
     train = {
         "name": "train",
-        "peak_device_bytes": int((block * kept + activations) * GIB),
+        "needed_bytes": int((block * kept + activations) * GIB),
         "tflops_per_step": kept * (3.0 if "checkpointing" in options else 2.0),
         "vae_tflops": 0.0,
         "batch_size": 1,
@@ -38,7 +38,7 @@ def plan_for(selection: Selection, options: tuple[str, ...]) -> dict[str, Any]:
     stages = [train]
     if selection.num_skipped:
         record = {"name": "precompute", "tflops_per_step": 50.0, "vae_tflops": 10.0, "batch_size": 2}
-        stages.insert(0, {**record, "peak_device_bytes": GIB})
+        stages.insert(0, {**record, "needed_bytes": GIB})
     pair = {"leading": selection.leading, "trailing": selection.trailing}
     return {"stages": stages, "skip": pair, "patch": {"mode": "none", "min": 512, "max": 512}}
 

@@ -100,7 +100,7 @@ def described(fit: Any) -> dict[str, Any]:
         "options": list(fit.choice.options),
         "held": fit.held,
         "trained_at": patch["training_resolution"],
-        "stages": {stage["name"]: stage["peak_device_bytes"] for stage in fit.choice.plan["stages"]},
+        "stages": {stage["name"]: stage["needed_bytes"] for stage in fit.choice.plan["stages"]},
         "compute": round(fit.compute, 4),
     }
 
@@ -137,8 +137,8 @@ def config(size: int, setting: dict[str, Any]) -> str:
     about = (
         f"{how}: a step and its record take {setting['compute']:.0%} of the TFLOP of plain LoRA at "
         f"{setting['resolution']} px. What else fits: plan_memory.py --preset {FLUX} --gpu {size}GB.",
-        f"Simulated peaks: {', '.join(stages)} (images of 1024 px). A CUDA context (about half a GiB) and the "
-        "allocator's gaps come on top; no GPU was at hand. Made by tools/make_recipes.py.",
+        f"Simulated memory: {', '.join(stages)} (images of 1024 px), a CUDA context and the allocator's gaps "
+        "included; no GPU was at hand. Made by tools/make_recipes.py.",
     )
     lines = [
         f"# FLUX.1-dev on a GPU of {size} GB: kept blocks in {weights}, {skipped} of {blocks} blocks skipped.",

@@ -226,7 +226,7 @@ def rank(args: argparse.Namespace) -> None:
         with fits_of(args, preset) as settings:
             fits.append((preset, settings.closest(args.gpu), settings.fastest(args.gpu)))
     print(
-        f"What fits {args.gpu}, of which {USABLE:.0%} are planned with, simulated (bytes of live tensors). Compute\n"
+        f"What fits {args.gpu}, of which {USABLE:.0%} are planned with, simulated, a CUDA context included. Compute\n"
         "is the transformer's in a step and for its record, without attention, against plain LoRA at the same\n"
         "resolution; reported is what the paper says of subject fidelity, against plain LoRA.\n"
     )

@@ -227,7 +227,9 @@ def test_every_flag_has_a_row_with_its_default():
 
 def test_the_site_has_every_page():
     config = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
-    site = {page for entry in config["nav"] for page in ([entry] if isinstance(entry, str) else [*entry.values()][0])}
+    site = {
+        page for entry in config["nav"] for page in ([entry] if isinstance(entry, str) else next(iter(entry.values())))
+    }
     assert site == {page.name for page in DOCS.glob("*.md")}
 
 

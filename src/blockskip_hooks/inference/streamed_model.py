@@ -26,6 +26,7 @@ from ..transformer import DiTBlockSkipTransformer
 from ..utils.accelerator import start_accelerator, weight_dtype
 from ..utils.digests import folder_digest
 from ..utils.errors import UserError
+from ..utils.machine import cache_bytes
 from .lora_files import load_text_adapters
 
 
@@ -198,12 +199,13 @@ def load_image_transformer(
         variant=family.variant,
         stacks=family.block_stacks,
         transformer_class=family.transformer_class(config),
+        stream_cache=cache_bytes("auto", device),
     )
 
 
 def _free_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    if device.type not in ("cpu", "mps"):
+        return torch.accelerator.get_memory_info(device)[0]
     return psutil.virtual_memory().available
 
 

@@ -405,9 +405,8 @@ def _send_ahead(request: PlanRequest, stages: list[dict[str, Any]], block_bytes:
     fits = block_bytes and streaming and largest + block_bytes <= request.limit(training, training)
     for stage in streaming:
         stage["sends_ahead"] = bool(fits)
-        if fits:
-            stage["peak_device_bytes"] += block_bytes
-            stage["parameter_bytes"] += block_bytes
+        for key in ("peak_device_bytes", "parameter_bytes") if fits else ():
+            stage[key] += block_bytes
 
 
 def _encode_text(request: PlanRequest, training_peak: int) -> tuple[Usage, bool]:

@@ -264,7 +264,7 @@ def test_a_narrow_bucket_keeps_at_least_one_token():
 
 @pytest.mark.parametrize("bucket", [(60, 64), (64, 60), (0, 64), (64, -8)])
 def test_a_bucket_off_the_grid_is_refused(bucket):
-    message = rf"^--aspect_ratio_buckets has {bucket[0]},{bucket[1]}, which are not positive multiples .*8 px"
+    message = rf"^PatchSamplingConfig.buckets has {bucket[0]},{bucket[1]}, which are not positive multiples .*8 px"
     with pytest.raises(ValueError, match=message):
         replace(SQUARE, buckets=((64, 64), bucket))
 

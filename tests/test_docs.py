@@ -13,6 +13,7 @@ from types import ModuleType
 
 import nbformat
 import pytest
+import yaml
 from nbclient import NotebookClient
 
 from blockskip_hooks.cli.arguments import build_parser, family_flags

@@ -22,6 +22,7 @@ from blockskip_hooks.losses import flow_matching_loss
 from blockskip_hooks.planning.components import simulate_vae
 from blockskip_hooks.planning.counters import CountFlops, LiveBytes
 from blockskip_hooks.planning.description import format_plan
+from blockskip_hooks.planning.plan import sends_ahead
 from blockskip_hooks.planning.presets import Preset, load_preset, write_preset
 from blockskip_hooks.planning.simulation import FakeTransformer, empty_model
 from blockskip_hooks.planning.stages import RECORD_OVERHEAD, PlanRequest, plan_run
@@ -290,6 +291,26 @@ def test_precompute_batch_needs_no_more_than_training(preset: Preset) -> None:
     assert precompute["batch_size"] > 1
     # Hidden states of forwards in step may take a twentieth more.
     assert precompute["peak_device_bytes"] <= 1.05 * stage(plan, "train")["peak_device_bytes"]
+
+
+def test_forwards_go_in_step_as_far_as_memory_allows(preset: Preset) -> None:
+    """A twentieth more than the largest of a step and one such forward, or a budget, which may hold two blocks too."""
+    settings = {"num_samples": 64, "batch_size": 1, "precompute_batch_size": None, "gradient_checkpointing": True}
+    images = {"validation_resolution": 48, "validation_batch_size": 2, "validation_prompts": 3}
+    plan = plan_run(request_for(preset, 1, 1, **settings, **images))
+    alone = plan_run(request_for(preset, 1, 1, **settings | {"num_samples": 1}, **images | {"validation_prompts": 1}))
+    for name in ("precompute", "validate"):
+        peaks = [stage(alone, part)["peak_device_bytes"] for part in ("train", name)]
+        assert stage(plan, name)["peak_device_bytes"] <= 1.05 * max(peaks)
+    ample = plan_run(request_for(preset, 1, 1, **settings, **images, memory_budget_bytes=2**40))
+    done = {
+        name: stage(ample, name)["batch_size"] * stage(ample, name)["together"] for name in ("precompute", "validate")
+    }
+    assert done == {"precompute": 64, "validate": 6} and sends_ahead(ample)
+    assert stage(plan, "precompute")["batch_size"] * stage(plan, "precompute")["together"] < 64
+    assert not sends_ahead(plan)
+    scarce = plan_run(request_for(preset, 1, 1, **settings, **images, memory_budget_bytes=1))
+    assert stage(scarce, "precompute")["together"] == stage(scarce, "validate")["together"] == 1
 
 
 @pytest.mark.parametrize("residuals", ["online", "none"])

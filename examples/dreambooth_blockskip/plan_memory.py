@@ -26,6 +26,7 @@ from typing import Any
 from blockskip_hooks.cli.startup import (
     SETTINGS_ERROR,
     errors_in_one_line,
+    keep_memory_whole,
     make_parser,
     quiet_libraries,
     returns_exit_code,
@@ -33,6 +34,8 @@ from blockskip_hooks.cli.startup import (
 
 
 quiet_libraries()
+# Training does so, and plans count what the allocator leaves.
+keep_memory_whole()
 
 import torch
 from tqdm.auto import tqdm

@@ -26,6 +26,7 @@ from ..utils.accelerator import start_accelerator, weight_dtype
 from ..utils.device_memory import free_memory_bytes
 from ..utils.digests import folder_digest
 from ..utils.errors import UserError
+from ..utils.machine import cache_bytes
 from .lora_files import load_text_adapters
 
 
@@ -200,6 +201,7 @@ def load_image_transformer(
         variant=family.variant,
         stacks=family.block_stacks,
         transformer_class=family.transformer_class(config),
+        stream_cache=cache_bytes("auto", device),
     )
 
 

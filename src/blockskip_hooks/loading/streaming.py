@@ -298,7 +298,9 @@ class Streamer:
         if left is not None:
             # A host that is ahead of its device would fill memory with modules that wait for their turn.
             left.synchronize()
-        torch.accelerator.set_device_index(self.device)
+        if self.device.index is not None:
+            # Threads begin at the first device.
+            torch.accelerator.set_device_index(self.device.index)
         if self._stream is None:
             self._stream = torch.Stream(self.device)
         with self._stream:

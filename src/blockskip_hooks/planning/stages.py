@@ -432,9 +432,8 @@ def _send_ahead(request: PlanRequest, stages: list[dict[str, Any]], block_bytes:
     fits = block_bytes and streaming and largest + block_bytes <= request.limit(training, training)
     for stage in streaming:
         stage["sends_ahead"] = bool(fits)
-        if fits:
-            for part in ("peak_device_bytes", "peak_reserved_bytes", "parameter_bytes"):
-                stage[part] += block_bytes
+        for part in ("peak_device_bytes", "peak_reserved_bytes", "parameter_bytes") if fits else ():
+            stage[part] += block_bytes
 
 
 def _encode_text(request: PlanRequest, training_peak: int) -> tuple[Usage, bool]:

@@ -306,9 +306,11 @@ def test_the_memory_table_is_what_its_command_prints(capsys: pytest.CaptureFixtu
     (last,) = re.findall(r"^    # last row: (.+)$", section, flags=re.MULTILINE)
     rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")][1:5]
     changes = [["--skip_blocks", "none"], ["--skip_blocks", "7,10"], [], last.split()]
-    for (_, *shown, tflops), more in zip(rows, changes, strict=True):
+    for (_, *shown, needed, tflops), more in zip(rows, changes, strict=True):
         assert load_script("plan_memory").main([*command.replace("\\\n", " ").split(), *more, "--json"]) == 0
         stages = {stage["name"]: stage for stage in json.loads(capsys.readouterr().out)["stages"]}
+        most = max(stage["needed_bytes"] for stage in stages.values()) / 2**30
+        assert most == pytest.approx(float(needed.removesuffix(" GiB")), abs=0.06), more
         for name, figure in zip(("encode", "precompute", "train", "validate"), shown, strict=True):
             planned = stages[name]["peak_device_bytes"] / 2**30
             assert planned == pytest.approx(float(figure.removesuffix(" GiB")), abs=0.06), (name, more)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -67,6 +68,7 @@ def test_images_in_step_read_each_block_once_and_stay_the_same(
         stacks=family.block_stacks,
         transformer_class=type(transformer),
     )
+    kwargs = json.loads((tiny.folder / "blockskip_defaults.json").read_text())["pipeline_kwargs"]
     reads, read = [], checkpoint_index.read_bytes
     monkeypatch.setattr(checkpoint_index, "read_bytes", lambda *args: (reads.append(args), read(*args)))
 
@@ -79,7 +81,7 @@ def test_images_in_step_read_each_block_once_and_stay_the_same(
             vae=vae,
             negative=None if family.negative_prompt is None else embeds[2],
             seeds=[1, 2],
-            pipeline_kwargs={"height": 64, "width": 64, "num_inference_steps": 2},
+            pipeline_kwargs=kwargs,
             images_at_once=1,
             **settings,
         )

@@ -170,7 +170,8 @@ def test_memory_that_runs_out_is_one_line_and_loses_nothing(run: Run, do: Do, st
 
 def test_precompute_goes_on_with_smaller_batches(run: Run, do: Do) -> None:
     plain = do("plain")
-    limit = int(0.9 * plain.peaks()["precompute"][0])
+    # Less than a sample's activations; what lives besides them is most of the peak.
+    limit = plain.peaks()["precompute"][0] - 2**18
     ran = run("out of memory in precompute", Job(WITHOUT_IMAGES, limit=f"precompute={limit}"))
     assert ran.code == 0, ran.said[-2000:]
     assert ran.peaks()["precompute"][0] <= limit

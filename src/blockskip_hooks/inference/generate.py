@@ -82,8 +82,11 @@ def generate_images(
     every = [(prompt, seeds[start : start + at_once]) for prompt in range(len(prompts)) for start in starts]
     chosen = [call for number, call in enumerate(every) if calls(number)]
 
+    # The VAE may be in host memory while the transformer works.
+    device = vae.device
+
     def batched(embeds: PromptEmbeds) -> PromptEmbeds:
-        return place_embeds(family.collate_embeds([embeds]), vae.device, model.dtype)
+        return place_embeds(family.collate_embeds([embeds]), device, model.dtype)
 
     def make(pipeline: Any, prompt: int, part: Sequence[int]) -> list[Image.Image]:
         inputs = family.pipeline_inputs(batched(prompts[prompt]), None if negative is None else batched(negative))

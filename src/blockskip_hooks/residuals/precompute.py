@@ -26,7 +26,8 @@ from .store import Record, ResidualStore
 
 T = TypeVar("T")
 
-LARGEST_BATCH = {"cpu": 32, "cuda": 64}
+LARGEST_BATCH = 64
+LARGEST_BATCH_ON_CPU = 32
 """Samples per forward, if nobody says: fewer do not fill a device."""
 
 
@@ -201,7 +202,8 @@ def precompute_records(
 
 
 def _start_size(samples: Sequence[Sample], maker: SampleMaker, batch_size: int | None) -> int:
-    return batch_size or min(len(samples), LARGEST_BATCH.get(maker.device.type, 32)) or 1
+    largest = LARGEST_BATCH_ON_CPU if maker.device.type == "cpu" else LARGEST_BATCH
+    return batch_size or min(len(samples), largest) or 1
 
 
 def _unfinished_batches(

@@ -179,19 +179,17 @@ def test_recipes_set_what_their_page_says():
     """Of upstream's defaults those that a person would not have chosen; see docs/choosing_settings.md."""
     for path in CONFIGS:
         settings = yaml.safe_load(path.read_text())
-        if "gb" in path.stem:
-            continue  # Made by a tool of their own.
         assert settings.get("lora_alpha", 4) == settings.get("rank", 4), path
         assert settings["seed"] == 0 and settings["checkpointing_steps"] == 100 and settings["lr_warmup_steps"] == 0
-        assert settings["skip_blocks"] == "auto" and settings["train_batch_size"] == 1
+        assert (settings["skip_blocks"] == "auto" or "gb" in path.stem) and settings["train_batch_size"] == 1
 
 
 def test_each_gpu_size_has_a_config_that_says_what_it_needs():
     for size in (6, 8, 12, 16, 24):
         text = (ROOT / "configs" / f"flux-{size}gb.yaml").read_text().replace("\n# ", " ")
-        peaks = [float(number) for number in re.findall(r"(\d+\.\d) GiB", text.partition("Simulated peaks")[2])]
-        # A gigabyte of the box is 0.93 GiB; a context and an allocator's gaps need the rest.
-        assert len(peaks) >= 4 and max(peaks) <= 0.9 * size * 1e9 / 2**30
+        peaks = [float(number) for number in re.findall(r"(\d+\.\d) GiB", text.partition("Simulated memory")[2])]
+        # A gigabyte of the box is 0.93 GiB; a display needs the rest.
+        assert len(peaks) >= 4 and max(peaks) <= 0.95 * size * 1e9 / 2**30
 
 
 @pytest.mark.slow

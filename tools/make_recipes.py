@@ -156,7 +156,11 @@ def config(size: int, setting: dict[str, Any]) -> str:
         "train_batch_size: 1",
         "max_train_steps: 500",
         "lr_warmup_steps: 0",
+        "seed: 0",
+        "checkpointing_steps: 100",
         f"rank: {RANK}",
+        f"lora_alpha: {RANK}",
+        "guidance_scale: 1",
         f"lora_layers: {LORA_LAYERS[FLUX]}",
         f"skip_blocks: {pair if skipped else 'none'}",
     ]

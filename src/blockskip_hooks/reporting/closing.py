@@ -21,7 +21,7 @@ from .hub import nearby
 from .outputs import PICTURE_NAME, Images, RunOutputs, training_photos
 
 
-_USES = ("pipeline = ", "pipeline.load_lora_weights", "image = ", "    ", ").images")
+_USES = ("from blockskip_hooks", "pipeline = ", "pipeline.load_lora_weights", "image = ", "    ", ").images")
 """Beginnings of the lines of the example that use the LoRA; the others import and save."""
 
 

@@ -71,6 +71,8 @@ CHOSEN += ("quantization", "use_8bit_adam", "training_resolution", "shared_by", 
 # Side of the largest patch: what the upstream scripts' examples train at, and of validation images.
 RESOLUTION = {"flux.1-dev": 512, "flux.1-schnell": 512, "sana-0.6b": 512}
 DEFAULT_RESOLUTION = 1024
+# Without --gpu, where no recipe is looked for.
+DEFAULT_SIDE = 512
 # What plain LoRA, for comparison, does not take from the plan.
 NOT_PLAIN = ("skip_ratio", "skip_budget", "selection_table", "memory_budget", "memory_options", "quantization")
 
@@ -146,10 +148,10 @@ def check_args(args: argparse.Namespace) -> None:
     quantizes = args.quantization != "none" or not QUANTIZING_OPTIONS.isdisjoint(args.memory_options or ())
     if args.shared_by > 1 and quantizes:
         raise UserError(f"--shared_by {args.shared_by}: quantised weights cannot be divided; keep them as they are.")
-    if args.training_resolution is not None and args.training_resolution > (args.resolution or 512):
+    resolution = DEFAULT_SIDE if args.resolution is None else args.resolution
+    if args.training_resolution is not None and args.training_resolution > resolution:
         raise UserError(
-            f"--training_resolution {args.training_resolution} is above --resolution {args.resolution or 512}; "
-            "lower it."
+            f"--training_resolution {args.training_resolution} is above --resolution {resolution}; lower it."
         )
 
 
@@ -216,7 +218,7 @@ def prepared(args: argparse.Namespace, preset: str) -> Iterator[tuple[str, Run, 
 @contextlib.contextmanager
 def fits_of(args: argparse.Namespace, preset: str) -> Iterator[Fits]:
     """Settings of a preset that fit GPUs, at the resolution that the flag names or its recipe has."""
-    resolution = args.resolution or RESOLUTION.get(preset, DEFAULT_RESOLUTION)
+    resolution = RESOLUTION.get(preset, DEFAULT_RESOLUTION) if args.resolution is None else args.resolution
     changes = {"resolution": resolution, "validation_resolution": args.validation_resolution or DEFAULT_RESOLUTION}
     with prepared(argparse.Namespace(**{**vars(args), **changes}), preset) as (_, run, plain, dtype):
         yield Fits(preset, run, plain["tflops_per_step"], dtype, args.device)
@@ -247,7 +249,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.gpu is not None:
             rank(args)
             return
-        args.resolution = args.resolution or 512
+        if args.resolution is None:
+            args.resolution = DEFAULT_SIDE
         with prepared(args, args.preset) as (name, run, plain, dtype):
             _, plan = make_plan(run, dtype, args.shared_by, args.device)
     if args.json:

@@ -81,10 +81,7 @@ def parse_skip_blocks(text: str, num_blocks: int | None = None) -> tuple[int, in
     if match[2] is not None:
         leading, trailing = int(match[1]), int(match[2])
         if num_blocks is not None:
-            try:
-                BlockSkipConfig(leading=leading, trailing=trailing).validate_for(num_blocks)
-            except UserError as error:
-                raise UserError(f"--skip_blocks {leading},{trailing}: {error}") from None
+            BlockSkipConfig(leading=leading, trailing=trailing).validate_for(num_blocks)
         return leading, trailing
     skipped = int(match[1])
     if num_blocks is not None and skipped >= num_blocks:

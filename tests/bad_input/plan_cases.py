@@ -32,7 +32,7 @@ PLAN_CASES: dict[str, Case] = {
         f"--skip_ratio {value}": ({"--skip_ratio": value}, ["--skip_ratio is"])
         for value in ("0", "1", "2", "nan", "inf")
     },
-    "layers that are not there": ({"--lora_layers": "nothing"}, ["--lora_layers nothing: 'nothing' is"]),
+    "layers that are not there": ({"--lora_layers": "nothing"}, ["--lora_layers 'nothing' is"]),
     "a word of memory": ({"--memory_budget": "much"}, ["--memory_budget: 'much' is not"]),
     "a word of disk": ({"--residual_budget": "much"}, ["--residual_budget: 'much' is not"]),
     "a budget above the model": ({"--skip_budget": "1TB"}, ["--skip_budget"]),

@@ -66,10 +66,10 @@ REFUSED = {
         ["--class_data_dir a file"],
     ),
     # LoRA
-    "unknown layers": ({"--lora_layers": "attn.to_q,attn.to_x"}, ["--lora_layers attn.to_q,attn.to_x: 'attn.to_x'"]),
+    "unknown layers": ({"--lora_layers": "attn.to_q,attn.to_x"}, ["--lora_layers 'attn.to_x' is the name of no linear layer"]),
     "layers of no kept block": (
         {"--skip_blocks": "2,0", "--lora_layers": "attn.add_q_proj"},
-        ["--lora_layers attn.add_q_proj: ", "single_transformer_blocks.0"],
+        ["--lora_layers 'attn.add_q_proj' matches no layer of a kept", "single_transformer_blocks.0"],
     ),
     "layers that cannot learn": ({"--skip_blocks": "1,3", "--lora_layers": "attn.add_q_proj"}, ["--lora_layers"]),
     "a skipped block": ({"--lora_blocks": "1,4"}, ["--lora_blocks 4 is a skipped block", "1 to 3"]),
@@ -106,7 +106,7 @@ REFUSED = {
     ),
     "unknown transformer class": (
         {"--pretrained_model_name_or_path": "unknown class"},
-        ["--pretrained_model_name_or_path", "NoSuchTransformer2DModel"],
+        ["The model names the class NoSuchTransformer2DModel"],
     ),
     "scheduler without a config": (
         {"--pretrained_model_name_or_path": "no scheduler config"},

@@ -25,13 +25,6 @@ from ..utils.errors import UserError
 from .settings import TrainSettings
 
 
-_PATCH_FLAGS = {
-    "min_size": "--min_patch_size",
-    "max_size": "--max_patch_size",
-    "buckets": "--aspect_ratio_buckets",
-}
-
-
 def choose_blocks(
     settings: TrainSettings, family: Family, model_name: str, table: SelectionTable | None = None
 ) -> dict[str, Any]:
@@ -56,25 +49,15 @@ def choose_blocks(
     selection = _select(settings, transformer, family, table)
     config = BlockSkipConfig(leading=selection.leading, trailing=selection.trailing, residuals=settings.residuals)
     skeleton = DiTBlockSkipTransformer(transformer, config, family.block_stacks)
+    layers = settings.lora_layers or family.lora_layers
     return {
         "skeleton": skeleton,
         "selection": selection,
         "table": table,
         "config": config,
         "patch": _patch_sampling(settings, family, skips=config.num_skipped > 0),
-        "targets": _targets(settings, skeleton, family),
+        "targets": lora_targets(skeleton, layers, family.text_stream_layers, _lora_blocks(settings, skeleton)),
     }
-
-
-def _targets(settings: TrainSettings, model: DiTBlockSkipTransformer, family: Family) -> list[str]:
-    """Layers that get LoRA; what the method says of a choice that cannot be comes behind the flags that made it."""
-    blocks = _lora_blocks(settings, model)
-    try:
-        return lora_targets(model, settings.lora_layers or family.lora_layers, family.text_stream_layers, blocks)
-    except UserError as error:
-        chosen = {"--lora_layers": settings.lora_layers, "--lora_blocks": settings.lora_blocks}
-        typed = [f"{flag} {','.join(values)}" for flag, values in chosen.items() if values is not None]
-        raise UserError(f"{' '.join(typed)}: {error}" if typed else str(error)) from None
 
 
 def _lora_blocks(settings: TrainSettings, model: DiTBlockSkipTransformer) -> list[str] | None:
@@ -159,10 +142,6 @@ def _patch_sampling(settings: TrainSettings, family: Family, skips: bool) -> Pat
         buckets = settings.aspect_ratio_buckets
     elif settings.use_aspect_ratio_buckets:
         buckets = standard_buckets(largest, multiple)
-    try:
-        return PatchSamplingConfig(
-            mode=patch_mode, min_size=smallest, max_size=largest, multiple=multiple, buckets=buckets
-        )
-    except UserError as error:
-        # The method names its arguments; a person typed flags.
-        raise UserError(re.sub("|".join(_PATCH_FLAGS), lambda match: _PATCH_FLAGS[match[0]], str(error))) from None
+    return PatchSamplingConfig(
+        mode=patch_mode, min_size=smallest, max_size=largest, multiple=multiple, buckets=buckets
+    )

@@ -60,10 +60,10 @@ from blockskip_hooks.utils.formatting import format_bytes
 
 # Flags that the training script has too, with the meaning that they have there.
 TRAINING_FLAGS = (
-    *("skip_blocks", "skip_ratio", "skip_budget", "selection_table", "resolution", "rank", "lora_layers", "lora_dropout"),
-    *("train_batch_size", "precompute_batch_size", "max_sequence_length", "max_train_steps", "keep_modulation"),
+    *("skip_blocks", "skip_ratio", "skip_budget", "selection_table", "resolution", "rank", "lora_layers"),
+    *("lora_dropout", "train_batch_size", "precompute_batch_size", "max_sequence_length", "max_train_steps"),
     *("residual_dtype", "residual_budget", "memory_budget", "memory_options", "mixed_precision"),
-    *("gradient_checkpointing", "quantization", "use_8bit_adam"),
+    *("keep_modulation", "gradient_checkpointing", "quantization", "use_8bit_adam"),
 )
 # What --gpu chooses itself.
 CHOSEN = ("skip_blocks", "skip_ratio", "skip_budget", "memory_budget", "memory_options", "gradient_checkpointing")

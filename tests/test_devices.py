@@ -65,6 +65,19 @@ def test_a_fused_norm_keeps_its_input_and_a_number_per_row():
     assert sorted(t.numel() for t in kept) == [4, 16, 64] and x.grad is not None and x.grad.shape == x.shape
 
 
+def test_a_fused_dropout_keeps_a_byte_per_number():
+    layer = torch.nn.Dropout(0.1)
+    with computing_as("cuda"), FakeTensorMode():
+        x = torch.ones(4, 16, dtype=torch.bfloat16, requires_grad=True)
+        kept: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            y = layer(x)
+            assert layer.eval()(x) is x
+        y.sum().backward()
+    assert [(t.dtype, t.numel()) for t in kept] == [(torch.bool, 64)] and x.grad is not None
+    assert y.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize(
     ("device", "rules"), [("cuda", "cuda"), ("cpu", "cpu"), ("mps", "mps"), ("xpu", "cuda"), ("npu", "cuda")]
 )

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import nbformat
 import pytest
@@ -296,6 +297,27 @@ def test_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(pictures) == 3
 
 
+def others_measurements() -> dict[str, Any]:
+    return json.loads((ROOT / "benchmarks" / "others_measurements.json").read_text())
+
+
+def rows_beside_others() -> list[list[str]]:
+    """The cells of the table of others' measurements, row by row."""
+    page = (DOCS / "benchmarks.md").read_text()
+    section = page.split("\n## The planner beside others' measurements\n")[1].split("\n## ")[0]
+    return [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")][1:]
+
+
+def test_others_measurements_have_their_flags_and_differences():
+    others = others_measurements()
+    rows = rows_beside_others()
+    assert [row[0] for row in rows] == [other["setting"] for other in others["rows"]]
+    for (_, live, _, _, theirs, difference), other in zip(rows, others["rows"], strict=True):
+        assert theirs.startswith(f"{other['theirs_gib']:.2f}") and f"[{other['source']}]" in theirs
+        assert round(100 * (float(live) / other["theirs_gib"] - 1)) == int(difference.removesuffix(" %"))
+        load_script("plan_memory").build_parser().parse_args(other["flags"].split())
+
+
 # Slow
 
 
@@ -323,6 +345,18 @@ def test_the_memory_table_is_what_its_command_prints(capsys: pytest.CaptureFixtu
         assert load_script("plan_memory").main(words) == 0
         (train,) = (s for s in json.loads(capsys.readouterr().out)["stages"] if s["name"] == "train")
         assert train["peak_device_bytes"] / 2**30 == pytest.approx(float(figure), abs=0.06)
+
+
+@pytest.mark.slow
+def test_figures_beside_others_measurements_are_the_planners(capsys: pytest.CaptureFixture[str]):
+    table = {row[0]: [float(cell.split()[0].rstrip(",")) for cell in row[1:5]] for row in rows_beside_others()}
+    for other in others_measurements()["rows"]:
+        if other["flags"].startswith(("--preset sd3.5-medium", "--preset flux.2-klein-4b --resolution 512")):
+            words = ["--skip_blocks", "none", "--json", *other["flags"].split()]
+            assert load_script("plan_memory").main(words) == 0
+            (train,) = (s for s in json.loads(capsys.readouterr().out)["stages"] if s["name"] == "train")
+            planned = [train[f"{name}_bytes"] / 2**30 for name in ("peak_device", "peak_reserved", "needed")]
+            assert planned == pytest.approx(table[other["setting"]][:3], abs=0.02), other["setting"]
 
 
 @pytest.mark.slow

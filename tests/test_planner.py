@@ -109,7 +109,8 @@ def real_peak(preset: Preset, request: PlanRequest) -> int:
     residuals = model.capture_residuals(**call(*make_inputs()), return_dict=False)
     for block in model.spans.skipped:
         torch.nn.Module.to(block.module, "meta")
-    parameters = add_lora(transformer, request.lora_targets, rank=request.rank, alpha=1, dropout=0.0, seed=0)
+    adapters = {"rank": request.rank, "alpha": 1, "dropout": request.lora_dropout}
+    parameters = add_lora(transformer, request.lora_targets, **adapters, seed=0)
     if request.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     model.train()
@@ -144,8 +145,9 @@ def real_peak(preset: Preset, request: PlanRequest) -> int:
         (1, 2, {"gradient_checkpointing": True, "weight_dtype": torch.bfloat16}),
         (0, 0, {"weight_dtype": torch.bfloat16}),
         (1, 1, {"weight_dtype": torch.bfloat16}),
+        (0, 0, {"lora_dropout": 0.5}),
     ],
-    ids=["plain", "spans", "checkpointing", "spans-checkpointing-bf16", "bf16", "spans-bf16"],
+    ids=["plain", "spans", "checkpointing", "spans-checkpointing-bf16", "bf16", "spans-bf16", "dropout"],
 )
 def test_train_peak_is_that_of_real_tensors(
     preset: Preset, leading: int, trailing: int, changes: dict[str, Any]

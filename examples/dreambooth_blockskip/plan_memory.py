@@ -61,9 +61,9 @@ from blockskip_hooks.utils.formatting import format_bytes
 # Flags that the training script has too, with the meaning that they have there.
 TRAINING_FLAGS = (
     *("skip_blocks", "skip_ratio", "skip_budget", "selection_table", "resolution", "rank", "lora_layers"),
-    *("train_batch_size", "precompute_batch_size", "max_sequence_length", "max_train_steps", "keep_modulation"),
+    *("lora_dropout", "train_batch_size", "precompute_batch_size", "max_sequence_length", "max_train_steps"),
     *("residual_dtype", "residual_budget", "memory_budget", "memory_options", "mixed_precision"),
-    *("gradient_checkpointing", "quantization", "use_8bit_adam"),
+    *("keep_modulation", "gradient_checkpointing", "quantization", "use_8bit_adam"),
 )
 # What --gpu chooses itself.
 CHOSEN = ("skip_blocks", "skip_ratio", "skip_budget", "memory_budget", "memory_options", "gradient_checkpointing")
@@ -100,6 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--lora_layers",
         help="Comma-separated ends of the names of the layers to adapt, within kept blocks; default: the family's.",
     )
+    flag("--lora_dropout", type=float, default=0.0, help="Dropout in the LoRA layers.")
     flag("--train_batch_size", type=int, default=1, help="Samples per step.")
     flag("--precompute_batch_size", type=int, help="Samples per precompute forward; default: what training leaves.")
     flag("--max_sequence_length", type=int, help="Tokens of a prompt; default: that of the model's family.")

@@ -73,6 +73,7 @@ def plan_request(run: Run, dtype: torch.dtype, num_processes: int, device: Devic
         patch=run.patch,
         rank=settings.rank,
         lora_targets=run.targets,
+        lora_dropout=settings.lora_dropout,
         recorded_layers=run.recorded_layers,
         quantization=run.quantization,
         batch_size=settings.train_batch_size * len(run.kinds),

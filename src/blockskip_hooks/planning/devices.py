@@ -73,6 +73,8 @@ def computing_as(device: DeviceType) -> Iterator[None]:
                 kernel = _cast(operator, packet in PROMOTED) if name in there else torch.library.fallthrough_kernel
                 autocast.impl(operator, kernel)
             autograd.impl(torch.ops.aten.rms_norm.default, _fused_rms_norm)
+            if device == "cuda":
+                autograd.impl(torch.ops.aten.dropout.default, _fused_dropout)
             yield
     finally:
         for library in libraries:
@@ -125,3 +127,20 @@ def _fused_rms_norm(
     input: torch.Tensor, shape: list[int], weight: torch.Tensor | None = None, eps: float | None = None
 ) -> torch.Tensor:
     return _RmsNorm.apply(input, weight, len(shape))
+
+
+class _Dropout(torch.autograd.Function):
+    """What a fused dropout takes and keeps: a mask of a byte per number, where the CPU's keeps factors."""
+
+    @staticmethod
+    def forward(ctx: Any, input: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(torch.empty_like(input, dtype=torch.bool))
+        return torch.empty_like(input)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return torch.empty_like(gradient)
+
+
+def _fused_dropout(input: torch.Tensor, probability: float, train: bool) -> torch.Tensor:
+    return _Dropout.apply(input) if train and probability > 0 else input

@@ -49,6 +49,7 @@ class FakeTransformer:
         config: The spans to skip.
         rank: Rank of the LoRA matrices.
         lora_targets: Full names of the modules that get LoRA.
+        lora_dropout: Dropout in them, whose masks are kept for backward.
         recorded_layers: See :class:`~blockskip_hooks.transformer.DiTBlockSkipTransformer`.
         dtype: Dtype of the model's weights. In half precision the training step runs under autocast.
         quantization: How the linear layers of kept blocks are held, if not in ``dtype``.
@@ -73,6 +74,7 @@ class FakeTransformer:
         rank: int,
         lora_targets: Sequence[str],
         dtype: torch.dtype,
+        lora_dropout: float = 0.0,
         recorded_layers: Sequence[str] = (),
         quantization: QuantizationConfig | None = None,
         device: DeviceType = "cuda",
@@ -106,10 +108,9 @@ class FakeTransformer:
             held = QuantizedLinear(linear, quantization)
             transformer.set_submodule(name, held if layer is linear else on_channels(held))
         if lora_targets:
-            # Settings other than the rank change neither memory nor FLOPs.
-            add_lora(
-                transformer, self._depth.renamed(lora_targets, blocks), rank=rank, alpha=rank, dropout=0.0, seed=0
-            )
+            # Alpha and seed change neither memory nor FLOPs.
+            targets = self._depth.renamed(lora_targets, blocks)
+            add_lora(transformer, targets, rank=rank, alpha=rank, dropout=lora_dropout, seed=0)
         self.model = DiTBlockSkipTransformer(
             transformer,
             config,
@@ -120,7 +121,7 @@ class FakeTransformer:
         skipped = {id(part) for module in self._streamed for part in module.modules()}
         self._encoders = {name: empty_text_encoder(config, dtype) for name, config in (trained_encoders or {}).items()}
         for encoder in self._encoders.values():
-            add_lora(encoder, family.text_lora_layers, rank=rank, alpha=rank, dropout=0.0, seed=0)
+            add_lora(encoder, family.text_lora_layers, rank=rank, alpha=rank, dropout=lora_dropout, seed=0)
         models = [transformer, *self._encoders.values()]
         with self.fake_mode:
             for module in (module for model in models for module in model.modules()):

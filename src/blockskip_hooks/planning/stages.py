@@ -56,6 +56,7 @@ class PlanRequest:
         batch_size: Samples per forward in training, class samples included.
         rank: Rank of the LoRA matrices.
         lora_targets: Full names of the layers that get LoRA.
+        lora_dropout: As the flag.
         recorded_layers: Full names of the layers whose outputs are recorded with the residuals.
         quantization: How kept blocks are held; ``None`` for ``weight_dtype``.
         text_tokens: Tokens of a prompt.
@@ -97,6 +98,7 @@ class PlanRequest:
     patch: PatchSamplingConfig
     rank: int
     lora_targets: Sequence[str]
+    lora_dropout: float = 0.0
     device: DeviceType = "cuda"
     recorded_layers: Sequence[str] = ()
     quantization: QuantizationConfig | None = None
@@ -181,6 +183,7 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
         request.config,
         rank=request.rank,
         lora_targets=request.lora_targets,
+        lora_dropout=request.lora_dropout,
         dtype=request.weight_dtype,
         recorded_layers=request.recorded_layers,
         quantization=request.quantization,

@@ -82,6 +82,7 @@ OUR_FLAGS = {
     "--save_format": (None, "diffusers", ("diffusers", "comfyui")),
     "--export_merged": ("store_true", False, None),
     "--open": ("store_true", False, None),
+    "--compile": ("store_true", False, None),
     "--validation_resolution": (int, None, None),
     "--cond_data_dir": (expand_home, None, None),
 }
@@ -90,7 +91,7 @@ SEVERAL = {"--validation_prompt"}
 # Texts that are read as something else, whatever the upstream script does with them.
 PARSED = dict.fromkeys(
     """--skip_blocks --skip_budget --memory_budget --residual_budget --lora_layers --lora_blocks --report_to
-    --aspect_ratio_buckets""".split()  # noqa: SIM905
+    --aspect_ratio_buckets --stream_cache""".split()  # noqa: SIM905
 )
 TYPES = {"str": (None, str, expand_home), "int": (int,), "float": (float,), "bool": (parse_bool,)}
 NAMED = [
@@ -652,7 +653,7 @@ def test_lora_blocks_are_numbers_of_blocks_in_order_of_execution(prepare, skippe
         (["--lora_blocks", "1,"], "^--lora_blocks '1,': '' is no block"),
         (["--lora_blocks", "1,\u00b2"], "^--lora_blocks .* is no block"),
         (["--lora_blocks", "9" * 5000], "^--lora_blocks .* is no block"),
-        (["--lora_blocks", "3", "--lora_layers", "attn.add_q_proj"], "None of single_.*name others"),
+        (["--lora_blocks", "3", "--lora_layers", "attn.add_q_proj"], "none of single_.*name others"),
         (["--aspect_ratio_buckets", "64,64;60,64"], "^--aspect_ratio_buckets has 60,64, which are not .*8 px"),
         (["--aspect_ratio_buckets", "64,68"], "^--aspect_ratio_buckets has 64,68"),
         (["--aspect_ratio_buckets", "0,64"], "^--aspect_ratio_buckets has 0,64, which are not positive"),

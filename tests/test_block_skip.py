@@ -298,7 +298,7 @@ def test_wrong_residuals_and_spans_are_named():
         forward(model, tiny.make_inputs(2), residuals=residuals)
     with pytest.raises(ValueError, match="No residual of the leading span"):
         forward(model, tiny.make_inputs(1), residuals=SpanResiduals())
-    with pytest.raises(ValueError, match="leave none to train"):
+    with pytest.raises(ValueError, match="leaves none to train"):
         DiTBlockSkipTransformer(tiny.make_transformer(), BlockSkipConfig(leading=3, trailing=2))
     with pytest.raises(ValueError, match=">= 0"):
         BlockSkipConfig(leading=-1)

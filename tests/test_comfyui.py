@@ -109,7 +109,7 @@ def test_a_run_leaves_both_files_and_diffusers_takes_its_own(tmp_path, capsys):
     photos = script.save_photos(tmp_path / "photos", [(64, 64)])
     output = script.train(tiny.folder, photos, tmp_path / "out", "--save_format", "comfyui", "--skip_blocks", "1,1")
     assert (output / WEIGHTS_NAME).is_file() and (output / COMFYUI_NAME).is_file()
-    assert f"ComfyUI: {output / COMFYUI_NAME}" in capsys.readouterr().out
+    assert f"ComfyUI  {output / COMFYUI_NAME}" in capsys.readouterr().out
     assert f"ComfyUI reads `{COMFYUI_NAME}`." in (output / "README.md").read_text()
     assert all("alpha" not in name for name in tiny.family.pipeline_class.lora_state_dict(str(output)))
 

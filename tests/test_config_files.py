@@ -49,7 +49,7 @@ def some_value(action):
 
 
 SPECIAL = {"skip_blocks": "2,3", "aspect_ratio_buckets": "64,64;96,64"} | dict.fromkeys(
-    ("skip_budget", "memory_budget", "residual_budget"), "8GB"
+    ("skip_budget", "memory_budget", "residual_budget", "stream_cache"), "8GB"
 )
 ACTIONS = [action for action in build_parser()._actions if action.dest not in NOT_IN_FILES]
 

@@ -111,7 +111,7 @@ def test_readme_command_runs_on_a_machine_without_anything(tmp_path: Path, capsy
     flags += ["--validation_prompt", "a photo of sks dog on the beach"]
     assert script.main([*flags, "--report_to", "none", "--output_dir", str(tmp_path / "out")]) == 0
     first_lines = capsys.readouterr().out.splitlines()[:2]
-    assert "embedded model" in first_lines[0] and "embedded photos" in first_lines[1]
+    assert "embedded micro-FLUX" in first_lines[0] and "embedded subject" in first_lines[1]
     report = json.loads((tmp_path / "out" / "run_report.json").read_text())
     assert report["skip"]["leading"] + report["skip"]["trailing"] == round(0.3 * report["skip"]["blocks"])
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {

@@ -239,7 +239,16 @@ PATHS = [action for action in build_parser()._actions if getattr(action.type, "_
 
 def test_every_flag_that_takes_a_path_is_one():
     names = {action.dest for action in build_parser()._actions if action.nargs != 0 and action.choices is None}
-    ends = ("_dir", "_path", "_config_path", "config", "selection_table", "dataset_name", "from_checkpoint")
+    ends = (
+        "_dir",
+        "_path",
+        "validation_image",
+        "_config_path",
+        "config",
+        "selection_table",
+        "dataset_name",
+        "from_checkpoint",
+    )
     found = {name for name in names if name.endswith(ends) and name not in ("dump_config", "validation_model_path")}
     assert {action.dest for action in PATHS} == found
 

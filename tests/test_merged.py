@@ -67,7 +67,7 @@ def test_images_are_those_of_the_model_with_the_lora(tmp_path, capsys):
     photos = script.save_photos(tmp_path / "photos", [(64, 64)])
     flags = ("--export_merged", "--skip_blocks", "1,1", "--quantization", "int8", "--upcast_before_saving")
     output = script.train(TINY.folder, photos, tmp_path / "out", *flags)
-    assert f"Merged: {output / MERGED_NAME}" in capsys.readouterr().out
+    assert f"Merged   {output / MERGED_NAME}" in capsys.readouterr().out
 
     def image(lora=None, **components):
         pipeline = FluxPipeline.from_pretrained(TINY.folder, **components)

@@ -66,7 +66,10 @@ REFUSED = {
         ["--class_data_dir a file"],
     ),
     # LoRA
-    "unknown layers": ({"--lora_layers": "attn.to_q,attn.to_x"}, ["--lora_layers 'attn.to_x' is the name of no linear layer"]),
+    "unknown layers": (
+        {"--lora_layers": "attn.to_q,attn.to_x"},
+        ["--lora_layers 'attn.to_x' is the name of no linear layer"],
+    ),
     "layers of no kept block": (
         {"--skip_blocks": "2,0", "--lora_layers": "attn.add_q_proj"},
         ["--lora_layers 'attn.add_q_proj' matches no layer of a kept", "single_transformer_blocks.0"],
@@ -106,7 +109,7 @@ REFUSED = {
     ),
     "unknown transformer class": (
         {"--pretrained_model_name_or_path": "unknown class"},
-        ["The model names the class NoSuchTransformer2DModel"],
+        ["--pretrained_model_name_or_path", "NoSuchTransformer2DModel"],
     ),
     "scheduler without a config": (
         {"--pretrained_model_name_or_path": "no scheduler config"},

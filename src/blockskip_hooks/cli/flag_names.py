@@ -10,6 +10,7 @@ _FLAGS = {
     r"BlockSkipConfig\(leading=(\d+), trailing=(\d+)\)": r"--skip_blocks \1,\2",
     r"BlockSkipConfig\.residuals\b": "--residuals",
     r"DiTBlockSkipTransformer\.quantization\b": "--quantization",
+    r"^The model names the class": "--pretrained_model_name_or_path: the model names the class",
     r"PatchSamplingConfig\.mode\b": "--patch_sampling",
     r"PatchSamplingConfig\.(min|max)_size\b": r"--\1_patch_size",
     r"PatchSamplingConfig\.buckets\b": "--aspect_ratio_buckets",

@@ -9,7 +9,7 @@ from typing import Any
 from ..utils.formatting import format_bytes
 
 
-DEVICES = {"cuda": "CUDA devices", "cpu": "CPUs", "mps": "MPS devices"}
+DEVICES = {"cuda": "CUDA", "cpu": "CPUs", "mps": "MPS"}
 
 
 def format_plan(
@@ -54,13 +54,13 @@ def format_plan(
     columns = {
         "peak_device": "live",
         "peak_reserved": "reserved",
-        "parameter": "parameters",
-        "lora_optimizer": "LoRA+optim.",
-        "activation": "activations",
+        "parameter": "weights",
+        "lora_optimizer": "LoRA+opt.",
+        "activation": "activ.",
     }
     if not plan["context_bytes"]:
         del columns["peak_reserved"]
-    header = ("Simulated", *columns.values(), "TFLOP/step", "batch")
+    header = ("Simulated", *columns.values(), "TFLOP", "batch")
     rows = [header] + [
         (
             stage["name"],
@@ -74,7 +74,7 @@ def format_plan(
     for row in rows:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
         lines.append("  ".join(cells))
-    lines.append(f"         of tensors on {DEVICES[plan['device']]}; {_on_top(plan) or besides}")
+    lines.append(f"         on {DEVICES[plan['device']]}; {_on_top(plan) or besides}")
     if any(stage.get("streamed") for stage in plan["stages"]):
         lines.append("         Large text encoders are read layer by layer, once per prompt.")
     if any(stage.get("vae_tiled") for stage in plan["stages"]):
@@ -95,7 +95,7 @@ def _on_top(plan: Mapping[str, Any]) -> str | None:
     if not plan["context_bytes"]:
         return None
     most = max(stage["needed_bytes"] for stage in plan["stages"])
-    return f"{format_bytes(most)} must be free, with a context of {format_bytes(plan['context_bytes'])}"
+    return f"{format_bytes(most)} must be free, {format_bytes(plan['context_bytes'])} of them for the context"
 
 
 def _disk(records: Mapping[str, Any], folder: str | None) -> list[str]:

@@ -113,7 +113,7 @@ def cell(setting: dict[str, Any] | None) -> str:
     skipped = f"{setting['leading']},{setting['trailing']} ({share:.0%})" if share else "none"
     held = setting["held"] + (" ckpt" if "checkpointing" in setting["options"] else "")
     peak = max(setting["stages"].values()) / 2**30
-    return f"{held}, {skipped}, {setting['trained_at']} px, {peak:.1f} GiB, {setting['compute']:.0%}"
+    return f"{held}, {skipped}<br>{setting['trained_at']} px, {peak:.1f} GiB, {setting['compute']:.0%}"
 
 
 def table(results: dict[str, Any]) -> str:

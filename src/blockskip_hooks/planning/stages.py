@@ -144,6 +144,14 @@ class PlanRequest:
         """Parameters beside the transformer's own, less those of its own that are elsewhere."""
         return self.resident_bytes - (self.bytes_elsewhere or 0)
 
+    @property
+    def stretch_samples(self) -> int:
+        """Samples that a stretch has records of, at most."""
+        if self.stretch_steps is None:
+            return max(self.num_samples, 1)
+        per_step = self.samples_per_step or self.batch_size * self.gradient_accumulation_steps
+        return self.stretch_steps * per_step
+
     def limit(self, training: int, alone: int) -> int:
         """Live bytes that forwards in step may take, from those of a training step and of one such forward."""
         if self.memory_budget_bytes is None:
@@ -196,7 +204,7 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
     vae = _Vae(request, base=train, limit=train.peak_bytes)
     stages: list[dict[str, Any]] = []
     if request.class_batch_size is not None:
-        side, wanted = request.class_resolution, request.class_batch_size
+        side, wanted = request.class_resolution, min(request.class_batch_size, request.class_images)
         of_all = -(-request.class_images // wanted)
         stages.append(_make_images("class_images", request, fake, vae, wanted, of_all, side, states))
     if request.text_encoders or request.text_encoder_parameter_bytes:
@@ -381,7 +389,7 @@ def _make_images(
         # Class images are made apart from each other, by processes that have all of the weights, before LoRA is there.
         alone = request.resident_bytes - fake.text_bytes
         others = alone if name == "class_images" else request.beside_bytes
-        infer = infer.beside(parameter_bytes=others, lora_bytes=states)
+        infer = infer.beside(parameter_bytes=others, lora_bytes=0 if name == "class_images" else states)
         phases, placement = vae.decode_after(infer, (side, side))
         usage = phases.beside(parameter_bytes=request.validation_extra_bytes)
         if images == 1 or usage.peak_bytes <= vae.limit:
@@ -404,25 +412,30 @@ def _precompute_batch(
     """
     limit = request.limit(train.peak_bytes, first.peak_bytes)
     samples = min(MOST_IN_STEP, max(request.num_samples, 1))
+    at_once = min(samples, request.stretch_samples)
     if request.precompute_batch_size is not None:
         batch_size = request.precompute_batch_size
-        return batch_size, *first.in_step(-(-samples // batch_size), limit)
+        return batch_size, *first.in_step(-(-at_once // batch_size), limit)
     batch_size = 1
     # Activations grow about in proportion to the batch, so one sample tells where to begin.
     phases = (first, vae.encode(1)[0])
-    while 2 * batch_size <= min(LARGEST_PRECOMPUTE_BATCH, samples) and all(
-        phase.parameter_bytes + phase.lora_bytes + 2 * batch_size * phase.activation_bytes <= train.peak_bytes
-        for phase in phases
+    while (
+        batch_size < at_once
+        and 2 * batch_size <= min(LARGEST_PRECOMPUTE_BATCH, samples)
+        and all(
+            phase.parameter_bytes + phase.lora_bytes + 2 * batch_size * phase.activation_bytes <= train.peak_bytes
+            for phase in phases
+        )
     ):
         batch_size *= 2
-    best = 1, *first.in_step(samples, limit)
+    best = 1, *first.in_step(at_once, limit)
     while batch_size > 1:
         usage, _ = fake.capture(batch_size, request.training_size, request.text_tokens)
         usage = usage.beside(parameter_bytes=request.beside_bytes, lora_bytes=states)
         if usage.peak_bytes <= train.peak_bytes:
-            chosen = batch_size, *usage.in_step(-(-samples // batch_size), limit)
+            chosen = batch_size, *usage.in_step(-(-at_once // batch_size), limit)
             # Fewer readings come before larger batches.
-            if min(chosen[0] * chosen[1], samples) >= min(best[0] * best[1], samples):
+            if min(chosen[0] * chosen[1], at_once) >= min(best[0] * best[1], at_once):
                 return chosen
         batch_size //= 2
     return best

@@ -203,6 +203,11 @@ class Meter(LiveBytes):
         if number is not None:
             self._events.append((number, 0))
 
+    @property
+    def phase(self) -> int:
+        """Number of the phase that goes on."""
+        return len(self._phases)
+
     def phases(self) -> list[Phase]:
         """The phases so far, the current one included."""
         self._end()

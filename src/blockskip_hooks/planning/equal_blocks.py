@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -76,6 +76,10 @@ class Depth:
             products += (1 + copies) * phase.product_flops
             attention += (1 + copies) * phase.attention_flops
         return Phase(None, peak, 0, products, attention)
+
+    def grown(self, phases: Sequence[Phase]) -> list[int]:
+        """Bytes that the blocks which were taken out have left by the end of each phase."""
+        return list(accumulate(self.copies.get(phase.name or "", 0) * phase.left_bytes for phase in phases))
 
     def events_in_full(self, phases: Sequence[Phase]) -> list[tuple[int, int]]:
         """The allocations of a simulated piece of work, as the full model would make them.

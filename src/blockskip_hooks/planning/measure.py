@@ -77,13 +77,21 @@ class Measure:
             for handle in handles:
                 handle.remove()
 
-    def usage(self, meter: Meter, *, streamed_bytes: int = 0, accumulates: bool = False) -> Usage:
+    def usage(
+        self,
+        meter: Meter,
+        *,
+        streamed_bytes: int = 0,
+        accumulates: bool = False,
+        halts: Sequence[tuple[int, int]] = (),
+    ) -> Usage:
         """What was counted, as of the full model.
 
         Args:
             meter: What was counted.
             streamed_bytes: Of the largest module that had weights only while it ran.
             accumulates: Whether every LoRA weight had a gradient from the start.
+            halts: Where the work may be halted: the phase's number, and the bytes that it holds then.
         """
         sizes = {name: rounded(num_bytes(tensor), self.device) for name, tensor in self._resident().items()}
         lora = {name: sizes[name] for name, tensor in self._resident().items() if tensor.requires_grad}
@@ -92,7 +100,7 @@ class Measure:
         if accumulates:
             copied += self._in_full(lora) - sum(lora.values())
         phases = meter.phases()
-        done = self.depth.in_full(phases, copied)
+        done, grown = self.depth.in_full(phases, copied), self.depth.grown(phases)
         trace = Trace(
             tuple(num_bytes(t) for name, t in self._resident().items() for _ in range(self.depth.times(name))),
             self.depth.events_in_full(phases),
@@ -103,6 +111,7 @@ class Measure:
             lora_bytes=self._in_full(lora),
             product_flops=done.product_flops,
             attention_flops=done.attention_flops,
+            halted_bytes=max((held + grown[phase] for phase, held in halts), default=0),
             traces=(trace,) if self.device == "cuda" else (),
         )
 

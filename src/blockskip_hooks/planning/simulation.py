@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -157,7 +156,7 @@ class FakeTransformer:
         with adapters, self._counted(text_tokens) as meter:
             resident = meter.current
             inputs = self._inputs(self._batch(batch_size, size, text_tokens))
-            with self._autocast(), self._halts(meter, resident) as halted, streamed_weights(self._streamed):
+            with self._autocast(), self._halts(meter, resident) as halts, streamed_weights(self._streamed):
                 residuals = self.model.capture_residuals(**inputs, return_dict=False)
             modulation = residuals.modulation
             if modulation is not None:
@@ -167,8 +166,7 @@ class FakeTransformer:
         if modulation is not None:
             with self.fake_mode:
                 residuals.modulation = torch.empty((batch_size, self._recorded_width), dtype=modulation.dtype)
-        usage = self._measure.usage(meter, streamed_bytes=self.largest_streamed_bytes)
-        return replace(usage, halted_bytes=max(halted)), residuals
+        return self._measure.usage(meter, streamed_bytes=self.largest_streamed_bytes, halts=halts), residuals
 
     @torch.no_grad()
     def infer(self, batch_size: int, size: tuple[int, int], text_tokens: int) -> Usage:
@@ -180,13 +178,12 @@ class FakeTransformer:
             inputs.pop("condition_tokens", None)
             with (
                 self._autocast(),
-                self._halts(meter, resident) as halted,
+                self._halts(meter, resident) as halts,
                 streamed_weights(self._streamed),
                 self.model.full_model() as transformer,
             ):
                 transformer(**inputs, return_dict=False)
-        usage = self._measure.usage(meter, streamed_bytes=self.largest_streamed_bytes)
-        return replace(usage, halted_bytes=max(halted))
+        return self._measure.usage(meter, streamed_bytes=self.largest_streamed_bytes, halts=halts)
 
     def train(
         self,
@@ -287,15 +284,15 @@ class FakeTransformer:
             yield meter
 
     @contextlib.contextmanager
-    def _halts(self, meter: Meter, resident: int) -> Iterator[list[int]]:
-        """Within this context note what is alive beside ``resident`` bytes before each streamed block."""
-        halted = [0]
+    def _halts(self, meter: Meter, resident: int) -> Iterator[list[tuple[int, int]]]:
+        """Within this context note phase and bytes alive beside ``resident`` ones before each streamed block."""
+        halts: list[tuple[int, int]] = []
         handles = [
-            module.register_forward_pre_hook(lambda *_: halted.append(meter.current - resident))
+            module.register_forward_pre_hook(lambda *_: halts.append((meter.phase, meter.current - resident)))
             for module in self._streamed
         ]
         try:
-            yield halted
+            yield halts
         finally:
             for handle in handles:
                 handle.remove()

@@ -128,7 +128,8 @@ def test_two_processes_share_the_images_and_make_those_of_one(runs: KillTest):
     assert one.keys() == two.keys() and len(one) >= 3
     for name, pair in one.items():
         middle = pair.shape[1] // 2
-        assert (two[name][:, :middle] == pair[:, :middle]).all(), "the base model's"
+        # A CPU's products depend on where tensors lie, in the last bit: a level of a pixel here and there.
+        assert abs(two[name][:, :middle].astype(int) - pair[:, :middle]).max() <= 1, "the base model's"
         # The LoRA's weights differ in their last bits.
         assert abs(two[name].astype(int) - pair).max() <= 2
 

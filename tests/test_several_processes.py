@@ -125,11 +125,12 @@ def test_two_processes_share_the_images_and_make_those_of_one(runs: KillTest):
         plan = json.loads((runs.scratch / f"{name}, images" / "out" / "plan.json").read_text())
         assert planned_batch_size(plan, "validate") == 1
     one, two = (logged_images(runs.scratch / f"{name}, images" / "out") for name in ("one", "two"))
-    assert one.keys() == two.keys() and len(one) >= 3
+    assert one.keys() == two.keys() and sum("/seed " in name for name in one) >= 3
     for name, pair in one.items():
         middle = pair.shape[1] // 2
-        # A CPU's products depend on where tensors lie, in the last bit: a level of a pixel here and there.
-        assert abs(two[name][:, :middle].astype(int) - pair[:, :middle]).max() <= 1, "the base model's"
+        # Upstream's tags have no pairs, but images of the LoRA alone.
+        if "/seed " in name:
+            assert (two[name][:, :middle] == pair[:, :middle]).all(), "the base model's"
         # The LoRA's weights differ in their last bits.
         assert abs(two[name].astype(int) - pair).max() <= 2
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -206,7 +207,7 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
     if request.class_batch_size is not None:
         side, wanted = request.class_resolution, min(request.class_batch_size, request.class_images)
         of_all = -(-request.class_images // wanted)
-        stages.append(_make_images("class_images", request, fake, vae, wanted, of_all, side, states))
+        stages.append(_make_images("class_images", request, fake, vae.before_lora(), wanted, of_all, side, 0))
     if request.text_encoders or request.text_encoder_parameter_bytes:
         usage, streamed = _encode_text(request, train.peak_bytes)
         stages.append({**_stage("encode", usage, 1), "streamed": streamed})
@@ -308,6 +309,12 @@ class _Vae:
         self._decodes: dict[tuple[tuple[int, int], bool], Usage] = {}
         self.parameter_bytes = self._encodes[1].parameter_bytes
 
+    def before_lora(self) -> _Vae:
+        """The same where LoRA and its optimizer are not there yet."""
+        vae = copy(self)
+        vae._base = replace(self._base, lora_bytes=0, traces=())
+        return vae
+
     def encode(self, batch_size: int) -> tuple[Usage, bool]:
         """Crops at the training resolution to latents, and whether alone."""
         if batch_size not in self._encodes:
@@ -386,10 +393,10 @@ def _make_images(
         # A guided pipeline runs the prompt and the negative prompt in one batch, if not one after the other.
         batch_size = images if request.family.negative_prompt is None else 2 * images
         infer = fake.infer(batch_size, (side, side), request.text_tokens)
-        # Class images are made apart from each other, by processes that have all of the weights, before LoRA is there.
+        # Class images are made apart from each other, by processes that have all of the weights.
         alone = request.resident_bytes - fake.text_bytes
         others = alone if name == "class_images" else request.beside_bytes
-        infer = infer.beside(parameter_bytes=others, lora_bytes=0 if name == "class_images" else states)
+        infer = infer.beside(parameter_bytes=others, lora_bytes=states)
         phases, placement = vae.decode_after(infer, (side, side))
         usage = phases.beside(parameter_bytes=request.validation_extra_bytes)
         if images == 1 or usage.peak_bytes <= vae.limit:

@@ -92,10 +92,7 @@ def generate_images(
         inputs = family.pipeline_inputs(batched(prompts[prompt]), None if negative is None else batched(negative))
         # What was asked for explicitly comes before a family's own settings.
         inputs |= {**kwargs, "num_images_per_prompt": len(part)}
-        made = _call(family, pipeline, inputs, part)
-        if progress is not None:
-            progress(len(part))
-        return made
+        return _call(family, pipeline, inputs, part)
 
     pipelines = [family.image_pipeline(model.transformer, vae)]
     for _ in chosen[1:together]:
@@ -111,6 +108,9 @@ def generate_images(
             tasks = [partial(make, pipeline, *call) for pipeline, call in zip(pipelines, group)]
             for (prompt, _), made in zip(group, model.together(tasks), strict=True):
                 images[prompt] += made
+            if progress is not None:
+                # Those that go in step are done together: one after the other would tell a wrong rate.
+                progress(sum(len(part) for _, part in group))
     model.train(was_training)
     return images
 

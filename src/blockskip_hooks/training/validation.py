@@ -154,7 +154,7 @@ class Validation:
                 seeds=self._seeds,
                 pipeline_kwargs=self._run.image_kwargs,
                 images_at_once=at_once,
-                together=self._together,
+                together=1 if sharded else self._together,
                 placement=self._placement,
                 progress=made,
                 calls=lambda number: number % others == accelerator.process_index % others,

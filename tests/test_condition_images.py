@@ -37,6 +37,7 @@ from blockskip_hooks.residuals.batches import PhotoSource, SampleMaker
 from blockskip_hooks.transformer import DiTBlockSkipTransformer
 from blockskip_hooks.utils.seeds import derived_seed
 from tests import script
+from tests.plain_loop import PlainLoop, noise_of
 from tests.script import PROMPT, assert_same_weights, losses, save_photos
 from tests.tiers import fast_first
 from tests.tiny import TINY_FAMILIES, TinyFamily
@@ -244,11 +245,8 @@ def test_plain_training_on_pairs_is_a_straightforward_loop(tiny: TinyFamily, pai
     embeds = family.collate_embeds(
         family.encode_prompts(family.load_text_pipeline(torch.float32, "cpu"), [PROMPT]) * 2
     )
-    vae, transformer = family.load_vae(torch.float32, "cpu"), tiny.make_transformer().train()
-    skeleton = DiTBlockSkipTransformer(tiny.make_transformer(), BlockSkipConfig(), family.block_stacks)
-    targets = lora_targets(skeleton, family.lora_layers, family.text_stream_layers)
-    parameters = add_lora(transformer, targets, rank=2, alpha=4, dropout=0.0, seed=3)
-    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=1e-4)
+    loop = PlainLoop(tiny)
+    vae, transformer = loop.vae, loop.transformer
     expected = []
     for step in range(4):
         samples = [plan.sample(2 * step), plan.sample(2 * step + 1)]
@@ -259,9 +257,7 @@ def test_plain_training_on_pairs_is_a_straightforward_loop(tiny: TinyFamily, pai
                 for of in photos
             )
         )
-        noise = torch.stack(
-            [torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(s.noise_seed)) for s in samples]
-        )
+        noise = noise_of([sample.noise_seed for sample in samples], latents.shape[1:])
         indices = [sample.timestep_index for sample in samples]
         noisy, sigmas = family.add_noise(latents, noise, indices), family.sigmas(indices)
         inputs = family.transformer_inputs(
@@ -270,11 +266,7 @@ def test_plain_training_on_pairs_is_a_straightforward_loop(tiny: TinyFamily, pai
         prediction = transformer(**family.with_condition(inputs, condition), return_dict=False)[0]
         error = family.prediction_to_latents(prediction, latents) - (noise - latents)
         loss = (compute_loss_weighting_for_sd3("none", sigmas) * error**2).flatten(1).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        expected.append(loss.item())
+        expected.append(loop.step(loss))
     assert losses(output) == pytest.approx(expected, rel=1e-4)
 
 

@@ -22,11 +22,11 @@ from blockskip_hooks.config import BlockSkipConfig, PatchSamplingConfig
 from blockskip_hooks.data.photo_set import PhotoSet
 from blockskip_hooks.data.photos import scan_photos
 from blockskip_hooks.data.sample_plan import SamplePlan
-from blockskip_hooks.lora import add_lora, lora_targets
 from blockskip_hooks.residuals import batches as training_data
 from blockskip_hooks.transformer import DiTBlockSkipTransformer
 from blockskip_hooks.utils.seeds import derived_seed
 from tests import script
+from tests.plain_loop import PlainLoop, noise_of
 from tests.script import PROMPT, WEIGHTS, assert_same_weights, losses, weights
 from tests.tiny import TINY_FAMILIES, TinyFamily
 
@@ -191,11 +191,8 @@ def test_plain_mode_is_a_straightforward_loop(tiny: TinyFamily, train: Train, ph
     pictures = PhotoSet(scan_photos(photos), size)
     pipeline = family.load_text_pipeline(torch.float32, "cpu")
     embeds = family.collate_embeds(family.encode_prompts(pipeline, [PROMPT]) * 2)
-    vae, transformer = family.load_vae(torch.float32, "cpu"), tiny.make_transformer().train()
-    skeleton = DiTBlockSkipTransformer(tiny.make_transformer(), BlockSkipConfig(), family.block_stacks)
-    targets = lora_targets(skeleton, family.lora_layers, family.text_stream_layers)
-    parameters = add_lora(transformer, targets, rank=2, alpha=4, dropout=0.0, seed=3)
-    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=1e-4)
+    loop = PlainLoop(tiny)
+    vae, transformer = loop.vae, loop.transformer
     expected = []
     for step in range(4):
         samples = [plan.sample(2 * step), plan.sample(2 * step + 1)]
@@ -206,8 +203,8 @@ def test_plain_mode_is_a_straightforward_loop(tiny: TinyFamily, train: Train, ph
         with torch.no_grad():
             mean, std = family.posterior(vae, torch.stack(crops))
             noises = [derived_seed(sample.noise_seed, "posterior") for sample in samples]
-            latents = family.scale_latents(vae, mean + std * _noise(noises, mean.shape[1:]))
-        noise = _noise([sample.noise_seed for sample in samples], latents.shape[1:])
+            latents = family.scale_latents(vae, mean + std * noise_of(noises, mean.shape[1:]))
+        noise = noise_of([sample.noise_seed for sample in samples], latents.shape[1:])
         indices = [sample.timestep_index for sample in samples]
         noisy, sigmas = family.add_noise(latents, noise, indices), family.sigmas(indices)
         inputs = family.transformer_inputs(
@@ -216,16 +213,8 @@ def test_plain_mode_is_a_straightforward_loop(tiny: TinyFamily, train: Train, ph
         velocity = family.prediction_to_latents(transformer(**inputs, return_dict=False)[0], latents)
         prediction, target = family.loss_terms(velocity, latents, noise, noisy, sigmas)
         loss = (compute_loss_weighting_for_sd3(scheme, sigmas) * (prediction - target) ** 2).flatten(1).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        expected.append(loss.item())
+        expected.append(loop.step(loss))
     assert losses(output) == pytest.approx(expected, rel=1e-4)
-
-
-def _noise(seeds: list[int], shape: torch.Size) -> torch.Tensor:
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
 @pytest.mark.column("text encoder")

@@ -11,6 +11,7 @@ import yaml
 
 from blockskip_hooks.cli.gpu_sizes import Fit, format_fits
 from blockskip_hooks.planning.budget import BudgetSteps, Choice, selections_for_budget
+from blockskip_hooks.planning.presets import preset_facts
 from blockskip_hooks.planning.ranking import USABLE, closest_to_plain, known_fidelity, least_compute, tflops_per_sample
 from blockskip_hooks.selection import Selection
 from tests.script import ROOT, load_module, load_script
@@ -79,10 +80,10 @@ def test_nothing_fits():
 
 def test_what_the_paper_reports_is_of_its_own_settings():
     choice = Choice(Selection(57, 0, 0, "flag"), ("8bit_adam", "patches"), {}, "")
-    assert known_fidelity("flux.1-dev", choice) == "DINO 0.725 of 0.732"
-    assert known_fidelity("flux.1-dev", replace(choice, options=("int8", "patches"))) is None
-    assert known_fidelity("flux.1-dev", replace(choice, options=())) is None
-    assert known_fidelity("z-image", choice) is None
+    assert known_fidelity(preset_facts("flux.1-dev")["reported"], choice) == "DINO 0.725 of 0.732"
+    assert known_fidelity(preset_facts("flux.1-dev")["reported"], replace(choice, options=("int8", "patches"))) is None
+    assert known_fidelity(preset_facts("flux.1-dev")["reported"], replace(choice, options=())) is None
+    assert known_fidelity({}, choice) is None
 
 
 def test_a_ranking_lists_what_changes_least_first():

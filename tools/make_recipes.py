@@ -76,7 +76,7 @@ def plan(planner: Any, preset: str) -> dict[str, Any]:
         for size in SIZES:
             fit = fits.fastest(size * 10**9) or fits.closest(size * 10**9)
             found[str(size)] = fit and described(fit)
-    larger = planner.RESOLUTION.get(preset, FULL_RESOLUTION) < FULL_RESOLUTION
+    larger = planner.recipe_resolution(preset) < FULL_RESOLUTION
     if larger:
         # Memory that is left over goes into resolution.
         with planner.fits_of(parse([*words, "--resolution", str(FULL_RESOLUTION)]), preset) as fits:

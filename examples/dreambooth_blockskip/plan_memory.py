@@ -49,7 +49,7 @@ from blockskip_hooks.loading.quantization import METHODS
 from blockskip_hooks.planning.description import format_plan
 from blockskip_hooks.planning.devices import PLANNED_DEVICES
 from blockskip_hooks.planning.options import MEMORY_OPTIONS, QUANTIZING_OPTIONS
-from blockskip_hooks.planning.presets import preset_names, write_preset
+from blockskip_hooks.planning.presets import preset_facts, preset_names, write_preset
 from blockskip_hooks.planning.ranking import USABLE
 from blockskip_hooks.planning.stages import plan_run
 from blockskip_hooks.training.chosen_blocks import planned_dtype
@@ -69,7 +69,6 @@ TRAINING_FLAGS = (
 CHOSEN = ("skip_blocks", "skip_ratio", "skip_budget", "memory_budget", "memory_options", "gradient_checkpointing")
 CHOSEN += ("quantization", "use_8bit_adam", "training_resolution", "shared_by", "json")
 # Side of the largest patch: what the upstream scripts' examples train at, and of validation images.
-RESOLUTION = {"flux.1-dev": 512, "flux.1-schnell": 512, "sana-0.6b": 512}
 DEFAULT_RESOLUTION = 1024
 # Without --gpu, where no recipe is looked for.
 DEFAULT_SIDE = 512
@@ -216,10 +215,15 @@ def prepared(args: argparse.Namespace, preset: str) -> Iterator[tuple[str, Run, 
         yield name, run, plain, dtype
 
 
+def recipe_resolution(preset: str) -> int:
+    """Side in pixels that the preset's recipe trains at."""
+    return preset_facts(preset).get("resolution", DEFAULT_RESOLUTION)
+
+
 @contextlib.contextmanager
 def fits_of(args: argparse.Namespace, preset: str) -> Iterator[Fits]:
     """Settings of a preset that fit GPUs, at the resolution that the flag names or its recipe has."""
-    resolution = RESOLUTION.get(preset, DEFAULT_RESOLUTION) if args.resolution is None else args.resolution
+    resolution = recipe_resolution(preset) if args.resolution is None else args.resolution
     changes = {"resolution": resolution, "validation_resolution": args.validation_resolution or DEFAULT_RESOLUTION}
     with prepared(argparse.Namespace(**{**vars(args), **changes}), preset) as (_, run, plain, dtype):
         yield Fits(preset, run, plain["tflops_per_step"], dtype, args.device)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from ..planning.budget import BudgetSteps, Choice, selections_for_budget
 from ..planning.devices import DeviceType
 from ..planning.options import LAST_MEMORY_OPTIONS, MEMORY_OPTIONS
 from ..planning.plan import largest_stage
+from ..planning.presets import preset_facts
 from ..planning.ranking import (
     MOST_SKIPPED,
     USABLE,
@@ -37,12 +38,14 @@ class Fit:
         resolution: Side in pixels of the largest patch.
         choice: Blocks, options and plan.
         compute: Of a step and its record, against plain LoRA at this resolution.
+        reported: What the preset says of fidelity.
     """
 
     preset: str
     resolution: int
     choice: Choice
     compute: float
+    reported: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def peak(self) -> int:
@@ -77,7 +80,7 @@ class Fit:
             f"{self.pixels} px",
             f"{format_bytes(self.peak)} ({stage})",
             f"{self.compute:.0%}",
-            known_fidelity(self.preset, self.choice) or "–",
+            known_fidelity(self.reported, self.choice) or "–",
         )
 
 
@@ -98,6 +101,7 @@ class Fits:
 
     def __init__(self, preset: str, run: Run, plain: float, dtype: torch.dtype, device: DeviceType = "cuda") -> None:
         self._preset, self._run, self._plain, self._dtype, self._device = preset, run, plain, dtype, device
+        self._reported = preset_facts(preset).get("reported", {})
         self._plans: dict[tuple[Any, ...], dict[str, Any]] = {}
         self._sizes = block_bytes(list_blocks(run.skeleton.transformer, run.family.block_stacks), dtype)
 
@@ -129,7 +133,7 @@ class Fits:
         if choice is None:
             return None
         compute = tflops_per_sample(choice.plan) / self._plain
-        return Fit(self._preset, self._run.settings.resolution, choice, compute)
+        return Fit(self._preset, self._run.settings.resolution, choice, compute, self._reported)
 
 
 def format_fits(fits: Sequence[tuple[str, Fit | None, Fit | None]]) -> str:

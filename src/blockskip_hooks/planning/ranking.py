@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..selection import Selection
@@ -19,19 +19,14 @@ USABLE = 0.95
 MOST_SKIPPED = 0.3
 """Part of the blocks that the setting which computes least may skip: the least that the paper reports on."""
 
-REPORTED = {
-    ("flux.1-dev", (0, 0), True): "DINO 0.725 of 0.732",
-}
-"""Subject fidelity that the paper reports, against plain LoRA: by preset, pair and whether patches are sampled.
 
-Of unquantised weights. What it reports of skipping is of pairs that it does not name.
-"""
-
-
-def known_fidelity(preset: str, choice: Choice) -> str | None:
-    """What the paper reports of a setting, or ``None``."""
-    pair = (choice.selection.leading, choice.selection.trailing)
-    return None if quantization_of(choice) else REPORTED.get((preset, pair, "patches" in choice.options))
+def known_fidelity(reported: Mapping[str, str], choice: Choice) -> str | None:
+    """What a preset says that the paper reports of a setting, or ``None``."""
+    if quantization_of(choice):
+        return None
+    skipped = f"{choice.selection.leading},{choice.selection.trailing}"
+    patches = " with patches" if "patches" in choice.options else ""
+    return reported.get(f"{skipped}{patches}")
 
 
 def quantization_of(choice: Choice) -> str | None:

@@ -77,6 +77,19 @@ def preset_names() -> list[str]:
     return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
 
 
+def preset_facts(name: str) -> dict[str, Any]:
+    """What a preset's file says: configs of the components, ``resolution`` of the recipe where it is not 1024 px, and
+    ``reported``: subject fidelity in the paper by skipped blocks and sampled patches, of unquantised weights.
+
+    Raises:
+        UserError: if there is no preset of this name.
+    """
+    if name not in preset_names():
+        raise UserError(f"--preset '{name}' does not exist; choose one of {', '.join(preset_names())}.")
+    facts: dict[str, Any] = json.loads((resources.files(__name__) / f"{name}.json").read_text())
+    return facts
+
+
 def write_preset(name: str, folder: Path, pipeline_settings: Mapping[str, Any] | None = None) -> str:
     """Write a preset as a model folder without weights: the index of the pipeline and the configs of its components.
 
@@ -91,9 +104,7 @@ def write_preset(name: str, folder: Path, pipeline_settings: Mapping[str, Any] |
     Raises:
         UserError: if there is no preset of this name.
     """
-    if name not in preset_names():
-        raise UserError(f"--preset '{name}' does not exist; choose one of {', '.join(preset_names())}.")
-    data = json.loads((resources.files(__name__) / f"{name}.json").read_text())
+    data = preset_facts(name)
     encoders = {f"text_encoder{'' if n == 1 else f'_{n}'}": c for n, c in enumerate(data["text_encoders"], start=1)}
     configs = {part: data[part] for part in ("transformer", "vae", "scheduler")} | encoders
     # By this name a table that says which blocks to skip is found.

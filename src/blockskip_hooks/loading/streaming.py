@@ -111,6 +111,7 @@ class Streamer:
         self._pass: list[torch.nn.Module] = []
         self._ahead: dict[torch.nn.Module, Future[Fetched]] = {}
         self._present: torch.nn.Module | None = None
+        self._largest: int | None = None
         self._repeats = self._takes_turns = False
         self._keep: Callable[[], Callable[[], None]] = lambda: lambda: None
         self._stream: torch.Stream | None = None
@@ -129,12 +130,13 @@ class Streamer:
             self.device, self._stream, self._left = plain_device(device), None, None
         if forget:
             self.release()
-            self._cached, self._room = {}, self._cache_bytes
+            self._cached, self._room, self._largest = {}, self._cache_bytes, None
 
     def add(self, module: torch.nn.Module, weights: Weights) -> None:
         """Take up a module, which is expected to run after those before it."""
         self._weights[module] = weights
         self._order.append(module)
+        self._largest = None
 
     def remove(self, module: torch.nn.Module) -> None:
         """Forget a module."""
@@ -142,7 +144,7 @@ class Streamer:
         self._weights.pop(module, None)
         self._cached.pop(module, None)
         self._order = [other for other in self._order if other is not module]
-        self._pass = []
+        self._pass, self._largest = [], None
 
     def enter(self, module: torch.nn.Module) -> None:
         """Give a module its weights, and begin to read those of the next."""
@@ -249,7 +251,9 @@ class Streamer:
         """Begin to read what follows ``module``, not more than the largest module."""
         place = self._order.index(module) + 1 if module in self._order else len(self._order)
         following = self._order[place:] + (self._order[: place - 1] if self._repeats else [])
-        room = max(map(_num_bytes, self._weights))
+        if self._largest is None:
+            self._largest = max(map(_num_bytes, self._weights))
+        room = self._largest
         for other in following:
             room -= _num_bytes(other)
             if room < 0:

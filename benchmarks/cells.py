@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from blockskip_hooks.embedded import embedded_model, embedded_photos, embedded_subjects
 from blockskip_hooks.evaluation.metrics import Evaluation, evaluate_images
 from blockskip_hooks.inference.image_encoders import load_image_encoder
+from blockskip_hooks.loading.model_defaults import model_defaults
 from blockskip_hooks.training.records import RecordSource
 from blockskip_hooks.utils.files import write_json
 
@@ -68,6 +69,7 @@ def train(
 
 def evaluate(lora: Path | None, subject: str) -> Evaluation:
     """Measure images of prompts that training has not seen, with a LoRA or without any."""
+    flags, call = model_defaults(embedded_model())
     pipeline = FluxPipeline.from_pretrained(embedded_model(), dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     if lora is not None:
@@ -76,10 +78,10 @@ def evaluate(lora: Path | None, subject: str) -> Evaluation:
     images = pipeline(
         prompts,
         negative_prompt=[""] * len(prompts),
-        true_cfg_scale=2.5,
-        height=64,
-        width=64,
-        max_sequence_length=16,
+        true_cfg_scale=call["true_cfg_scale"],
+        height=flags["resolution"],
+        width=flags["resolution"],
+        max_sequence_length=flags["max_sequence_length"],
         num_inference_steps=IMAGE_STEPS,
         num_images_per_prompt=IMAGES_PER_PROMPT,
         generator=[torch.Generator().manual_seed(IMAGE_SEED + i) for i in range(len(prompts) * IMAGES_PER_PROMPT)],

@@ -52,11 +52,12 @@ def test_stock_pipeline_loads_it_and_draws_another_picture_for_another_prompt():
 
     def draw(prompt: str) -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
-        settings = {"height": 64, "width": 64, "num_inference_steps": 4, "max_sequence_length": 16}
+        settings = {"height": side, "width": side, "num_inference_steps": 4, "max_sequence_length": 16}
         return torch.from_numpy(pipeline(prompt, generator=generator, output_type="np", **settings).images)
 
+    side = model_defaults(embedded_model())[0]["resolution"]
     red, blue = draw("a photo of a dog on a red background"), draw("a photo of a dog on a blue background")
-    assert red.shape == (1, 64, 64, 3)
+    assert red.shape == (1, side, side, 3)
     assert red[..., 0].mean() > blue[..., 0].mean() + 0.2
     assert blue[..., 2].mean() > red[..., 2].mean() + 0.2
 

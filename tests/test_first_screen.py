@@ -11,7 +11,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import torch
 from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import launch
@@ -25,7 +27,7 @@ from blockskip_hooks.training.learning_rate import describe_rate, format_rate, w
 from blockskip_hooks.training.used_flags import without_effect
 from blockskip_hooks.utils.errors import UserError
 from blockskip_hooks.utils.formatting import fit_lines
-from blockskip_hooks.utils.launcher import ENTRIES, FSDP_SWITCH, REFUSED_AS_A_WHOLE, check_launcher
+from blockskip_hooks.utils.launcher import ENTRIES, FSDP_SWITCH, REFUSED_AS_A_WHOLE, check_launcher, use_all_cores
 from tests import script
 from tests.tiny import save_tiny_flux
 
@@ -177,6 +179,23 @@ def test_every_field_of_a_config_has_a_place():
     named = {entry.name.split(":")[0] for entry in ENTRIES.values()}
     fields = {field.name for field in dataclasses.fields(ClusterConfig)}
     assert fields - {*of_the_launcher, *parts} <= named
+
+
+@pytest.mark.parametrize(
+    ("launched", "threads", "used"), [(True, "1", "every core"), (True, "3", "as before"), (False, "1", "as before")]
+)
+def test_a_process_alone_on_a_cpu_uses_the_cores_there_are(
+    launched: bool, threads: str, used: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    if launched:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    set_to: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: 64)
+    monkeypatch.setattr(psutil.Process, "cpu_affinity", lambda self: [0, 1, 5], raising=False)
+    use_all_cores()
+    assert set_to == ([3] if used == "every core" else [])
 
 
 @pytest.mark.parametrize("variable", ENTRIES)

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from .errors import UserError
-from .launcher import FSDP_SWITCH, check_launcher
+from .launcher import FSDP_SWITCH, check_launcher, use_all_cores
 
 
 PATIENCE = timedelta(days=1)
@@ -54,6 +54,8 @@ def start_accelerator(mixed_precision: str | None, *, plan_only: bool = False, *
     # accelerate itself would go on without autocast. A plan is for another machine.
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu" and not plan_only:
         raise UserError("--mixed_precision fp16 needs a GPU, and there is none here; give bf16 or no.")
+    if accelerator.device.type == "cpu" and accelerator.num_processes == 1:
+        use_all_cores()
     return accelerator
 
 

@@ -10,6 +10,9 @@ import os
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import psutil
+import torch
+
 from .errors import UserError
 
 
@@ -136,6 +139,17 @@ def check_launcher(mixed_precision: str | None = None) -> None:
             continue
         said = entry.name if ":" in entry.name else f"{entry.name}: {value}"
         raise UserError(f"accelerate's config has {said}, which no run can follow: {entry.instead}.")
+
+
+def use_all_cores() -> None:
+    """Let a process that is alone on a CPU compute on every core where the launcher allows it a single one.
+
+    That is what ``accelerate launch`` does unless it is told a number. A process that may run on fewer cores (by
+    ``taskset``, say) gets those.
+    """
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
+        allowed = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count()
+        torch.set_num_threads(max(1, min(allowed or 1, psutil.cpu_count(logical=False) or 1)))
 
 
 def is_set(variable: str) -> bool:

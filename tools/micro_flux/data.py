@@ -5,9 +5,10 @@ Half of the pictures show a class's icon (a third of these in another hue, which
 of the training vendors ("an object"), a quarter an object of a few shapes (`shapes.py`).
 
 `shards/NNN.safetensors`: `images` uint8 (P, 128, 128, 3); `class` (-1: none), `background` and `kind` (index of
-`KINDS`) int64 (P,); normalised latents in bf16: `full` (P, 8, 32, 32), `half` (P, 8, 16, 16) of the picture at 64 px
-and `patch` (P, 2, 8, 16, 16) of two square crops of side 64..128 px at 64 px. `shards/NNN.json`: four captions per
-picture. A shard that is there is not made again; `--vae` says whose latents they are.
+`KINDS`) int64 (P,); normalised latents in bf16: `full` (P, 8, 32, 32), `middle` (P, 8, 24, 24) of the picture at
+96 px, `half` (P, 8, 16, 16) at 64 px and `patch` (P, 2, 8, 16, 16) of two square crops of side 64..128 px at 64 px.
+`shards/NNN.json`: four captions per picture. A shard that is there only gets latents that it lacks; `--vae` says
+whose they are.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from catalogue import BACKGROUND_NAMES, CLASS_NAMES, TRAINING_VENDORS, caption, 
 from compose import Pose, compose, shift_hue
 from diffusers import AutoencoderKL
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from settings import ASSETS, IMAGE_SIZE, add_common_arguments, to_signed, write_json
 from shapes import COLOURS, OF_CLASSES, OTHERS, shape_svg
 from sprites import load_icon_set, render_sprite
@@ -123,7 +124,18 @@ class Painter:
 def encode(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
     """Signed pictures (B, 3, H, W) to normalised latents bf16 (B, 8, H / 4, W / 4)."""
     latents = torch.cat([vae.encode(part).latent_dist.mode() for part in pictures.split(16)])
-    return ((latents - vae.config.shift_factor) * vae.config.scaling_factor).bfloat16()
+    return ((latents - vae.config.shift_factor) * vae.config.scaling_factor).bfloat16().contiguous()
+
+
+def resized(pictures: torch.Tensor, factor: float) -> torch.Tensor:
+    """Signed pictures (B, 3, S, S) at another size."""
+    return F.interpolate(pictures, scale_factor=factor, mode="bicubic", antialias=True).clamp(-1, 1)
+
+
+def replace(tensors: dict[str, torch.Tensor], target: Path) -> None:
+    """Writes a shard so that a reader never sees half of it."""
+    save_file(tensors, target.with_suffix(".part"))
+    os.replace(target.with_suffix(".part"), target)
 
 
 def random_patch(rng: np.random.Generator, picture: torch.Tensor) -> torch.Tensor:
@@ -138,9 +150,14 @@ def random_patch(rng: np.random.Generator, picture: torch.Tensor) -> torch.Tenso
 def make_shard(icons: Path, vae_folder: Path, folder: Path, seed: int, number: int) -> None:
     """Writes one shard of `SHARD` pictures."""
     target = folder / f"{number:03d}.safetensors"
-    if target.exists():
-        return
     torch.set_num_threads(1)
+    vae = AutoencoderKL.from_pretrained(vae_folder).float().eval()
+    if target.exists():
+        tensors = load_file(target)
+        if "middle" not in tensors:
+            tensors["middle"] = encode(vae, resized(to_signed(tensors["images"]), 0.75))
+            replace(tensors, target)
+        return
     rng, words, painter = np.random.default_rng((seed, number)), random.Random(seed * 100003 + number), Painter(icons)
     images, classes, backgrounds, kinds, captions = [], [], [], [], []
     for _ in range(SHARD):
@@ -151,10 +168,8 @@ def make_shard(icons: Path, vae_folder: Path, folder: Path, seed: int, number: i
         classes.append(-1 if class_name is None else CLASS_NAMES.index(class_name))
         backgrounds.append(background)
         captions.append([caption(words, noun, BACKGROUND_NAMES[background], colour) for _ in range(CAPTIONS)])
-    vae = AutoencoderKL.from_pretrained(vae_folder).float().eval()
     tensor = torch.from_numpy(np.stack(images))
     pictures = to_signed(tensor).contiguous()
-    half = F.interpolate(pictures, scale_factor=0.5, mode="bicubic", antialias=True).clamp(-1, 1)
     patches = torch.stack([random_patch(rng, picture) for picture in pictures for _ in range(2)])
     tensors = {
         "images": tensor,
@@ -162,12 +177,12 @@ def make_shard(icons: Path, vae_folder: Path, folder: Path, seed: int, number: i
         "background": torch.tensor(backgrounds),
         "kind": torch.tensor(kinds),
         "full": encode(vae, pictures),
-        "half": encode(vae, half),
+        "middle": encode(vae, resized(pictures, 0.75)),
+        "half": encode(vae, resized(pictures, 0.5)),
         "patch": encode(vae, patches).unflatten(0, (-1, 2)),
     }
     write_json(folder / f"{number:03d}.json", captions)
-    save_file(tensors, target.with_suffix(".part"))
-    os.replace(target.with_suffix(".part"), target)
+    replace(tensors, target)
     print(f"shard {number}: {json.dumps(captions[0])}", flush=True)
 
 

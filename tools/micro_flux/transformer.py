@@ -3,7 +3,7 @@
 
 Rectified flow as diffusers' FLUX does it: x_t = (1 - s) x_0 + s noise, target noise - x_0, timestep s. The learning
 rate is constant unless `--anneal` is given; a killed run resumes from its last checkpoint. The batches are whole
-pictures at 64 px and crops (64 tokens each) or whole pictures at 128 px (256 tokens).
+pictures at 64 px and crops (64 tokens each), whole ones at 96 px (144 tokens) or at 128 px (256 tokens).
 """
 
 import argparse
@@ -177,7 +177,7 @@ class Shards:
         """Reads shards until there are `count`."""
         for number in range(len(self.latents), count):
             with safe_open(self.folder / f"{number:03d}.safetensors", framework="pt") as file:
-                self.latents.append({name: file.get_tensor(name) for name in ("full", "half", "patch")})
+                self.latents.append({name: file.get_tensor(name) for name in KINDS})
                 kinds = file.get_tensor("kind")
             self.rows.append([(kinds == kind).nonzero().flatten() for kind in range(len(KIND_SHARES))])
             captions = json.loads((self.folder / f"{number:03d}.json").read_text(encoding="utf-8"))
@@ -204,7 +204,11 @@ class Shards:
         return pack(torch.stack(rows).float()), torch.stack(clip), torch.stack(t5)
 
 
-KINDS = ("half", "patch", "full")
+KINDS = ("half", "patch", "middle", "full")
+# How the noise levels of each are shifted upwards, by the square root of their tokens against 64.
+SHIFTS = {"half": 1.0, "patch": 1.0, "middle": 1.5, "full": 2.0}
+# What a picture costs against one of 64 tokens.
+COSTS = {"half": 1.0, "patch": 1.0, "middle": 2.0, "full": 3.6}
 
 
 def build_model(args: argparse.Namespace) -> tuple[TextToLatent, CLIPTokenizer, T5TokenizerFast]:
@@ -237,6 +241,7 @@ def train(rank: int, args: argparse.Namespace, rendezvous: str) -> None:
     state = {"step": 0, "cpu_hours": 0.0, "wall_hours": 0.0, "seen": dict.fromkeys(KINDS, 0), "loss": {}}
     if progress.exists():
         state = json.loads(progress.read_text(encoding="utf-8"))
+        state["seen"] = dict.fromkeys(KINDS, 0) | state["seen"]
         optimizer.load_state(load_file(checkpoint), state["step"])
     first_step = optimizer.step_number
     torch.manual_seed(1000 * (args.seed + first_step) + rank)
@@ -248,8 +253,9 @@ def train(rank: int, args: argparse.Namespace, rendezvous: str) -> None:
         os.replace(checkpoint.with_suffix(".part"), checkpoint)
         write_json(progress, state)
 
-    shares = torch.tensor([args.half_share, args.patch_share, 1 - args.half_share - args.patch_share])
-    sizes = {"half": args.batch_size, "patch": args.batch_size, "full": args.full_batch_size}
+    smaller = (args.half_share, args.patch_share, args.middle_share)
+    shares = torch.tensor([*smaller, 1 - sum(smaller)])
+    sizes = dict.fromkeys(KINDS, args.batch_size) | {"middle": args.batch_size // 2, "full": args.full_batch_size}
     while True:
         if (optimizer.step_number - first_step) % 200 == 0:
             shards.open(int(agree([shards.available()])[0]))
@@ -263,7 +269,7 @@ def train(rank: int, args: argparse.Namespace, rendezvous: str) -> None:
             factor *= 1 - cpu / args.cpu_hours
         clean, clip_tokens, t5_tokens = shards.batch(kind, sizes[kind] // args.threads)
         noise = torch.randn_like(clean)
-        sigma = draw_sigmas(len(clean), args.full_shift if kind == "full" else 1.0)
+        sigma = draw_sigmas(len(clean), SHIFTS[kind])
         noisy = torch.lerp(clean, noise, sigma[:, None, None])
         prediction = model(noisy, sigma, clip_tokens, t5_tokens, exact=bool(exact))
         loss = (prediction.float() - (noise - clean)).square().mean()
@@ -281,7 +287,7 @@ def train(rank: int, args: argparse.Namespace, rendezvous: str) -> None:
         if rank == 0 and time.monotonic() - last_print > 30:
             last_print = time.monotonic()
             losses = " ".join(f"{name} {value:.4f}" for name, value in state["loss"].items())
-            rate = (seen_now["half"] + seen_now["patch"] + 3.4 * seen_now["full"]) / (3600 * cpu / args.threads)
+            rate = sum(COSTS[name] * seen_now[name] for name in KINDS) / (3600 * cpu / args.threads)
             print(
                 f"step {state['step']} cpu hours {state['cpu_hours']:.3f} shards {len(shards.latents)} seen "
                 f"{state['seen']} loss {losses}; {rate:.1f} images of 64 tokens/s of both cores",
@@ -311,9 +317,9 @@ def main() -> None:
     parser.add_argument("--cpu_hours", type=float, default=20.0, help="processor time of this call, over all cores")
     parser.add_argument("--batch_size", type=int, default=64, help="pictures of 64 tokens in a batch")
     parser.add_argument("--full_batch_size", type=int, default=24, help="pictures of 256 tokens in a batch")
-    parser.add_argument("--half_share", type=float, default=0.5, help="share of batches of whole pictures at 64 px")
-    parser.add_argument("--patch_share", type=float, default=0.25, help="share of batches of crops at 64 px")
-    parser.add_argument("--full_shift", type=float, default=2.0, help="shift of the noise levels at 256 tokens")
+    parser.add_argument("--half_share", type=float, default=0.2, help="share of batches of whole pictures at 64 px")
+    parser.add_argument("--patch_share", type=float, default=0.2, help="share of batches of crops at 64 px")
+    parser.add_argument("--middle_share", type=float, default=0.2, help="share of batches of whole pictures at 96 px")
     parser.add_argument("--muon_rate", type=float, default=0.015)
     parser.add_argument("--adam_rate", type=float, default=1.5e-3)
     parser.add_argument("--save_minutes", type=float, default=8.0)

@@ -74,7 +74,7 @@ class RecordSource:
 
     @contextlib.contextmanager
     def vae(self) -> Iterator[ModelMixin]:
-        """The VAE, loaded for this context only unless every step needs it."""
+        """The VAE, loaded for this context only unless every step needs it; the caller lets go of it within."""
         vae = self._resident_vae or self._run.family.load_vae(self.maker.dtype, self._accelerator.device)
         try:
             yield vae
@@ -147,6 +147,8 @@ class RecordSource:
                     between_batches=(lambda: None) if sharded else context.stop.check,
                     **common,
                 )
+                # The transformer's forwards need the room.
+                del vae
             progress.begin("records")
             written = store.bytes_written
             made = precompute_records(

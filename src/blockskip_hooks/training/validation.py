@@ -159,6 +159,7 @@ class Validation:
                 progress=made,
                 calls=lambda number: number % others == accelerator.process_index % others,
             )
+            del vae
             return images if others == 1 else self._from_all(images, at_once)
 
     @staticmethod

@@ -54,4 +54,6 @@ def save_tiny_qwen_image_21(folder: Path) -> None:
     (folder / "blockskip_defaults.json").write_text(json.dumps({"schema": 1, "pipeline_kwargs": images}))
 
 
-TINY = [TinyFamily("qwen-image-2.1", QwenImage21, save_tiny_qwen_image_21, num_blocks=4, text_tokens=24)]
+TINY = [
+    TinyFamily("qwen-image-2.1", QwenImage21, save_tiny_qwen_image_21, num_blocks=4, resolution=128, text_tokens=24)
+]

@@ -160,7 +160,9 @@ class Run:
         """Whether the embeddings of all prompts that are trained with have one length."""
         return self.family.aligns_prompts and self.settings.train_batch_size * len(self.kinds) > 1
 
-    def align(self, embeds: dict[str, PromptEmbeds], sources: dict[SampleKind, PhotoSource]) -> dict[str, PromptEmbeds]:
+    def align(
+        self, embeds: dict[str, PromptEmbeds], sources: dict[SampleKind, PhotoSource]
+    ) -> dict[str, PromptEmbeds]:
         """Embeddings by prompt, those of one length that the family's batches need so."""
         if not self.aligns_prompts:
             return embeds

@@ -30,6 +30,7 @@ OTHER = "a red cat"
 UNGUIDED = {
     "krea2": {"guidance_scale": 0.0},
     "qwen-image": {"true_cfg_scale": 1.0},
+    "qwen-image-2.1": {"true_cfg_scale": 1.0},
     "sana-sprint": {"guidance_scale": 4.5, "intermediate_timesteps": None},
     "z-image": {"guidance_scale": 0.0},
 }
@@ -242,9 +243,10 @@ def test_the_loss_is_zero_for_the_latents_that_the_pipeline_arrives_at(
 def test_a_batch_in_training_predicts_what_each_prompt_alone_does(
     tiny: TinyFamily, family: Family, embeds: dict[str, PromptEmbeds]
 ):
-    """Prompts of two lengths, images that are not square."""
+    """Prompts of two lengths, which some families pad before; images that are not square."""
     config, transformer = load_config(tiny.folder / "transformer"), tiny.make_transformer()
     shape = family.latent_shape(2 * family.latent_token_size, 3 * family.latent_token_size)
+    embeds = family.align_embeds(embeds) if family.aligns_prompts else embeds
     noisy = torch.randn((2, *shape), generator=torch.Generator().manual_seed(1))
     timesteps = family.scheduler.timesteps[[100, 700]]
 
@@ -258,6 +260,25 @@ def test_a_batch_in_training_predicts_what_each_prompt_alone_does(
     together = predict([0, 1])
     assert together.shape == noisy.shape
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "tiny", [t for t in TINY_FAMILIES if t.family.aligns_prompts], ids=lambda t: t.name, scope="module"
+)
+@torch.no_grad()
+def test_prompts_of_one_length_are_those_of_a_list(tiny: TinyFamily, family: Family, text_pipeline: DiffusionPipeline):
+    """Embeddings and masks of the stock pipeline for several prompts; alone, none is padded."""
+    prompts = [PROMPT, OTHER]
+    tokens, masks, *_ = text_pipeline.encode_prompt(prompts)
+    natural = dict(zip(prompts, family.encode_prompts(text_pipeline, prompts), strict=True))
+    aligned = family.collate_embeds(list(family.align_embeds(natural).values()))
+    torch.testing.assert_close(aligned["prompt_embeds"], tokens)
+    assert torch.equal(aligned["prompt_embeds_mask"], masks.bool()) and not masks.all()
+    for prompt, embeds in family.align_embeds(natural).items():
+        given = family.pipeline_inputs(family.collate_embeds([embeds]), None)["prompt_embeds"]
+        assert torch.equal(given[0], natural[prompt]["prompt_embeds"])
+    same = dict.fromkeys(prompts, natural[PROMPT])
+    assert all(embeds.keys() == {"prompt_embeds"} for embeds in family.align_embeds(same).values())
 
 
 # Latents

@@ -44,6 +44,7 @@ class Published(NamedTuple):
 
 CLIP_L, CLIP_G, T5_XXL = 0.1237, 0.6947, 4.762
 QWEN3_4B, QWEN3_8B, QWEN_VL_7B, QWEN3_VL_4B, GEMMA_2B, MISTRAL_24B = 4.022, 8.191, 8.292, 4.438, 2.614, 24.01
+QWEN3_VL_8B = 8.767
 # Sizes are those of the weight files where they are known, otherwise those in the model's name.
 PUBLISHED = {
     "flux.1-dev": Published(57, 11.90, (0.1231, T5_XXL), 1024, 16),
@@ -53,6 +54,8 @@ PUBLISHED = {
     "flux.2-klein-9b": Published(32, 9.079, (QWEN3_8B,), 1024, 16),
     "krea-2": Published(28, 12.9, (QWEN3_VL_4B,), 1024, 16),
     "qwen-image": Published(60, 20.43, (QWEN_VL_7B,), 1024, 16),
+    # Tokens of 16 px, which go by fours.
+    "qwen-image-2.1": Published(32, 7.25, (QWEN3_VL_8B,), 1024, 32),
     "sana-0.6b": Published(28, 0.6, (GEMMA_2B,), 512, 32),
     "sana-1.6b": Published(20, 1.6, (GEMMA_2B,), 1024, 32),
     "sana-4.8b": Published(60, 4.8, (GEMMA_2B,), 1024, 32),
@@ -146,7 +149,7 @@ def test_text_fits_the_transformer(name: str) -> None:
     data, encoders = read(name)["transformer"], load_preset(name).text_encoders
     config = encoders[-1].get("text_config", encoders[-1])
     width = config.get("hidden_size") or config["d_model"]
-    names = ("joint_attention_dim", "caption_channels", "cap_feat_dim", "text_hidden_dim")
+    names = ("joint_attention_dim", "caption_channels", "cap_feat_dim", "text_hidden_dim", "context_in_dim")
     (wanted,) = (data[key] for key in names if key in data)
     # FLUX.2 reads three hidden layers.
     assert wanted == (3 if "flux.2" in name else 1) * width
@@ -196,7 +199,8 @@ def with_few_blocks(preset: Preset) -> Preset:
 @pytest.mark.parametrize(
     "name",
     fast_first(
-        ["flux.2-klein-4b", "sana-0.6b", "flux.2-dev", "krea-2", "qwen-image", "sana-4.8b", "sd3.5-medium", "z-image"],
+        ["flux.2-klein-4b", "sana-0.6b", "flux.2-dev", "krea-2", "qwen-image", "sana-4.8b", "sd3.5-medium", "z-image"]
+        + ["qwen-image-2.1"],
         fast=2,
     ),
 )

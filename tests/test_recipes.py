@@ -30,6 +30,7 @@ STAND_INS = {
     "black-forest-labs/FLUX.2-dev": "flux2-dev",
     "black-forest-labs/FLUX.2-klein-base-9B": "flux2-klein",
     "Qwen/Qwen-Image": "qwen-image",
+    "Qwen/Qwen-Image-2.1": "qwen-image-2.1",
     "Tongyi-MAI/Z-Image": "z-image",
     "Alpha-VLLM/Lumina-Image-2.0": "lumina2",
     "HiDream-ai/HiDream-I1-Full": "hidream",

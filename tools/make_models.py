@@ -56,6 +56,11 @@ NOTES = {
     "hidream": "Its Llama comes from `--pretrained_text_encoder_4_name_or_path`, as upstream.",
     "krea2": "512 text tokens are stored per record; a smaller `--max_sequence_length` that fits your prompts saves "
     "disk.",
+    "qwen_image_21": "`--resolution` and buckets divide by 32. Its text processor needs `torchvision`. The VAE has an "
+    "alpha channel: photos are put on white and trained as opaque, and pictures are put on white. No prompt is cut: a "
+    "run stops at one that is longer than `--max_sequence_length`. The image's positions follow the text's length, so "
+    "prompts that share batches are padded to the longest of the run, as the pipeline pads a list; with "
+    "`--train_batch_size 1` nothing is padded.",
     "pixart_sigma": "diffusers has no LoRA loader for it: load the result with "
     "`blockskip_hooks.families.pixart_sigma.PixArtSigmaLoraPipeline`.",
 }
@@ -105,6 +110,13 @@ def quoted(names: Any) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
+def module_of(recipe: str) -> str:
+    """The module of the family that a recipe's file is named after."""
+    modules = {cls.__module__.rpartition(".")[2] for cls in FAMILIES.values()}
+    named = (module for module in modules if re.fullmatch(rf"{module}(_.*)?\.yaml", recipe.replace("-", "_")))
+    return max(named, key=len, default="")
+
+
 def describe(module: str, classes: list[type], presets: list[str], figures: dict[str, Any]) -> Iterator[str]:
     """One family's section."""
     yield f"## {' and '.join(dict.fromkeys(cls.name for cls in classes))}"  # type: ignore[attr-defined]
@@ -114,7 +126,7 @@ def describe(module: str, classes: list[type], presets: list[str], figures: dict
     first: Any = classes[0]
     of_model: dict[str, list[str]] = {}
     for file, settings in recipes.items():
-        if re.fullmatch(rf"{module}(_.*)?\.yaml", file.replace("-", "_")):
+        if module == module_of(file):
             model, side = settings["pretrained_model_name_or_path"], settings["resolution"]
             of_model.setdefault(f"`{model}`", []).append(f"[`{file}`](../configs/{file}) at {side} px")
     yield from (f"- Recipes of {model}: {', '.join(files)}" for model, files in of_model.items())

@@ -260,6 +260,7 @@ def load_data(run: Run, context: Context, streamed: bool) -> Data:
     with context.monitor.stage("encode"), context.progress.stage("encode", prompts=len(prompts)) as progress:
         embeds, text = encode_prompts(family, prompts, dtype=dtype, device=device, progress=progress, **options)
     check_embeds(family, run.transformer_config, embeds, dtype)
+    embeds = run.align(embeds, sources)
     records_modulation, residual_dtype = bool(run.recorded_layers), settings.residual_dtype
     maker = SampleMaker(sample_plan, sources, family, embeds, device, dtype, records_modulation, residual_dtype)
     return maker, text, store

@@ -5,7 +5,17 @@ from __future__ import annotations
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import Qwen2Tokenizer, Qwen3VLConfig, Qwen3VLModel
+from transformers import (
+    PaddleOCRVLProcessor,
+    Qwen2Tokenizer,
+    Qwen2VLImageProcessorPil,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLModel,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+)
+from transformers.utils import is_torchvision_available
 
 from .text import WORDS
 
@@ -42,9 +52,17 @@ CHAT_TEMPLATE = (
 )
 
 
-def qwen2_tokenizer() -> Qwen2Tokenizer:
+IMAGE_MARKERS = {
+    "image_token": "<|image_pad|>",
+    "video_token": "<|video_pad|>",
+    "vision_start_token": "<|vision_start|>",
+    "vision_end_token": "<|vision_end|>",
+}
+
+
+def qwen2_tokenizer(**more_markers: str) -> Qwen2Tokenizer:
     """Byte-level pair encoding with ``<|im_start|>`` and ``<|im_end|>``, and a chat template."""
-    markers = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    markers = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *more_markers.values()]
     vocabulary = {token: i for i, token in enumerate([*markers, *sorted(ByteLevel.alphabet())])}
     merges: list[tuple[str, str]] = []
     for word in dict.fromkeys(start + word for word in [*WORDS, *TEMPLATE_WORDS] for start in ("", "Ġ")):
@@ -58,7 +76,8 @@ def qwen2_tokenizer() -> Qwen2Tokenizer:
         vocabulary,
         merges,
         pad_token=markers[0],
-        extra_special_tokens=markers[1:],
+        extra_special_tokens=markers[1:3],
+        model_specific_special_tokens=more_markers,
         model_max_length=512,
         chat_template=CHAT_TEMPLATE,
     )
@@ -66,7 +85,30 @@ def qwen2_tokenizer() -> Qwen2Tokenizer:
 
 def qwen3_vl(vocab_size: int, num_layers: int) -> Qwen3VLModel:
     """Text width 16, with a vision tower as small as it gets."""
-    config = Qwen3VLConfig(
+    return Qwen3VLModel(_qwen3_vl_config(vocab_size, num_layers)).eval()
+
+
+def qwen3_vl_with_head(words: Qwen2Tokenizer, num_layers: int) -> Qwen3VLForConditionalGeneration:
+    """The same with a language-model head, for images of 32 pixels per token."""
+    tokens = {name: words.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "video_pad", "vision_start")}
+    config = _qwen3_vl_config(len(words), num_layers, patch_size=16)
+    config.image_token_id, config.video_token_id = tokens["image_pad"], tokens["video_pad"]
+    config.vision_start_token_id = tokens["vision_start"]
+    return Qwen3VLForConditionalGeneration(config).eval()
+
+
+def qwen3_vl_processor() -> Qwen3VLProcessor | PaddleOCRVLProcessor:
+    """Processor of Qwen3-VL; without torchvision, which its videos insist on, one that does the same without them."""
+    words = qwen2_tokenizer(**IMAGE_MARKERS)
+    size = {"shortest_edge": 32 * 32, "longest_edge": 512 * 512}
+    images = Qwen2VLImageProcessorPil(patch_size=16, merge_size=2, temporal_patch_size=2, size=size)
+    if is_torchvision_available():
+        return Qwen3VLProcessor(images, words, Qwen3VLVideoProcessor(), chat_template=CHAT_TEMPLATE)
+    return PaddleOCRVLProcessor(images, words, chat_template=CHAT_TEMPLATE)
+
+
+def _qwen3_vl_config(vocab_size: int, num_layers: int, patch_size: int = 4) -> Qwen3VLConfig:
+    return Qwen3VLConfig(
         text_config={
             "vocab_size": vocab_size,
             "hidden_size": 16,
@@ -82,10 +124,9 @@ def qwen3_vl(vocab_size: int, num_layers: int) -> Qwen3VLModel:
             "hidden_size": 8,
             "intermediate_size": 8,
             "num_heads": 2,
-            "patch_size": 4,
+            "patch_size": patch_size,
             "out_hidden_size": 16,
             "num_position_embeddings": 16,
             "deepstack_visual_indexes": [0],
         },
     )
-    return Qwen3VLModel(config).eval()

@@ -48,6 +48,7 @@ _REGISTRY = {
     "SanaSprintPipeline": _Entry("sana", "SanaSprint", "SanaTransformer2DModel"),
     "HiDreamImagePipeline": _Entry("hidream", "HiDream", "HiDreamImageTransformer2DModel"),
     "QwenImagePipeline": _Entry("qwen_image", "QwenImage", "QwenImageTransformer2DModel"),
+    "QwenImage21Pipeline": _Entry("qwen_image_21", "QwenImage21", "QwenImage21Transformer2DModel"),
     "Lumina2Pipeline": _Entry("lumina2", "Lumina2", "Lumina2Transformer2DModel"),
     "PixArtSigmaPipeline": _Entry("pixart_sigma", "PixArtSigma", "PixArtTransformer2DModel"),
     "Ideogram4Pipeline": _Entry("ideogram4", "Ideogram4", "Ideogram4Transformer2DModel"),

@@ -120,6 +120,14 @@ class Family(FamilyFacts):
         """Join embeddings of several prompts; shorter ones are padded with zeros at the end of their token axis."""
         return {name: pad_sequence([e[name] for e in embeds], batch_first=True) for name in embeds[0]}
 
+    def align_embeds(self, embeds: Mapping[str, PromptEmbeds]) -> dict[str, PromptEmbeds]:
+        """Embeddings by prompt, padded to the length of the longest prompt.
+
+        Only for families whose image tokens have positions that depend on the padding before them
+        (``aligns_prompts``): their residuals are true for one length only.
+        """
+        raise NotImplementedError(f"{self.name} takes prompts of different lengths in a batch")
+
     def load_vae(self, dtype: torch.dtype, device: torch.device | str) -> ModelMixin:
         """The VAE, frozen."""
         vae = diffusers.AutoModel.from_pretrained(

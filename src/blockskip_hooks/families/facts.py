@@ -119,6 +119,8 @@ class FamilyFacts(ABC):
         patch_size: Latents per token along one side, where the pipeline packs them; ``None`` where the transformer
             does, as its config says.
         text_comes_first: Whether text is before image in that sequence.
+        aligns_prompts: Whether prompts that share batches must have one length; see
+            :meth:`~.base.Family.align_embeds`.
         own_flags: Flags that have an effect with some families only, this one among them.
         flag_defaults: Defaults of flags that differ between families.
         trains_on_mode: Whether latents are the mode of the VAE's posterior, as upstream, and not drawn from it.
@@ -147,6 +149,7 @@ class FamilyFacts(ABC):
     cross_attention: ClassVar[str | None] = None
     patch_size: ClassVar[int | None] = 2
     text_comes_first: ClassVar[bool] = True
+    aligns_prompts: ClassVar[bool] = False
     own_flags: ClassVar[tuple[Flag, ...]] = ()
     flag_defaults: ClassVar[Mapping[str, Any]] = {}
     trains_on_mode: bool = False

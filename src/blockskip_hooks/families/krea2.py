@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 PATCH_SIZE = 2
+VALIDATION_STEPS = Flag(
+    "validation_num_inference_steps",
+    {"type": int, "default": 8, "help": "Denoising steps of validation images."},
+)
 
 
 class Krea2(VideoLatents):
@@ -53,10 +57,7 @@ class Krea2(VideoLatents):
             "validation_guidance_scale",
             {"type": float, "default": 0.0, "help": "Guidance of validation images; 0 makes them without guidance."},
         ),
-        Flag(
-            "validation_num_inference_steps",
-            {"type": int, "default": 8, "help": "Denoising steps of validation images."},
-        ),
+        VALIDATION_STEPS,
         Flag(
             "validation_model_path",
             {"type": str, "default": None, "help": "Refused: another checkpoint for validation images."},

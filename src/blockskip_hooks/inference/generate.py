@@ -19,6 +19,7 @@ from ..families import Family, PromptEmbeds
 from ..families.prompts import place_embeds
 from ..transformer import DiTBlockSkipTransformer
 from ..utils.errors import UserError
+from ..utils.pictures import flattened
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,12 +119,14 @@ def generate_images(
 def _call(family: Family, pipeline: Any, inputs: dict[str, Any], seeds: Sequence[int]) -> list[Image.Image]:
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     try:
-        return pipeline(**inputs, generator=generators).images
+        images = pipeline(**inputs, generator=generators).images
     except ValueError as error:
         raise UserError(
             f"{family.pipeline_class.__name__} makes no images with these settings ({error}); correct "
             "--validation_resolution, or pipeline_kwargs in the model's blockskip_defaults.json."
         ) from error
+    # Some VAEs make images with transparency.
+    return [flattened(image) for image in images]
 
 
 @contextmanager

@@ -55,7 +55,7 @@ def check_model(model_path: Path, family: type[Family], variant: str | None, *, 
         if (model_path / name).is_dir():
             _check_diffusers_part(model_path / name, variant, where, configs_only)
     for name in sorted(present):
-        if not name.startswith("tokenizer"):
+        if not name.startswith(("tokenizer", "processor")):
             _check_text_encoder(model_path / name, index[name][1], variant, where, configs_only)
         elif not configs_only:
             _check_tokenizer(model_path / name, index[name][1], where)

@@ -70,6 +70,7 @@ def describe_records(
             if ON_RESUME[flag.name] == "kept"
         },
         "max_sequence_length": settings.max_sequence_length,
+        **({"aligns_prompts": True} if run.aligns_prompts else {}),
         "interpolation": settings.image_interpolation_mode,
         "dtype": str(dtype),
     }

@@ -19,7 +19,7 @@ from ..data.photo import Photo, ShowProgress, without_progress
 from ..data.photo_set import PhotoSet
 from ..data.photos import scan_photos
 from ..data.sample_plan import SampleKind, SamplePlan
-from ..families import Family
+from ..families import Family, PromptEmbeds
 from ..loading.component_config import load_config
 from ..loading.quantization import QuantizationConfig, read_quantization
 from ..residuals.batches import PhotoSource
@@ -154,6 +154,21 @@ class Run:
         if self.settings.skip_final_inference:
             return []
         return [self.settings.final_validation_prompt] if self.settings.final_validation_prompt else self.prompts
+
+    @property
+    def aligns_prompts(self) -> bool:
+        """Whether the embeddings of all prompts that are trained with have one length."""
+        return self.family.aligns_prompts and self.settings.train_batch_size * len(self.kinds) > 1
+
+    def align(
+        self, embeds: dict[str, PromptEmbeds], sources: dict[SampleKind, PhotoSource]
+    ) -> dict[str, PromptEmbeds]:
+        """Embeddings by prompt, those of one length that the family's batches need so."""
+        if not self.aligns_prompts:
+            return embeds
+        trained = [prompt for source in sources.values() for prompt in source.prompts()]
+        trained += [""] * (self.settings.caption_dropout > 0)
+        return embeds | self.family.align_embeds({prompt: embeds[prompt] for prompt in trained})
 
     def all_prompts(self, sources: dict[SampleKind, PhotoSource]) -> list[str]:
         """Every prompt that the run will need embeddings of."""

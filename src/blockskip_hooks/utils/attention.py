@@ -78,6 +78,9 @@ class _MaskedProducts(TorchFunctionMode):
     ) -> torch.Tensor:
         ours = self.may_see(key.shape[0], key.shape[-2])
         self.reached = self.reached or ours is not None
+        if ours is not None and query.shape[-2] < key.shape[-2]:
+            # Models that attend in parts, or keep keys of earlier steps, ask for the last tokens.
+            ours = ours[..., -query.shape[-2] :, :]
         return func(query, key, value, _both(attn_mask, ours, query), *args, **kwargs)
 
 

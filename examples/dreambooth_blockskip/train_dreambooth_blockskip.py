@@ -45,6 +45,7 @@ from blockskip_hooks.residuals.batches import SampleMaker
 from blockskip_hooks.residuals.store import ResidualStore
 from blockskip_hooks.residuals.stretches import Stretches, segments
 from blockskip_hooks.training.adapters import Adapters
+from blockskip_hooks.training.assistant import add_assistant
 from blockskip_hooks.training.checkpointer import Checkpointer
 from blockskip_hooks.training.class_images import make_class_images
 from blockskip_hooks.training.compiling import check_compiler, compile_kept_blocks
@@ -280,6 +281,8 @@ def make_learner(
     # LoRA in the kept blocks, and in the text encoders if they train along.
     lora: dict[str, Any] = {"rank": settings.rank, "alpha": settings.lora_alpha, "dropout": settings.lora_dropout}
     parameters = add_lora(model.transformer, run.targets, **lora, seed=run.seed)
+    if run.assistant is not None:
+        add_assistant(model, family, run.assistant, weight_dtype(accelerator))
     encoders = list(text.encoders.values()) if text else []
     text_layers = family.text_lora_layers
     text_parameters = [p for encoder in encoders for p in add_lora(encoder, text_layers, **lora, seed=run.seed)]

@@ -344,6 +344,13 @@ def _lora_flags(parser: argparse.ArgumentParser) -> None:
         type=NAMES,
         help="Comma-separated numbers of the only blocks to adapt, counted from 0; default: all kept ones.",
     )
+    flag(
+        "--assistant_lora",
+        type=expand_home,
+        help="Frozen LoRA beside the one that trains, for distilled models: a file, a folder, owner/name or "
+        "owner/name/file of the hub. It takes part in training and in the records, not in pictures, and is not "
+        "exported. Default: none.",
+    )
     flag("--train_text_encoder", action="store_true", help="Also train a LoRA on the CLIP text encoders.")
     flag("--fsdp_text_encoder", action="store_true", help="Not supported: sharding of the text encoder.")
 

@@ -28,6 +28,7 @@ from ..loading.model_defaults import model_defaults
 from ..loading.quantization import QuantizationConfig, read_quantization
 from ..planning.options import QUANTIZING_OPTIONS
 from ..reporting.progress import photo_progress
+from ..training.assistant import Assistant, find_assistant
 from ..training.chosen_blocks import choose_blocks
 from ..training.run import Run
 from ..training.settings import TrainSettings
@@ -88,6 +89,7 @@ def prepare_run(settings: TrainSettings) -> Run:
         raise UserError(f"--pretrained_model_name_or_path {model_path} cannot be used: {error}") from error
     pipeline_kwargs = _image_size(settings, family) | pipeline_kwargs
     quantization, shares_weights = _weights_in_training(settings, blocks["skeleton"])
+    assistant = _find_assistant(settings, family, blocks["skeleton"])
     _check_pipeline(family, pipeline_kwargs)
     photos = _find_photos(settings, family_class)
     for line in summarize_photos(photos, blocks["patch"].shapes).warnings():
@@ -116,6 +118,7 @@ def prepare_run(settings: TrainSettings) -> Run:
         pipeline_kwargs=pipeline_kwargs,
         quantization=quantization,
         shares_weights=shares_weights,
+        assistant=assistant,
     )
 
 
@@ -149,6 +152,18 @@ def _weights_in_training(
             "compiled blocks of such weights were never tried; leave one of them out."
         )
     return quantization, shares_weights
+
+
+def _find_assistant(settings: TrainSettings, family: Family, skeleton: DiTBlockSkipTransformer) -> Assistant | None:
+    if settings.assistant_lora is None:
+        return None
+    if asks_for_sharding():
+        raise UserError(
+            "--assistant_lora and accelerate's FSDP do not go together: divided layers with a frozen LoRA were never "
+            "tried; leave one of them out."
+        )
+    transformer = skeleton.transformer
+    return find_assistant(settings.assistant_lora, family, transformer, settings.cache_dir, settings.hub_token)
 
 
 def known_defaults(settings: TrainSettings) -> dict[str, Any]:

@@ -74,6 +74,7 @@ def plan_request(run: Run, dtype: torch.dtype, num_processes: int, device: Devic
         rank=settings.rank,
         lora_targets=run.targets,
         lora_dropout=settings.lora_dropout,
+        assistant_layers=run.assistant.layers() if run.assistant else {},
         recorded_layers=run.recorded_layers,
         quantization=run.quantization,
         batch_size=settings.train_batch_size * len(run.kinds),

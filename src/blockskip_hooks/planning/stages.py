@@ -58,6 +58,7 @@ class PlanRequest:
         rank: Rank of the LoRA matrices.
         lora_targets: Full names of the layers that get LoRA.
         lora_dropout: As the flag.
+        assistant_layers: Full names of the layers that a frozen assistant LoRA adapts, by its rank there.
         recorded_layers: Full names of the layers whose outputs are recorded with the residuals.
         quantization: How kept blocks are held; ``None`` for ``weight_dtype``.
         text_tokens: Tokens of a prompt.
@@ -100,6 +101,7 @@ class PlanRequest:
     rank: int
     lora_targets: Sequence[str]
     lora_dropout: float = 0.0
+    assistant_layers: Mapping[int, Sequence[str]] = field(default_factory=dict)
     device: DeviceType = "cuda"
     recorded_layers: Sequence[str] = ()
     quantization: QuantizationConfig | None = None
@@ -193,6 +195,7 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
         rank=request.rank,
         lora_targets=request.lora_targets,
         lora_dropout=request.lora_dropout,
+        assistant_layers=request.assistant_layers,
         dtype=request.weight_dtype,
         recorded_layers=request.recorded_layers,
         quantization=request.quantization,

@@ -28,6 +28,7 @@ from ..selection import Selection
 from ..transformer import DiTBlockSkipTransformer
 from ..utils.machine import cache_bytes
 from ..utils.pictures import within
+from .assistant import Assistant
 from .chosen_blocks import choose_blocks
 from .settings import TrainSettings
 from .sharding import bytes_elsewhere
@@ -55,6 +56,7 @@ class Run:
         photos: The instance photos, not decoded yet.
         prompts: Validation prompts.
         validation_image: Condition image of validation images.
+        assistant: The frozen LoRA beside the one that trains.
         pipeline_kwargs: Arguments of the pipeline call that the model asks for.
         quantization: How kept blocks are held; ``None`` for plain weights.
         table: What is known of the harm of skipping this model's blocks.
@@ -77,6 +79,7 @@ class Run:
     table: SelectionTable | None = None
     shares_weights: bool = False
     validation_image: Image.Image | None = None
+    assistant: Assistant | None = None
 
     def skipping(self, selection: Selection, flags: Mapping[str, Any]) -> Run:
         """This run with other blocks skipped and other values of some flags."""

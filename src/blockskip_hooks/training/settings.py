@@ -92,6 +92,7 @@ class TrainSettings:
     lora_dropout: float
     lora_layers: Sequence[str] | None
     lora_blocks: Sequence[str] | None
+    assistant_lora: str | None
     train_text_encoder: bool
     fsdp_text_encoder: bool
     # training

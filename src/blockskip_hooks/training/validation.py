@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from PIL import Image
 
 from ..inference.generate import VaePlacement, generate_images
-from ..residuals.precompute import base_model
+from ..lora import TRAINED, only_adapters
 from ..transformer import DiTBlockSkipTransformer
 from .adapters import Adapters
 from .context import Context
@@ -135,7 +135,7 @@ class Validation:
             context.stop.held() if sharded else contextlib.nullcontext(),
             context.monitor.stage("validate"),
             self._records.vae() as vae,
-            contextlib.nullcontext() if with_adapters else base_model(self._model.transformer),
+            only_adapters(self._model.transformer, [TRAINED] if with_adapters else []),
             context.accelerator.autocast(),
             context.progress.stage(name, images=-(-len(prompts) * len(self._seeds) // others)) as progress,
         ):

@@ -130,7 +130,8 @@ def use_adapters(transformer: ModelMixin, names: Sequence[str]) -> None:
 @contextmanager
 def only_adapters(transformer: ModelMixin, names: Sequence[str] = ()) -> Iterator[None]:
     """Within this context these adapters take part and no others; by default the transformer is the base model."""
-    active = next((m.active_adapters for m in transformer.modules() if isinstance(m, BaseTunerLayer)), [])
+    layers = (module for module in transformer.modules() if isinstance(module, BaseTunerLayer))
+    active: Sequence[str] = next((layer.active_adapters for layer in layers), [])
     use_adapters(transformer, names)
     try:
         yield

@@ -22,6 +22,7 @@ from ..blocks import list_blocks, split_blocks
 from ..config import BlockSkipConfig
 from ..families import Family
 from ..families.prompts import place_embeds
+from ..inference.lora_files import quiet_adapters
 from ..loading.models import cast_floating, empty_model
 from ..loading.quantization import QuantizationConfig, as_linear, on_channels
 from ..loading.text_encoders import empty_text_encoder
@@ -144,7 +145,8 @@ class FakeTransformer:
         transformer: Any = self.model.transformer
         patterns = {f"^{re.escape(name)}": rank for name, rank in ranks.items()}
         config = LoraConfig(r=1, lora_alpha=1, rank_pattern=patterns, target_modules=list(ranks))
-        inject_adapter_in_model(config, transformer, ASSISTANT, low_cpu_mem_usage=True)
+        with quiet_adapters():
+            inject_adapter_in_model(config, transformer, ASSISTANT, low_cpu_mem_usage=True)
         use_adapters(transformer, [TRAINED, ASSISTANT])
         for name in ranks:
             layer = transformer.get_submodule(name)

@@ -59,8 +59,8 @@ def find_assistant(
     """Find or download an assistant LoRA and check that it is one of this model.
 
     Args:
-        name: A file, a folder with ``pytorch_lora_weights.safetensors``, ``owner/name`` of a repository on the hub with
-            such a file, or ``owner/name/file.safetensors``.
+        name: A file, a folder with ``pytorch_lora_weights.safetensors``, ``owner/name`` of a repository on the hub
+            with such a file, or ``owner/name/file.safetensors``.
         family: The model's family.
         transformer: The model; it needs no weights.
         cache_dir: Where downloads are kept; ``None`` for the hub's own cache.
@@ -80,8 +80,8 @@ def find_assistant(
     modules = dict(transformer.named_modules())
     for layer, parts in shapes.items():
         module = modules.get(layer)
-        fits = isinstance(module, torch.nn.Linear) and parts.keys() == {"A", "B"}
-        if not fits or (parts["A"][1:], parts["B"][:1]) != ((module.in_features,), (module.out_features,)):
+        linear = isinstance(module, torch.nn.Linear) and parts.keys() == {"A", "B"}
+        if not linear or module is None or (*parts["B"][:1], *parts["A"][1:]) != module.weight.shape:
             raise UserError(f"{flag} is of another model: its LoRA of {layer} fits no linear layer of this one.")
     return Assistant(name, file, {layer: parts["A"][0] for layer, parts in shapes.items()})
 

@@ -73,7 +73,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     Older checkpoints know less; what one does not know is not compared.
     """
     # Those of before there were assistants had none.
-    then = {**now, "assistant": None, **then} if then else now
+    then = {**now, "assistant": None, **then} if then else dict(now)
     found = []
     was, is_now = ({"transformer": made["base_weights"], **made["components"]} for made in (then, now))
     if parts := sorted(name for name in {**was, **is_now} if was.get(name) != is_now.get(name)):
@@ -88,8 +88,8 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     elif then["layers"] != now["layers"]:
         found.append("with other LoRA layers")
     if then["assistant"] != now["assistant"]:
-        is_now = "with" if then["assistant"] is None else "another" if now["assistant"] else "without"
-        found.append(f"{'without' if is_now == 'with' else 'with'} --assistant_lora (now {is_now})")
+        other = "with" if then["assistant"] is None else "another" if now["assistant"] else "without"
+        found.append(f"{'without' if other == 'with' else 'with'} --assistant_lora (now {other})")
     if then["optimizer"] != now["optimizer"]:
         found.append(f"with the optimizer {then['optimizer']} (now {now['optimizer']})")
     flags = {**now["flags"], **then["flags"]}

@@ -417,6 +417,12 @@ def _validation_flags(parser: argparse.ArgumentParser) -> None:
         help="Side of the pictures in pixels; default: the model's own, or --resolution where it has none.",
     )
     flag("--validation_epochs", type=int, default=50, help="Epochs between validations.")
+    flag(
+        "--validation_model_path",
+        type=expand_home,
+        help="Hub id or folder of the model that makes the pictures, with the LoRA put on it: the distilled sibling "
+        "of the trained one, say; default: the trained one.",
+    )
     flag("--final_validation_prompt", help="Prompt of the pictures after training; default: --validation_prompt.")
     flag("--skip_final_inference", action="store_true", help="Draw no pictures after training.")
 

@@ -88,8 +88,8 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     elif then["layers"] != now["layers"]:
         found.append("with other LoRA layers")
     if then["assistant"] != now["assistant"]:
-        other = "with" if then["assistant"] is None else "another" if now["assistant"] else "without"
-        found.append(f"{'without' if other == 'with' else 'with'} --assistant_lora (now {other})")
+        way = "with" if then["assistant"] is None else "another" if now["assistant"] else "without"
+        found.append(f"{'without' if way == 'with' else 'with'} --assistant_lora (now {way})")
     if then["optimizer"] != now["optimizer"]:
         found.append(f"with the optimizer {then['optimizer']} (now {now['optimizer']})")
     flags = {**now["flags"], **then["flags"]}

@@ -133,6 +133,7 @@ class TrainSettings:
     num_validation_images: int
     validation_resolution: int | None
     validation_epochs: int
+    validation_model_path: str | None
     final_validation_prompt: str | None
     skip_final_inference: bool
     # output

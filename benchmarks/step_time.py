@@ -41,7 +41,7 @@ from common import (
 from blockskip_hooks.cli.run_plan import plan_for
 from blockskip_hooks.planning.counters import LiveBytes
 from blockskip_hooks.planning.plan import planned_batch_size
-from blockskip_hooks.residuals.precompute import base_model
+from blockskip_hooks.residuals.precompute import frozen_model
 from blockskip_hooks.utils.formatting import format_bytes
 
 
@@ -115,7 +115,7 @@ class Setting:
                 inputs = run.run.family.transformer_inputs(
                     model.config, batch.noisy_latents, batch.timesteps, batch.embeds
                 )
-                with base_model(model.transformer), full.context.accelerator.autocast():
+                with frozen_model(model.transformer), full.context.accelerator.autocast():
                     started = time.perf_counter()
                     model.transformer(**inputs, return_dict=False)
                     seconds += time.perf_counter() - started

@@ -45,7 +45,6 @@ REFUSED = {
     "do_fp8_training": "leave it out and use --mixed_precision bf16",
     "fsdp_text_encoder": "nothing to shard; leave it out",
     "remote_text_encoder": "leave it out, and the local text encoder is used",
-    "validation_model_path": "leave it out",
     "disable_training_autocast": "leave it out",
 }
 REFUSED_EVERYWHERE = ("do_fp8_training", "fsdp_text_encoder")
@@ -83,6 +82,7 @@ OUR_FLAGS = {
     "--export_merged": ("store_true", False, None),
     "--open": ("store_true", False, None),
     "--compile": ("store_true", False, None),
+    "--assistant_lora": (expand_home, None, None),
     "--validation_resolution": (int, None, None),
     "--cond_data_dir": (expand_home, None, None),
 }
@@ -313,7 +313,6 @@ def test_texts_are_read_once_and_are_texts_again_in_files(name, text, value):
         ("FluxPipeline", ["--complex_human_instruction", "x"], ["sana, sana-sprint", "nothing for flux", "leave it"]),
         ("FluxPipeline", ["--do_fp8_training"], ["float8", "--mixed_precision bf16"]),
         ("SanaPipeline", ["--guidance_scale", "2"], ["flux, flux-kontext", "nothing for sana", "leave it out"]),
-        ("Krea2Pipeline", ["--validation_model_path", "x"], ["the model that is trained", "leave it out"]),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0] if value[0].startswith("--") else "",
 )

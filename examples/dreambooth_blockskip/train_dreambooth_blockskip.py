@@ -31,6 +31,7 @@ from blockskip_hooks.cli.errors import explain, in_full
 from blockskip_hooks.cli.first_screen import training_lines, training_warnings
 from blockskip_hooks.cli.preparation import known_defaults, prepare_run
 from blockskip_hooks.cli.run_plan import describe_plan, make_plan, planned_device
+from blockskip_hooks.families import PromptEmbeds
 from blockskip_hooks.families.prompts import TrainedText, check_embeds, encode_prompts
 from blockskip_hooks.loading.quantization import check_device
 from blockskip_hooks.lora import add_lora
@@ -45,6 +46,7 @@ from blockskip_hooks.residuals.batches import SampleMaker
 from blockskip_hooks.residuals.store import ResidualStore
 from blockskip_hooks.residuals.stretches import Stretches, segments
 from blockskip_hooks.training.adapters import Adapters
+from blockskip_hooks.training.assistant import add_assistant
 from blockskip_hooks.training.checkpointer import Checkpointer
 from blockskip_hooks.training.class_images import make_class_images
 from blockskip_hooks.training.compiling import check_compiler, compile_kept_blocks
@@ -70,7 +72,8 @@ from blockskip_hooks.utils.monitor import StageMonitor
 logger = logging.getLogger("blockskip_hooks.train")
 
 Plan = dict[str, Any]
-Data = tuple[SampleMaker, TrainedText | None, ResidualStore | None]
+Embeds = dict[str, PromptEmbeds]
+Data = tuple[SampleMaker, TrainedText | None, ResidualStore | None, Embeds | None]
 
 
 class Learner(NamedTuple):
@@ -197,7 +200,7 @@ def train(run: Run, context: Context, plan: Plan, checkpoint: Path | None, stret
     if settings.with_prior_preservation:
         with monitor.stage("class_images"):
             make_class_images(run, context, plan)
-    maker, text, store = load_data(run, context, streams_text(plan))
+    maker, text, store, image_embeds = load_data(run, context, streams_text(plan))
 
     # The kept blocks of the transformer, LoRA on them, optimiser and schedule.
     with monitor.stage("load"):
@@ -210,7 +213,8 @@ def train(run: Run, context: Context, plan: Plan, checkpoint: Path | None, stret
     history, tracking = History(accelerator, maker), Tracking(accelerator, monitor, model)
     images_at_once, placement = planned_batch_size(plan, "validate"), planned_vae(plan, "validate")
     in_step = planned_together(plan, "validate")
-    validation = Validation(run, context, model, adapters, records, tracking, images_at_once, in_step, placement)
+    as_planned = (images_at_once, in_step, placement)
+    validation = Validation(run, context, model, adapters, records, tracking, *as_planned, image_embeds)
     command = f"accelerate launch {command}"
     outputs = RunOutputs(run, maker, monitor, plan, command, stretches)
     optimizer, lr_scheduler = learner.optimizer, learner.lr_scheduler
@@ -240,7 +244,8 @@ def train(run: Run, context: Context, plan: Plan, checkpoint: Path | None, stret
 
 
 def load_data(run: Run, context: Context, streamed: bool) -> Data:
-    """What builds batches, the text encoders that train along, and the store if training reads records."""
+    """What builds batches, the text encoders that train along, the store if training reads records, and prompts'
+    embeddings by another model that makes the images if there is one."""
     settings, family, accelerator = run.settings, run.family, context.accelerator
     dtype, device = weight_dtype(accelerator), accelerator.device
 
@@ -254,16 +259,20 @@ def load_data(run: Run, context: Context, streamed: bool) -> Data:
             store = ResidualStore(run.residual_dir, described, overwrite=run.may_overwrite)
 
     # Every prompt once; the text encoders are gone afterwards.
-    prompts = run.all_prompts(sources)
+    prompts, other, image_embeds = run.all_prompts(sources), run.validation_family, None
     trains_text, photo_prompts = settings.train_text_encoder, sources["instance"].prompts()
     options: dict[str, Any] = {"keep_trainable": trains_text, "streamed": streamed, "photos": photo_prompts}
-    with context.monitor.stage("encode"), context.progress.stage("encode", prompts=len(prompts)) as progress:
-        embeds, text = encode_prompts(family, prompts, dtype=dtype, device=device, progress=progress, **options)
+    number = len(prompts) + (len(run.image_prompts) if other else 0)
+    placed: dict[str, Any] = {"dtype": dtype, "device": device}
+    with context.monitor.stage("encode"), context.progress.stage("encode", prompts=number) as progress:
+        embeds, text = encode_prompts(family, prompts, progress=progress, **placed, **options)
+        if other is not None:
+            image_embeds, _ = encode_prompts(other, run.image_prompts, progress=progress, streamed=streamed, **placed)
     check_embeds(family, run.transformer_config, embeds, dtype)
     embeds = run.align(embeds, sources)
     records_modulation, residual_dtype = bool(run.recorded_layers), settings.residual_dtype
     maker = SampleMaker(sample_plan, sources, family, embeds, device, dtype, records_modulation, residual_dtype)
-    return maker, text, store
+    return maker, text, store, image_embeds
 
 
 def make_learner(
@@ -281,6 +290,8 @@ def make_learner(
     # LoRA in the kept blocks, and in the text encoders if they train along.
     lora: dict[str, Any] = {"rank": settings.rank, "alpha": settings.lora_alpha, "dropout": settings.lora_dropout}
     parameters = add_lora(model.transformer, run.targets, **lora, seed=run.seed)
+    if run.assistant is not None:
+        add_assistant(model, family, run.assistant, weight_dtype(accelerator))
     encoders = list(text.encoders.values()) if text else []
     text_layers = family.text_lora_layers
     text_parameters = [p for encoder in encoders for p in add_lora(encoder, text_layers, **lora, seed=run.seed)]

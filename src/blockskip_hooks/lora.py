@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +21,10 @@ from .utils.seeds import derived_seed
 if TYPE_CHECKING:
     from diffusers import ModelMixin
     from transformers import PreTrainedModel
+
+
+TRAINED, ASSISTANT = "default", "assistant"
+"""Names of a transformer's adapters: the LoRA that trains, and a frozen one that is there in training alone."""
 
 
 def lora_targets(
@@ -112,3 +117,23 @@ def add_lora(
             # would only be kept for backward.
             layer.cast_input_dtype_enabled = False
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def use_adapters(transformer: ModelMixin, names: Sequence[str]) -> None:
+    """Let these of a transformer's adapters take part and no others; of them :data:`TRAINED` alone has gradients."""
+    for layer in transformer.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.set_adapter(list(names))
+            layer.set_requires_grad(ASSISTANT, False)
+
+
+@contextmanager
+def only_adapters(transformer: ModelMixin, names: Sequence[str] = ()) -> Iterator[None]:
+    """Within this context these adapters take part and no others; by default the transformer is the base model."""
+    layers = (module for module in transformer.modules() if isinstance(module, BaseTunerLayer))
+    active: Sequence[str] = next((layer.active_adapters for layer in layers), [])
+    use_adapters(transformer, names)
+    try:
+        yield
+    finally:
+        use_adapters(transformer, active)

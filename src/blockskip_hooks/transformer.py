@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate.hooks import remove_hook_from_module
+from accelerate.utils import set_module_tensor_to_device
 from diffusers import ModelMixin
 from torch.distributed.fsdp import FSDPModule
 
@@ -163,6 +164,26 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
         model = cls(transformer, config, stacks, recorded_layers=recorded_layers)
         model._streamer = streamer
         return model
+
+    def place_frozen_adapter(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Give the parameters of an adapter that is there by name, but has no gradients, their values.
+
+        Those in skipped blocks stay in host memory and come with the block's own weights.
+
+        Args:
+            weights: The values by the parameters' full names, in the dtype that they are to have.
+        """
+        streamed = {
+            f"{b.name}.": b.module for b in self.spans.skipped if any(p.is_meta for p in b.module.parameters())
+        }
+        for prefix, block in streamed.items():
+            inside = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+            for name, weight in inside.items():
+                set_module_tensor_to_device(block, name, "meta", weight, weight.dtype)
+            self._streamer.add_adapter(block, inside)
+        for name, weight in weights.items():
+            if not name.startswith(tuple(streamed)):
+                set_module_tensor_to_device(self.transformer, name, self._streamer.device, weight, weight.dtype)
 
     def remove(self) -> ModelMixin:
         """Take the placeholders and the streaming off and return the model.

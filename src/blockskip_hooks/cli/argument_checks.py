@@ -242,6 +242,11 @@ def _check_output(settings: TrainSettings) -> None:
             flag = "--hub_model_id" if settings.hub_model_id else "--output_dir, without --hub_model_id,"
             raise UserError(f"{flag} is no name of a repository: {one_line(str(error))}") from error
 
+    if settings.validation_model_path is not None and settings.train_text_encoder:
+        raise UserError(
+            "--validation_model_path has text encoders of its own, without the LoRA of --train_text_encoder; leave "
+            "one of them out."
+        )
     if settings.export_merged and settings.train_text_encoder:
         raise UserError(
             "--export_merged writes the transformer alone, without the LoRA of --train_text_encoder; leave one of "

@@ -344,6 +344,13 @@ def _lora_flags(parser: argparse.ArgumentParser) -> None:
         type=NAMES,
         help="Comma-separated numbers of the only blocks to adapt, counted from 0; default: all kept ones.",
     )
+    flag(
+        "--assistant_lora",
+        type=expand_home,
+        help="Frozen LoRA beside the one that trains, for distilled models: a file, a folder, owner/name or "
+        "owner/name/file of the hub. It takes part in training and in the records, not in pictures, and is not "
+        "exported. Default: none.",
+    )
     flag("--train_text_encoder", action="store_true", help="Also train a LoRA on the CLIP text encoders.")
     flag("--fsdp_text_encoder", action="store_true", help="Not supported: sharding of the text encoder.")
 
@@ -410,6 +417,12 @@ def _validation_flags(parser: argparse.ArgumentParser) -> None:
         help="Side of the pictures in pixels; default: the model's own, or --resolution where it has none.",
     )
     flag("--validation_epochs", type=int, default=50, help="Epochs between validations.")
+    flag(
+        "--validation_model_path",
+        type=expand_home,
+        help="Hub id or folder of the model that makes the pictures, with the LoRA put on it: the distilled sibling "
+        "of the trained one, say; default: the trained one.",
+    )
     flag("--final_validation_prompt", help="Prompt of the pictures after training; default: --validation_prompt.")
     flag("--skip_final_inference", action="store_true", help="Draw no pictures after training.")
 

@@ -37,5 +37,6 @@ def _images(run: Run) -> str:
         times.append(f"every {settings.validation_epochs} epochs")
     if run.final_prompts:
         times.append("at the end")
+    by = f", by {settings.validation_model_path}" if run.validation_family else ""
     words = "1 prompt" if len(prompts) == 1 else f"each of {len(prompts)} prompts"
-    return f"{settings.num_validation_images} of {words}, {run.image_size} px, {' and '.join(times)}"
+    return f"{settings.num_validation_images} of {words}, {run.image_size} px, {' and '.join(times)}{by}"

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import logging
 import os
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from ..loading.model_defaults import model_defaults
 from ..loading.quantization import QuantizationConfig, read_quantization
 from ..planning.options import QUANTIZING_OPTIONS
 from ..reporting.progress import photo_progress
+from ..training.assistant import Assistant, find_assistant
 from ..training.chosen_blocks import choose_blocks
 from ..training.run import Run
 from ..training.settings import TrainSettings
@@ -37,6 +36,7 @@ from ..utils.errors import UserError
 from ..utils.launcher import check_launcher
 from .argument_checks import check_family_flags, validate_args
 from .arguments import apply_defaults
+from .image_settings import check_pipeline, image_size, typed_image_arguments, with_validation_model
 
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def prepare_run(settings: TrainSettings) -> Run:
     model_path = _find_model(settings)
     family_class = detect_family(model_path)
     check_family_flags(settings, family_class)
-    defaults, pipeline_kwargs = model_defaults(model_path)
+    defaults, folder_kwargs = model_defaults(model_path)
     prompts: list[str] = []
     if embedded:
         defaults |= _embedded_defaults(settings)
@@ -86,9 +86,12 @@ def prepare_run(settings: TrainSettings) -> Run:
         blocks = choose_blocks(settings, family, model_name)
     except OSError as error:
         raise UserError(f"--pretrained_model_name_or_path {model_path} cannot be used: {error}") from error
-    pipeline_kwargs = _image_size(settings, family) | pipeline_kwargs
+    # Only of distilled models is anything trained beside an assistant.
+    few = family.few_step_arguments() if settings.assistant_lora else {}
+    pipeline_kwargs = {**image_size(settings, family, settings.pretrained_model_name_or_path), **few, **folder_kwargs}
     quantization, shares_weights = _weights_in_training(settings, blocks["skeleton"])
-    _check_pipeline(family, pipeline_kwargs)
+    assistant = _find_assistant(settings, family, blocks["skeleton"])
+    check_pipeline(family, pipeline_kwargs)
     photos = _find_photos(settings, family_class)
     for line in summarize_photos(photos, blocks["patch"].shapes).warnings():
         logger.warning(line)
@@ -104,7 +107,7 @@ def prepare_run(settings: TrainSettings) -> Run:
     if settings.enable_npu_flash_attention and importlib.util.find_spec("torch_npu") is None:
         raise UserError("--enable_npu_flash_attention needs a package that is not installed: torch_npu.")
     _check_writable(settings.output_folder)
-    return Run(
+    run = Run(
         settings=settings,
         family=family,
         model_name=model_name,
@@ -116,7 +119,10 @@ def prepare_run(settings: TrainSettings) -> Run:
         pipeline_kwargs=pipeline_kwargs,
         quantization=quantization,
         shares_weights=shares_weights,
+        assistant=assistant,
+        validation_kwargs=pipeline_kwargs | typed_image_arguments(settings),
     )
+    return with_validation_model(run) if settings.validation_model_path and run.makes_images else run
 
 
 def _unknown_line(words: list[str]) -> str:
@@ -149,6 +155,18 @@ def _weights_in_training(
             "compiled blocks of such weights were never tried; leave one of them out."
         )
     return quantization, shares_weights
+
+
+def _find_assistant(settings: TrainSettings, family: Family, skeleton: DiTBlockSkipTransformer) -> Assistant | None:
+    if settings.assistant_lora is None:
+        return None
+    if asks_for_sharding():
+        raise UserError(
+            "--assistant_lora and accelerate's FSDP do not go together: divided layers with a frozen LoRA were never "
+            "tried; leave one of them out."
+        )
+    transformer = skeleton.transformer
+    return find_assistant(settings.assistant_lora, family, transformer, settings.cache_dir, settings.hub_token)
 
 
 def known_defaults(settings: TrainSettings) -> dict[str, Any]:
@@ -190,38 +208,6 @@ def _find_model(settings: TrainSettings) -> Path:
         token=settings.hub_token,
         configs_only=settings.plan_only,
     )
-
-
-def _image_size(settings: TrainSettings, family: Family) -> dict[str, Any]:
-    """The size of images where the pipeline's own are not those of the model.
-
-    Raises:
-        UserError: if the model cannot make images of the size that the flag asks for.
-    """
-    multiple, wanted = family.latent_token_size, settings.validation_resolution
-    if wanted is not None and wanted % multiple:
-        raise UserError(
-            f"--validation_resolution is {wanted}, which is not a multiple of this model's latent token size "
-            f"({multiple} px); use {max(multiple, round(wanted / multiple) * multiple)}."
-        )
-    named = settings.pretrained_model_name_or_path
-    size = None if named is None else family.known_image_size
-    if size is None:
-        # A name on the hub is that of a published model.
-        published = named is not None and not Path(named).is_dir()
-        size = family.image_size if published else settings.resolution
-    size = max(size // multiple, 1) * multiple
-    return {} if size == family.image_size else family.image_arguments(size)
-
-
-def _check_pipeline(family: Family, pipeline_kwargs: Mapping[str, Any]) -> None:
-    """Check that the pipeline takes what the model's folder gives its call."""
-    accepted = inspect.signature(family.pipeline_class.__call__).parameters
-    unknown = sorted(pipeline_kwargs.keys() - accepted.keys())
-    if unknown:
-        raise UserError(
-            f"{family.model_path}/blockskip_defaults.json: the model's pipeline takes no {', '.join(unknown)}."
-        )
 
 
 def _check_class_images(folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import psutil
@@ -65,7 +65,7 @@ def plan_request(run: Run, dtype: torch.dtype, num_processes: int, device: Devic
     encoders = family.text_encoder_configs()
     streamable = family.streamable_text_encoders(trains_text=settings.train_text_encoder)
     trained = family.trained_text_components if settings.train_text_encoder else ()
-    return PlanRequest(
+    request = PlanRequest(
         family=family,
         transformer_config=run.transformer_config,
         device=device,
@@ -74,6 +74,7 @@ def plan_request(run: Run, dtype: torch.dtype, num_processes: int, device: Devic
         rank=settings.rank,
         lora_targets=run.targets,
         lora_dropout=settings.lora_dropout,
+        assistant_layers=run.assistant.layers() if run.assistant else {},
         recorded_layers=run.recorded_layers,
         quantization=run.quantization,
         batch_size=settings.train_batch_size * len(run.kinds),
@@ -105,6 +106,20 @@ def plan_request(run: Run, dtype: torch.dtype, num_processes: int, device: Devic
         bytes_elsewhere=run.bytes_elsewhere(dtype, num_processes),
         selection=run.selection,
     )
+    if (other := run.validation_family) is None:
+        return request
+    encoders = other.text_encoder_configs()
+    streamable = other.streamable_text_encoders(trains_text=False)
+    validation = replace(
+        request,
+        family=other,
+        transformer_config=load_config(other.model_path / "transformer"),
+        assistant_layers={},
+        text_encoders=list(encoders.values()),
+        streamable_encoders=[position for position, name in enumerate(encoders) if name in streamable],
+        validation_extra_bytes=_weights_bytes(other, dtype),
+    )
+    return replace(request, validation=validation)
 
 
 def plan_for(run: Run, dtype: torch.dtype, num_processes: int, device: DeviceType = "cuda") -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..loading.component_config import is_absent
 from ..utils.errors import UserError
-from .facts import CONDITION_FLAGS, ComfyUIFormat, Config, FamilyFacts, Flag, PromptEmbeds
+from .facts import CONDITION_FLAGS, VALIDATION_FLAGS, ComfyUIFormat, Config, FamilyFacts, Flag, PromptEmbeds
 
 
 if TYPE_CHECKING:
@@ -309,6 +309,7 @@ def no_progress_bar() -> Iterator[None]:
 
 __all__ = [
     "CONDITION_FLAGS",
+    "VALIDATION_FLAGS",
     "ComfyUIFormat",
     "Config",
     "Family",

@@ -66,6 +66,27 @@ CONDITION_FLAGS = (
 """Flags of families whose pipelines take condition images; see :meth:`~.base.Family.with_condition`."""
 
 
+VALIDATION_FLAGS = (
+    Flag(
+        "validation_guidance_scale",
+        {
+            "type": float,
+            "default": None,
+            "help": "Guidance of validation pictures, 0 for none; default: that of the model that makes them.",
+        },
+    ),
+    Flag(
+        "validation_num_inference_steps",
+        {
+            "type": int,
+            "default": None,
+            "help": "Denoising steps of validation pictures; default: those of the model that makes them.",
+        },
+    ),
+)
+"""Flags of families that have distilled models."""
+
+
 @dataclass(frozen=True)
 class ComfyUIFormat:
     """Keys of a LoRA file that ComfyUI reads for a family and that diffusers' loader of the family reads back.
@@ -234,6 +255,13 @@ class FamilyFacts(ABC):
         if "use_resolution_binning" in inspect.signature(self.pipeline_class.__call__).parameters:
             arguments["use_resolution_binning"] = False
         return arguments
+
+    def few_step_arguments(self) -> dict[str, Any]:
+        """Arguments of the pipeline call with which a distilled model of this family makes images.
+
+        Empty for models that are not distilled, and where the pipeline's own values are right.
+        """
+        return {}
 
     def vae_latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         """Shape of one image's latents as the VAE encodes and decodes them, from its size in pixels."""

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from .base import CONDITION_FLAGS, ComfyUIFormat, Config, Family, Flag, PromptEmbeds, split_batch
+from ..loading.component_config import load_config
+from .base import CONDITION_FLAGS, VALIDATION_FLAGS, ComfyUIFormat, Config, Family, Flag, PromptEmbeds, split_batch
 
 
 if TYPE_CHECKING:
@@ -49,10 +50,17 @@ class Flux(Family):
             "guidance_scale",
             {"type": float, "default": 3.5, "help": "Guidance value fed to guidance-distilled models."},
         ),
+        *VALIDATION_FLAGS,
     )
     flag_defaults = {"max_sequence_length": 512, "output_dir": "flux-dreambooth-lora"}
     tags: ClassVar[tuple[str, ...]] = ("flux", "flux-diffusers")
     comfyui = ComfyUIFormat(writes_alpha=True)
+
+    def few_step_arguments(self) -> dict[str, Any]:
+        if load_config(self.model_path / "transformer").get("guidance_embeds"):
+            return {}
+        # FLUX.1-schnell, as its card says.
+        return {"num_inference_steps": 4, "guidance_scale": 0.0, "max_sequence_length": 256}
 
     def empty_embeds(self, transformer_config: Config, text_tokens: int, dtype: torch.dtype) -> PromptEmbeds:
         return {

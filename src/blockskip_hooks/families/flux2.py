@@ -13,7 +13,7 @@ import torch
 from ..layouts import BlockLayout
 from ..loading.component_config import load_config
 from ..utils.errors import UserError
-from .base import CONDITION_FLAGS, ComfyUIFormat, Config, Family, Flag, PromptEmbeds, split_batch
+from .base import CONDITION_FLAGS, VALIDATION_FLAGS, ComfyUIFormat, Config, Family, Flag, PromptEmbeds, split_batch
 
 
 if TYPE_CHECKING:
@@ -149,7 +149,11 @@ class Flux2Klein(Flux2):
 
     name = "flux2-klein"
     pipeline_name = "Flux2KleinPipeline"
-    own_flags = SHARED_FLAGS
+    own_flags = (*SHARED_FLAGS, *VALIDATION_FLAGS)
     negative_prompt = ""
     tags = ("flux2-klein", "flux2-klein-diffusers")
     comfyui = ComfyUIFormat()
+
+    def few_step_arguments(self) -> dict[str, Any]:
+        index = json.loads((self.model_path / "model_index.json").read_text())
+        return {"num_inference_steps": 4, "guidance_scale": 1.0} if index.get("is_distilled") else {}

@@ -15,7 +15,7 @@ from ..layouts import BlockLayout
 from ..loading.component_config import defining_module
 from ..utils.errors import UserError, first_line
 from ..utils.files import expand_home
-from .base import ComfyUIFormat, Config, Family, Flag, PromptEmbeds, split_batch
+from .base import VALIDATION_FLAGS, ComfyUIFormat, Config, Family, Flag, PromptEmbeds, split_batch
 
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ class HiDream(Family):
             "pretrained_tokenizer_4_name_or_path",
             {"type": expand_home, "default": _LLAMA, "help": "Llama's tokenizer, where the model brings none."},
         ),
+        *VALIDATION_FLAGS,
     )
     flag_defaults = {"max_sequence_length": 128, "output_dir": "hidream-dreambooth-lora", "lora_alpha": None}
     negative_prompt = ""

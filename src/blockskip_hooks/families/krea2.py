@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from ..layouts import BlockLayout
-from .base import ComfyUIFormat, Config, Flag, PromptEmbeds, split_batch
+from .base import VALIDATION_FLAGS, ComfyUIFormat, Config, PromptEmbeds, split_batch
 from .qwen_image import VideoLatents
 
 
@@ -17,10 +17,6 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 PATCH_SIZE = 2
-VALIDATION_STEPS = Flag(
-    "validation_num_inference_steps",
-    {"type": int, "default": 8, "help": "Denoising steps of validation images."},
-)
 
 
 class Krea2(VideoLatents):
@@ -52,20 +48,12 @@ class Krea2(VideoLatents):
         "time_embed.linear_2",
         "time_mod_proj",
     )
-    own_flags = (
-        Flag(
-            "validation_guidance_scale",
-            {"type": float, "default": 0.0, "help": "Guidance of validation images; 0 makes them without guidance."},
-        ),
-        VALIDATION_STEPS,
-        Flag(
-            "validation_model_path",
-            {"type": str, "default": None, "help": "Refused: another checkpoint for validation images."},
-            refusal="validation images come from the model that is trained; leave it out",
-        ),
-    )
+    own_flags = VALIDATION_FLAGS
     flag_defaults = {
         "max_sequence_length": 512,
+        # Of the distilled variant, which upstream's script makes them with.
+        "validation_guidance_scale": 0.0,
+        "validation_num_inference_steps": 8,
         "output_dir": "krea2-dreambooth-lora",
         "rank": 32,
         "lora_alpha": 32,

@@ -15,8 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..layouts import BlockLayout
 from ..utils.errors import UserError
-from .base import Config, PromptEmbeds, no_progress_bar
-from .krea2 import VALIDATION_STEPS
+from .base import VALIDATION_FLAGS, Config, PromptEmbeds, no_progress_bar
 from .qwen_image import VideoLatents
 
 
@@ -44,7 +43,8 @@ class QwenImage21(VideoLatents):
     image_size = 1024
     aligns_prompts = True
     lora_layers = ("attn.to_k", "attn.to_q", "attn.to_v", "attn.to_out.0")
-    own_flags = (VALIDATION_STEPS,)
+    # The number of steps, as upstream.
+    own_flags = VALIDATION_FLAGS[1:]
     flag_defaults = {
         "max_sequence_length": 512,
         "output_dir": "hidream-dreambooth-lora",

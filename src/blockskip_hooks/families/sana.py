@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from ..layouts import BlockLayout
-from .base import Config, Family, Flag, PromptEmbeds
+from .base import VALIDATION_FLAGS, Config, Family, Flag, PromptEmbeds
 
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class Sana(Family):
                 "help": "Instruction put before every prompt but the empty one, in images too; default: none.",
             },
         ),
+        *VALIDATION_FLAGS,
     )
     flag_defaults = {"max_sequence_length": 300, "output_dir": "sana-dreambooth-lora"}
     negative_prompt: ClassVar[str | None] = ""

@@ -10,7 +10,7 @@ import torch
 
 from ..loading.component_config import load_config
 from ..utils.errors import UserError
-from .base import ComfyUIFormat, Config, Family, Flag, PromptEmbeds, repeat_given_embeds, split_batch
+from .base import VALIDATION_FLAGS, ComfyUIFormat, Config, Family, Flag, PromptEmbeds, repeat_given_embeds, split_batch
 
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ class StableDiffusion3(Family):
                 "help": "1: compare the clean latents that the prediction implies; 0: compare velocities.",
             },
         ),
+        *VALIDATION_FLAGS,
     )
     flag_defaults = {
         "max_sequence_length": 77,

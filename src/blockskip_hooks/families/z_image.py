@@ -36,12 +36,16 @@ class ZImage(Family):
     block_stacks = ("layers",)
     # diffusers knows the block, but not that its first argument is called x.
     block_layouts = {"ZImageTransformerBlock": BlockLayout(hidden_states_argument_name="x")}
-    # The upstream script takes --guidance_scale too; the transformer takes none, so it has no effect.
+    # The upstream script takes --guidance_scale too; the transformer takes none, so it has no effect in training.
     own_flags = Flux.own_flags
     flag_defaults = {"max_sequence_length": 512, "output_dir": "z-image-dreambooth-lora"}
     negative_prompt = ""
     tags = ("z-image", "z-image-diffusers")
     comfyui = ComfyUIFormat("diffusion_model.", writes_alpha=True)
+
+    def few_step_arguments(self) -> dict[str, Any]:
+        # As Z-Image-Turbo's card says; Z-Image itself has a shift of 6.
+        return {"num_inference_steps": 9, "guidance_scale": 0.0} if self.scheduler.shift <= 3.0 else {}
 
     @torch.no_grad()
     def encode_prompts(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> list[PromptEmbeds]:

@@ -57,6 +57,11 @@ def save_lora(
         )
 
 
+def copy_lora(source: torch.nn.Module, target: torch.nn.Module) -> None:
+    """Give the adapter of a model the values of another model's, whose layers must be the same."""
+    set_peft_model_state_dict(target, get_peft_model_state_dict(source), adapter_name="default")
+
+
 def load_lora(
     folder: Path,
     family: type[Family],

@@ -107,6 +107,7 @@ class Streamer:
         self._cache_bytes = self._room = cache_bytes
         self._weights: dict[torch.nn.Module, Weights] = {}
         self._cached: dict[torch.nn.Module, Weights] = {}
+        self._adapters: dict[torch.nn.Module, Weights] = {}
         self._order: list[torch.nn.Module] = []
         self._pass: list[torch.nn.Module] = []
         self._ahead: dict[torch.nn.Module, Future[Fetched]] = {}
@@ -138,9 +139,14 @@ class Streamer:
         self._order.append(module)
         self._largest = None
 
+    def add_adapter(self, module: torch.nn.Module, weights: Weights) -> None:
+        """Let the parameters of a frozen adapter come with a module's own; they stay in host memory."""
+        self._adapters[module] = weights
+
     def remove(self, module: torch.nn.Module) -> None:
         """Forget a module."""
         self.release()
+        self._adapters.pop(module, None)
         self._weights.pop(module, None)
         self._cached.pop(module, None)
         self._order = [other for other in self._order if other is not module]
@@ -166,8 +172,10 @@ class Streamer:
             current.wait_event(fetched.arrival)
             # Its memory is not given to another before what runs on it now has been computed.
             fetched.buffer.record_stream(current)
+        of_adapter = self._adapters.get(module, {})
         for name, _ in module.named_parameters():
-            value = fetched.tensors[name].to(self.device, non_blocking=self._pins)
+            tensor = of_adapter[name] if name in of_adapter else fetched.tensors[_name_in_checkpoint(name)]
+            value = tensor.to(self.device, non_blocking=self._pins)
             set_module_tensor_to_device(module, name, self.device, value=value, clear_cache=False)
         self._present = module
         del fetched
@@ -286,7 +294,7 @@ class Streamer:
         weights = self._cached.get(module, self._weights[module])
         if not isinstance(weights, CheckpointWeights):
             # Those of text encoders are read here, the others are in memory.
-            weights = {name: weights[name] for name, _ in module.named_parameters()}
+            weights = {name: weights[name] for name, _ in _own_parameters(module)}
         elif (size := _num_bytes(module)) <= self._room:
             self._room -= size
             self._cached[module] = weights = _read(module, weights)
@@ -310,7 +318,7 @@ class Streamer:
         with self._stream:
             buffer, views = _buffer(module, self.device, {}) if self._sends_ahead else (None, {})
             pinned: dict[str, torch.Tensor] = {}
-            for name, parameter in module.named_parameters():
+            for name, parameter in _own_parameters(module):
                 part = pinned[name] = torch.empty(parameter.shape, dtype=parameter.dtype, pin_memory=True)
                 if isinstance(weights, CheckpointWeights):
                     weights.read(name, part)
@@ -367,7 +375,19 @@ def plain_device(device: torch.device | str) -> torch.device:
 
 def _num_bytes(module: torch.nn.Module) -> int:
     """Size of a buffer that holds a module's parameters wherever in it they have to begin."""
-    return sum(_padded(parameter.nbytes) + ALIGNMENT for parameter in module.parameters())
+    return sum(_padded(parameter.nbytes) + ALIGNMENT for _, parameter in _own_parameters(module))
+
+
+def _own_parameters(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """A module's parameters by their names in the checkpoint, without those of adapters that it has got since."""
+    for name, parameter in module.named_parameters():
+        if ".lora_" not in name:
+            yield _name_in_checkpoint(name), parameter
+
+
+def _name_in_checkpoint(name: str) -> str:
+    # An adapter's layer holds the one that it stands for.
+    return name.replace(".base_layer.", ".")
 
 
 def _padded(size: int) -> int:
@@ -389,7 +409,7 @@ def _buffer(
         offsets: Bytes behind a multiple of :data:`ALIGNMENT` that parameters begin at, by name.
     """
     buffer, start, views = _allocate(_num_bytes(module), device), 0, {}
-    for name, parameter in module.named_parameters():
+    for name, parameter in _own_parameters(module):
         first = start + offsets.get(name, 0)
         views[name] = buffer[first : first + parameter.nbytes].view(parameter.dtype).view(parameter.shape)
         start += _padded(parameter.nbytes) + ALIGNMENT
@@ -401,7 +421,7 @@ def _read(module: torch.nn.Module, weights: CheckpointWeights) -> dict[str, torc
 
     They are aligned as in a mapped file, as resident weights are: a processor's products depend on it in the last bit.
     """
-    offsets = {name: weights.offset(name, p.dtype) % ALIGNMENT for name, p in module.named_parameters()}
+    offsets = {name: weights.offset(name, p.dtype) % ALIGNMENT for name, p in _own_parameters(module)}
     _, views = _buffer(module, torch.device("cpu"), offsets)
     for name, view in views.items():
         weights.read(name, view)

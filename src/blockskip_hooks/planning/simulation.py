@@ -10,23 +10,26 @@ the FLOPs of matrix products. Dtypes and what is kept for backward follow the de
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch._subclasses import FakeTensorMode
 
 from ..blocks import list_blocks, split_blocks
 from ..config import BlockSkipConfig
 from ..families import Family
 from ..families.prompts import place_embeds
+from ..inference.lora_files import quiet_adapters
 from ..loading.models import cast_floating, empty_model
 from ..loading.quantization import QuantizationConfig, as_linear, on_channels
 from ..loading.text_encoders import empty_text_encoder
-from ..lora import add_lora
+from ..lora import ASSISTANT, TRAINED, add_lora, only_adapters, use_adapters
 from ..losses import combine_losses, flow_matching_loss
 from ..residuals.batches import Batch
-from ..residuals.precompute import base_model
+from ..residuals.precompute import frozen_model
 from ..state import SpanResiduals
 from ..transformer import DiTBlockSkipTransformer
 from .counters import ALL_BLOCKS, Meter
@@ -49,6 +52,7 @@ class FakeTransformer:
         rank: Rank of the LoRA matrices.
         lora_targets: Full names of the modules that get LoRA.
         lora_dropout: Dropout in them, whose masks are kept for backward.
+        assistant_layers: Full names of the layers that a frozen LoRA adapts in training, by its rank there.
         recorded_layers: See :class:`~blockskip_hooks.transformer.DiTBlockSkipTransformer`.
         dtype: Dtype of the model's weights. In half precision the training step runs under autocast.
         quantization: How the linear layers of kept blocks are held, if not in ``dtype``.
@@ -74,6 +78,7 @@ class FakeTransformer:
         lora_targets: Sequence[str],
         dtype: torch.dtype,
         lora_dropout: float = 0.0,
+        assistant_layers: Mapping[int, Sequence[str]] | None = None,
         recorded_layers: Sequence[str] = (),
         quantization: QuantizationConfig | None = None,
         device: DeviceType = "cuda",
@@ -97,9 +102,9 @@ class FakeTransformer:
         blocks = [block.name for block in spans.leading + spans.kept + spans.trailing]
         self.num_blocks = len(blocks)
         self._recorded_width = sum(int(transformer.get_submodule(name).out_features) for name in recorded_layers)
-        self._depth, config = _shorten(
-            transformer, family, config, {"lora": lora_targets, "recorded": recorded_layers, "quantized": quantized}
-        )
+        treated = {"lora": lora_targets, "recorded": recorded_layers, "quantized": quantized}
+        assistants = {f"assistant {rank}": names for rank, names in (assistant_layers or {}).items()}
+        self._depth, config = _shorten(transformer, family, config, treated | assistants)
         for name in self._depth.renamed(quantized, blocks):
             assert quantization is not None
             layer: Any = transformer.get_submodule(name)
@@ -117,6 +122,8 @@ class FakeTransformer:
             recorded_layers=self._depth.renamed(recorded_layers, blocks),
         )
         self._streamed = list(self.model.streamed_modules.values())
+        if assistant_layers:
+            self._add_assistant({r: self._depth.renamed(names, blocks) for r, names in assistant_layers.items()})
         skipped = {id(part) for module in self._streamed for part in module.modules()}
         self._encoders = {name: empty_text_encoder(config, dtype) for name, config in (trained_encoders or {}).items()}
         for encoder in self._encoders.values():
@@ -131,6 +138,21 @@ class FakeTransformer:
         simulated = self.model.spans.leading + self.model.spans.kept + self.model.spans.trailing
         named = {block.name: block.module for block in simulated}
         self._measure = Measure(transformer, named, self._depth, device, beside=list(self._encoders.values()))
+
+    def _add_assistant(self, layers: Mapping[int, Sequence[str]]) -> None:
+        """Put a frozen LoRA beside the one that trains, once the modules that stream are known."""
+        ranks = {name: rank for rank, names in layers.items() for name in names}
+        transformer: Any = self.model.transformer
+        patterns = {f"^{re.escape(name)}": rank for name, rank in ranks.items()}
+        config = LoraConfig(r=1, lora_alpha=1, rank_pattern=patterns, target_modules=list(ranks))
+        with quiet_adapters():
+            inject_adapter_in_model(config, transformer, ASSISTANT, low_cpu_mem_usage=True)
+        use_adapters(transformer, [TRAINED, ASSISTANT])
+        for name in ranks:
+            layer = transformer.get_submodule(name)
+            layer.cast_input_dtype_enabled = False
+            for part in (layer.lora_A, layer.lora_B):
+                part[ASSISTANT].to(self.dtype)
 
     def lora_sizes(self) -> list[int]:
         """Number of elements of every LoRA weight of the full model, and of text encoders that train."""
@@ -152,7 +174,7 @@ class FakeTransformer:
         Returns:
             What it needs, and fake residuals with the batch's shapes.
         """
-        adapters = contextlib.nullcontext() if with_adapters else base_model(self.model.transformer)
+        adapters = contextlib.nullcontext() if with_adapters else frozen_model(self.model.transformer)
         with adapters, self._counted(text_tokens) as meter:
             resident = meter.current
             inputs = self._inputs(self._batch(batch_size, size, text_tokens))
@@ -180,6 +202,7 @@ class FakeTransformer:
                 self._autocast(),
                 self._halts(meter, resident) as halts,
                 streamed_weights(self._streamed),
+                only_adapters(self.model.transformer, [TRAINED]),
                 self.model.full_model() as transformer,
             ):
                 transformer(**inputs, return_dict=False)

@@ -58,6 +58,7 @@ class PlanRequest:
         rank: Rank of the LoRA matrices.
         lora_targets: Full names of the layers that get LoRA.
         lora_dropout: As the flag.
+        assistant_layers: Full names of the layers that a frozen assistant LoRA adapts, by its rank there.
         recorded_layers: Full names of the layers whose outputs are recorded with the residuals.
         quantization: How kept blocks are held; ``None`` for ``weight_dtype``.
         text_tokens: Tokens of a prompt.
@@ -86,6 +87,7 @@ class PlanRequest:
         validation_batch_size: Validation images of a prompt, which may share a forward.
         validation_prompts: Their prompts.
         validation_extra_bytes: Parameters of other models that validation images need.
+        validation: The same of another model that makes validation images in place of the trained one.
         class_batch_size: Class images that may share a forward; ``None`` if there are none to make.
         class_images: How many there are to make.
         class_resolution: Their side in pixels.
@@ -100,6 +102,7 @@ class PlanRequest:
     rank: int
     lora_targets: Sequence[str]
     lora_dropout: float = 0.0
+    assistant_layers: Mapping[int, Sequence[str]] = field(default_factory=dict)
     device: DeviceType = "cuda"
     recorded_layers: Sequence[str] = ()
     quantization: QuantizationConfig | None = None
@@ -128,6 +131,7 @@ class PlanRequest:
     validation_batch_size: int = 1
     validation_prompts: int = 1
     validation_extra_bytes: int = 0
+    validation: PlanRequest | None = None
     class_batch_size: int | None = None
     class_images: int = 1
     class_resolution: int = 0
@@ -186,20 +190,7 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
     Raises:
         ValueError: if the spans leave no block, or the config names no model class.
     """
-    fake = FakeTransformer(
-        request.family,
-        request.transformer_config,
-        request.config,
-        rank=request.rank,
-        lora_targets=request.lora_targets,
-        lora_dropout=request.lora_dropout,
-        dtype=request.weight_dtype,
-        recorded_layers=request.recorded_layers,
-        quantization=request.quantization,
-        device=request.device,
-        trained_encoders=request.trained_encoders,
-        has_condition=request.has_condition,
-    )
+    fake = _fake_transformer(request)
     states = _optimizer_state_bytes(fake.lora_sizes(), request.use_8bit_adam, request.device)
     train, capture, residuals = _training_step(request, fake, states)
     vae = _Vae(request, base=train, limit=train.peak_bytes)
@@ -210,12 +201,16 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
         stages.append(_make_images("class_images", request, fake, vae.before_lora(), wanted, of_all, side, 0))
     if request.text_encoders or request.text_encoder_parameter_bytes:
         usage, streamed = _encode_text(request, train.peak_bytes)
+        if request.validation and request.validation.text_encoders != request.text_encoders:
+            second, second_streamed = _encode_text(request.validation, train.peak_bytes)
+            usage, streamed = usage.then(second), streamed or second_streamed
         stages.append({**_stage("encode", usage, 1), "streamed": streamed})
     stages += _records_and_training(request, fake, vae, train, capture, states)
     if request.validation_resolution is not None:
         side, wanted = request.validation_resolution, request.validation_batch_size
         of_all = request.validation_prompts
-        stages.append(_make_images("validate", request, fake, vae, wanted, of_all, side, states))
+        maker = (request, fake, vae) if request.validation is None else _in_place(request, fake, vae)
+        stages.append(_make_images("validate", *maker, wanted, of_all, side, states))
 
     _send_ahead(request, stages, fake.largest_streamed_bytes, train.peak_bytes)
     context_bytes = CONTEXT_BYTES if request.device == "cuda" else 0
@@ -240,6 +235,39 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
         "residuals": _records(request, residuals),
         "fits": {"budget_bytes": budget, "ok": None if budget is None else largest <= budget, "reason": None},
     }
+
+
+def _fake_transformer(request: PlanRequest) -> FakeTransformer:
+    return FakeTransformer(
+        request.family,
+        request.transformer_config,
+        request.config,
+        rank=request.rank,
+        lora_targets=request.lora_targets,
+        lora_dropout=request.lora_dropout,
+        assistant_layers=request.assistant_layers,
+        dtype=request.weight_dtype,
+        recorded_layers=request.recorded_layers,
+        quantization=request.quantization,
+        device=request.device,
+        trained_encoders=request.trained_encoders,
+        has_condition=request.has_condition,
+    )
+
+
+def _in_place(request: PlanRequest, fake: FakeTransformer, vae: _Vae) -> tuple[PlanRequest, FakeTransformer, _Vae]:
+    """The model that makes validation images in place of the trained one, and what of the latter stays beside it.
+
+    That is its LoRA and, where every step encodes, its VAE. Its frozen weights make room in host memory, which is no
+    other memory on a CPU.
+    """
+    assert request.validation is not None
+    left = sum(rounded(4 * count, request.device) for count in fake.lora_sizes())
+    left += 0 if request.stores_residuals or request.cache_latents else vae.parameter_bytes
+    left += vae._base.parameter_bytes if request.device == "cpu" else 0
+    other = replace(request.validation, resident_bytes=request.resident_bytes + left)
+    base = vae._base.beside(parameter_bytes=left)
+    return other, _fake_transformer(other), _Vae(other, base=base, limit=vae.limit)
 
 
 def _training_step(

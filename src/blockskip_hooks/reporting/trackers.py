@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 
 from ..data.sample_plan import Sample
+from ..lora import TRAINED
 from ..training.run import Run
 from ..training.validation import EVERY
 from ..transformer import DiTBlockSkipTransformer
@@ -203,12 +204,11 @@ def block_norms(model: DiTBlockSkipTransformer) -> dict[str, float]:
     squares: dict[str, list[torch.Tensor]] = {}
     for block in model.spans.kept:
         for layer in block.module.modules():
-            if isinstance(layer, BaseTunerLayer):
-                for name, scale in layer.scaling.items():
-                    down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
-                    # Norm of B @ A, computed from rank-sized matrices.
-                    square = ((up.T @ up) * (down @ down.T)).sum() * scale**2
-                    squares.setdefault(block.name, []).append(square)
+            if isinstance(layer, BaseTunerLayer) and TRAINED in layer.scaling:
+                down, up = layer.lora_A[TRAINED].weight, layer.lora_B[TRAINED].weight
+                # Norm of B @ A, computed from rank-sized matrices.
+                square = ((up.T @ up) * (down @ down.T)).sum() * layer.scaling[TRAINED] ** 2
+                squares.setdefault(block.name, []).append(square)
     if not squares:
         return {}
     # One transfer from the device for all of them; rounding can leave a little less than zero.

@@ -12,9 +12,9 @@ from typing import TypeVar
 import torch
 from accelerate.utils import find_executable_batch_size
 from diffusers import ModelMixin
-from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..data.sample_plan import Sample
+from ..lora import ASSISTANT, only_adapters
 from ..state import SpanResiduals
 from ..transformer import DiTBlockSkipTransformer
 from ..utils.errors import UserError
@@ -31,17 +31,12 @@ LARGEST_BATCH_ON_CPU = 32
 """Samples per forward, if nobody says: fewer do not fill a device."""
 
 
-@contextlib.contextmanager
-def base_model(transformer: ModelMixin) -> Iterator[None]:
-    """Within this context adapters take no part, so residuals are the frozen model's."""
-    has_adapters = any(isinstance(module, BaseTunerLayer) for module in transformer.modules())
-    if has_adapters:
-        transformer.disable_adapters()
-    try:
-        yield
-    finally:
-        if has_adapters:
-            transformer.enable_adapters()
+def frozen_model(transformer: ModelMixin) -> contextlib.AbstractContextManager[None]:
+    """Within this context the LoRA that trains takes no part, so residuals are the frozen model's.
+
+    A frozen assistant stays, as it does in training.
+    """
+    return only_adapters(transformer, [ASSISTANT])
 
 
 @contextlib.contextmanager
@@ -152,7 +147,7 @@ def precompute_records(
         batch_size: Samples per forward; by default the largest that fits the device.
         together: Forwards in step, see :meth:`~blockskip_hooks.transformer.DiTBlockSkipTransformer.together`.
         with_residuals: Whether to run the transformer at all.
-        with_adapters: Whether adapters take part; otherwise residuals are the base model's.
+        with_adapters: Whether the LoRA that trains takes part; otherwise residuals are the frozen model's.
         progress: The running stage, which advances by one per sample.
         between_batches: Called between forwards, and between blocks of those in step; may raise to stop.
         forwards: Where processes share weights: how many forwards all of them do, from the number that this one needs.
@@ -190,7 +185,7 @@ def precompute_records(
         return done
 
     start_size = _start_size(samples, maker, batch_size)
-    with contextlib.nullcontext() if with_adapters else base_model(model.transformer), model.full_model():
+    with contextlib.nullcontext() if with_adapters else frozen_model(model.transformer), model.full_model():
         if forwards is None:
             _halving(run, start_size)
         else:

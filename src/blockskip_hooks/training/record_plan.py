@@ -56,6 +56,7 @@ def describe_records(
         "spans": [run.config.leading, run.config.trailing] if run.config.residuals == "precomputed" else None,
         **({"refreshed": True} if run.refreshes else {}),
         "residual_dtype": settings.residual_dtype,
+        **({"assistant": run.assistant.digest} if run.assistant else {}),
         # Kept blocks lie between the spans, so the trailing residual depends on how they are held.
         **({"quantization": run.quantization.describe()} if run.quantization and run.skips else {}),
         "photos": {

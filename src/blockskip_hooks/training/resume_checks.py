@@ -43,6 +43,7 @@ def made_with(run: Run) -> dict[str, Any]:
         # Checkpoints of before have a digest under "weights" that most tensors were no part of.
         "base_weights": folder_digest(path / "transformer"),
         "components": {name: folder_digest(path / name) for name in others},
+        "assistant": run.assistant and run.assistant.digest,
         "photos": [photo.digest for photo in run.photos],
         "prompts": [photo.caption or run.settings.instance_prompt or "" for photo in run.photos],
         "flags": kept_flags(run),
@@ -71,7 +72,8 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
     Older checkpoints know less; what one does not know is not compared.
     """
-    then = {**now, **then}
+    # Those of before there were assistants had none.
+    then = {**now, "assistant": None, **then} if then else dict(now)
     found = []
     was, is_now = ({"transformer": made["base_weights"], **made["components"]} for made in (then, now))
     if parts := sorted(name for name in {**was, **is_now} if was.get(name) != is_now.get(name)):
@@ -85,6 +87,9 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         found.append("with --skip_blocks {},{} (now {},{})".format(*then["skip"], *now["skip"]))
     elif then["layers"] != now["layers"]:
         found.append("with other LoRA layers")
+    if then["assistant"] != now["assistant"]:
+        way = "with" if then["assistant"] is None else "another" if now["assistant"] else "without"
+        found.append(f"{'without' if way == 'with' else 'with'} --assistant_lora (now {way})")
     if then["optimizer"] != now["optimizer"]:
         found.append(f"with the optimizer {then['optimizer']} (now {now['optimizer']})")
     flags = {**now["flags"], **then["flags"]}

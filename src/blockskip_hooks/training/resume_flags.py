@@ -35,7 +35,8 @@ ON_RESUME: dict[str, OnResume] = {
         cond_image_column cond_data_dir
         skip_blocks skip_ratio skip_budget selection_table strict_table memory_budget memory_options refresh_residuals
         use_aspect_ratio_buckets aspect_ratio_buckets patch_sampling min_patch_size max_patch_size
-        lora_layers lora_blocks train_text_encoder optimizer use_8bit_adam num_train_epochs max_train_steps
+        lora_layers lora_blocks assistant_lora train_text_encoder optimizer use_8bit_adam num_train_epochs
+        max_train_steps
         """,
     ),
     **_flags(

@@ -28,6 +28,7 @@ from ..selection import Selection
 from ..transformer import DiTBlockSkipTransformer
 from ..utils.machine import cache_bytes
 from ..utils.pictures import within
+from .assistant import Assistant
 from .chosen_blocks import choose_blocks
 from .settings import TrainSettings
 from .sharding import bytes_elsewhere
@@ -55,6 +56,10 @@ class Run:
         photos: The instance photos, not decoded yet.
         prompts: Validation prompts.
         validation_image: Condition image of validation images.
+        assistant: The frozen LoRA beside the one that trains.
+        validation_family: Family and folder of another model that makes validation images in place of the trained
+            one.
+        validation_kwargs: Arguments of the pipeline call that makes validation images.
         pipeline_kwargs: Arguments of the pipeline call that the model asks for.
         quantization: How kept blocks are held; ``None`` for plain weights.
         table: What is known of the harm of skipping this model's blocks.
@@ -77,6 +82,9 @@ class Run:
     table: SelectionTable | None = None
     shares_weights: bool = False
     validation_image: Image.Image | None = None
+    assistant: Assistant | None = None
+    validation_family: Family | None = None
+    validation_kwargs: dict[str, Any] = field(default_factory=dict)
 
     def skipping(self, selection: Selection, flags: Mapping[str, Any]) -> Run:
         """This run with other blocks skipped and other values of some flags."""
@@ -171,27 +179,38 @@ class Run:
         return embeds | self.family.align_embeds({prompt: embeds[prompt] for prompt in trained})
 
     def all_prompts(self, sources: dict[SampleKind, PhotoSource]) -> list[str]:
-        """Every prompt that the run will need embeddings of."""
+        """Every prompt that the trained model's text encoders have to embed."""
         prompts = [prompt for source in sources.values() for prompt in source.prompts()]
         prompts += [""] * (self.settings.caption_dropout > 0)
-        if self.makes_images:
-            prompts += [*self.prompts, *self.final_prompts]
-            prompts += [] if self.negative_prompt is None else [self.negative_prompt]
+        prompts += self.image_prompts if self.validation_family is None else []
         return list(dict.fromkeys(prompts))
+
+    @property
+    def image_prompts(self) -> list[str]:
+        """Every prompt that validation images need embeddings of, the negative one among them."""
+        if not self.makes_images:
+            return []
+        negative = self.image_negative_prompt
+        return list(dict.fromkeys([*self.prompts, *self.final_prompts, *([] if negative is None else [negative])]))
+
+    @property
+    def image_family(self) -> Family:
+        """The model that makes validation images."""
+        return self.validation_family or self.family
 
     @property
     def image_kwargs(self) -> dict[str, Any]:
         """Arguments of the pipeline call that makes validation images."""
-        side = self.settings.validation_resolution
-        kwargs = self.pipeline_kwargs | ({} if side is None else self.family.image_arguments(side))
+        side, family = self.settings.validation_resolution, self.image_family
+        kwargs = self.validation_kwargs | ({} if side is None else family.image_arguments(side))
         if self.validation_image is None:
             return kwargs
-        return kwargs | {"image": within(self.validation_image, kwargs.get("height", self.family.image_size) ** 2)}
+        return kwargs | {"image": within(self.validation_image, kwargs.get("height", family.image_size) ** 2)}
 
     @property
     def image_size(self) -> int:
         """Height in pixels of validation images."""
-        return self.image_kwargs.get("height", self.family.image_size)
+        return self.image_kwargs.get("height", self.image_family.image_size)
 
     @property
     def class_image_size(self) -> int:
@@ -200,8 +219,13 @@ class Run:
 
     @property
     def negative_prompt(self) -> str | None:
-        """Negative prompt of validation images, for pipelines that are guided."""
+        """Negative prompt of class images, for pipelines that are guided."""
         return self.pipeline_kwargs.get("negative_prompt", self.family.negative_prompt)
+
+    @property
+    def image_negative_prompt(self) -> str | None:
+        """Negative prompt of validation images, for pipelines that are guided."""
+        return self.validation_kwargs.get("negative_prompt", self.image_family.negative_prompt)
 
     @property
     def transformer_config(self) -> dict[str, Any]:
@@ -282,7 +306,11 @@ class Run:
         return self.settings.overwrite_residuals or not self.settings.residual_dir
 
     def model_options(
-        self, dtype: torch.dtype, device: torch.device, shard: Callable[..., None] | None = None
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        shard: Callable[..., None] | None = None,
+        family: Family | None = None,
     ) -> dict[str, Any]:
         """Keyword arguments of ``DiTBlockSkipTransformer.from_pretrained`` beside the folder and the spans.
 
@@ -290,13 +318,15 @@ class Run:
             dtype: Dtype of frozen weights.
             device: Where the kept blocks go.
             shard: What divides their weights among processes, for runs that share them.
+            family: Family and folder of the model; by default the trained one's.
         """
+        family = family or self.family
         return {
             "torch_dtype": dtype,
             "device": device,
             "variant": self.settings.variant,
-            "stacks": self.family.block_stacks,
-            "transformer_class": self.family.transformer_class(self.transformer_config),
+            "stacks": family.block_stacks,
+            "transformer_class": family.transformer_class(load_config(family.model_path / "transformer")),
             "recorded_layers": self.recorded_layers,
             "quantization": self.quantization,
             "shard": shard if self.shares_weights else None,

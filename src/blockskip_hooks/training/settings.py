@@ -92,6 +92,7 @@ class TrainSettings:
     lora_dropout: float
     lora_layers: Sequence[str] | None
     lora_blocks: Sequence[str] | None
+    assistant_lora: str | None
     train_text_encoder: bool
     fsdp_text_encoder: bool
     # training
@@ -132,6 +133,7 @@ class TrainSettings:
     num_validation_images: int
     validation_resolution: int | None
     validation_epochs: int
+    validation_model_path: str | None
     final_validation_prompt: str | None
     skip_final_inference: bool
     # output

@@ -47,7 +47,7 @@ def without_effect(settings: TrainSettings) -> Iterator[tuple[str, str]]:
         (settings.weighting_scheme == "mode", ("mode_scale",), "--weighting_scheme mode"),
         (
             settings.validation_prompt or settings.final_validation_prompt or embedded,
-            ("num_validation_images", "validation_resolution"),
+            ("num_validation_images", "validation_resolution", "validation_model_path"),
             "--validation_prompt",
         ),
         (settings.validation_prompt, ("validation_epochs",), "--validation_prompt"),

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import gather_object
+from diffusers.training_utils import free_memory
 from PIL import Image
 
+from ..families import PromptEmbeds
 from ..inference.generate import VaePlacement, generate_images
-from ..residuals.precompute import base_model
+from ..loading.lora_files import copy_lora
+from ..lora import TRAINED, add_lora, only_adapters
 from ..transformer import DiTBlockSkipTransformer
 from .adapters import Adapters
 from .context import Context
@@ -45,6 +48,8 @@ class Validation:
         images_at_once: Images per call of the pipeline; by default all of a prompt.
         together: Calls of the pipeline in step.
         placement: How the VAE works.
+        embeds: Embeddings of the prompts by the text encoders of a model that makes the images in place of the
+            trained one.
 
     Attributes:
         shown: The images that were made last during training: their step, prompts, the base model's and the LoRA's.
@@ -61,10 +66,12 @@ class Validation:
         images_at_once: int | None = None,
         together: int = 1,
         placement: VaePlacement | None = None,
+        embeds: Mapping[str, PromptEmbeds] | None = None,
     ) -> None:
         self._run, self._context, self._model, self._adapters = run, context, model, adapters
         self._records, self._tracking = records, tracking
         self._images_at_once, self._together, self._placement = images_at_once, together, placement
+        self._embeds = embeds
         self.shown: tuple[int, list[str], Images, Images] | None = None
         self._seeds = [run.seed + number for number in range(run.settings.num_validation_images)]
         self._base: dict[str, list[Image.Image]] = {}
@@ -123,9 +130,9 @@ class Validation:
         return [self._base[prompt] for prompt in prompts]
 
     def _images(self, prompts: Sequence[str], *, with_adapters: bool) -> Images:
-        family, negative, context = self._run.family, self._run.negative_prompt, self._context
-        embeds = self._records.maker.embeds
-        if with_adapters:
+        family, negative, context = self._run.image_family, self._run.image_negative_prompt, self._context
+        embeds = self._records.maker.embeds if self._embeds is None else self._embeds
+        if with_adapters and self._embeds is None:
             embeds = self._adapters.current(embeds, [*prompts, *([] if negative is None else [negative])])
         sharded, accelerator = self._model.is_sharded, context.accelerator
         others = 1 if sharded else accelerator.num_processes
@@ -134,8 +141,7 @@ class Validation:
         with (
             context.stop.held() if sharded else contextlib.nullcontext(),
             context.monitor.stage("validate"),
-            self._records.vae() as vae,
-            contextlib.nullcontext() if with_adapters else base_model(self._model.transformer),
+            self._models(with_adapters) as models,
             context.accelerator.autocast(),
             context.progress.stage(name, images=-(-len(prompts) * len(self._seeds) // others)) as progress,
         ):
@@ -148,8 +154,7 @@ class Validation:
             images = generate_images(
                 [embeds[prompt] for prompt in prompts],
                 family=family,
-                model=self._model,
-                vae=vae,
+                **models,
                 negative=None if negative is None else embeds[negative],
                 seeds=self._seeds,
                 pipeline_kwargs=self._run.image_kwargs,
@@ -161,6 +166,33 @@ class Validation:
             )
             del vae
             return images if others == 1 else self._from_all(images, at_once)
+
+    @contextlib.contextmanager
+    def _models(self, with_adapters: bool) -> Iterator[dict[str, Any]]:
+        """Within this context ``model`` and ``vae`` that make images, with or without the LoRA that trains.
+
+        Where they are another model's, the trained model's frozen weights are in host memory meanwhile. Only what this
+        yields may hold on to them: they are gone before those weights come back.
+        """
+        run, trained, records = self._run, self._model, self._records
+        names = [TRAINED] if with_adapters else []
+        if run.validation_family is None:
+            with records.vae() as vae, only_adapters(trained.transformer, names):
+                yield {"model": trained, "vae": vae}
+            return
+        family, dtype, device = run.validation_family, records.maker.dtype, self._context.accelerator.device
+        with trained.on_host():
+            options = run.model_options(dtype, device, family=family)
+            model = DiTBlockSkipTransformer.from_pretrained(family.model_path, run.config, **options)
+            if with_adapters:
+                lora: dict[str, Any] = {"rank": run.settings.rank, "alpha": run.settings.lora_alpha, "dropout": 0.0}
+                add_lora(model.transformer, run.targets, **lora, seed=run.seed)
+                copy_lora(trained.transformer, model.transformer)
+            models = {"model": model, "vae": family.load_vae(dtype, device)}
+            del model
+            yield models
+            models.clear()
+            free_memory()
 
     @staticmethod
     def _from_all(images: Images, at_once: int) -> Images:

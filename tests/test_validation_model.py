@@ -1,0 +1,106 @@
+"""Validation images of another model, a distilled sibling say: its weights with the LoRA, and nothing else changes."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoModel
+
+from blockskip_hooks.cli import preparation
+from blockskip_hooks.cli.arguments import parse_args
+from blockskip_hooks.training.validation import Validation
+from tests.script import PROMPT, assert_same_weights, load_script, save_photos, settings, train
+from tests.tiny import TINY_FAMILIES
+from tests.tiny.base import randomise
+
+
+TINY = {tiny.name: tiny for tiny in TINY_FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return save_photos(tmp_path_factory.mktemp("photos"), [(64, 64), (80, 64)])
+
+
+def sibling(name, folder, **pipeline_kwargs):
+    """A copy of a tiny pipeline with other weights in its transformer."""
+    shutil.copytree(TINY[name].folder, folder)
+    model = AutoModel.from_pretrained(str(folder), subfolder="transformer")
+    randomise(model, seed=7).save_pretrained(folder / "transformer")
+    images = {"height": 32, "width": 32, **pipeline_kwargs}
+    (folder / "blockskip_defaults.json").write_text(json.dumps({"schema": 1, "pipeline_kwargs": images}))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("trained", "distilled", "steps"),
+    [
+        ("flux-dev", "flux-schnell", {}),
+        *(
+            pytest.param(*names, {"num_inference_steps": 2}, marks=pytest.mark.slow)
+            for names in (("z-image", "z-image"), ("krea2", "krea2"), ("sana-1.5", "sana-sprint"))
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_images_are_those_of_the_sibling_with_the_lora(trained, distilled, steps, photos, tmp_path, monkeypatch):
+    tiny, made, final = TINY[trained], [], Validation.final
+    other = sibling(distilled, tmp_path / "sibling", **steps)
+    monkeypatch.setattr(Validation, "final", lambda *args: made.append(final(*args)) or made[-1])
+    sizes = {"resolution": tiny.resolution, "text_tokens": tiny.text_tokens}
+    flags = ("--skip_blocks", "1,1", *tiny.flags)
+    images = ("--validation_prompt", PROMPT, "--num_validation_images", "1", "--validation_epochs", "2")
+    output = train(tiny.folder, photos, tmp_path / "out", *flags, *images, "--validation_model_path", other, **sizes)
+    family = TINY[distilled].family(Path(other), flags={"max_sequence_length": tiny.text_tokens})
+    pipeline, stock = family.load_pipeline(torch.float32), []
+    size = {"height": 32, "width": 32, **family.few_step_arguments(), **steps}
+    size.pop("max_sequence_length", None)
+    size |= {"guidance_scale": 0.0} if trained == "krea2" else {}
+    size |= {"use_resolution_binning": False} if distilled == "sana-sprint" else {}
+    for lora in (None, output):
+        if lora is not None:
+            pipeline.load_lora_weights(lora)
+        noise = torch.Generator().manual_seed(3)
+        stock += pipeline(**family.prompt_inputs(PROMPT), generator=noise, **size).images
+    assert not np.array_equal(*stock)
+    for images_made, expected in zip(made[0], stock, strict=True):
+        assert np.abs(np.asarray(images_made[0][0], int) - np.asarray(expected, int)).max() <= 1
+    if trained == "flux-dev":
+        assert_same_weights(output, train(tiny.folder, photos, tmp_path / "plain", *flags, **sizes))
+
+
+def prepared(photos, folder, *flags):
+    made = ("--validation_prompt", PROMPT, *flags)
+    return preparation.prepare_run(parse_args(settings(TINY["flux-dev"].folder, photos, folder, *made)))
+
+
+def test_guidance_and_steps_are_what_the_sibling_needs_unless_flags_say(photos, tmp_path):
+    other = ("--validation_model_path", sibling("flux-schnell", tmp_path / "sibling"))
+    run = prepared(photos, tmp_path / "out", *other)
+    assert run.image_kwargs.items() >= {"num_inference_steps": 4, "guidance_scale": 0.0, "height": 32}.items()
+    assert run.pipeline_kwargs["num_inference_steps"] == 2 and "guidance_scale" not in run.pipeline_kwargs
+    flags = ("--validation_num_inference_steps", "6", "--validation_guidance_scale", "1.5")
+    typed = prepared(photos, tmp_path / "out", *other, *flags).image_kwargs
+    assert (typed["num_inference_steps"], typed["guidance_scale"]) == (6, 1.5)
+    assert prepared(photos, tmp_path / "out", *flags).image_kwargs["num_inference_steps"] == 6
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--validation_model_path", "{sana}"], "has other blocks or layers than"),
+        (["--validation_model_path", "{empty}"], "--validation_model_path {empty} is not a diffusers pipeline"),
+        (["--validation_model_path", "some/model"], "--validation_model_path some/model is not a folder"),
+        (["--validation_model_path", "{flux}", "--train_text_encoder"], "has text encoders of its own"),
+    ],
+)
+def test_what_cannot_make_the_images_is_refused_before_anything_loads(flags, words, photos, tmp_path, capsys):
+    places = {"sana": TINY["sana"].folder, "empty": tmp_path, "flux": TINY["flux-dev"].folder}
+    typed = [flag.format(**places) for flag in flags]
+    argv = settings(TINY["flux-dev"].folder, photos, tmp_path / "out", "--validation_prompt", PROMPT, *typed)
+    assert load_script().main(argv) == 2
+    said = capsys.readouterr().err.rpartition("error: ")[2]
+    assert words.format(**places) in said and said.count("\n") == 1 and "pretrained_model" not in said

@@ -66,7 +66,12 @@ def qwen2_tokenizer() -> Qwen2Tokenizer:
 
 def qwen3_vl(vocab_size: int, num_layers: int) -> Qwen3VLModel:
     """Text width 16, with a vision tower as small as it gets."""
-    config = Qwen3VLConfig(
+    return Qwen3VLModel(qwen3_vl_config(vocab_size, num_layers)).eval()
+
+
+def qwen3_vl_config(vocab_size: int, num_layers: int) -> Qwen3VLConfig:
+    """What :func:`qwen3_vl` makes."""
+    return Qwen3VLConfig(
         text_config={
             "vocab_size": vocab_size,
             "hidden_size": 16,
@@ -88,4 +93,3 @@ def qwen3_vl(vocab_size: int, num_layers: int) -> Qwen3VLModel:
             "deepstack_visual_indexes": [0],
         },
     )
-    return Qwen3VLModel(config).eval()

@@ -1,4 +1,4 @@
-"""FLUX.3: blocks that see the text or the image alone, then blocks over both; layers of Qwen3-VL as text embeddings."""
+"""FLUX.3: blocks that see the text or the image alone, then blocks over both; layers of Qwen3-VL as embeddings."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ IMAGE_STEP = 0.5
 class Flux3(Flux2):
     """FLUX.3 without guidance or step distillation; latents are FLUX.2's.
 
-    Text and image run through blocks of their own before they meet. The text's part reads no timestep, so what it makes
-    of a prompt is the same in all of its samples. Blocks for images of reference have no part in training.
+    Text and image run through blocks of their own before they meet. The text's blocks read no timestep, so what they
+    make of a prompt is the same in all of its samples. Blocks for images of reference have no part in training.
     """
 
     name = "flux3"
@@ -93,8 +93,8 @@ class Flux3(Flux2):
         lengths = sorted({len(prompt["prompt_embeds"]) for prompt in embeds})
         if len(lengths) > 1:
             raise UserError(
-                f"FLUX.3 reads prompts of {lengths[0]} to {lengths[-1]} tokens with their padding, so they cannot share "
-                f"a batch; give --train_batch_size 1, or --max_sequence_length {lengths[0]} to cut all of them."
+                f"FLUX.3 reads prompts of {lengths[0]} to {lengths[-1]} tokens with their padding, so they cannot "
+                f"share a batch; give --train_batch_size 1, or --max_sequence_length {lengths[0]} to cut all of them."
             )
         return super().collate_embeds(embeds)
 

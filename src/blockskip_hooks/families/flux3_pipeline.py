@@ -31,10 +31,11 @@ class TextProcessor:
 class Flux3ImagePipeline(Flux3ModularPipeline):
     """The stock modular pipeline with ``from_pretrained`` and the call of diffusers' other pipelines.
 
-    Every step is a block of the stock pipeline. Its prompt upsampler, a language model of its own, is left out: prompts
-    are encoded as they are given.
+    Every step is a block of the stock pipeline. Its prompt upsampler, a language model of its own, is left out:
+    prompts are encoded as they are given.
     """
 
+    guider: Any
     _patchify_latents = staticmethod(Flux3VaeEncoderStep._patchify_latents)
 
     @classmethod

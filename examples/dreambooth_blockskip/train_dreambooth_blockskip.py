@@ -259,10 +259,11 @@ def load_data(run: Run, context: Context, streamed: bool) -> Data:
     options: dict[str, Any] = {"keep_trainable": trains_text, "streamed": streamed, "photos": photo_prompts}
     with context.monitor.stage("encode"), context.progress.stage("encode", prompts=len(prompts)) as progress:
         embeds, text = encode_prompts(family, prompts, dtype=dtype, device=device, progress=progress, **options)
-    check_embeds(family, run.transformer_config, embeds, dtype)
-    records_modulation, residual_dtype = bool(run.recorded_layers), settings.residual_dtype
-    maker = SampleMaker(sample_plan, sources, family, embeds, device, dtype, records_modulation, residual_dtype)
-    return maker, text, store
+    together = run.photo_prompts(sources) if settings.train_batch_size * len(run.kinds) > 1 else []
+    check_embeds(family, run.transformer_config, embeds, dtype, together)
+    recorded = {"records_modulation": bool(run.recorded_layers), "shares_text": run.shares_text}
+    how: dict[str, Any] = {**recorded, "residual_dtype": settings.residual_dtype}
+    return SampleMaker(sample_plan, sources, family, embeds, device, dtype, **how), text, store
 
 
 def make_learner(

@@ -116,6 +116,17 @@ class Run:
         return tuple(name for name in names if name not in set(self.targets))
 
     @property
+    def shares_text(self) -> bool:
+        """Whether samples of a prompt share a record of the text after the leading span."""
+        return self.stores_residuals and not self.settings.train_text_encoder and self.skeleton.spans.shares_text
+
+    @property
+    def num_photo_prompts(self) -> int:
+        """Prompts that photos are trained with, at most."""
+        captions = {photo.caption or self.settings.instance_prompt for photo in self.photos}
+        return len(captions) + self.settings.with_prior_preservation + (self.settings.caption_dropout > 0)
+
+    @property
     def stores_residuals(self) -> bool:
         """Whether training reads residuals from records."""
         return self.skips and self.config.residuals == "precomputed"
@@ -155,10 +166,14 @@ class Run:
             return []
         return [self.settings.final_validation_prompt] if self.settings.final_validation_prompt else self.prompts
 
+    def photo_prompts(self, sources: dict[SampleKind, PhotoSource]) -> list[str]:
+        """Every prompt that photos are trained with."""
+        prompts = [prompt for source in sources.values() for prompt in source.prompts()]
+        return prompts + [""] * (self.settings.caption_dropout > 0)
+
     def all_prompts(self, sources: dict[SampleKind, PhotoSource]) -> list[str]:
         """Every prompt that the run will need embeddings of."""
-        prompts = [prompt for source in sources.values() for prompt in source.prompts()]
-        prompts += [""] * (self.settings.caption_dropout > 0)
+        prompts = self.photo_prompts(sources)
         if self.makes_images:
             prompts += [*self.prompts, *self.final_prompts]
             prompts += [] if self.negative_prompt is None else [self.negative_prompt]

@@ -268,11 +268,11 @@ def load_data(run: Run, context: Context, streamed: bool) -> Data:
         embeds, text = encode_prompts(family, prompts, progress=progress, **placed, **options)
         if other is not None:
             image_embeds, _ = encode_prompts(other, run.image_prompts, progress=progress, streamed=streamed, **placed)
-    check_embeds(family, run.transformer_config, embeds, dtype)
+    check_embeds(family, run.transformer_config, embeds, dtype, run.photo_prompts(sources) if run.batches else [])
     embeds = run.align(embeds, sources)
-    records_modulation, residual_dtype = bool(run.recorded_layers), settings.residual_dtype
-    maker = SampleMaker(sample_plan, sources, family, embeds, device, dtype, records_modulation, residual_dtype)
-    return maker, text, store, image_embeds
+    recorded = {"records_modulation": bool(run.recorded_layers), "shares_text": run.shares_text}
+    how: dict[str, Any] = {**recorded, "residual_dtype": settings.residual_dtype}
+    return SampleMaker(sample_plan, sources, family, embeds, device, dtype, **how), text, store, image_embeds
 
 
 def make_learner(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import torch
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
@@ -28,12 +29,20 @@ class Block:
         name: Qualified name in the model, for example ``"single_transformer_blocks.3"``.
         module: The block itself.
         metadata: Which arguments and outputs are hidden and encoder hidden states.
+        only: The one kind of tokens that the block sees; ``None`` for both. A block that sees the text alone has it as
+            its hidden states.
     """
 
     index: int
     name: str
     module: torch.nn.Module
     metadata: TransformerBlockMetadata
+    only: Literal["image", "text"] | None = None
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """The kinds of tokens that the block sees."""
+        return frozenset(("image", "text") if self.only is None else (self.only,))
 
 
 @dataclass(frozen=True)
@@ -49,18 +58,39 @@ class BlockSpans:
         """The blocks of both spans."""
         return self.leading + self.trailing
 
+    @property
+    def shares_text(self) -> bool:
+        """Whether the text after the leading span is that of the prompt: none of its blocks sees the image as well."""
+        return any(block.only == "text" for block in self.leading) and all(block.only for block in self.leading)
+
 
 def _lists(module: torch.nn.Module) -> dict[str, torch.nn.ModuleList]:
     return {name: child for name, child in module.named_children() if isinstance(child, torch.nn.ModuleList)}
 
 
-def _metadata_of(module: torch.nn.Module, layouts: Mapping[str, BlockLayout]) -> TransformerBlockMetadata | None:
+def _stack(module: torch.nn.Module, name: str) -> torch.nn.ModuleList | None:
+    """The list of this name, which may lie deeper than an attribute."""
+    try:
+        found = module.get_submodule(name)
+    except AttributeError:
+        return None
+    return found if isinstance(found, torch.nn.ModuleList) else None
+
+
+def _as_block(
+    index: int, stack: str, position: int, module: torch.nn.Module, layouts: Mapping[str, BlockLayout]
+) -> Block | None:
+    """A module of a stack as a block; ``None`` if neither ``layouts`` nor diffusers knows it."""
+    name = f"{stack}.{position}"
     # torch's FSDP gives a module it divides a class of its own, whose second base is the module's.
     block_class = type(module).__bases__[1] if isinstance(module, FSDPModule) else type(module)
-    if block_class.__name__ in layouts:
-        return TransformerBlockMetadata(**asdict(layouts[block_class.__name__]), _cls=block_class)
+    layout = layouts.get(stack) or layouts.get(block_class.__name__)
+    if layout is not None:
+        described = asdict(layout)
+        only = described.pop("only")
+        return Block(index, name, module, TransformerBlockMetadata(**described, _cls=block_class), only)
     try:
-        return TransformerBlockRegistry.get(block_class)
+        return Block(index, name, module, TransformerBlockRegistry.get(block_class))
     except ValueError:
         return None
 
@@ -75,7 +105,7 @@ def list_blocks(transformer: torch.nn.Module, stacks: str | Sequence[str] | None
 
     Args:
         transformer: A diffusers transformer.
-        stacks: Attribute names of the block stacks in execution order, for models that declare other stacks of the
+        stacks: Names of the block stacks in execution order, for models that declare other stacks of the
             same block class as well (refiners, say). By default those that the model's family announced; of a model
             of no supported family, every ``ModuleList`` of registered blocks.
 
@@ -96,21 +126,21 @@ def list_blocks(transformer: torch.nn.Module, stacks: str | Sequence[str] | None
     lists = _lists(transformer)
     blocks: list[Block] = []
     for stack_name in stacks if stacks is not None else lists:
-        if stack_name not in lists:
+        stack = _stack(transformer, stack_name)
+        if stack is None:
             raise UserError(
                 f"{type(transformer).__name__} has no stack of blocks '{stack_name}'; name some of {', '.join(lists)}."
             )
-        known = [_metadata_of(module, layout.blocks) for module in lists[stack_name]]
-        if stacks is None and not any(known):
+        found = [_as_block(len(blocks) + at, stack_name, at, part, layout.blocks) for at, part in enumerate(stack)]
+        if stacks is None and not any(found):
             continue  # Another kind of list.
-        for position, (module, metadata) in enumerate(zip(lists[stack_name], known)):
-            name = f"{stack_name}.{position}"
-            if metadata is None:
+        for position, block in enumerate(found):
+            if block is None:
                 raise UserError(
-                    f"{name} is a {type(module).__name__}, which diffusers' TransformerBlockRegistry does not know as "
-                    "a block; register its class, or name other stacks."
+                    f"{stack_name}.{position} is a {type(stack[position]).__name__}, which diffusers' "
+                    "TransformerBlockRegistry does not know as a block; register its class, or name other stacks."
                 )
-            blocks.append(Block(len(blocks), name, module, metadata))
+            blocks.append(block)
     if not blocks:
         inside = [name for name, child in transformer.named_children() if _lists(child)]
         if inside:
@@ -123,6 +153,16 @@ def list_blocks(transformer: torch.nn.Module, stacks: str | Sequence[str] | None
             "register its block class first."
         )
     return tuple(blocks)
+
+
+def idle_modules(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """By name the modules that no image without a reference needs, as the model's family announced them."""
+    found = {}
+    for name in layout_of(type(transformer)).idle:
+        module = transformer.get_submodule(name)
+        parts = module.named_children() if isinstance(module, torch.nn.ModuleList) else [("", module)]
+        found.update({f"{name}.{part}".rstrip("."): child for part, child in parts})
+    return found
 
 
 def block_bytes(blocks: Sequence[Block], dtype: torch.dtype) -> list[int]:

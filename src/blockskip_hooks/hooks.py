@@ -11,7 +11,8 @@ has three modes:
 - *run*: the real block runs. Used for validation images.
 
 A leading span's output is supplied by its last placeholder and a trailing span's residual by its first, so that spans
-may cross the border between two stacks where the model joins its text and image streams into one sequence.
+may cross the border between two stacks where the model joins its text and image streams into one sequence. Where
+blocks see the image or the text alone, this holds for each kind of tokens.
 
 In training hooks only read the shared state, they never count calls: under gradient checkpointing a block's forward
 runs again during backward and must give the same result. Only a capture, which has no backward, writes to the state.
@@ -59,9 +60,14 @@ class PlaceholderHook(Bound, ModelHook):
         super().__init__()
         self.block_name = block.name
         self.metadata = block.metadata
-        self.is_first = block.index == span[0].index
+        self.only = block.only
+        self._text_place = block.metadata.return_encoder_hidden_states_index or 0
         self.is_last = block.index == span[-1].index
         self.is_leading = is_leading
+        beyond = [other for other in span if (other.index > block.index if is_leading else other.index < block.index)]
+        # The kinds of tokens that this placeholder stands in for: the last of a leading span, the first of a trailing
+        # one, that sees them.
+        self.supplies = block.kinds.difference(*(other.kinds for other in beyond))
         self.state = state
 
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -72,39 +78,41 @@ class PlaceholderHook(Bound, ModelHook):
             return self._capture(*args, **kwargs)
         return self.fn_ref.original_forward(*args, **kwargs)
 
-    def _inputs(self, args: tuple, kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Hidden states and, for blocks that return them, encoder hidden states of a positional or keyword call.
+    def _inputs(self, args: tuple, kwargs: dict[str, Any]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The image and the text of a positional or keyword call, where the block returns it.
 
         Blocks of one class may run with and without encoder hidden states; without, they return hidden states only.
+        Where these hold image and text in one sequence, they count as the image.
         """
         read = self.metadata._get_parameter_from_args_kwargs
         hidden_states = read(self.metadata.hidden_states_argument_name, args, kwargs)
+        if self.only == "text":
+            return None, hidden_states
         if self.metadata.return_encoder_hidden_states_index is None:
             return hidden_states, None
         return hidden_states, read(self.metadata.encoder_hidden_states_argument_name, args, kwargs)
 
-    def _output(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None) -> Any:
+    def _output(self, image: torch.Tensor | None, text: torch.Tensor | None) -> Any:
         """Arrange the streams as the real block returns them."""
-        if encoder_hidden_states is None:
-            return hidden_states
+        if image is None or text is None:
+            return text if image is None else image
         output: list[torch.Tensor | None] = [None, None]
-        output[self.metadata.return_hidden_states_index] = hidden_states
-        output[self.metadata.return_encoder_hidden_states_index] = encoder_hidden_states
+        output[self.metadata.return_hidden_states_index] = image
+        output[self.metadata.return_encoder_hidden_states_index] = text
         return tuple(output)
 
     def _inject(self, *args: Any, **kwargs: Any) -> Any:
-        hidden_states, encoder_hidden_states = self._inputs(args, kwargs)
+        image, text = self._inputs(args, kwargs)
         if self.state.config.residuals != "none":
             residuals = self.state.residuals
-            if self.is_leading and self.is_last:
-                hidden_states = self._checked(residuals.leading_hidden_states, hidden_states)
-                if encoder_hidden_states is not None:
-                    encoder_hidden_states = self._checked(
-                        residuals.leading_encoder_hidden_states, encoder_hidden_states
-                    )
-            elif not self.is_leading and self.is_first:
-                hidden_states = self._with_residual(hidden_states, residuals.trailing_hidden_states)
-        return self._output(hidden_states, encoder_hidden_states)
+            if image is not None and "image" in self.supplies:
+                if self.is_leading:
+                    image = self._checked(residuals.leading_hidden_states, image)
+                else:
+                    image = self._with_residual(image, residuals.trailing_hidden_states)
+            if text is not None and "text" in self.supplies and self.is_leading:
+                text = self._checked(residuals.leading_encoder_hidden_states, text)
+        return self._output(image, text)
 
     def _with_residual(self, hidden_states: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         """Add a trailing residual to the tokens that it has; those of a condition image are behind them."""
@@ -136,30 +144,26 @@ class PlaceholderHook(Bound, ModelHook):
         return residual.to(like.device, residual.dtype if autocast else like.dtype)
 
     def _capture(self, *args: Any, **kwargs: Any) -> Any:
-        span_input, encoder_hidden_states = self._inputs(args, kwargs)
+        span_input, span_text = self._inputs(args, kwargs)
         output = self.fn_ref.original_forward(*args, **kwargs)
         streams = output if isinstance(output, tuple) else (output,)
         hidden_states = streams[self.metadata.return_hidden_states_index]
         if self.is_leading:
-            self._capture_leading(hidden_states, streams, encoder_hidden_states is not None)
-        else:
+            residuals = self.state._capture.residuals
+            if span_input is not None and "image" in self.supplies:
+                residuals.leading_hidden_states = hidden_states.detach()
+            if span_text is not None and "text" in self.supplies:
+                residuals.leading_encoder_hidden_states = streams[self._text_place].detach()
+            self.state._capture.has_leading |= self.is_last
+        elif span_input is not None:
             self._capture_trailing(span_input, hidden_states)
         self.state._end_capture()
         return output
 
-    def _capture_leading(self, hidden_states: torch.Tensor, streams: Sequence[Any], returns_text: bool) -> None:
-        if not self.is_last:
-            return
-        residuals = self.state._capture.residuals
-        residuals.leading_hidden_states = hidden_states.detach()
-        if returns_text:
-            text = streams[self.metadata.return_encoder_hidden_states_index]
-            residuals.leading_encoder_hidden_states = text.detach()
-
     def _capture_trailing(self, hidden_states: torch.Tensor, output: torch.Tensor) -> None:
         # Kept on the state: the placeholders of a span are different hooks.
         capture = self.state._capture
-        if self.is_first:
+        if "image" in self.supplies:
             capture.span_input = hidden_states
         elif capture.span_output is not None and hidden_states.shape[1] > capture.span_output.shape[1]:
             capture.span_tokens = self._find_tokens(capture.span_output, hidden_states)

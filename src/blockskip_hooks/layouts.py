@@ -8,15 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockLayout:
-    """How blocks of one class are called and what they return, as in diffusers' ``TransformerBlockMetadata``."""
+    """How blocks of one class are called and what they return, as in diffusers' ``TransformerBlockMetadata``.
+
+    Attributes:
+        only: The one kind of tokens that a block sees and returns, where it does not see both. Blocks that see the
+            text alone compute the same for every sample of a prompt, whatever its timestep.
+    """
 
     return_hidden_states_index: int = 0
     return_encoder_hidden_states_index: int | None = None
     hidden_states_argument_name: str = "hidden_states"
+    only: Literal["image", "text"] | None = None
 
 
 @dataclass(frozen=True)
@@ -24,12 +31,16 @@ class TransformerLayout:
     """Where the blocks of a transformer are.
 
     Attributes:
-        stacks: Attribute names of its block stacks in execution order; ``None`` for every stack of known blocks.
-        blocks: Layouts of block classes by class name, for classes that diffusers does not know or describes wrongly.
+        stacks: Names of its block stacks in execution order; ``None`` for every stack of known blocks.
+        blocks: Layouts of block classes by class name, for classes that diffusers does not know or describes wrongly;
+            by a stack's name where stacks of one class differ.
+        idle: Names of modules, and of lists of them, that run for images of reference only: they hold no weights but
+            while they run.
     """
 
     stacks: tuple[str, ...] | None = None
     blocks: Mapping[str, BlockLayout] = field(default_factory=dict)
+    idle: tuple[str, ...] = ()
 
 
 _ANNOUNCED: dict[str, Callable[[], TransformerLayout]] = {}

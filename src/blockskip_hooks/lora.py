@@ -12,7 +12,7 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from .blocks import as_names
+from .blocks import BlockSpans, as_names, idle_modules
 from .transformer import DiTBlockSkipTransformer
 from .utils.errors import UserError
 from .utils.seeds import derived_seed
@@ -59,6 +59,7 @@ def lora_targets(
     if not layers:
         raise UserError("lora_targets was given no layer; name some, such as 'attn.to_q'.")
     kept = tuple(f"{block.name}." for block in model.spans.kept)
+    unread = tuple(f"{name}." for name in (*idle_modules(model.transformer), *_unread_blocks(model.spans)))
     last_kept = f"{model.spans.kept[-1].name}."
     names = [name for name, module in model.transformer.named_modules() if isinstance(module, torch.nn.Linear)]
     targets: list[str] = []
@@ -66,7 +67,11 @@ def lora_targets(
         matches = [name for name in names if name == layer or name.endswith(f".{layer}")]
         if not matches:
             raise UserError(f"lora_targets.layers '{layer}' is the name of no linear layer of this model; correct it.")
-        targets += [name for name in matches if not model.spans.skipped or name.startswith(kept)]
+        targets += [
+            name
+            for name in matches
+            if (not model.spans.skipped or name.startswith(kept)) and not f"{name}.".startswith(unread)
+        ]
     if not targets:
         raise UserError(
             f"lora_targets.layers '{','.join(layers)}' matches no layer of a kept block; name layers that the "
@@ -86,6 +91,12 @@ def lora_targets(
             "output nothing reads; name further layers or skip fewer trailing blocks."
         )
     return list(dict.fromkeys(targets))
+
+
+def _unread_blocks(spans: BlockSpans) -> list[str]:
+    """Names of the kept blocks that see the text alone and come after every block that would read it from them."""
+    readers = [block.index for block in spans.kept if block.only is None]
+    return [block.name for block in spans.kept if block.only == "text" and block.index > max(readers, default=-1)]
 
 
 def _ends_with(name: str, layers: Sequence[str]) -> bool:

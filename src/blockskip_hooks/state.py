@@ -35,9 +35,10 @@ class SpanResiduals:
     Attributes:
         leading_hidden_states: Image tokens after the leading span, ``(batch, image_tokens, dim)``. The span's input
             does not depend on the LoRA, so its output itself is stored: the same as adding the residual, but exact
-            in every dtype.
+            in every dtype. ``None`` if no block of the span sees the image.
         leading_encoder_hidden_states: Text tokens after the leading span, ``(batch, text_tokens, dim)``; ``None``
-            for models whose blocks do not update the text.
+            for models whose blocks do not update the text. Where the span's blocks see the text alone, they are the
+            same for all samples of a prompt.
         trailing_hidden_states: Residual of the image tokens over the trailing span, ``(batch, image_tokens, dim)``.
             After the last block only the image tokens are read, so the text is not needed, nor are the tokens of a
             condition image. In models that run text and image as one sequence, the tokens are those of that
@@ -95,6 +96,7 @@ class Capture:
 
     Attributes:
         residuals: What is complete.
+        has_leading: Whether the leading span has run.
         recorded: Outputs of recorded layers, by name.
         span_input: Image tokens that the trailing span received.
         span_output: Image tokens, or all, after the last of its blocks that ran.
@@ -103,6 +105,7 @@ class Capture:
     """
 
     residuals: SpanResiduals = field(default_factory=SpanResiduals)
+    has_leading: bool = False
     recorded: dict[str, torch.Tensor] = field(default_factory=dict)
     span_input: torch.Tensor | None = None
     span_output: torch.Tensor | None = None
@@ -195,11 +198,11 @@ class BlockSkipState:
         Raises:
             CaptureDone: if it ends.
         """
-        residuals = self._capture.residuals
+        capture = self._capture
         if (
             self.stops_early
-            and (not self.config.leading or residuals.leading_hidden_states is not None)
-            and (not self.config.trailing or residuals.trailing_hidden_states is not None)
-            and len(self._capture.recorded) == len(self._recorded_layers)
+            and (capture.has_leading or not self.config.leading)
+            and (not self.config.trailing or capture.residuals.trailing_hidden_states is not None)
+            and len(capture.recorded) == len(self._recorded_layers)
         ):
             raise CaptureDone

@@ -13,7 +13,7 @@ from accelerate.utils import set_module_tensor_to_device
 from diffusers import ModelMixin
 from torch.distributed.fsdp import FSDPModule
 
-from .blocks import BlockSpans, as_names, list_blocks, split_blocks
+from .blocks import BlockSpans, as_names, idle_modules, list_blocks, split_blocks
 from .config import BlockSkipConfig
 from .hooks import Bound, apply_block_skip, check_bare, record_layers, remove_block_skip, remove_recorded_layers
 from .loading.download import resolve_component
@@ -91,7 +91,7 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
 
     @property
     def streamed_modules(self) -> dict[str, torch.nn.Module]:
-        """What training needs no weights of, by name: skipped blocks and recorded layers."""
+        """What training needs no weights of, by name: skipped blocks, recorded layers, what only references need."""
         return _streamed_modules(self.transformer, self.spans, self.recorded_layers)
 
     @classmethod
@@ -351,7 +351,7 @@ def _streamed_modules(
         if not in_kept or not isinstance(modules.get(name), torch.nn.Linear):
             raise UserError(f"recorded_layers has '{name}', which is no linear layer of a kept block; take it out.")
     # In the model's order, which is about the one that they run in.
-    names = {block.name for block in spans.skipped} | set(recorded_layers)
+    names = {block.name for block in spans.skipped} | set(recorded_layers) | set(idle_modules(transformer))
     return {name: module for name, module in modules.items() if name in names}
 
 

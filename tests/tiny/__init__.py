@@ -9,8 +9,8 @@ from .flux import save_tiny_flux
 
 
 MODULES = (
-    *("flux", "flux2", "hidream", "ideogram4", "krea2", "lumina2", "pixart_sigma", "qwen_image", "sana", "sd3"),
-    *("qwen_image_21", "z_image"),
+    *("flux", "flux2", "flux3", "hidream", "ideogram4", "krea2", "lumina2", "pixart_sigma", "qwen_image"),
+    *("qwen_image_21", "sana", "sd3", "z_image"),
 )
 
 TINY_FAMILIES: list[TinyFamily] = []

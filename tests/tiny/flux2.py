@@ -50,7 +50,7 @@ def _transformer(guidance_embeds: bool) -> Flux2Transformer2DModel:
     )
 
 
-def _vae() -> AutoencoderKLFlux2:
+def packed_vae() -> AutoencoderKLFlux2:
     """Factor 4, and running statistics that are not those of a new layer."""
     vae = AutoencoderKLFlux2(
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -94,7 +94,7 @@ def save_tiny_flux2(folder: Path) -> None:
     )
     Flux2Pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        vae=_vae(),
+        vae=packed_vae(),
         text_encoder=Mistral3ForConditionalGeneration(config).eval(),
         tokenizer=pixtral_processor(),
         transformer=_transformer(guidance_embeds=True),
@@ -108,7 +108,7 @@ def save_tiny_flux2_klein(folder: Path, is_distilled: bool) -> None:
     words = qwen_tokenizer()
     Flux2KleinPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        vae=_vae(),
+        vae=packed_vae(),
         text_encoder=Qwen3ForCausalLM(Qwen3Config(vocab_size=len(words), **TEXT_MODEL)).eval(),
         tokenizer=words,
         transformer=_transformer(guidance_embeds=False),

@@ -85,13 +85,13 @@ def qwen2_tokenizer(**more_markers: str) -> Qwen2Tokenizer:
 
 def qwen3_vl(vocab_size: int, num_layers: int) -> Qwen3VLModel:
     """Text width 16, with a vision tower as small as it gets."""
-    return Qwen3VLModel(_qwen3_vl_config(vocab_size, num_layers)).eval()
+    return Qwen3VLModel(qwen3_vl_config(vocab_size, num_layers)).eval()
 
 
 def qwen3_vl_with_head(words: Qwen2Tokenizer, num_layers: int) -> Qwen3VLForConditionalGeneration:
     """The same with a language-model head, for images of 32 pixels per token."""
     tokens = {name: words.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "video_pad", "vision_start")}
-    config = _qwen3_vl_config(len(words), num_layers, patch_size=16)
+    config = qwen3_vl_config(len(words), num_layers, patch_size=16)
     config.image_token_id, config.video_token_id = tokens["image_pad"], tokens["video_pad"]
     config.vision_start_token_id = tokens["vision_start"]
     return Qwen3VLForConditionalGeneration(config).eval()
@@ -107,7 +107,8 @@ def qwen3_vl_processor() -> Qwen3VLProcessor | PaddleOCRVLProcessor:
     return PaddleOCRVLProcessor(images, words, chat_template=CHAT_TEMPLATE)
 
 
-def _qwen3_vl_config(vocab_size: int, num_layers: int, patch_size: int = 4) -> Qwen3VLConfig:
+def qwen3_vl_config(vocab_size: int, num_layers: int, patch_size: int = 4) -> Qwen3VLConfig:
+    """What :func:`qwen3_vl` makes; a patch of the vision tower is ``patch_size`` pixels wide."""
     return Qwen3VLConfig(
         text_config={
             "vocab_size": vocab_size,

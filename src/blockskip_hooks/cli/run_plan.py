@@ -79,6 +79,7 @@ def plan_request(run: Run, dtype: torch.dtype, num_processes: int, device: Devic
         quantization=run.quantization,
         batch_size=settings.train_batch_size * len(run.kinds),
         text_tokens=settings.max_sequence_length,
+        photo_prompts=run.num_photo_prompts,
         weight_dtype=dtype,
         gradient_checkpointing=settings.gradient_checkpointing,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,

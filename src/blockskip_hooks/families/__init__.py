@@ -6,7 +6,6 @@ and a class of diffusers when the family uses it, so that one that diffusers ren
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -33,7 +32,7 @@ class _Entry(NamedTuple):
 
     def layout(self) -> TransformerLayout:
         family = self.load()
-        return TransformerLayout(family.block_stacks, family.block_layouts)
+        return TransformerLayout(family.block_stacks, family.block_layouts, family.idle_modules)
 
 
 _REGISTRY = {
@@ -41,6 +40,7 @@ _REGISTRY = {
     "FluxKontextPipeline": _Entry("flux", "FluxKontext", "FluxTransformer2DModel"),
     "Flux2Pipeline": _Entry("flux2", "Flux2", "Flux2Transformer2DModel"),
     "Flux2KleinPipeline": _Entry("flux2", "Flux2Klein", "Flux2Transformer2DModel"),
+    "Flux3ModularPipeline": _Entry("flux3", "Flux3", "Flux3Transformer2DModel"),
     "StableDiffusion3Pipeline": _Entry("sd3", "StableDiffusion3", "SD3Transformer2DModel"),
     "ZImagePipeline": _Entry("z_image", "ZImage", "ZImageTransformer2DModel"),
     "Krea2Pipeline": _Entry("krea2", "Krea2", "Krea2Transformer2DModel"),
@@ -75,7 +75,7 @@ class _Families(Mapping[str, "type[Family]"]):
 
 
 FAMILIES: Mapping[str, type[Family]] = _Families()
-"""Family by the pipeline class that a model's ``model_index.json`` names."""
+"""Family by the pipeline class that a model's ``model_index.json`` or ``modular_model_index.json`` names."""
 
 
 def detect_family(model_path: Path) -> type[Family]:
@@ -86,18 +86,17 @@ def detect_family(model_path: Path) -> type[Family]:
             does not have it.
     """
     where = f"--pretrained_model_name_or_path {model_path}"
-    index_file = model_path / "model_index.json"
+    from ..loading.component_config import is_absent, read_index  # imports diffusers, which the package does without
+
     try:
-        index = json.loads(index_file.read_text())
+        index = read_index(model_path)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{where} is not a diffusers pipeline: {index_file.name} cannot be read ({type(error).__name__})."
+            f"{where} is not a diffusers pipeline: model_index.json cannot be read ({type(error).__name__})."
         ) from error
-    pipeline = str(index.get("_class_name")) if isinstance(index, dict) else "None"
+    pipeline = str(index.get("_class_name"))
     if pipeline not in FAMILIES:
         raise UserError(f"{where} is a {pipeline}; supported are {', '.join(FAMILIES)}.")
-    from ..loading.component_config import is_absent  # imports diffusers, which the package alone does without
-
     family = FAMILIES[pipeline]
     optional = {name for name in family.optional_components if is_absent(index, name)}
     components = {"transformer", "vae", "scheduler", *family.text_components} - optional

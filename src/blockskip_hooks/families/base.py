@@ -13,7 +13,7 @@ import diffusers
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from ..loading.component_config import is_absent
+from ..loading.component_config import is_absent, read_index
 from ..utils.errors import UserError
 from .facts import CONDITION_FLAGS, VALIDATION_FLAGS, ComfyUIFormat, Config, FamilyFacts, Flag, PromptEmbeds
 
@@ -45,7 +45,7 @@ class Family(FamilyFacts):
 
     def text_encoder_configs(self) -> dict[str, dict[str, Any]]:
         """Configs of the text encoders by component, with the class that the pipeline's index names."""
-        index = json.loads((self.model_path / "model_index.json").read_text())
+        index = read_index(self.model_path)
         configs = {}
         for name in self.text_components:
             file = self.model_path / name / "config.json"
@@ -97,7 +97,7 @@ class Family(FamilyFacts):
 
     def _absences(self) -> dict[str, None]:
         # A pipeline has to be told of each component that it is to do without.
-        index = json.loads((self.model_path / "model_index.json").read_text())
+        index = read_index(self.model_path)
         return dict.fromkeys(name for name in self.optional_components if is_absent(index, name))
 
     def missing_components(self) -> dict[str, tuple[str, str] | None]:

@@ -126,15 +126,17 @@ class FamilyFacts(ABC):
             prompt's embedding as a whole, but on no token: their outputs are recorded with the residuals.
         text_lora_layers: Linear layers that ``--train_text_encoder`` adapts, by name suffix.
         text_components: Pipeline components that encode prompts.
-        optional_components: Of these, the ones that a model may come without, null in its index: the pipeline does
-            without them, or flags say where they are.
+        optional_components: Components that a model may come without, null in its index or not in it: the pipeline
+            does without them or makes them, or flags say where they are.
         trained_text_components: Of these, the text encoders that ``--train_text_encoder`` adapts.
         text_width: Entry of the transformer's config that says how wide a token's embedding is.
         text_masks: Dtypes of the masks beside ``prompt_embeds``, by name.
         unused_components: Pipeline components that training leaves alone.
         image_components: Of these, the ones that :meth:`image_pipeline` loads beside transformer and VAE.
         block_stacks: See :func:`~blockskip_hooks.blocks.list_blocks`; ``None`` detects them.
-        block_layouts: Layouts of block classes, by class name, that diffusers does not know or describes wrongly.
+        block_layouts: Layouts of block classes, by class name, that diffusers does not know or describes wrongly; by
+            the name of a stack where stacks of one class differ.
+        idle_modules: Modules of the transformer, and lists of them, that no image without a reference needs.
         cross_attention: The layer of a block, relative to it, in which the image reads the text; ``None`` where both
             are in one sequence.
         patch_size: Latents per token along one side, where the pipeline packs them; ``None`` where the transformer
@@ -167,6 +169,7 @@ class FamilyFacts(ABC):
     image_components: ClassVar[tuple[str, ...]] = ()
     block_stacks: ClassVar[tuple[str, ...] | None] = None
     block_layouts: ClassVar[Mapping[str, BlockLayout]] = {}
+    idle_modules: ClassVar[tuple[str, ...]] = ()
     cross_attention: ClassVar[str | None] = None
     patch_size: ClassVar[int | None] = 2
     text_comes_first: ClassVar[bool] = True

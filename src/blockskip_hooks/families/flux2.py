@@ -51,7 +51,7 @@ class Flux2(Family):
     text_components = ("text_encoder", "tokenizer")
     # As the pipeline encodes reference images.
     trains_on_mode = True
-    lora_layers = (
+    lora_layers: ClassVar[tuple[str, ...]] = (
         "attn.to_k",
         "attn.to_q",
         "attn.to_v",
@@ -59,7 +59,7 @@ class Flux2(Family):
         "attn.to_qkv_mlp_proj",
         "attn.to_out",
     )
-    text_stream_layers = (
+    text_stream_layers: ClassVar[tuple[str, ...]] = (
         "attn.add_q_proj",
         "attn.to_add_out",
         "ff_context.linear_in",
@@ -75,7 +75,7 @@ class Flux2(Family):
     )
     flag_defaults = {"max_sequence_length": 512, "output_dir": "flux-dreambooth-lora"}
     tags = ("flux2", "flux2-diffusers")
-    comfyui = ComfyUIFormat()
+    comfyui: ClassVar[ComfyUIFormat | None] = ComfyUIFormat()
 
     def check(self) -> None:
         index = json.loads((self.model_path / "model_index.json").read_text())

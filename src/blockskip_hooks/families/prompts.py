@@ -39,14 +39,29 @@ class TrainedText:
 
 
 def check_embeds(
-    family: Family, transformer_config: Mapping[str, Any], embeds: Mapping[str, PromptEmbeds], dtype: torch.dtype
+    family: Family,
+    transformer_config: Mapping[str, Any],
+    embeds: Mapping[str, PromptEmbeds],
+    dtype: torch.dtype,
+    together: Sequence[str] = (),
 ) -> None:
     """Check that prompts' embeddings are what the transformer takes, before it is loaded.
 
+    Args:
+        family: The model's family.
+        transformer_config: Config of the transformer.
+        embeds: Embeddings by prompt.
+        dtype: Their dtype.
+        together: Prompts that may share a batch.
+
     Raises:
-        UserError: if text encoders and transformer are of different models.
+        UserError: if text encoders and transformer are of different models, or prompts cannot share a batch.
     """
-    shorter, longer = (family.empty_embeds(transformer_config, tokens, dtype) for tokens in (1, 2))
+    by_shape = {tuple(t.shape for t in embeds[prompt].values()): embeds[prompt] for prompt in together}
+    if by_shape:
+        family.collate_embeds(list(by_shape.values()))
+    most = max(family.flags["max_sequence_length"], 2)
+    shorter, longer = (family.empty_embeds(transformer_config, tokens, dtype) for tokens in (1, most))
     for embedded in embeds.values():
         for name in shorter.keys() & embedded.keys():
             # Axes of tokens are as long as the prompt.
@@ -54,8 +69,8 @@ def check_embeds(
             if any(first == second != size for first, second, size in sizes):
                 raise UserError(
                     f"--pretrained_model_name_or_path {family.model_path}: its text encoders make {name} of shape "
-                    f"{tuple(embedded[name].shape)}, and its transformer takes {tuple(longer[name].shape)} for 2 "
-                    "tokens; they are of different models."
+                    f"{tuple(embedded[name].shape)}, and its transformer takes {tuple(longer[name].shape)} for "
+                    f"{most} tokens; they are of different models."
                 )
 
 

@@ -14,7 +14,7 @@ import transformers
 
 from ..utils.errors import UserError, first_line
 from .checkpoint_index import tensor_shapes, weight_files
-from .component_config import load_config, model_class
+from .component_config import load_config, model_class, read_index
 from .models import check_scales, check_surplus, empty_model
 from .text_encoders import empty_text_encoder
 
@@ -43,14 +43,15 @@ def check_model(model_path: Path, family: type[Family], variant: str | None, *, 
         UserError: naming the first component that is damaged, or no part of this model.
     """
     where = f"--pretrained_model_name_or_path {model_path}"
-    index = json.loads((model_path / "model_index.json").read_text(encoding="utf-8"))
+    index = read_index(model_path)
     present = {name for name in family.text_components if (model_path / name).is_dir()}
     used = ("scheduler", "transformer", "vae", *sorted(present), *family.image_components)
     for name in (name for name in used if (model_path / name).is_dir()):
         entry = index.get(name)
         if not (isinstance(entry, list) and len(entry) == 2 and entry[0] in _LIBRARIES):
-            raise UserError(f"{where}: model_index.json says that its {name} is {entry}, no class of a known library.")
-    _check_scheduler(model_path / "scheduler", where)
+            raise UserError(f"{where}: its index says that its {name} is {entry}, no class of a known library.")
+    if (model_path / "scheduler").is_dir():
+        _check_scheduler(model_path / "scheduler", where)
     for name in ("transformer", "vae", *family.image_components):
         if (model_path / name).is_dir():
             _check_diffusers_part(model_path / name, variant, where, configs_only)

@@ -33,8 +33,30 @@ def load_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
+def read_index(folder: Path) -> dict[str, Any]:
+    """What a pipeline is made of: its class as ``_class_name``, and library and class of each component.
+
+    Pipelines are saved with a ``model_index.json``. Modular ones have a ``modular_model_index.json``, which also says
+    where components come from; that is left out.
+
+    Raises:
+        OSError: if the folder has neither.
+        ValueError: if it is not a JSON object.
+    """
+    file = folder / "model_index.json"
+    modular = folder / "modular_model_index.json"
+    index = json.loads((modular if modular.is_file() and not file.is_file() else file).read_text(encoding="utf-8"))
+    if not isinstance(index, dict):
+        raise ValueError("no JSON object")
+    for name, entry in index.items():
+        if isinstance(entry, list) and len(entry) == 3 and isinstance(entry[2], dict):
+            # What was not loaded when the index was written has no class but in the description of what to load.
+            index[name] = entry[:2] if entry[0] else entry[2].get("type_hint") or entry[:2]
+    return index
+
+
 def is_absent(index: Mapping[str, Any], component: str) -> bool:
-    """Whether a ``model_index.json`` gives a component no class, as pipelines save what they were made without."""
+    """Whether a pipeline's index gives a component no class, as pipelines save what they were made without."""
     return (index.get(component) or [None])[0] is None
 
 

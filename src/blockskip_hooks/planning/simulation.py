@@ -18,7 +18,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch._subclasses import FakeTensorMode
 
-from ..blocks import list_blocks, split_blocks
+from ..blocks import idle_modules, list_blocks, split_blocks
 from ..config import BlockSkipConfig
 from ..families import Family
 from ..families.prompts import place_embeds
@@ -322,8 +322,10 @@ class FakeTransformer:
 
     @property
     def largest_streamed_bytes(self) -> int:
-        """Weights of the largest block that is streamed."""
-        return max((sum(map(num_bytes, module.parameters())) for module in self._streamed), default=0)
+        """Weights of the largest block that is streamed; what only references need never runs."""
+        idle = set(idle_modules(self.model.transformer).values())
+        running = [module for module in self._streamed if module not in idle]
+        return max((sum(map(num_bytes, module.parameters())) for module in running), default=0)
 
 
 def _shorten(
@@ -339,16 +341,15 @@ def _shorten(
     """
     spans = split_blocks(list_blocks(transformer, family.block_stacks), config)
     parts = {"leading": spans.leading, "kept": spans.kept, "trailing": spans.trailing}
-    treated: dict[str, set[tuple[str, str]]] = {}
-    for treatment, names in layers.items():
-        for name in names:
-            # Layers outside the stacks have no such parts, or those of no block.
-            stack, number, layer = (*name.split(".", 2), "", "")[:3]
-            treated.setdefault(f"{stack}.{number}", set()).add((treatment, layer))
+
+    def treated(block: str) -> Iterator[tuple[str, str]]:
+        for treatment, names in layers.items():
+            yield from ((treatment, n.removeprefix(block)) for n in names if n.startswith(f"{block}."))
+
     depth = shorten(
         transformer,
         [
-            (block.name, (part, kind_of(block.module), frozenset(treated.get(block.name, ()))))
+            (block.name, (part, kind_of(block.module), frozenset(treated(block.name))))
             for part, blocks in parts.items()
             for block in blocks
         ],

@@ -18,6 +18,7 @@ from ..config import BlockSkipConfig, PatchSamplingConfig
 from ..families import Family
 from ..loading.quantization import QuantizationConfig
 from ..loading.text_encoders import large_encoders
+from ..residuals.batches import SHARED_TEXT
 from ..residuals.dtype import PACKED, ResidualDtype, packed_bytes
 from ..residuals.stretches import Stretches
 from ..selection import Selection
@@ -62,6 +63,7 @@ class PlanRequest:
         recorded_layers: Full names of the layers whose outputs are recorded with the residuals.
         quantization: How kept blocks are held; ``None`` for ``weight_dtype``.
         text_tokens: Tokens of a prompt.
+        photo_prompts: Prompts of the photos.
         weight_dtype: Dtype of the frozen weights; in half precision training runs under autocast.
         gradient_checkpointing: As the flag.
         gradient_accumulation_steps: As the flag; above 1 gradients stay between batches.
@@ -108,6 +110,7 @@ class PlanRequest:
     quantization: QuantizationConfig | None = None
     batch_size: int = 1
     text_tokens: int = 512
+    photo_prompts: int = 1
     weight_dtype: torch.dtype = torch.bfloat16
     gradient_checkpointing: bool = False
     gradient_accumulation_steps: int = 1
@@ -232,7 +235,7 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
             "training_resolution": request.patch.training_resolution,
         },
         "stages": stages,
-        "residuals": _records(request, residuals),
+        "residuals": _records(request, residuals, fake.model.spans.shares_text and not request.trained_encoders),
         "fits": {"budget_bytes": budget, "ok": None if budget is None else largest <= budget, "reason": None},
     }
 
@@ -513,8 +516,8 @@ def _run_encoders(request: PlanRequest, streamed: Sequence[int]) -> Usage:
     return total if usages else Usage(parameter_bytes, parameter_bytes)
 
 
-def _records(request: PlanRequest, residuals: SpanResiduals) -> dict[str, int]:
-    """Disk of the residual store."""
+def _records(request: PlanRequest, residuals: SpanResiduals, shares_text: bool) -> dict[str, int]:
+    """Disk of the residual store; ``shares_text``: whether samples of a prompt have the text in one record."""
     if not request.stores_residuals and not request.cache_latents:
         return {"records": 0, "bytes": 0, "stretches": 0, "record_bytes": 0, "modulation_bytes": 0}
     stored = residuals.tensors() if request.stores_residuals else {}
@@ -524,6 +527,7 @@ def _records(request: PlanRequest, residuals: SpanResiduals) -> dict[str, int]:
         for name, tensor in stored.items()
     }
     modulation = sizes.pop("modulation", 0)
+    text = request.photo_prompts * (sizes.pop(SHARED_TEXT) + RECORD_OVERHEAD) if shares_text and stored else 0
     record = math.prod(request.family.latent_shape(*request.training_size)) * request.weight_dtype.itemsize
     record *= 1 + request.has_condition
     record += sum(sizes.values())
@@ -534,16 +538,17 @@ def _records(request: PlanRequest, residuals: SpanResiduals) -> dict[str, int]:
     length = request.stretch_steps or num_steps
     if request.residual_budget_bytes is not None:
         # A stretch holds whole steps.
-        fitting = max(1, request.residual_budget_bytes // (per_record * samples_per_step))
+        fitting = max(1, (request.residual_budget_bytes - text) // (per_record * samples_per_step))
         length = min(length, fitting * request.record_repeats)
     stretches = Stretches(num_steps=num_steps, length=length, repeats=request.record_repeats)
     records = min(stretches.num_recorded_steps * samples_per_step, request.num_samples)
     return {
         "records": records,
-        "bytes": records * per_record,
+        "bytes": records * per_record + text,
         "stretches": len(stretches),
         "record_bytes": record,
         "modulation_bytes": modulation,
+        **({"text_bytes": text} if text else {}),
     }
 
 

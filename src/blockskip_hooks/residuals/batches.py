@@ -23,6 +23,9 @@ from .store import DamagedRecord, Record, ResidualStore
 
 T = TypeVar("T")
 
+SHARED_TEXT = "leading_encoder_hidden_states"
+"""The tensor that the samples of a prompt share where the leading span sees the text alone."""
+
 
 @dataclass(frozen=True)
 class PhotoSource:
@@ -105,6 +108,7 @@ class SampleMaker:
         dtype: Dtype of latents and embeddings.
         records_modulation: Whether records hold the outputs of modulation layers.
         residual_dtype: How records hold residuals.
+        shares_text: Whether the text after the leading span is that of the prompt, so that its samples share it.
     """
 
     def __init__(
@@ -117,9 +121,11 @@ class SampleMaker:
         dtype: torch.dtype,
         records_modulation: bool = False,
         residual_dtype: ResidualDtype = "auto",
+        shares_text: bool = False,
     ) -> None:
         self.residual_dtype = residual_dtype
         self.records_modulation = records_modulation
+        self.shares_text = shares_text
         self.plan = plan
         self.sources = sources
         self.family = family
@@ -159,18 +165,32 @@ class SampleMaker:
         """The sample's prompt; empty where caption dropout takes it away."""
         return "" if sample.drop_caption else self.sources[sample.kind].prompt_for(sample.image)
 
-    def modulation_id(self, sample: Sample) -> str:
-        """Name of the record with the sample's modulation, which all samples of this prompt and timestep share."""
-        return f"modulation-{derived_seed('prompt', self.prompt(sample)):016x}-{sample.timestep_index:04d}"
+    def shared_ids(self, sample: Sample) -> dict[str, str]:
+        """Names of the records that other samples read too, by the tensor that each of them holds.
+
+        Modulation is that of a prompt and a timestep; text that no block has brought together with the image is that
+        of a prompt.
+        """
+        prompt = f"{derived_seed('prompt', self.prompt(sample)):016x}"
+        shared = {}
+        if self.records_modulation:
+            shared["modulation"] = f"modulation-{prompt}-{sample.timestep_index:04d}"
+        if self.shares_text:
+            shared[SHARED_TEXT] = f"text-{prompt}"
+        return shared
+
+    def record_ids(self, sample: Sample) -> list[str]:
+        """Names of all records that the sample needs."""
+        return [sample.id, *self.shared_ids(sample).values()]
 
     def is_recorded(self, sample: Sample, store: ResidualStore) -> bool:
         """Whether the store holds everything of the sample."""
-        return sample.id in store and (not self.records_modulation or self.modulation_id(sample) in store)
+        return all(record in store for record in self.record_ids(sample))
 
     def read_record(self, sample: Sample, store: ResidualStore) -> Record:
-        """The sample's tensors, its modulation included."""
-        record = unpack_record(store.read(sample.id), self.dtype)
-        return {**record, **store.read(self.modulation_id(sample))} if self.records_modulation else record
+        """The sample's tensors, those that it shares with others included."""
+        records = [unpack_record(store.read(record), self.dtype) for record in self.record_ids(sample)]
+        return {name: tensor for record in records for name, tensor in record.items()}
 
     def shape_key(self, sample: Sample) -> tuple:
         """What decides the shapes of the sample's tensors; equal keys can share a forward without padding."""

@@ -19,7 +19,7 @@ from ..state import SpanResiduals
 from ..transformer import DiTBlockSkipTransformer
 from ..utils.errors import UserError
 from ..utils.progress import SILENT_STAGE, StageProgress
-from .batches import Batch, SampleMaker
+from .batches import SHARED_TEXT, Batch, SampleMaker
 from .dtype import pack_record
 from .store import Record, ResidualStore
 
@@ -134,9 +134,10 @@ def precompute_records(
 ) -> int:
     """Write the records that ``store`` lacks: clean latents and, with skipped blocks, the spans' residuals.
 
-    Weights of skipped blocks are read once for as many batches of samples as go in step. Samples share a batch only if
-    their tensors have the same shapes, so that no record depends on its neighbours. Which samples share a batch does
-    not depend on what the store holds already, so that records of a run that was killed come out as they would have.
+    Weights of skipped blocks are read once for as many batches of samples as go in step. Where the spans see the text
+    alone, there is one forward for each prompt. Samples share a batch only if their tensors have the same shapes, so
+    that no record depends on its neighbours. Which samples share a batch does not depend on what the store holds
+    already, so that records of a run that was killed come out as they would have.
 
     Args:
         samples: Samples to have records of.
@@ -160,19 +161,16 @@ def precompute_records(
     progress.skip(len(samples) - missing)
 
     def forward(part: Sequence[Sample]) -> dict[str, torch.Tensor]:
-        of_part = [
-            latents[sample.id] if sample.id in latents else maker.read_record(sample, store)["latents"]
-            for sample in part
-        ]
+        of_part = [latents[sample.id] if sample.id in latents else store.read(sample.id)["latents"] for sample in part]
         batch = maker.batch(part, torch.stack(of_part))
-        residuals = capture(model, maker, batch) if with_residuals else SpanResiduals()
+        residuals = capture(model, maker, batch) if captures else SpanResiduals()
         return {
             name: tensor.cpu() for name, tensor in {"latents": batch.recorded_latents, **residuals.tensors()}.items()
         }
 
     def run(size: int) -> int:
         # Called again when memory runs out, with half the size and then one forward at a time; what is written stays.
-        in_step = together if size == start_size and with_residuals and not model.is_sharded else 1
+        in_step = together if size == start_size and captures and not model.is_sharded else 1
         done, parts = 0, _unfinished_batches(samples, maker, store, size)
         while group := list(itertools.islice(parts, in_step)):
             between_batches()
@@ -184,8 +182,11 @@ def precompute_records(
                 done += 1
         return done
 
-    start_size = _start_size(samples, maker, batch_size)
+    start_size, captures = _start_size(samples, maker, batch_size), with_residuals
     with contextlib.nullcontext() if with_adapters else frozen_model(model.transformer), model.full_model():
+        if captures and maker.shares_text and _sees_text_alone(model):
+            _write_texts(samples, forward, maker, store, between_batches)
+            captures = False
         if forwards is None:
             _halving(run, start_size)
         else:
@@ -194,6 +195,30 @@ def precompute_records(
                 between_batches()
                 forward(samples[:1])
     return missing
+
+
+def _sees_text_alone(model: DiTBlockSkipTransformer) -> bool:
+    """Whether a prompt is all that the residuals depend on; processes that share weights take every sample's forward.
+
+    Nothing is read of the image then: the forward ends before its first block.
+    """
+    seen = set().union(*(block.kinds for block in model.spans.skipped))
+    return seen == {"text"} and not model.recorded_layers and not model.is_sharded
+
+
+def _write_texts(
+    samples: Sequence[Sample],
+    forward: Callable[[Sequence[Sample]], dict[str, torch.Tensor]],
+    maker: SampleMaker,
+    store: ResidualStore,
+    between_batches: Callable[[], None],
+) -> None:
+    """Write the text of each prompt after the leading span, from a forward of its first sample."""
+    for sample in samples:
+        record = maker.shared_ids(sample)[SHARED_TEXT]
+        if record not in store:
+            between_batches()
+            store.write({record: _records([sample], forward([sample]), maker, store)[record]})
 
 
 def _start_size(samples: Sequence[Sample], maker: SampleMaker, batch_size: int | None) -> int:
@@ -230,14 +255,13 @@ def _halving(work: Callable[[int], T], size: int) -> T:
 def _records(
     samples: Sequence[Sample], tensors: dict[str, torch.Tensor], maker: SampleMaker, store: ResidualStore
 ) -> dict[str, Record]:
-    """Records by id: one for each sample of a batch, and one for each modulation that the store lacks."""
-    modulation = tensors.pop("modulation", None)
+    """Records by id that the store lacks: one for each sample of a batch, and those that samples share."""
     records: dict[str, Record] = {}
     for row, sample in enumerate(samples):
-        if sample.id not in store:
-            record = {name: tensor[row].clone() for name, tensor in tensors.items()}
-            records[sample.id] = pack_record(record) if maker.residual_dtype == "float8" else record
-        shared = maker.modulation_id(sample)
-        if modulation is not None and shared not in records and shared not in store:
-            records[shared] = {"modulation": modulation[row].clone()}
+        shared = {name: record for name, record in maker.shared_ids(sample).items() if name in tensors}
+        own = {sample.id: [name for name in tensors if name not in shared]}
+        for record, names in (own | {record: [name] for name, record in shared.items()}).items():
+            if record not in records and record not in store:
+                made = {name: tensors[name][row].clone() for name in names}
+                records[record] = pack_record(made) if maker.residual_dtype == "float8" else made
     return records

@@ -53,6 +53,7 @@ def describe_records(
         "variant": settings.variant,
         "libraries": {name: versions()[name] for name in ("torch", "diffusers", "transformers")},
         "modulation": list(run.recorded_layers),
+        **({"text": "of prompts"} if run.shares_text else {}),
         "spans": [run.config.leading, run.config.trailing] if run.config.residuals == "precomputed" else None,
         **({"refreshed": True} if run.refreshes else {}),
         "residual_dtype": settings.residual_dtype,
@@ -96,10 +97,12 @@ def plan_stretches(run: Run, plan: dict[str, Any], num_processes: int, checkpoin
     if goes_on and run.settings.residual_budget is None:
         return Stretches(num_steps=num_steps, length=state["stretch_steps"], repeats=run.record_repeats)
     planned = plan["residuals"]
-    record_bytes = -(-planned["bytes"] // planned["records"])
+    # What the samples of a prompt share is in every stretch.
+    text_bytes = planned.get("text_bytes", 0)
+    record_bytes = -(-(planned["bytes"] - text_bytes) // planned["records"])
     step_bytes = record_bytes * samples_per_step * len(run.kinds)
     budget = run.residual_budget()
-    if step_bytes > budget:
+    if step_bytes > budget - text_bytes:
         raise UserError(
             f"--residual_budget is {budget} bytes, less than the records of one step need ({step_bytes}: "
             f"{samples_per_step * len(run.kinds)} of {record_bytes}); raise it or lower --train_batch_size."
@@ -107,6 +110,6 @@ def plan_stretches(run: Run, plan: dict[str, Any], num_processes: int, checkpoin
     longest = state["stretch_steps"] if goes_on else run.longest_stretch(num_steps)
     return Stretches(
         num_steps=num_steps,
-        length=min(longest, budget // step_bytes * run.record_repeats),
+        length=min(longest, (budget - text_bytes) // step_bytes * run.record_repeats),
         repeats=run.record_repeats,
     )

@@ -13,7 +13,7 @@ from diffusers.training_utils import free_memory
 from torch.utils.data import DataLoader
 
 from ..data.sample_plan import Sample
-from ..residuals.batches import Batch, RecordDataset, SampleMaker, collate_by_kind, read_ahead
+from ..residuals.batches import SHARED_TEXT, Batch, RecordDataset, SampleMaker, collate_by_kind, read_ahead
 from ..residuals.precompute import capture, encode_latents, only_new_garbage, precompute_records
 from ..residuals.store import DamagedRecord, Record, ResidualStore, tensors_digest
 from ..residuals.stretches import Stretches
@@ -102,7 +102,9 @@ class RecordSource:
         recorded = self.stretches.recorded(stretch)
         if len(self.stretches) > 1:
             # A run that was killed behind its last checkpoint left records of a later stretch.
-            store.drop_others(sample.id for sample in self.maker.samples(self._indices(recorded)))
+            wanted = self.maker.samples(self._indices(recorded))
+            texts = {self.maker.shared_ids(sample).get(SHARED_TEXT, "") for sample in wanted}
+            store.drop_others([*(sample.id for sample in wanted), *texts])
         self._stretch, self._samples = stretch, self.maker.samples(self._my_indices(recorded))
         self._batch_size, self._together, self._encodes_alone = batch_size, together, encodes_alone
         if self._run.refreshes:
@@ -112,7 +114,7 @@ class RecordSource:
             with self._accelerator.main_process_first():
                 store.begin_stretch(tensors_digest(self.stretch_adapters))
         with self._context.stop.held(), self._context.monitor.stage("precompute"):
-            ids = [key for sample in self._samples for key in (sample.id, self.maker.modulation_id(sample))]
+            ids = [key for sample in self._samples for key in self.maker.record_ids(sample)]
             for problem in store.verify(dict.fromkeys(ids)):
                 logger.warning("%s; its records are computed again.", problem)
             if self.count.goes_on and first == stretch.start:
@@ -217,8 +219,7 @@ class RecordSource:
 
     def _repair(self, sample: Sample, store: ResidualStore) -> Record:
         """The record of a sample that could not be read, made again by the same forward; on a CPU to the same bits."""
-        ids = [sample.id, *([self.maker.modulation_id(sample)] if self.maker.records_modulation else [])]
-        for sample_id in ids:
+        for sample_id in self.maker.record_ids(sample):
             try:
                 store.read(sample_id)
             except KeyError:

@@ -124,6 +124,17 @@ class Run:
         return tuple(name for name in names if name not in set(self.targets))
 
     @property
+    def shares_text(self) -> bool:
+        """Whether samples of a prompt share a record of the text after the leading span."""
+        return self.stores_residuals and not self.settings.train_text_encoder and self.skeleton.spans.shares_text
+
+    @property
+    def num_photo_prompts(self) -> int:
+        """Prompts that photos are trained with, at most."""
+        captions = {photo.caption or self.settings.instance_prompt for photo in self.photos}
+        return len(captions) + self.settings.with_prior_preservation + (self.settings.caption_dropout > 0)
+
+    @property
     def stores_residuals(self) -> bool:
         """Whether training reads residuals from records."""
         return self.skips and self.config.residuals == "precomputed"
@@ -164,9 +175,14 @@ class Run:
         return [self.settings.final_validation_prompt] if self.settings.final_validation_prompt else self.prompts
 
     @property
+    def batches(self) -> bool:
+        """Whether samples share forwards in training, so that their prompts' embeddings are put together."""
+        return self.settings.train_batch_size * len(self.kinds) > 1
+
+    @property
     def aligns_prompts(self) -> bool:
         """Whether the embeddings of all prompts that are trained with have one length."""
-        return self.family.aligns_prompts and self.settings.train_batch_size * len(self.kinds) > 1
+        return self.family.aligns_prompts and self.batches
 
     def align(
         self, embeds: dict[str, PromptEmbeds], sources: dict[SampleKind, PhotoSource]
@@ -174,14 +190,16 @@ class Run:
         """Embeddings by prompt, those of one length that the family's batches need so."""
         if not self.aligns_prompts:
             return embeds
-        trained = [prompt for source in sources.values() for prompt in source.prompts()]
-        trained += [""] * (self.settings.caption_dropout > 0)
-        return embeds | self.family.align_embeds({prompt: embeds[prompt] for prompt in trained})
+        return embeds | self.family.align_embeds({prompt: embeds[prompt] for prompt in self.photo_prompts(sources)})
+
+    def photo_prompts(self, sources: dict[SampleKind, PhotoSource]) -> list[str]:
+        """Every prompt that photos are trained with."""
+        prompts = [prompt for source in sources.values() for prompt in source.prompts()]
+        return prompts + [""] * (self.settings.caption_dropout > 0)
 
     def all_prompts(self, sources: dict[SampleKind, PhotoSource]) -> list[str]:
         """Every prompt that the trained model's text encoders have to embed."""
-        prompts = [prompt for source in sources.values() for prompt in source.prompts()]
-        prompts += [""] * (self.settings.caption_dropout > 0)
+        prompts = self.photo_prompts(sources)
         prompts += self.image_prompts if self.validation_family is None else []
         return list(dict.fromkeys(prompts))
 

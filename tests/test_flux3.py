@@ -1,0 +1,239 @@
+"""FLUX.3: one record of the text per prompt, nothing held for references, and pictures of the stock blocks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import Flux3AutoBlocks, Flux3ModularPipeline
+from PIL import Image
+
+from blockskip_hooks import BlockSkipConfig, DiTBlockSkipTransformer
+from blockskip_hooks.blocks import idle_modules, list_blocks, split_blocks
+from blockskip_hooks.config import PatchSamplingConfig
+from blockskip_hooks.data.photo import Photo
+from blockskip_hooks.data.photo_set import PhotoSet
+from blockskip_hooks.data.sample_plan import SamplePlan
+from blockskip_hooks.families.flux3 import TEXT_WINDOW
+from blockskip_hooks.families.flux3_pipeline import TextProcessor
+from blockskip_hooks.families.prompts import check_embeds
+from blockskip_hooks.loading.component_config import load_config, read_index
+from blockskip_hooks.lora import lora_targets
+from blockskip_hooks.residuals import precompute
+from blockskip_hooks.residuals.batches import PhotoSource, SampleMaker
+from blockskip_hooks.residuals.store import ResidualStore
+from tests import script
+from tests.script import PROMPT, assert_same_weights, losses
+from tests.tiny import TINY_FAMILIES, TinyFamily
+
+
+TINY = next((tiny for tiny in TINY_FAMILIES if tiny.name == "flux3"), None)
+pytestmark = pytest.mark.skipif(TINY is None, reason="diffusers has FLUX.3 from 0.42 on")
+CAPTIONS = [PROMPT, "a red cat", PROMPT]
+
+
+def tiny() -> TinyFamily:
+    assert TINY is not None
+    return TINY
+
+
+def wrapped(leading: int, trailing: int) -> DiTBlockSkipTransformer:
+    return DiTBlockSkipTransformer(tiny().make_transformer(), BlockSkipConfig(leading=leading, trailing=trailing))
+
+
+# Records
+
+
+def record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leading: int, trailing: int, shares_text: bool = True
+) -> tuple[SampleMaker, ResidualStore, list[int]]:
+    """Records of six samples of three photos with two prompts, and how many samples were in each forward."""
+    family, size = tiny().make_family(), tiny().resolution
+    photos = [
+        Photo(str(number), text, lambda: Image.new("RGB", (64, 64), "red")) for number, text in enumerate(CAPTIONS)
+    ]
+    plan = SamplePlan(
+        seed=0,
+        num_images={"instance": 3},
+        timesteps=family.scheduler.timesteps,
+        patch=PatchSamplingConfig(min_size=size, max_size=size, multiple=family.latent_token_size),
+    )
+    generator = torch.Generator().manual_seed(0)
+    config = load_config(tiny().folder / "transformer")
+    embeds = {}
+    for prompt in CAPTIONS[:2]:
+        shape = family.empty_embeds(config, 5, torch.float32)["prompt_embeds"].shape
+        embeds[prompt] = {"prompt_embeds": torch.randn(shape, generator=generator)}
+    sources: Any = {"instance": PhotoSource(PhotoSet(photos, size), PROMPT)}
+    maker = SampleMaker(plan, sources, family, embeds, "cpu", torch.float32, shares_text=shares_text)
+    store = ResidualStore(tmp_path / f"{leading},{trailing},{shares_text}", {})
+    forwards: list[int] = []
+    original = precompute.capture
+
+    def counted(model: DiTBlockSkipTransformer, maker: SampleMaker, batch: Any) -> Any:
+        forwards.append(len(batch.samples))
+        return original(model, maker, batch)
+
+    samples = maker.samples(range(6))
+    shape = family.latent_shape(size, size)
+    latents = {sample.id: torch.randn(shape, generator=generator) for sample in samples}
+    with monkeypatch.context() as patch:
+        patch.setattr(precompute, "capture", counted)
+        made = precompute.precompute_records(
+            samples, latents, model=wrapped(leading, trailing), maker=maker, store=store, batch_size=2
+        )
+    assert made == 6 and all(maker.is_recorded(sample, store) for sample in samples)
+    return maker, store, forwards
+
+
+@pytest.mark.parametrize(
+    ("spans", "own", "forwards"),
+    [
+        ((2, 0), {"latents"}, [1, 1]),
+        ((3, 0), {"latents", "leading_hidden_states"}, [2, 2, 2]),
+        ((1, 1), {"latents", "trailing_hidden_states"}, [2, 2, 2]),
+    ],
+    ids=str,
+)
+def test_a_prompt_has_one_record_of_its_text(
+    spans: tuple[int, int], own: set[str], forwards: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """With the text's blocks alone there is a forward per prompt, and nothing of a sample but its latents."""
+    assert wrapped(*spans).spans.shares_text
+    maker, store, made = record(tmp_path, monkeypatch, *spans)
+    alone, whole, _ = record(tmp_path, monkeypatch, *spans, shares_text=False)
+    samples = maker.samples(range(6))
+    assert made == forwards
+    assert len(store) == 6 + 2 and len(whole) == 6
+    for sample in samples:
+        assert set(store.read(sample.id)) == own
+        shared, each = maker.read_record(sample, store), alone.read_record(sample, whole)
+        assert shared.keys() == each.keys() == own | {"leading_encoder_hidden_states"}
+        for name, tensor in each.items():
+            torch.testing.assert_close(shared[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_text_that_has_met_the_image_is_that_of_a_sample():
+    spans = split_blocks(list_blocks(tiny().make_transformer()), BlockSkipConfig(leading=5))
+    assert not spans.shares_text
+    assert [block.only for block in spans.leading] == ["text", "text", "image", "image", None]
+
+
+@pytest.mark.parametrize("leading", [1, 2])
+def test_a_capture_of_text_alone_runs_no_block_of_the_image(leading: int):
+    model = wrapped(leading, 0)
+    for block in model.spans.leading[leading:] + model.spans.kept[2 - leading :]:
+        block.module.register_forward_pre_hook(lambda *_: pytest.fail("the image's blocks ran"))
+    residuals = model.capture_residuals(**tiny().make_inputs(2))
+    assert set(residuals.tensors()) == {"leading_encoder_hidden_states"}
+
+
+# What trains, and what is held
+
+
+def targets(leading: int, trailing: int) -> set[str]:
+    names = lora_targets(wrapped(leading, trailing), tiny().family.lora_layers)
+    return {name.partition(".attn")[0].rpartition(".")[0] for name in names}
+
+
+def test_text_that_no_block_reads_does_not_train():
+    assert targets(1, 2) == {"txt_mode_blocks", "mode_blocks.image", "single_transformer_blocks"}
+    assert targets(1, 3) == {"mode_blocks.image"}
+    with pytest.raises(ValueError, match="matches no layer of a kept block"):
+        targets(1, 5)
+    assert targets(0, 0) == {"txt_mode_blocks", "mode_blocks.image", "single_transformer_blocks"}
+
+
+@torch.no_grad()
+def test_what_only_references_need_holds_no_weights_and_still_runs():
+    inputs = tiny().make_inputs(1)
+    model = DiTBlockSkipTransformer.from_pretrained(tiny().folder, BlockSkipConfig(leading=1, trailing=1))
+    idle = idle_modules(model.transformer)
+    assert "mode_blocks.image_cond.1" in idle and "x_embedders.image_cond" in idle
+    assert all(parameter.is_meta for module in idle.values() for parameter in module.parameters())
+    reference = {"image_cond_hidden_states": torch.ones(1, 4, 16), "image_cond_ids": torch.ones(4, 4)}
+    for given in (inputs, {**inputs, **reference}):
+        with model.full_model() as transformer:
+            expected = tiny().make_transformer()(**given, return_dict=False)[0]
+            assert torch.equal(transformer(**given, return_dict=False)[0], expected)
+    assert all(parameter.is_meta for module in idle.values() for parameter in module.parameters())
+
+
+# The stock pipeline, and what is refused
+
+
+def test_the_index_of_a_modular_pipeline_names_the_family(tmp_path: Path):
+    index = read_index(tiny().folder)
+    assert index["_class_name"] == "Flux3ModularPipeline"
+    assert index["text_encoder"] == ["transformers", "Qwen3VLForConditionalGeneration"]
+    (tmp_path / "modular_model_index.json").write_text("[]")
+    with pytest.raises(ValueError, match="no JSON object"):
+        read_index(tmp_path)
+
+
+def test_pictures_are_those_of_the_stock_pipeline():
+    """Its own blocks, loaded its own way; of the upsampler, which is another model, it is free here too."""
+    family = tiny().make_family()
+    blocks = Flux3AutoBlocks()
+    blocks.sub_blocks.pop("prompt_upsampler")
+    stock = Flux3ModularPipeline(blocks=blocks, pretrained_model_name_or_path=str(tiny().folder))
+    stock.load_components()
+    stock.register_components(tokenizer=TextProcessor(stock.tokenizer))
+    size = {"height": 32, "width": 48, "num_inference_steps": 2}
+    call = {**family.prompt_inputs(PROMPT), **size, "output_type": "pt"}
+    expected = stock(**call, generator=torch.Generator().manual_seed(0), output="images")
+    pipeline = family.load_pipeline(torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    made = [
+        pipeline(**call, **guidance, generator=torch.Generator().manual_seed(0)).images
+        for guidance in ({}, {"guidance_scale": 1.0})
+    ]
+    assert torch.equal(made[0], expected)
+    assert (made[1] - expected).abs().max() > 1e-3
+
+
+def test_prompts_of_two_windows_cannot_share_a_batch():
+    family = tiny().make_family(max_sequence_length=3 * TEXT_WINDOW)
+    config = load_config(tiny().folder / "transformer")
+    embeds = {str(tokens): family.empty_embeds(config, tokens, torch.float32) for tokens in (5, 70, 100)}
+    check_embeds(family, config, embeds, torch.float32)
+    check_embeds(family, config, embeds, torch.float32, ["5", "70"])
+    with pytest.raises(ValueError, match="80 to 160 tokens .* --train_batch_size 1, or --max_sequence_length 80"):
+        check_embeds(family, config, embeds, torch.float32, ["5", "100"])
+
+
+def test_a_distilled_model_is_refused(tmp_path: Path):
+    folder = shutil.copytree(tiny().folder, tmp_path / "model")
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    (folder / "transformer" / "config.json").write_text(json.dumps({**config, "flow_map": True}))
+    family = tiny().family(folder)
+    with pytest.raises(ValueError, match="is distilled to few steps"):
+        family.check()
+
+
+# Runs
+
+
+@pytest.mark.slow
+def test_a_run_with_records_of_prompts_is_resumed_bit_for_bit(tmp_path: Path):
+    photos = script.save_photos(tmp_path / "photos", [(80, 64), (64, 64), (64, 96)])
+    for path, caption in zip(sorted(photos.iterdir()), CAPTIONS):
+        path.with_suffix(".txt").write_text(caption)
+
+    def train(name: str, *flags: str) -> Path:
+        common = ("--skip_blocks", "2,0", "--checkpointing_steps", "2", "--upcast_before_saving")
+        return script.train(
+            tiny().folder, photos, tmp_path / name, *common, *flags, resolution=64, text_tokens=tiny().text_tokens
+        )
+
+    whole = train("whole")
+    report = json.loads((whole / "run_report.json").read_text())
+    assert report["residuals"]["records"] == 8
+    shutil.copytree(whole / "checkpoint-2", tmp_path / "halves" / "checkpoint-2")
+    halves = train("halves", "--resume_from_checkpoint", "latest")
+    assert_same_weights(halves, whole)
+    assert losses(halves) == losses(whole)

@@ -164,7 +164,6 @@ class Validation:
                 progress=made,
                 calls=lambda number: number % others == accelerator.process_index % others,
             )
-            del vae
             return images if others == 1 else self._from_all(images, at_once)
 
     @contextlib.contextmanager
@@ -178,7 +177,10 @@ class Validation:
         names = [TRAINED] if with_adapters else []
         if run.validation_family is None:
             with records.vae() as vae, only_adapters(trained.transformer, names):
-                yield {"model": trained, "vae": vae}
+                models = {"model": trained, "vae": vae}
+                del vae
+                yield models
+                models.clear()
             return
         family, dtype, device = run.validation_family, records.maker.dtype, self._context.accelerator.device
         with trained.on_host():

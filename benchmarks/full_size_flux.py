@@ -2,8 +2,8 @@
 """The training script on a checkpoint of FLUX.1-dev's size, 12 billion parameters, on a small machine.
 
 Writes a checkpoint with FLUX.1-dev's configs and random weights in bfloat16 shards, text encoders and VAE among them,
-trains four steps on it with half of the blocks skipped, and reads the resident memory of that process. With ``--in_turn``
-the records are then made again with each skipped block read when it runs, once per forward. Needs 35 GB of disk for the
+trains four steps on it with half of the blocks skipped, and reads the resident memory of that process. ``--in_turn``
+then makes the records again with each skipped block read when it runs, once per forward. Needs 35 GB of disk for the
 time of the run, and minutes to write and read them.
 
 Example:

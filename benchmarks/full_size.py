@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -65,6 +66,7 @@ class Checkpoint:
         skip_blocks: The run's ``--skip_blocks``.
         resolution: The run's ``--resolution``.
         limit: Most resident bytes that the run may take, if there is a target.
+        in_turn_limit: What precompute may take of its time with blocks read in turn, if there is a target.
     """
 
     name: str
@@ -77,6 +79,7 @@ class Checkpoint:
     skip_blocks: str
     resolution: int
     limit: int | None
+    in_turn_limit: float | None = None
 
     @property
     def models(self) -> dict[str, torch.nn.Module]:
@@ -198,10 +201,10 @@ class Cost:
     peak_private_bytes: int
 
 
-def run_script(flags: Sequence[str]) -> Cost:
-    """Run the training script in a fresh process and watch its memory."""
+def run_script(command: Sequence[str]) -> Cost:
+    """Run a script in a fresh process and watch its memory."""
     started, peak, private = time.perf_counter(), 0, 0
-    child = subprocess.Popen([sys.executable, SCRIPT, *flags], cwd=REPOSITORY)
+    child = subprocess.Popen([sys.executable, *command], cwd=REPOSITORY)
     process = psutil.Process(child.pid)
     try:
         while True:
@@ -221,6 +224,49 @@ def run_script(flags: Sequence[str]) -> Cost:
             child.wait()
     kernel_peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return Cost(child.returncode, time.perf_counter() - started, max(peak, kernel_peak), private)
+
+
+def make_records_in_turn(figures: str, script: str, *flags: str) -> None:
+    """Run the training script in this process until records are there, each skipped block read when it runs.
+
+    Nothing is read ahead, and every forward reads all blocks: forwards do not go in step.
+
+    Args:
+        figures: JSON file that the stages are written to.
+        script: The training script.
+        *flags: Its flags.
+    """
+    from blockskip_hooks.loading.streaming import Streamer
+    from blockskip_hooks.utils.monitor import StageMonitor
+
+    plain_init, plain_stage = Streamer.__init__, StageMonitor.stage
+
+    def without_thread(self: Streamer, *args: Any, **kwargs: Any) -> None:
+        plain_init(self, *args, **{**kwargs, "reads_ahead": False})
+
+    def one_by_one(self: Streamer, tasks: Sequence[Callable[[], Any]], *_: Any) -> list[Any]:
+        return [task() for task in tasks]
+
+    def until_training(self: StageMonitor, name: str) -> contextlib.AbstractContextManager[None]:
+        if name == "train":
+            Path(figures).write_text(json.dumps(self.as_list()))
+            raise SystemExit(0)
+        return plain_stage(self, name)
+
+    Streamer.__init__, Streamer.together = without_thread, one_by_one  # type: ignore[method-assign, assignment]
+    StageMonitor.stage = until_training  # type: ignore[method-assign, assignment]
+    sys.argv = [script, *flags]
+    runpy.run_path(script, run_name="__main__")
+
+
+def forget_files(folder: Path) -> None:
+    """Let the kernel drop what it holds of a folder's files, so that every run reads them from the disk."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    os.sync()
+    for file in folder.rglob("*.safetensors"):
+        with file.open("rb") as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def check_lora(folder: Path, checkpoint: Checkpoint, leading: int, trailing: int) -> list[str]:
@@ -257,6 +303,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keep", action="store_true", help="Do not remove the scratch folder.")
     parser.add_argument("--reuse", type=Path, help="Scratch folder that an earlier run kept; it is kept again.")
     parser.add_argument("--smoke", action="store_true", help="A tiny model: does the benchmark run?")
+    parser.add_argument(
+        "--in_turn", action="store_true", help="Make the records once more with blocks read in turn, and compare."
+    )
 
 
 @contextlib.contextmanager
@@ -275,8 +324,10 @@ def scratch_folder(args: argparse.Namespace) -> Iterator[Path]:
             shutil.rmtree(folder)
 
 
-def measure(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
+def measure(checkpoint: Checkpoint, folder: Path, *, in_turn: bool = False) -> dict[str, Any]:
     """Write the checkpoint where it is not there yet, train on it for four steps and return the figures.
+
+    With ``in_turn`` the records are made again as :func:`make_records_in_turn` does.
 
     Raises:
         OSError: if the disk is too full.
@@ -310,19 +361,30 @@ def measure(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
         "--seed": "0",
         "--report_to": "none",
     }
+    parts = [part for pair in flags.items() for part in pair] + ["--skip_final_inference"]
     with tempfile.TemporaryDirectory(prefix="output-", dir=folder) as output:
         places = {"MODEL": str(model), "PHOTOS": str(photos), "OUTPUT": output}
-        argv = [places.get(part, part) for pair in flags.items() for part in pair]
-        cost = run_script([*argv, "--skip_final_inference"])
+        forget_files(model)
+        cost = run_script([SCRIPT, *(places.get(part, part) for part in parts)])
         report_file = Path(output) / "run_report.json"
         report = json.loads(report_file.read_text()) if report_file.is_file() else {}
         faults = [] if cost.exit_code == 0 else [f"the script ended with {cost.exit_code}"]
         if not faults:
             faults = check_lora(Path(output), checkpoint, report["skip"]["leading"], report["skip"]["trailing"])
-    shown = [f'"{part}"' if " " in part else part for pair in flags.items() for part in pair]
+    slow = None
+    if in_turn and not faults:
+        with tempfile.TemporaryDirectory(prefix="in-turn-", dir=folder) as scratch:
+            places["OUTPUT"], figures = f"{scratch}/output", Path(scratch) / "stages.json"
+            forget_files(model)
+            run_script([str(Path(__file__).resolve()), str(figures), SCRIPT, *(places.get(p, p) for p in parts)])
+            if figures.is_file():
+                slow = next(s["seconds"] for s in json.loads(figures.read_text()) if s["name"] == "precompute")
+            else:
+                faults.append("the run with blocks read in turn made no records")
+    shown = [f'"{part}"' if " " in part else part for part in parts]
     return {
         "name": checkpoint.name,
-        "measured_command": " ".join(["python", SCRIPT, *shown, "--skip_final_inference"]),
+        "measured_command": " ".join(["python", SCRIPT, *shown]),
         "dtype": str(DTYPE).removeprefix("torch."),
         "components": {
             name: {"class": type(part).__name__, "bytes": num_bytes(part)} for name, part in checkpoint.models.items()
@@ -340,6 +402,7 @@ def measure(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
         "steps": report.get("train", {}).get("steps"),
         "step_seconds_median": report.get("train", {}).get("step_seconds_median"),
         "loss": report.get("train", {}).get("loss"),
+        "precompute_seconds_in_turn": slow,
     }
 
 
@@ -350,6 +413,8 @@ def print_result(result: Mapping[str, Any]) -> None:
         print(f"{stage['name']:14}{format_seconds(stage['seconds']):>14}{format_bytes(stage['peak_rss_bytes']):>12}")
     print(f"{'whole process':14}{format_seconds(result['seconds']):>14}{format_bytes(result['peak_rss_bytes']):>12}")
     print(f"without pages of files: {format_bytes(result['peak_private_bytes'])}")
+    if result["precompute_seconds_in_turn"] is not None:
+        print(f"precompute with blocks read in turn: {format_seconds(result['precompute_seconds_in_turn'])}")
     for fault in result["faults"]:
         print(f"FAULT: {fault}")
 
@@ -362,7 +427,7 @@ def run_benchmark(
     try:
         with scratch_folder(args) as folder:
             for checkpoint in checkpoints:
-                results.append(measure(checkpoint, folder))
+                results.append(measure(checkpoint, folder, in_turn=args.in_turn))
                 print_result(results[-1])
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -372,11 +437,25 @@ def run_benchmark(
         for checkpoint, result in zip(checkpoints, results)
         if checkpoint.limit
     ]
+    targets += [
+        target(f"{checkpoint.name}: precompute of that with blocks read in turn", _of_in_turn(result), limit)
+        for checkpoint, result in zip(checkpoints, results)
+        if (limit := checkpoint.in_turn_limit) and result["precompute_seconds_in_turn"] is not None
+    ]
     print_targets(targets)
     write_figures(args.json, name, settings={**settings, "smoke": args.smoke}, results=results, targets=targets)
     return 0 if all(item["met"] for item in targets) and not any(result["faults"] for result in results) else 1
 
 
+def _of_in_turn(result: Mapping[str, Any]) -> float:
+    seconds = next(stage["seconds"] for stage in result["stages"] if stage["name"] == "precompute")
+    return seconds / result["precompute_seconds_in_turn"]
+
+
 def end_on_termination() -> None:
     """Let a terminated benchmark clean up as an interrupted one does."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+
+if __name__ == "__main__":
+    make_records_in_turn(*sys.argv[1:])

@@ -48,11 +48,14 @@ def test_smoke(name: str, load, tmp_path: Path) -> None:
     # Precision is one per process, and another test may have set it.
     AcceleratorState._reset_state(reset_partial_state=True)
     file = tmp_path / "figures.json"
-    assert load(BENCHMARKS / f"{name}.py").main(["--smoke", "--json", str(file)]) == 0
+    more = ["--in_turn"] if name == "full_size_flux" else []
+    assert load(BENCHMARKS / f"{name}.py").main(["--smoke", "--json", str(file), *more]) == 0
     figures = json.loads(file.read_text())
     assert figures["schema"] == 1
     assert figures["benchmark"] == name
     assert figures["results"]
+    if more:
+        assert figures["results"][0]["precompute_seconds_in_turn"] > 0
     assert str(tmp_path) not in json.dumps(figures["settings"])
 
 

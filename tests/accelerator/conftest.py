@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import pickle
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -114,7 +115,7 @@ def run(standin: Path, shared: Path, once: Any) -> Callable[[str, Job], Ran]:
     def start(name: str, job: Job, folder: Path) -> Ran:
         report = shared / f"{name}.json"
         output = shared / job.after if job.after else folder
-        flags = [part.replace("{", f"{shared}/").replace("}", "") for part in job.flags.split(" ") if part]
+        flags = [part.replace("{", f"{shared}/").replace("}", "") for part in shlex.split(job.flags)]
         command = [sys.executable, "-m", "tests.accelerator.run", "--report", str(report), "--limit", job.limit]
         command += [str(EXAMPLES / job.script), "--output_dir", str(output), *flags]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}

@@ -254,15 +254,18 @@ def load_data(run: Run, context: Context, streamed: bool) -> Data:
             store = ResidualStore(run.residual_dir, described, overwrite=run.may_overwrite)
 
     # Every prompt once; the text encoders are gone afterwards.
-    prompts = run.all_prompts(sources)
+    records_modulation, residual_dtype = bool(run.recorded_layers), settings.residual_dtype
+    maker = SampleMaker(sample_plan, sources, family, {}, device, dtype, records_modulation, residual_dtype)
+    pairs = maker.pairs()
+    trained = list(pairs) or run.trained_prompts(sources)
+    prompts = list(dict.fromkeys([*trained, *run.image_prompts]))
     trains_text, photo_prompts = settings.train_text_encoder, sources["instance"].prompts()
     options: dict[str, Any] = {"keep_trainable": trains_text, "streamed": streamed, "photos": photo_prompts}
+    options["pairs"] = pairs | run.image_pairs
     with context.monitor.stage("encode"), context.progress.stage("encode", prompts=len(prompts)) as progress:
         embeds, text = encode_prompts(family, prompts, dtype=dtype, device=device, progress=progress, **options)
     check_embeds(family, run.transformer_config, embeds, dtype)
-    embeds = run.align(embeds, sources)
-    records_modulation, residual_dtype = bool(run.recorded_layers), settings.residual_dtype
-    maker = SampleMaker(sample_plan, sources, family, embeds, device, dtype, records_modulation, residual_dtype)
+    maker.embeds = run.align(embeds, trained)
     return maker, text, store
 
 

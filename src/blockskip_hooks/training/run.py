@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -160,24 +160,37 @@ class Run:
         """Whether the embeddings of all prompts that are trained with have one length."""
         return self.family.aligns_prompts and self.settings.train_batch_size * len(self.kinds) > 1
 
-    def align(
-        self, embeds: dict[str, PromptEmbeds], sources: dict[SampleKind, PhotoSource]
-    ) -> dict[str, PromptEmbeds]:
-        """Embeddings by prompt, those of one length that the family's batches need so."""
+    def align(self, embeds: dict[str, PromptEmbeds], trained: Iterable[str]) -> dict[str, PromptEmbeds]:
+        """Embeddings by prompt, the trained ones of one length where the family's batches need it."""
         if not self.aligns_prompts:
             return embeds
-        trained = [prompt for source in sources.values() for prompt in source.prompts()]
-        trained += [""] * (self.settings.caption_dropout > 0)
         return embeds | self.family.align_embeds({prompt: embeds[prompt] for prompt in trained})
 
-    def all_prompts(self, sources: dict[SampleKind, PhotoSource]) -> list[str]:
-        """Every prompt that the run will need embeddings of."""
+    @property
+    def encodes_pairs(self) -> bool:
+        """Whether text encoders see each photo's condition image beside its prompt."""
+        return self.family.reads_condition and self.settings.condition_flag is not None
+
+    def trained_prompts(self, sources: dict[SampleKind, PhotoSource]) -> list[str]:
+        """Every prompt that is trained with."""
         prompts = [prompt for source in sources.values() for prompt in source.prompts()]
-        prompts += [""] * (self.settings.caption_dropout > 0)
-        if self.makes_images:
-            prompts += [*self.prompts, *self.final_prompts]
-            prompts += [] if self.negative_prompt is None else [self.negative_prompt]
-        return list(dict.fromkeys(prompts))
+        return list(dict.fromkeys([*prompts, *[""] * (self.settings.caption_dropout > 0)]))
+
+    @property
+    def image_prompts(self) -> list[str]:
+        """Every prompt that validation images need embeddings of."""
+        if not self.makes_images:
+            return []
+        return [*self.prompts, *self.final_prompts, *([] if self.negative_prompt is None else [self.negative_prompt])]
+
+    @property
+    def image_pairs(self) -> dict[str, tuple[str, Image.Image]]:
+        """The prompts of validation images with the condition image, where text encoders see both."""
+        if not self.encodes_pairs or not self.image_prompts:
+            return {}
+        kwargs = self.image_kwargs
+        shown = self.family.shown_condition(kwargs["image"], kwargs)
+        return {prompt: (prompt, shown) for prompt in self.image_prompts}
 
     @property
     def image_kwargs(self) -> dict[str, Any]:
@@ -242,7 +255,7 @@ class Run:
             mode_scale=settings.mode_scale,
             random_flip=settings.random_flip,
             center_crop=settings.center_crop,
-            fixed_crops=settings.cache_latents and self.patch.mode == "none",
+            fixed_crops=(settings.cache_latents or self.encodes_pairs) and self.patch.mode == "none",
             buckets=buckets if self.patch.buckets else None,
             batch_size=settings.train_batch_size,
             caption_dropout=settings.caption_dropout,

@@ -259,20 +259,23 @@ def load_data(run: Run, context: Context, streamed: bool) -> Data:
             store = ResidualStore(run.residual_dir, described, overwrite=run.may_overwrite)
 
     # Every prompt once; the text encoders are gone afterwards.
-    prompts, other, image_embeds = run.all_prompts(sources), run.validation_family, None
+    recorded = {"records_modulation": bool(run.recorded_layers), "shares_text": run.shares_text}
+    how: dict[str, Any] = {**recorded, "residual_dtype": settings.residual_dtype}
+    maker, other = SampleMaker(sample_plan, sources, family, {}, device, dtype, **how), run.validation_family
+    pairs, image_prompts, image_embeds = maker.pairs(), run.image_prompts, None
+    trained = list(pairs) or run.trained_prompts(sources)
+    prompts = list(dict.fromkeys([*trained, *(image_prompts if other is None else [])]))
     trains_text, photo_prompts = settings.train_text_encoder, sources["instance"].prompts()
-    options: dict[str, Any] = {"keep_trainable": trains_text, "streamed": streamed, "photos": photo_prompts}
-    number = len(prompts) + (len(run.image_prompts) if other else 0)
-    placed: dict[str, Any] = {"dtype": dtype, "device": device}
+    options: dict[str, Any] = {"keep_trainable": trains_text, "photos": photo_prompts}
+    placed: dict[str, Any] = {"dtype": dtype, "device": device, "streamed": streamed, "pairs": pairs | run.image_pairs}
+    number = len(prompts) + (len(image_prompts) if other else 0)
     with context.monitor.stage("encode"), context.progress.stage("encode", prompts=number) as progress:
         embeds, text = encode_prompts(family, prompts, progress=progress, **placed, **options)
         if other is not None:
-            image_embeds, _ = encode_prompts(other, run.image_prompts, progress=progress, streamed=streamed, **placed)
-    check_embeds(family, run.transformer_config, embeds, dtype, run.photo_prompts(sources) if run.batches else [])
-    embeds = run.align(embeds, sources)
-    recorded = {"records_modulation": bool(run.recorded_layers), "shares_text": run.shares_text}
-    how: dict[str, Any] = {**recorded, "residual_dtype": settings.residual_dtype}
-    return SampleMaker(sample_plan, sources, family, embeds, device, dtype, **how), text, store, image_embeds
+            image_embeds, _ = encode_prompts(other, image_prompts, progress=progress, **placed)
+    check_embeds(family, run.transformer_config, embeds, dtype, trained if run.batches else [])
+    maker.embeds = run.align(embeds, trained)
+    return maker, text, store, image_embeds
 
 
 def make_learner(

@@ -104,6 +104,11 @@ def prepare_run(settings: TrainSettings) -> Run:
     if settings.train_text_encoder and not family.text_lora_layers:
         raise UserError(f"--train_text_encoder is not available for {family.name}; leave it out.")
     family.check()
+    if settings.condition_flag and family.reads_condition and blocks["patch"].mode != "none":
+        raise UserError(
+            f"--patch_sampling is {blocks['patch'].mode}; {family.name}'s text encoder sees the condition image, so "
+            "crops are the same in the whole run: give --patch_sampling none."
+        )
     if settings.enable_npu_flash_attention and importlib.util.find_spec("torch_npu") is None:
         raise UserError("--enable_npu_flash_attention needs a package that is not installed: torch_npu.")
     _check_writable(settings.output_folder)

@@ -20,6 +20,7 @@ from .facts import CONDITION_FLAGS, VALIDATION_FLAGS, ComfyUIFormat, Config, Fam
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
+    from PIL import Image
 
 
 class Family(FamilyFacts):
@@ -111,6 +112,23 @@ class Family(FamilyFacts):
     @abstractmethod
     def encode_prompts(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> list[PromptEmbeds]:
         """Encode prompts with a text pipeline; the results are on the CPU."""
+
+    def encode_pairs(
+        self, pipeline: DiffusionPipeline, pairs: Sequence[tuple[str, Image.Image]]
+    ) -> list[PromptEmbeds]:
+        """Encode prompts with the condition images that they are about; the results are on the CPU.
+
+        Only for families whose text encoders see them (``reads_condition``).
+
+        Args:
+            pipeline: A text pipeline.
+            pairs: Prompts and images of the size that their latents are made of.
+        """
+        raise NotImplementedError(f"{self.name}'s text encoders see no images")
+
+    def shown_condition(self, image: Image.Image, pipeline_kwargs: Mapping[str, Any]) -> Image.Image:
+        """The condition image of a pipeline call as the call shows it to the text encoders (:meth:`encode_pairs`)."""
+        raise NotImplementedError(f"{self.name}'s text encoders see no images")
 
     def kept_tokens(self, pipeline: DiffusionPipeline) -> int | None:
         """Tokens that the pipeline keeps of what its tokenizer returns; ``None`` where the tokenizer cuts the text."""

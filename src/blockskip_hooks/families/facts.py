@@ -144,6 +144,9 @@ class FamilyFacts(ABC):
         text_comes_first: Whether text is before image in that sequence.
         aligns_prompts: Whether prompts that share batches must have one length; see
             :meth:`~.base.Family.align_embeds`.
+        reads_condition: Whether the text encoders see the condition image, too: a prompt's embeddings are then those
+            of a pair, whose crop is the same in the whole run; see :meth:`~.base.Family.encode_pairs`.
+        condition_on_mode: Whether a condition image's latents are the mode of the posterior where others are drawn.
         own_flags: Flags that have an effect with some families only, this one among them.
         flag_defaults: Defaults of flags that differ between families.
         trains_on_mode: Whether latents are the mode of the VAE's posterior, as upstream, and not drawn from it.
@@ -174,6 +177,8 @@ class FamilyFacts(ABC):
     patch_size: ClassVar[int | None] = 2
     text_comes_first: ClassVar[bool] = True
     aligns_prompts: ClassVar[bool] = False
+    reads_condition: ClassVar[bool] = False
+    condition_on_mode: ClassVar[bool] = False
     own_flags: ClassVar[tuple[Flag, ...]] = ()
     flag_defaults: ClassVar[Mapping[str, Any]] = {}
     trains_on_mode: bool = False

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import free_memory
+from PIL import Image
 
 from ..loading.text_encoders import large_encoders
 from ..utils.errors import UserError, first_line
@@ -85,6 +86,7 @@ def encode_prompts(
     progress: StageProgress | None = None,
     adapt: Callable[[DiffusionPipeline], None] | None = None,
     photos: Mapping[str, Sequence[str]] | None = None,
+    pairs: Mapping[str, tuple[str, Image.Image]] | None = None,
 ) -> tuple[dict[str, PromptEmbeds], TrainedText | None]:
     """Embed prompts and free the text encoders.
 
@@ -99,6 +101,8 @@ def encode_prompts(
         progress: The running stage, which advances by one per prompt; by default many prompts get a bar of their own.
         adapt: Changes the text pipeline before it is used: loads a LoRA, say.
         photos: Names of the photos by prompt, for the warning of prompts that are longer than the model reads.
+        pairs: Prompts and condition images that are encoded together, by the entries of ``prompts`` that stand for
+            them.
 
     Returns:
         Embeddings by prompt, on the CPU, and the kept encoders.
@@ -122,7 +126,10 @@ def encode_prompts(
     for prompt in listed(prompts, "Encoding prompts", "prompt", total=len(prompts), shown=shown):
         try:
             with measured_prompt(family.kept_tokens(pipeline)) as lengths:
-                (encoded,) = family.encode_prompts(pipeline, [prompt])
+                if pairs and prompt in pairs:
+                    (encoded,) = family.encode_pairs(pipeline, [pairs[prompt]])
+                else:
+                    (encoded,) = family.encode_prompts(pipeline, [prompt])
         except ValueError as error:
             of_photos = f" of {', '.join(photos[prompt])}" if photos and photos.get(prompt) else ""
             raise UserError(

@@ -5,26 +5,26 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from torch.overrides import TorchFunctionMode
 
 from ..layouts import BlockLayout
 from ..utils.errors import UserError
-from .base import VALIDATION_FLAGS, Config, PromptEmbeds, no_progress_bar
+from .base import CONDITION_FLAGS, VALIDATION_FLAGS, Config, PromptEmbeds, no_progress_bar
 from .qwen_image import VideoLatents
+from .qwen_image_21_layout import SLOT, LayoutByShape
 
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
-
-
-SLOT = 4
-"""Latents, 2 x 2 of them, that stand for one image slot of the vision-language model's sequence."""
+    from PIL import Image
 
 
 class QwenImage21(VideoLatents):
@@ -42,9 +42,11 @@ class QwenImage21(VideoLatents):
     text_width = "context_in_dim"
     image_size = 1024
     aligns_prompts = True
+    reads_condition = True
+    condition_on_mode = True
     lora_layers = ("attn.to_k", "attn.to_q", "attn.to_v", "attn.to_out.0")
-    # The number of steps, as upstream.
-    own_flags = VALIDATION_FLAGS[1:]
+    # Of validation the number of steps alone, as upstream.
+    own_flags = (*CONDITION_FLAGS, *VALIDATION_FLAGS[1:])
     flag_defaults = {
         "max_sequence_length": 512,
         "output_dir": "hidream-dreambooth-lora",
@@ -67,22 +69,51 @@ class QwenImage21(VideoLatents):
 
         @functools.wraps(forward)
         def traceable(*args: Any, **kwargs: Any) -> Any:
-            with _LayoutByShape(transformer, kwargs["hidden_states"].shape[1], kwargs["img_mask"].shape[1]):
+            with LayoutByShape(transformer, kwargs):
                 return forward(*args, **kwargs)
 
         transformer.forward = traceable
 
+    def image_arguments(self, side: int) -> dict[str, Any]:
+        # A condition image is scaled to as many pixels.
+        return {**super().image_arguments(side), "output_resolution": side}
+
     @torch.no_grad()
     def encode_prompts(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> list[PromptEmbeds]:
-        encoded = []
         # One at a time, so that no prompt is padded to the length of another.
-        for prompt in prompts:
-            embeds, _, _ = pipeline.encode_prompt(prompt)
-            tokens, limit = embeds[0].cpu(), self.flags["max_sequence_length"]
-            if len(tokens) > limit:
-                raise ValueError(f"it has {len(tokens)} tokens, limit {limit}; the model itself reads all of them")
-            encoded.append({"prompt_embeds": tokens})
+        encoded = (pipeline.encode_prompt(prompt)[0][0].cpu() for prompt in prompts)
+        return [{"prompt_embeds": self._within_limit(tokens)} for tokens in encoded]
+
+    def _within_limit(self, tokens: torch.Tensor) -> torch.Tensor:
+        limit = self.flags["max_sequence_length"]
+        if len(tokens) > limit:
+            raise ValueError(f"it has {len(tokens)} tokens, limit {limit}; the model itself reads all of them")
+        return tokens
+
+    @torch.no_grad()
+    def encode_pairs(
+        self, pipeline: DiffusionPipeline, pairs: Sequence[tuple[str, Image.Image]]
+    ) -> list[PromptEmbeds]:
+        encoded = []
+        for prompt, image in pairs:
+            embeds, _, is_slot = pipeline.encode_prompt(prompt, [image])
+            tokens, is_slot = embeds[0].cpu(), is_slot[0].cpu()
+            slots, wanted = int(is_slot.sum()), image.width * image.height // self.latent_token_size**2
+            if slots != wanted:
+                raise ValueError(
+                    f"its condition image of {image.width} x {image.height} px is scaled by the model's processor, to "
+                    f"{slots} tokens and not {wanted}; choose another --resolution"
+                )
+            # The transformer reads latents in place of the tokens of the image.
+            place = torch.tensor([int(is_slot.int().argmax()), slots])
+            encoded.append({"prompt_embeds": self._within_limit(tokens[~is_slot]), "image_place": place})
         return encoded
+
+    def shown_condition(self, image: Image.Image, pipeline_kwargs: Mapping[str, Any]) -> Image.Image:
+        side = pipeline_kwargs.get("output_resolution", self.image_size)
+        pipeline = sys.modules[self.pipeline_class.__module__]
+        width, height, _ = pipeline.calculate_dimensions(side**2, image.width / image.height)
+        return VaeImageProcessor().resize(image.convert("RGBA"), width=width, height=height)
 
     def align_embeds(self, embeds: Mapping[str, PromptEmbeds]) -> dict[str, PromptEmbeds]:
         lengths = {prompt: len(of["prompt_embeds"]) for prompt, of in embeds.items()}
@@ -91,6 +122,7 @@ class QwenImage21(VideoLatents):
             return dict(embeds)
         return {
             prompt: {
+                **of,
                 "prompt_embeds": pad(of["prompt_embeds"], (0, 0, 0, longest - lengths[prompt])),
                 "prompt_embeds_mask": torch.arange(longest) < lengths[prompt],
             }
@@ -104,6 +136,8 @@ class QwenImage21(VideoLatents):
             # Only if there is padding, as in the pipeline: attention without a mask is faster.
             masks = [prompt.get("prompt_embeds_mask", torch.ones(len(prompt["prompt_embeds"]))) for prompt in embeds]
             collated["prompt_embeds_mask"] = pad_sequence([mask.bool() for mask in masks], batch_first=True)
+        if "image_place" in embeds[0]:
+            collated["image_place"] = torch.stack([prompt["image_place"] for prompt in embeds])
         return collated
 
     def posterior(self, vae: ModelMixin, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,6 +150,10 @@ class QwenImage21(VideoLatents):
         batch, _, height, width = noisy_latents.shape
         text = embeds["prompt_embeds"]
         is_image = torch.arange(text.shape[1] + height * width // SLOT, device=text.device) >= text.shape[1]
+        if "image_place" in embeds:
+            # A mark where the condition image comes in.
+            start = int(embeds["image_place"][0, 0])
+            is_image = torch.cat([is_image[:start], is_image.new_ones(1), is_image[start:]])
         return {
             "hidden_states": noisy_latents.flatten(2).transpose(1, 2),
             "timestep": timesteps / self.scheduler.config["num_train_timesteps"],
@@ -124,6 +162,26 @@ class QwenImage21(VideoLatents):
             "img_shapes": [[(1, height, width)]] * batch,
             "img_mask": is_image.expand(batch, -1),
         }
+
+    def with_condition(self, inputs: dict[str, Any], condition: torch.Tensor) -> dict[str, Any]:
+        batch, _, height, width = condition.shape
+        text, mask, is_image = (inputs[n] for n in ("encoder_hidden_states", "encoder_hidden_states_mask", "img_mask"))
+        slots, shape = height * width // SLOT, inputs["img_shapes"][0][0]
+        marked = is_image.shape[1] > text.shape[1] + math.prod(shape) // SLOT
+        # Shapes of a plan say no place.
+        start = int(is_image[0].int().argmax()) if marked else 0
+        return {
+            **inputs,
+            "hidden_states": torch.cat([condition.flatten(2).transpose(1, 2), inputs["hidden_states"]], dim=1),
+            "encoder_hidden_states": _opened(text, start, text.new_zeros(batch, slots, text.shape[2])),
+            "encoder_hidden_states_mask": None if mask is None else _opened(mask, start, mask.new_ones(batch, slots)),
+            "img_shapes": [[(1, height, width), shape]] * batch,
+            "img_mask": _opened(is_image, start, is_image.new_ones(batch, slots - marked)),
+        }
+
+    def image_tokens(self, transformer_config: Config, inputs: Mapping[str, Any]) -> int:
+        # Condition images are within the text, so they count as text.
+        return math.prod(inputs["img_shapes"][0][-1])
 
     def text_positions(self, transformer_config: Config, inputs: Mapping[str, Any], length: int) -> torch.Tensor:
         # Text attends in calls of its own, which do not have the image.
@@ -143,6 +201,14 @@ class QwenImage21(VideoLatents):
                 self.model_path, transformer=transformer, vae=vae, text_encoder=None
             )
         pipeline.set_progress_bar_config(disable=True)
+        encode = pipeline.encode_prompt
+
+        def encode_prompt(*args: Any, prompt_embeds: Any = None, **kwargs: Any) -> Any:
+            # Where the condition image is comes with the embeddings.
+            mask = getattr(prompt_embeds, "image_pad_mask", None)
+            return encode(*args, prompt_embeds=prompt_embeds, image_pad_mask=mask, **kwargs)
+
+        pipeline.encode_prompt = encode_prompt
         return pipeline
 
     def pipeline_inputs(self, embeds: PromptEmbeds, negative: PromptEmbeds | None) -> dict[str, Any]:
@@ -151,45 +217,17 @@ class QwenImage21(VideoLatents):
             if prompt is not None:
                 mask = prompt.get("prompt_embeds_mask")
                 tokens = prompt["prompt_embeds"]
-                inputs[f"{prefix}prompt_embeds"] = tokens if mask is None else tokens[:, mask[0]]
+                tokens = tokens if mask is None else tokens[:, mask[0]]
+                if "image_place" in prompt:
+                    start, slots = prompt["image_place"][0].tolist()
+                    tokens = _opened(tokens, start, tokens.new_zeros(1, slots, tokens.shape[-1]))
+                    places = torch.arange(tokens.shape[1], device=tokens.device)
+                    # A call of the pipeline takes no such mask; see image_pipeline.
+                    tokens.image_pad_mask = ((places >= start) & (places < start + slots))[None]
+                inputs[f"{prefix}prompt_embeds"] = tokens
         return inputs
 
 
-class _LayoutByShape(TorchFunctionMode):
-    """Within this context the forward of an empty transformer takes from shapes where text and images are.
-
-    Fake tensors have no values, and the forward reads the layout from those of the image mask.
-
-    Args:
-        transformer: The transformer.
-        image_tokens: Tokens of the images.
-        slots: Tokens of the text, and of the images a quarter.
-    """
-
-    def __init__(self, transformer: Any, image_tokens: int, slots: int) -> None:
-        super().__init__()
-        self._text_tokens = slots - image_tokens // SLOT
-        self._length = self._text_tokens + image_tokens
-        self._rope = transformer.pos_embed
-        transformer.pos_embed.forward = self._positions
-        transformer.build_token_metadata = self._metadata
-
-    def _positions(self, img_shapes: Any, image_pad_mask: torch.Tensor, device: torch.device) -> torch.Tensor:
-        index = torch.zeros(self._length, dtype=torch.long)
-        return torch.cat([frequencies[index] for frequencies in self._rope.freqs], dim=-1)
-
-    def _metadata(self, image_pad_mask: torch.Tensor, img_shapes: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        return image_pad_mask.long(), image_pad_mask
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in (torch.repeat_interleave, torch.Tensor.repeat_interleave):
-            return args[0].index_select(kwargs.get("dim", 0), torch.zeros(self._length, dtype=torch.long))
-        if func is torch.Tensor.__setitem__:
-            images = torch.arange(self._text_tokens, self._length)
-            return func(args[0], (slice(None), images), args[2])
-        if func is torch.Tensor.__int__:
-            return self._text_tokens
-        if func is torch.Tensor.tolist:
-            return [-1] * len(args[0])
-        return func(*args, **kwargs)
+def _opened(rows: torch.Tensor, start: int, within: torch.Tensor) -> torch.Tensor:
+    """``rows`` ``(B, S, ...)`` with ``within`` before row ``start`` of each sample."""
+    return torch.cat([rows[:, :start], within, rows[:, start:]], dim=1)

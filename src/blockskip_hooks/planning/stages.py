@@ -503,10 +503,12 @@ def _encode_text(request: PlanRequest, training_peak: int) -> tuple[Usage, bool]
 
 def _run_encoders(request: PlanRequest, streamed: Sequence[int]) -> Usage:
     """All text encoders are loaded together and run in turn, one prompt at a time."""
+    tokens = request.text_tokens
+    if request.has_condition and request.family.reads_condition:
+        # Their vision towers are not simulated: they are small beside the layers that read what they make.
+        tokens += math.prod(request.training_size) // request.family.latent_token_size**2
     usages = [
-        simulate_text_encoder(
-            c, 1, request.text_tokens, request.weight_dtype, streamed=position in streamed, device=request.device
-        )
+        simulate_text_encoder(c, 1, tokens, request.weight_dtype, streamed=position in streamed, device=request.device)
         for position, c in enumerate(request.text_encoders)
     ]
     total = Usage(0, 0)

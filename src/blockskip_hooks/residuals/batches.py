@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from diffusers import ModelMixin
+from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
 from ..data.photo_set import PhotoSet
@@ -133,6 +134,7 @@ class SampleMaker:
         self.device = torch.device(device)
         self.dtype = dtype
         self.are_pairs = sources["instance"].photos.are_pairs
+        self._reads_pairs = self.are_pairs and family.reads_condition
         self._posteriors: dict[tuple[SampleKind, int, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def samples(self, indices: Iterable[int]) -> list[Sample]:
@@ -183,6 +185,19 @@ class SampleMaker:
         """Names of all records that the sample needs."""
         return [sample.id, *self.shared_ids(sample).values()]
 
+    def embeds_key(self, sample: Sample) -> str:
+        """The key of the sample's embeddings: its prompt, and its photo where text encoders see condition images."""
+        return f"{self.prompt(sample)} [photo {sample.image + 1}]" if self._reads_pairs else self.prompt(sample)
+
+    def pairs(self) -> dict[str, tuple[str, Image.Image]]:
+        """Prompts and condition images that text encoders see together, by :meth:`embeds_key`; else nothing."""
+        if not self._reads_pairs:
+            return {}
+        # Crops are fixed, so any sample of a photo has the photo's.
+        samples = [self.plan.sample(index) for index in range(self.plan.epoch_length)]
+        first = {self.embeds_key(sample): sample for sample in reversed(samples)}
+        return {key: (self.prompt(sample), as_picture(self.crop(sample)[1])) for key, sample in first.items()}
+
     def is_recorded(self, sample: Sample, store: ResidualStore) -> bool:
         """Whether the store holds everything of the sample."""
         return all(record in store for record in self.record_ids(sample))
@@ -194,7 +209,7 @@ class SampleMaker:
 
     def shape_key(self, sample: Sample) -> tuple:
         """What decides the shapes of the sample's tensors; equal keys can share a forward without padding."""
-        return sample.bucket, *(tuple(tensor.shape) for tensor in self.embeds[self.prompt(sample)].values())
+        return sample.bucket, *(tuple(tensor.shape) for tensor in self.embeds[self.embeds_key(sample)].values())
 
     @torch.no_grad()
     def encode(self, vae: ModelMixin, samples: Sequence[Sample], crops: torch.Tensor | None = None) -> torch.Tensor:
@@ -233,6 +248,8 @@ class SampleMaker:
                 return self.family.posterior(vae, crops)
             photos, conditions = (self.family.posterior(vae, part) for part in crops.unbind(1))
         mean, std = (torch.stack(parts, dim=1) for parts in zip(photos, conditions, strict=True))
+        if self.family.condition_on_mode:
+            std[:, 1] = 0.0
         return mean, std
 
     def _fixed_posterior(self, vae: ModelMixin, sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
@@ -254,7 +271,7 @@ class SampleMaker:
             [torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(s.noise_seed)) for s in samples]
         )
         prompts = [self.prompt(sample) for sample in samples]
-        embeds = self.family.collate_embeds([self.embeds[prompt] for prompt in prompts])
+        embeds = self.family.collate_embeds([self.embeds[self.embeds_key(sample)] for sample in samples])
         noise = noise.to(latents)
         return Batch(
             samples=list(samples),
@@ -277,6 +294,11 @@ class SampleMaker:
         stacked = {name: pad_sequence([record[name] for record in records], batch_first=True) for name in records[0]}
         latents = stacked.pop("latents")
         return self.batch(samples, latents, SpanResiduals(**stacked) if stacked else None)
+
+
+def as_picture(crop: torch.Tensor) -> Image.Image:
+    """A crop ``(3, h, w)`` in [-1, 1] as the picture that it was cut from."""
+    return Image.fromarray((crop * 127.5 + 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy())
 
 
 class RecordDataset(torch.utils.data.Dataset):

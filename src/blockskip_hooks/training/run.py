@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -184,24 +184,30 @@ class Run:
         """Whether the embeddings of all prompts that are trained with have one length."""
         return self.family.aligns_prompts and self.batches
 
-    def align(
-        self, embeds: dict[str, PromptEmbeds], sources: dict[SampleKind, PhotoSource]
-    ) -> dict[str, PromptEmbeds]:
-        """Embeddings by prompt, those of one length that the family's batches need so."""
+    def align(self, embeds: dict[str, PromptEmbeds], trained: Iterable[str]) -> dict[str, PromptEmbeds]:
+        """Embeddings by prompt, the trained ones of one length where the family's batches need it."""
         if not self.aligns_prompts:
             return embeds
-        return embeds | self.family.align_embeds({prompt: embeds[prompt] for prompt in self.photo_prompts(sources)})
+        return embeds | self.family.align_embeds({prompt: embeds[prompt] for prompt in trained})
 
-    def photo_prompts(self, sources: dict[SampleKind, PhotoSource]) -> list[str]:
-        """Every prompt that photos are trained with."""
+    @property
+    def encodes_pairs(self) -> bool:
+        """Whether text encoders see each photo's condition image beside its prompt."""
+        return self.family.reads_condition and self.settings.condition_flag is not None
+
+    def trained_prompts(self, sources: dict[SampleKind, PhotoSource]) -> list[str]:
+        """Every prompt that is trained with."""
         prompts = [prompt for source in sources.values() for prompt in source.prompts()]
-        return prompts + [""] * (self.settings.caption_dropout > 0)
+        return list(dict.fromkeys([*prompts, *[""] * (self.settings.caption_dropout > 0)]))
 
-    def all_prompts(self, sources: dict[SampleKind, PhotoSource]) -> list[str]:
-        """Every prompt that the trained model's text encoders have to embed."""
-        prompts = self.photo_prompts(sources)
-        prompts += self.image_prompts if self.validation_family is None else []
-        return list(dict.fromkeys(prompts))
+    @property
+    def image_pairs(self) -> dict[str, tuple[str, Image.Image]]:
+        """The prompts of validation images with the condition image, where text encoders see both."""
+        kwargs = self.image_kwargs
+        if not self.image_family.reads_condition or "image" not in kwargs:
+            return {}
+        shown = self.image_family.shown_condition(kwargs["image"], kwargs)
+        return {prompt: (prompt, shown) for prompt in self.image_prompts}
 
     @property
     def image_prompts(self) -> list[str]:
@@ -284,7 +290,7 @@ class Run:
             mode_scale=settings.mode_scale,
             random_flip=settings.random_flip,
             center_crop=settings.center_crop,
-            fixed_crops=settings.cache_latents and self.patch.mode == "none",
+            fixed_crops=(settings.cache_latents or self.encodes_pairs) and self.patch.mode == "none",
             buckets=buckets if self.patch.buckets else None,
             batch_size=settings.train_batch_size,
             caption_dropout=settings.caption_dropout,

@@ -1,5 +1,6 @@
 """Validation images of another model, a distilled sibling say: its weights with the LoRA, and nothing else changes."""
 
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +12,9 @@ from diffusers import AutoModel
 
 from blockskip_hooks.cli import preparation
 from blockskip_hooks.cli.arguments import parse_args
+from blockskip_hooks.cli.run_plan import plan_for
+from blockskip_hooks.families.facts import VALIDATION_FLAGS
+from blockskip_hooks.planning.devices import rounded
 from blockskip_hooks.training.validation import Validation
 from tests.script import PROMPT, assert_same_weights, load_script, save_photos, settings, train
 from tests.tiny import TINY_FAMILIES
@@ -86,6 +90,28 @@ def test_guidance_and_steps_are_what_the_sibling_needs_unless_flags_say(photos, 
     typed = prepared(photos, tmp_path / "out", *other, *flags).image_kwargs
     assert (typed["num_inference_steps"], typed["guidance_scale"]) == (6, 1.5)
     assert prepared(photos, tmp_path / "out", *flags).image_kwargs["num_inference_steps"] == 6
+
+
+def test_the_plan_is_of_the_sibling_beside_the_lora_of_the_trained_model(photos, tmp_path):
+    flags = ("--skip_blocks", "1,1", "--num_validation_images", "1")
+    other = sibling("flux-dev", tmp_path / "sibling", num_inference_steps=2)
+    runs = prepared(photos, tmp_path, *flags), prepared(photos, tmp_path, *flags, "--validation_model_path", other)
+    plain, with_sibling = (
+        {stage["name"]: stage["parameter_bytes"] for stage in plan_for(run, torch.bfloat16, 1, "cuda")["stages"]}
+        for run in runs
+    )
+    linears = [runs[0].skeleton.transformer.get_submodule(name) for name in runs[0].targets]
+    sizes = [size for layer in linears for size in (2 * layer.in_features, 2 * layer.out_features)]
+    lora = sum(rounded(4 * size, "cuda") for size in sizes)
+    assert with_sibling == {**plain, "validate": plain["validate"] + lora}
+
+
+def test_pipelines_take_what_flags_and_families_ask_for_their_images():
+    for tiny in TINY.values():
+        taken = inspect.signature(tiny.family.pipeline_class.__call__).parameters.keys()
+        assert taken >= tiny.make_family().few_step_arguments().keys(), tiny.name
+        if VALIDATION_FLAGS[0] in tiny.family.own_flags:
+            assert taken >= {"guidance_scale", "num_inference_steps"}, tiny.name
 
 
 @pytest.mark.parametrize(

@@ -51,9 +51,10 @@ def with_validation_model(run: Run) -> Run:
         raise UserError(str(error).replace("--pretrained_model_name_or_path", "--validation_model_path")) from error
     _check_layers(run, family, flag)
     few = family.few_step_arguments()
+    length = few.pop("max_sequence_length", None)
     if "max_sequence_length" not in settings.given:
-        own = {**few, **defaults}.get("max_sequence_length")
-        family.flags |= {} if own is None else {"max_sequence_length": own}
+        length = defaults.get("max_sequence_length", length)
+        family.flags |= {} if length is None else {"max_sequence_length": length}
     kwargs = {**image_size(settings, family, name), **few, **folder_kwargs}
     check_pipeline(family, kwargs)
     return replace(run, validation_family=family, validation_kwargs=kwargs | typed_image_arguments(settings))

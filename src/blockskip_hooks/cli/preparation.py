@@ -88,6 +88,7 @@ def prepare_run(settings: TrainSettings) -> Run:
         raise UserError(f"--pretrained_model_name_or_path {model_path} cannot be used: {error}") from error
     # Only of distilled models is anything trained beside an assistant.
     few = family.few_step_arguments() if settings.assistant_lora else {}
+    few.pop("max_sequence_length", None)
     pipeline_kwargs = {**image_size(settings, family, settings.pretrained_model_name_or_path), **few, **folder_kwargs}
     quantization, shares_weights = _weights_in_training(settings, blocks["skeleton"])
     assistant = _find_assistant(settings, family, blocks["skeleton"])

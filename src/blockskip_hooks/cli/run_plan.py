@@ -116,6 +116,7 @@ def plan_request(run: Run, dtype: torch.dtype, num_processes: int, device: Devic
         family=other,
         transformer_config=load_config(other.model_path / "transformer"),
         assistant_layers={},
+        text_tokens=other.flags["max_sequence_length"],
         text_encoders=list(encoders.values()),
         streamable_encoders=[position for position, name in enumerate(encoders) if name in streamable],
         validation_extra_bytes=_weights_bytes(other, dtype),

@@ -6,7 +6,7 @@ import importlib.util
 import inspect
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,9 @@ def prepare_run(settings: TrainSettings) -> Run:
     validate_args(settings)
     if settings.validation_prompt is not None:
         prompts = list(settings.validation_prompt)
+    elif embedded and not prompts and settings.instance_prompt:
+        # A first try ends in pictures; those of this model take seconds.
+        prompts = [settings.instance_prompt]
 
     # A plan needs no weights; what is there is checked.
     configs_only = settings.plan_only and not has_weights(model_path)
@@ -94,6 +97,11 @@ def prepare_run(settings: TrainSettings) -> Run:
         logger.warning(line)
     if embedded and (unknown := unknown_words(" ".join([settings.instance_prompt or "", *prompts]))):
         logger.warning(_unknown_line(unknown))
+    for word, spelled in other_capitals(settings.instance_prompt or "", prompts).items():
+        logger.warning(
+            f"'{spelled}' of --instance_prompt is '{word}' in a validation prompt: to many text encoders these are "
+            "two words; write both alike."
+        )
     if settings.with_prior_preservation:
         _check_class_images(settings.class_folder)
     if not settings.instance_prompt and any(photo.caption is None for photo in photos):
@@ -117,6 +125,13 @@ def prepare_run(settings: TrainSettings) -> Run:
         quantization=quantization,
         shares_weights=shares_weights,
     )
+
+
+def other_capitals(prompt: str, others: Sequence[str]) -> dict[str, str]:
+    """Words of other prompts that ``prompt`` spells with other capitals, with its spelling; first words may differ."""
+    spelled = {word.lower(): word for word in prompt.split()[1:]}
+    words = [word for other in others for word in other.split()[1:]]
+    return {word: spelled[word.lower()] for word in words if spelled.get(word.lower(), word) != word}
 
 
 def _unknown_line(words: list[str]) -> str:

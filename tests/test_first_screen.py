@@ -379,7 +379,10 @@ def shared(model: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) 
         patch.chdir(folder)
         flags = ("--skip_blocks", "1,1", "--max_train_steps", "2", "--num_validation_images", "1")
         flags += ("--validation_prompt", "a sks dog", "a sks dog at night", "--validation_resolution", "64")
-        script.train(model, photos, Path("."), *flags)
+        words = script.settings(model, photos, Path("."), *flags)
+        at = words.index("--seed")
+        script.AcceleratorState._reset_state(reset_partial_state=True)
+        assert script.load_script().main([*words[:at], *words[at + 2 :]]) == 0
     return folder
 
 
@@ -396,6 +399,13 @@ def test_pages_to_be_shared_hold_no_folders_of_the_machine(shared: Path, model: 
         assert [str(path) for path in (shared.parent, model.parent, photos.parent) if str(path) in text] == []
     assert json.loads((shared / "run_report.json").read_text())["settings"]["instance_data_dir"] == str(photos)
     assert "run_report.json has them in full" in (shared / "report.html").read_text()
+
+
+def test_the_page_has_the_command_that_repeats_the_run_with_the_seed_that_was_drawn(shared: Path):
+    page = re.sub("<[^>]+>", "", (shared / "report.html").read_text())
+    seed = json.loads((shared / "run_report.json").read_text())["settings"]["seed"]
+    command = re.search("blockskip train --pretrained_model_name_or_path [^\n]+", page)[0]
+    assert re.search(f"--validation_resolution 64 --seed {seed}\\b", command) and "accelerate launch" not in page
 
 
 def test_the_page_lists_the_settings_in_use_with_what_they_came_to(shared: Path):

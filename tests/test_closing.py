@@ -42,13 +42,20 @@ def test_files_are_named_and_there(said: tuple[Path, list[str], list[str]]):
     assert lines[start + 4] == "Measure  blockskip evaluate compares images with your photos (--help)"
 
 
-def test_the_lines_that_use_the_lora_are_those_of_the_card(said: tuple[Path, list[str], list[str]]):
+def test_the_lines_that_use_the_lora_are_those_of_the_card(
+    said: tuple[Path, list[str], list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
     output, lines, _ = said
     used = lines[lines.index("Use it:") + 1 :]
     card = (output / "README.md").read_text()
-    assert used[0].startswith("  pipeline = DiffusionPipeline.from_pretrained(") and PROMPT in "\n".join(used)
-    assert used[1].startswith("  pipeline.load_lora_weights(") and used[2].startswith("  image = pipeline(")
-    assert all(line.strip() in card for line in used if "from_pretrained" not in line and "load_lora" not in line)
+    assert used[:2] == ["import torch", "from diffusers import DiffusionPipeline"]
+    assert used[2].startswith("pipeline = DiffusionPipeline.from_pretrained(")
+    assert used[3].startswith("pipeline.load_lora_weights(") and used[-1].startswith("image.save(")
+    assert all(line in card for line in used if "from_pretrained" not in line and "load_lora" not in line)
+    # They run as they stand, from the folder that the run was started in.
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(used), {})
+    assert Image.open(tmp_path / "image.png").size == (32, 32)
 
 
 def test_the_page_is_shown_where_there_is_a_browser(said, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -66,5 +73,5 @@ def test_images_of_the_embedded_model_are_compared(monkeypatch: pytest.MonkeyPat
     # The mean over photos that are the images has each photo itself in it.
     assert line.startswith("Alike    ") and before < 0.5 < most < after
     (line,) = closing._alike(run, photos[:1], [photos[:1]], [photos[:1]])
-    assert line.endswith("1.00 before and 1.00 after: similarity of images and photos")
+    assert line.endswith("1.00 before and 1.00 after, of at most 1: images with photos")
     assert closing._alike(run, photos, [], []) == []

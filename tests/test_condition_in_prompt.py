@@ -1,4 +1,4 @@
-"""Condition images that the text encoder sees, too: they stand within the text of the sequence. Qwen-Image 2.1 alone."""
+"""Condition images that the text encoder sees, too: they stand within the text of the sequence (Qwen-Image 2.1)."""
 
 from __future__ import annotations
 

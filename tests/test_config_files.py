@@ -169,3 +169,13 @@ def test_a_run_from_a_file_is_the_run_of_the_flags(write, tmp_path):
     script.AcceleratorState._reset_state(reset_partial_state=True)
     assert script.load_script().main(["--config", write(**{**settings, **flags})]) == 0
     script.assert_same_weights(tmp_path / "file", typed)
+
+
+def test_recipes_are_found_from_every_folder(write, tmp_path):
+    assert parse_args(["--config", "configs/flux-12gb.yaml"]).skip_blocks == "17,0"
+    with pytest.raises(SystemExit):
+        parse_args(["--config", "configs/flux-13gb.yaml"])
+    # A file of one's own is the one that is meant.
+    (tmp_path / "configs").mkdir()
+    write(name="configs/flux-12gb.yaml", skip_blocks="3,0")
+    assert parse_args(["--config", "configs/flux-12gb.yaml"]).skip_blocks == "3,0"

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from blockskip_hooks.cli import console, doctor
+from blockskip_hooks.cli.arguments import parse_args
 from blockskip_hooks.utils.errors import UserError
 from tests.script import load_script
 from tests.tiers import fast_first
@@ -130,7 +131,19 @@ def test_doctor_names_the_recipe_of_the_card(memory: int, recipe: int):
 
 def test_without_a_card_no_recipe_is_named():
     said = "\n".join(doctor.fitting_lines(None))
-    assert "gb.yaml" not in said and "--memory_budget" in said
+    assert "gb.yaml" not in said and "blockskip plan --preset flux.1-dev --gpu 12GB" in said
+
+
+@pytest.mark.parametrize("memory", [None, 12_600_000_000])
+def test_lines_of_doctor_can_be_copied_whole(memory: int | None):
+    for line in doctor.fitting_lines(memory):
+        if not line.startswith("blockskip "):
+            continue
+        command, *words = shlex.split(line, comments=True)[1:]
+        if command == "train":
+            parse_args(words)
+        else:
+            load_script("plan_memory").check_args(load_script("plan_memory").build_parser().parse_args(words))
 
 
 def test_a_stored_token_is_told_of_and_not_shown(monkeypatch: pytest.MonkeyPatch):

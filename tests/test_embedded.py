@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 
 from blockskip_hooks.cli.arguments import build_parser, parse_args
@@ -21,6 +23,7 @@ from blockskip_hooks.families import detect_family
 from blockskip_hooks.families.flux import Flux
 from blockskip_hooks.inference.subject_encoder import SubjectEncoder
 from blockskip_hooks.loading.model_defaults import model_defaults
+from blockskip_hooks.reporting.model_card import usage_snippet
 
 
 ROOT = Path(__file__).parents[1]
@@ -123,6 +126,33 @@ def test_readme_command_runs_on_a_machine_without_anything(tmp_path: Path, capsy
         "README.md",
         "before_after.png",
     }
+
+
+def test_own_photos_end_in_images_of_their_prompt(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    words = ["--instance_data_dir", str(embedded_photos()), "--output_dir", str(tmp_path)]
+    run = prepare_run(parse_args([*words, "--instance_prompt", "a photo of sks mug"]))
+    assert run.final_prompts == ["a photo of sks mug"] and run.makes_images
+    asked = prepare_run(parse_args([*words, "--validation_prompt", "a photo of sks dog in the snow"]))
+    assert asked.final_prompts == ["a photo of sks dog in the snow"]
+    assert "those without a caption get 'a photo of sks object'" in caplog.text
+
+
+def test_three_lines_use_a_lora(tmp_path: Path):
+    lora, prompt = tmp_path / "my lora", 'a photo of sks dog, "red"'
+    transformer = FluxTransformer2DModel.from_pretrained(embedded_model(), subfolder="transformer")
+    transformer.add_adapter(LoraConfig(r=1, target_modules=["to_q"], init_lora_weights=False))
+    FluxPipeline.save_lora_weights(lora, transformer_lora_layers=get_peft_model_state_dict(transformer))
+    lines = [line for line in usage_snippet("micro", lora, prompt, embedded=True).splitlines() if line]
+    assert len(lines) == 3 and lines[2] == f'pipeline({json.dumps(prompt)}).images[0].save("image.png")'
+    names: dict[str, Any] = {}
+    exec("\n".join(lines[:2]), names)
+    stock = names["pipeline"].func
+    assert type(stock) is FluxPipeline and stock.get_active_adapters() == ["default_0"]
+    # Arguments of the call come first, the model's own fill in.
+    defaults, arguments = model_defaults(embedded_model())
+    (image,) = names["pipeline"](prompt, num_inference_steps=1).images
+    assert image.size == (defaults["resolution"],) * 2
+    assert names["pipeline"].keywords.items() >= arguments.items()
 
 
 def test_words_that_the_model_never_read_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture):

@@ -21,7 +21,7 @@ from PIL import Image
 
 from blockskip_hooks.cli.arguments import build_parser, parse_args
 from blockskip_hooks.cli.first_screen import training_lines
-from blockskip_hooks.cli.preparation import prepare_run
+from blockskip_hooks.cli.preparation import other_capitals, prepare_run
 from blockskip_hooks.reporting.hub import nearby
 from blockskip_hooks.training.learning_rate import describe_rate, format_rate, warn_of_warmup
 from blockskip_hooks.training.used_flags import without_effect
@@ -343,9 +343,20 @@ def test_several_prompts_are_drawn(model: Path, photos: Path):
     run = prepared(model, photos, *words)
     assert run.prompts == run.final_prompts == ["a sks dog", "a cat"]
     assert run.settings.plain()["validation_prompt"] == ["a sks dog", "a cat"]
-    assert training_lines(run, 4, 1)[1] == (
-        f"Images   3 of each of 2 prompts, {run.image_size} px, every 50 epochs and at the end"
+    epoch = run.expected_schedule(1)[0]
+    drawn = f"Images   3 of each of 2 prompts, {run.image_size} px, "
+    assert training_lines(run, 50 * epoch + 1, 1)[1] == f"{drawn}every {50 * epoch} steps (50 epochs) and at the end"
+    assert training_lines(run, 50 * epoch, 1)[1] == f"{drawn}at the end"
+
+
+def test_capitals_that_differ_are_warned_of(model: Path, photos: Path, caplog: pytest.LogCaptureFixture):
+    prepared(
+        model, photos, "--instance_prompt", "A photo of SKS dog", "--validation_prompt", "the sks dog", "a SKS dog"
     )
+    said = [record.getMessage() for record in caplog.records if "write both alike" in record.getMessage()]
+    assert len(said) == 1 and said[0].startswith("'SKS' of --instance_prompt is 'sks' in a validation prompt")
+    # Sentences begin with a capital letter, and further words are no other spelling.
+    assert other_capitals("A photo of sks dog", ["Portrait of a sks dog", "Sks dog in Rome"]) == {}
 
 
 def test_one_prompt_is_a_text_and_words_without_quotes_are_refused(model: Path, photos: Path):
@@ -387,7 +398,10 @@ def shared(model: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) 
         patch.chdir(folder)
         flags = ("--skip_blocks", "1,1", "--max_train_steps", "2", "--num_validation_images", "1")
         flags += ("--validation_prompt", "a sks dog", "a sks dog at night", "--validation_resolution", "64")
-        script.train(model, photos, Path("."), *flags)
+        words = script.settings(model, photos, Path("."), *flags)
+        at = words.index("--seed")
+        script.AcceleratorState._reset_state(reset_partial_state=True)
+        assert script.load_script().main([*words[:at], *words[at + 2 :]]) == 0
     return folder
 
 
@@ -404,6 +418,13 @@ def test_pages_to_be_shared_hold_no_folders_of_the_machine(shared: Path, model: 
         assert [str(path) for path in (shared.parent, model.parent, photos.parent) if str(path) in text] == []
     assert json.loads((shared / "run_report.json").read_text())["settings"]["instance_data_dir"] == str(photos)
     assert "run_report.json has them in full" in (shared / "report.html").read_text()
+
+
+def test_the_page_has_the_command_that_repeats_the_run_with_the_seed_that_was_drawn(shared: Path):
+    page = re.sub("<[^>]+>", "", (shared / "report.html").read_text())
+    seed = json.loads((shared / "run_report.json").read_text())["settings"]["seed"]
+    command = re.search("blockskip train --pretrained_model_name_or_path [^\n]+", page)[0]
+    assert re.search(f"--validation_resolution 64 --seed {seed}\\b", command) and "accelerate launch" not in page
 
 
 def test_the_page_lists_the_settings_in_use_with_what_they_came_to(shared: Path):

@@ -219,7 +219,6 @@ def test_snippet_is_valid_python_with_the_pipeline_arguments(tmp_path: Path):
     snippet = usage_snippet("owner/tiny", tmp_path, "x", {"max_sequence_length": 32})
     page = report(tmp_path, snippet=snippet)
     assert "max_sequence_length=32" in page.text and "torch.bfloat16" in page.text
-    assert "from_pretrained(embedded_model())" in usage_snippet("micro", tmp_path, "x", dtype=None, embedded=True)
     code = usage_snippet("owner/tiny", tmp_path, HOSTILE, {"guidance_scale": 3.5, "negative_prompt": None})
     strings = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
     assert HOSTILE in strings and str(tmp_path) in strings and 3.5 in strings

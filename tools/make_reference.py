@@ -50,7 +50,7 @@ _ORDER = (
     *("BlockSkipConfig", "DiTBlockSkipTransformer", "SpanResiduals", "lora_targets", "list_blocks", "Block"),
     *("BlockSpans", "apply_block_skip", "remove_block_skip", "BlockSkipState", "SkipMode", "PatchSamplingConfig"),
     *("patch_size_for", "QuantizationConfig", "CaptureDone", "UserError"),
-    *("embedded_model", "embedded_photos", "embedded_subjects"),
+    *("embedded_model", "embedded_pipeline", "embedded_photos", "embedded_subjects"),
 )
 
 

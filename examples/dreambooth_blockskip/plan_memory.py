@@ -38,7 +38,6 @@ quiet_libraries()
 keep_memory_whole()
 
 import torch
-from tqdm.auto import tqdm
 
 from blockskip_hooks.cli.arguments import SIZE, parse_args
 from blockskip_hooks.cli.gpu_sizes import Fits, format_fits
@@ -56,6 +55,7 @@ from blockskip_hooks.training.chosen_blocks import planned_dtype
 from blockskip_hooks.training.run import Run
 from blockskip_hooks.utils.errors import UserError
 from blockskip_hooks.utils.formatting import format_bytes
+from blockskip_hooks.utils.progress import listed
 
 
 # Flags that the training script has too, with the meaning that they have there.
@@ -232,7 +232,7 @@ def fits_of(args: argparse.Namespace, preset: str) -> Iterator[Fits]:
 def rank(args: argparse.Namespace) -> None:
     """Print what fits a GPU, preset by preset."""
     names, fits = [args.preset] if args.preset else preset_names(), []
-    for preset in tqdm(names, desc="Planning", unit="preset", disable=None):
+    for preset in listed(names, "Planning", "preset", total=len(names)):
         with fits_of(args, preset) as settings:
             fits.append((preset, settings.closest(args.gpu), settings.fastest(args.gpu)))
     print(

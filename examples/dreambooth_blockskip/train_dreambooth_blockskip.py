@@ -95,19 +95,19 @@ def main(argv: list[str] | None = None) -> int:
         but the first say why in one line.
     """
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    command = printable_command(sys.argv if argv is None else [__file__, *argv])
+    flags = printable_command(sys.argv[1:] if argv is None else argv)
     settings = parse_args(argv)
     set_log_level(settings.log_level)
     with StopSignals() as stop, FolderLock() as lock:
         try:
-            return run_script(settings, command, stop, lock)
+            return run_script(settings, flags, stop, lock)
         except Interrupted as error:
             if os.environ.get("RANK", "0") == "0":
                 print(error, file=sys.stderr)
             return 128 + error.number
 
 
-def run_script(settings: TrainSettings, command: str, stop: StopSignals, lock: FolderLock) -> int:
+def run_script(settings: TrainSettings, flags: str, stop: StopSignals, lock: FolderLock) -> int:
     """Check the settings, plan, and train; see :func:`main`."""
     monitor = StageMonitor()
     try:
@@ -145,7 +145,7 @@ def run_script(settings: TrainSettings, command: str, stop: StopSignals, lock: F
             write_json(run.output_dir / "plan.json", plan)
         if not settings.plan_only:
             progress = Progress(monitor, shown=accelerator.is_main_process and settings.log_level != "error")
-            train(run, Context(accelerator, monitor, stop, progress), plan, checkpoint, stretches, command)
+            train(run, Context(accelerator, monitor, stop, progress), plan, checkpoint, stretches, flags)
     except Exception as error:
         if isinstance(error, OSError):
             error = write_error(error, Path(error.filename or run.output_dir))
@@ -185,12 +185,13 @@ def make_accelerator(run: Run) -> Accelerator:
     )
 
 
-def train(run: Run, context: Context, plan: Plan, checkpoint: Path | None, stretches: Stretches, command: str) -> None:
+def train(run: Run, context: Context, plan: Plan, checkpoint: Path | None, stretches: Stretches, flags: str) -> None:
     """Prepare data and model, train stretch by stretch, save."""
     accelerator, monitor = context.accelerator, context.monitor
     if run.settings.push_to_hub and accelerator.is_main_process:
         name = run.settings.hub_model_id or run.output_dir.resolve().name
         run = run.with_flag("hub_model_id", open_repository(name, run.settings.hub_token))
+    has_seed = run.settings.seed is not None
     run = run.with_flag("seed", resolve_seed(run, checkpoint))
     settings, num_steps = run.settings, stretches.num_steps
     if accelerator.is_main_process:
@@ -215,7 +216,10 @@ def train(run: Run, context: Context, plan: Plan, checkpoint: Path | None, stret
     in_step = planned_together(plan, "validate")
     as_planned = (images_at_once, in_step, placement)
     validation = Validation(run, context, model, adapters, records, tracking, *as_planned, image_embeds)
-    command = f"accelerate launch {command}"
+    # A run that drew its seed is repeated with that seed.
+    seed = f" --seed {settings.seed}" * (not has_seed)
+    start = "blockskip train" if accelerator.num_processes == 1 else f"accelerate launch {Path(__file__).name}"
+    command = f"{start} {flags}{seed}"
     outputs = RunOutputs(run, maker, monitor, plan, command, stretches)
     optimizer, lr_scheduler = learner.optimizer, learner.lr_scheduler
     checkpointer = Checkpointer(run, context, adapters, optimizer, lr_scheduler, history, records)

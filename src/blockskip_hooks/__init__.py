@@ -13,7 +13,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from .blocks import Block, BlockSpans, list_blocks
     from .config import BlockSkipConfig, PatchSamplingConfig
-    from .embedded import embedded_model, embedded_photos, embedded_subjects
+    from .embedded import embedded_model, embedded_photos, embedded_pipeline, embedded_subjects
     from .hooks import apply_block_skip, remove_block_skip
     from .loading.quantization import QuantizationConfig
     from .lora import lora_targets
@@ -38,6 +38,7 @@ _MODULES = {
     "apply_block_skip": "hooks",
     "embedded_model": "embedded",
     "embedded_photos": "embedded",
+    "embedded_pipeline": "embedded",
     "embedded_subjects": "embedded",
     "list_blocks": "blocks",
     "lora_targets": "lora",
@@ -61,6 +62,7 @@ __all__ = [
     "apply_block_skip",
     "embedded_model",
     "embedded_photos",
+    "embedded_pipeline",
     "embedded_subjects",
     "list_blocks",
     "lora_targets",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,34 @@ def _asset(*parts: str) -> Path:
 def embedded_model() -> Path:
     """Folder of the embedded pipeline."""
     return _asset("micro_flux")
+
+
+def embedded_pipeline(lora: str | Path | None = None) -> Callable[..., Any]:
+    """The embedded pipeline, which makes images of prompts: diffusers' own, called with what suits the model.
+
+    It is in float32, and on the accelerator if there is one. Arguments of a call are those of the stock pipeline and
+    come before the ones set here: the size of images, the number of steps, guidance and the tokens of a prompt.
+
+    Args:
+        lora: Folder, file or Hub id of a LoRA that it loads.
+
+    Example:
+        >>> pipeline = embedded_pipeline("flux-dreambooth-lora")
+        >>> pipeline("a photo of sks dog in the snow").images[0].save("image.png")
+    """
+    import torch
+    from diffusers import DiffusionPipeline
+
+    from .loading.model_defaults import model_defaults
+
+    flags, arguments = model_defaults(embedded_model())
+    arguments |= dict.fromkeys(("height", "width"), flags["resolution"])
+    arguments["max_sequence_length"] = flags["max_sequence_length"]
+    pipeline = DiffusionPipeline.from_pretrained(embedded_model(), dtype=torch.float32)
+    if lora is not None:
+        pipeline.load_lora_weights(lora)
+    pipeline.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    return functools.partial(pipeline, **arguments)
 
 
 def embedded_subjects() -> dict[str, dict[str, Any]]:

@@ -147,7 +147,9 @@ def _check_photos(settings: TrainSettings) -> None:
         if prompt.isspace() if prompt is not None else not captions_alone:
             raise UserError(f'{model} needs --instance_prompt; give one like "a photo of sks dog".')
     elif {"instance_data_dir", "dataset_name"} & settings.given and "instance_prompt" not in settings.given:
-        logger.warning("No --instance_prompt for your photos: those without a caption get the embedded model's.")
+        logger.warning(
+            "No --instance_prompt for your photos: those without a caption get '%s'.", settings.instance_prompt
+        )
 
     _check_conditions(settings)
     if settings.with_prior_preservation:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import os
 import re
@@ -25,6 +26,7 @@ from ..training.settings import TrainSettings
 from ..utils.errors import UserError, one_line
 from ..utils.files import expand_home
 from .config_files import GONE, config_words
+from .console import shipped
 from .flag_names import with_flags
 from .startup import OneLineParser, make_parser
 
@@ -140,7 +142,11 @@ def family_flags() -> dict[str, Flag]:
 
 def _settings_flags(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument_group("settings").add_argument
-    flag("--config", type=expand_home, help="YAML file with flags as keys; what is typed wins over it. Default: none.")
+    flag(
+        "--config",
+        type=expand_home,
+        help="YAML file with flags as keys, or a recipe: configs/NAME. What is typed wins. Default: none.",
+    )
     flag("--dump_config", action="store_true", help="Print all settings as such a file, and stop.")
 
 
@@ -558,10 +564,13 @@ def parse_args(argv: Sequence[str] | None = None) -> TrainSettings:
 
 
 def _config_file(words: Sequence[str]) -> Path | None:
-    """The file of ``--config``, if the command line names one."""
+    """The file of ``--config``, if the command line names one; recipes of the package are found from every folder."""
     parser = OneLineParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=expand_home)
     path = parser.parse_known_args(words)[0].config
+    if path is not None and Path(path).parts[:1] == ("configs",) and not Path(path).exists():
+        with contextlib.suppress(UserError):
+            return shipped(Path(path).as_posix())
     return None if path is None else Path(path)
 
 

@@ -105,18 +105,16 @@ def tested_lines() -> list[str]:
 
 def fitting_lines(memory: int | None) -> list[str]:
     """The recipes of FLUX.1-dev that a card of ``memory`` bytes has room for, and how to ask for other models."""
-    lines = ["blockskip train --skip_blocks auto   the embedded model, on any machine"]
+    # A line can be copied whole: a shell leaves out what is behind the #.
+    lines = ["blockskip train --skip_blocks auto  # the embedded model, on any machine"]
     # A card of 16 GB says 15.8e9 bytes, one of 12 GB says 12.6e9.
     gigabytes = 0 if memory is None else round(memory / 1e9)
     if (size := max((size for size in SIZES if size <= gigabytes), default=None)) is not None:
         recipe = shipped(f"configs/flux-{size}gb.yaml")
         what = recipe.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
         lines += [f"blockskip train --config {recipe}", f"  {what} Simulated."]
-    budget = f"{size or 12}GiB"
-    lines.append(
-        f"blockskip plan --preset flux.1-dev --memory_budget {budget}   and every other model: blockskip plan --help"
-    )
-    return lines
+    card = f"{size or 12}GB"
+    return [*lines, f"blockskip plan --preset flux.1-dev --gpu {card}  # other models: blockskip plan --help"]
 
 
 def _version(package: str) -> str | None:

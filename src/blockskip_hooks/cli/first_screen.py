@@ -15,7 +15,10 @@ def training_lines(run: Run, num_steps: int, num_processes: int) -> list[str]:
         num_processes: Processes that share the work.
     """
     scale = run.samples_per_step(num_processes) if run.settings.scale_lr else 1
-    return [f"Rate     {describe_rate(run.settings, num_steps, scale)}", f"Images   {_images(run)}"]
+    return [
+        f"Rate     {describe_rate(run.settings, num_steps, scale)}",
+        f"Images   {_images(run, num_steps, num_processes)}",
+    ]
 
 
 def training_warnings(run: Run, num_steps: int) -> list[str]:
@@ -24,7 +27,7 @@ def training_warnings(run: Run, num_steps: int) -> list[str]:
     return [] if warning is None else [warning]
 
 
-def _images(run: Run) -> str:
+def _images(run: Run, num_steps: int, num_processes: int) -> str:
     settings = run.settings
     prompts = list(dict.fromkeys([*run.prompts, *run.final_prompts]))
     if not run.makes_images:
@@ -33,8 +36,10 @@ def _images(run: Run) -> str:
         subject = settings.instance_prompt or "a photo of sks dog"
         return f'none are made; --validation_prompt "{subject} on a beach" asks for some'
     times = []
-    if settings.validation_prompt:
-        times.append(f"every {settings.validation_epochs} epochs")
+    # What an epoch is depends on the number of photos: told in steps, and only if the run gets there.
+    every = settings.validation_epochs * run.expected_schedule(num_processes)[0]
+    if settings.validation_prompt and every < num_steps:
+        times.append(f"every {every} steps ({settings.validation_epochs} epochs)")
     if run.final_prompts:
         times.append("at the end")
     by = f", by {settings.validation_model_path}" if run.validation_family else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,9 @@ def prepare_run(settings: TrainSettings) -> Run:
     validate_args(settings)
     if settings.validation_prompt is not None:
         prompts = list(settings.validation_prompt)
+    elif embedded and not prompts and settings.instance_prompt:
+        # A first try ends in pictures; those of this model take seconds.
+        prompts = [settings.instance_prompt]
 
     # A plan needs no weights; what is there is checked.
     configs_only = settings.plan_only and not has_weights(model_path)
@@ -98,6 +102,11 @@ def prepare_run(settings: TrainSettings) -> Run:
         logger.warning(line)
     if embedded and (unknown := unknown_words(" ".join([settings.instance_prompt or "", *prompts]))):
         logger.warning(_unknown_line(unknown))
+    for word, spelled in other_capitals(settings.instance_prompt or "", prompts).items():
+        logger.warning(
+            f"'{spelled}' of --instance_prompt is '{word}' in a validation prompt: to many text encoders these are "
+            "two words; write both alike."
+        )
     if settings.with_prior_preservation:
         _check_class_images(settings.class_folder)
     if not settings.instance_prompt and any(photo.caption is None for photo in photos):
@@ -129,6 +138,13 @@ def prepare_run(settings: TrainSettings) -> Run:
         validation_kwargs=pipeline_kwargs | typed_image_arguments(settings),
     )
     return with_validation_model(run) if settings.validation_model_path and run.makes_images else run
+
+
+def other_capitals(prompt: str, others: Sequence[str]) -> dict[str, str]:
+    """Words of other prompts that ``prompt`` spells with other capitals, with its spelling; first words may differ."""
+    spelled = {word.lower(): word for word in prompt.split()[1:]}
+    words = [word for other in others for word in other.split()[1:]]
+    return {word: spelled[word.lower()] for word in words if spelled.get(word.lower(), word) != word}
 
 
 def _unknown_line(words: list[str]) -> str:

@@ -17,12 +17,7 @@ from ..training.comfyui import COMFYUI_NAME
 from ..training.merged import MERGED_NAME
 from ..training.run import Run
 from ..utils.formatting import format_bytes, format_seconds
-from .hub import nearby
 from .outputs import PICTURE_NAME, Images, RunOutputs, training_photos
-
-
-_USES = ("from blockskip_hooks", "pipeline = ", "pipeline.load_lora_weights", "image = ", "    ", ").images")
-"""Beginnings of the lines of the example that use the LoRA; the others import and save."""
 
 
 def closing_words(outputs: RunOutputs, report: Mapping[str, Any], before: Images, after: Images) -> str:
@@ -44,14 +39,16 @@ def closing_words(outputs: RunOutputs, report: Mapping[str, Any], before: Images
     files["Page"] = "report.html"
     if before and after:
         files["Picture"] = PICTURE_NAME
-    snippet = outputs.snippet(run.settings.hub_model_id or str(run.output_dir), nearby)
+    # With whole paths, unlike the page, which may be shared: these lines are to run here.
+    snippet = outputs.snippet(run.settings.hub_model_id or str(run.output_dir), str)
     return "\n".join(
         [
             f"Trained {steps} steps in {format_seconds(_seconds(report))}{loss}, {_memory(report)}.",
             *(f"{name:<9}{run.output_dir / file}" for name, file in files.items()),
             *_alike(run, training_photos(outputs.maker), before, after),
             "Use it:",
-            *(f"  {line}" for line in snippet.splitlines() if line.startswith(_USES)),
+            # As Python takes them when they are copied: at the beginning of a line.
+            *filter(None, snippet.splitlines()),
         ]
     )
 
@@ -87,7 +84,7 @@ def _alike(run: Run, photos: Sequence[Image.Image], before: Images, after: Image
     )
     # No image can be expected to be more like the photos than they are like each other.
     pairs = len(photos) * (len(photos) - 1)
-    most = f", of photos {float((embedded @ embedded.T).sum() - len(photos)) / pairs:.2f}" if pairs else ""
-    return [
-        f"Alike    {before_training:.2f} before and {after_training:.2f} after: similarity of images and photos{most}"
-    ]
+    among = float((embedded @ embedded.T).sum() - len(photos)) / pairs if pairs else 0.0
+    most = f", photos with each other {among:.2f}" if pairs else ""
+    figures = f"{before_training:.2f} before and {after_training:.2f} after"
+    return [f"Alike    {figures}, of at most 1: images with photos{most}"]

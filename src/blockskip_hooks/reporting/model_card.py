@@ -151,9 +151,18 @@ def usage_snippet(
         pipeline_class: Module and name of the pipeline's class.
         components: Components that the base model comes without: a class of transformers and what it loads, or
             ``None`` where the pipeline does without.
-        embedded: Whether the base model is the embedded one, which the package finds itself.
+        embedded: Whether the base model is the embedded one, which the package finds and calls itself.
         condition: File of the condition image, for LoRAs that were trained on pairs.
     """
+    if embedded:
+        return "\n".join(
+            (
+                "from blockskip_hooks import embedded_pipeline",
+                "",
+                f"pipeline = embedded_pipeline({_literal(str(lora))})",
+                f'pipeline({_literal(prompt)}).images[0].save("image.png")',
+            )
+        )
     # By name: some pipelines take an image first.
     arguments = [f"prompt={_literal(prompt)}", *([f"image=load_image({_literal(condition)})"] if condition else [])]
     arguments += (f"{key}={_literal(value)}" for key, value in (pipeline_kwargs or {}).items())
@@ -163,20 +172,18 @@ def usage_snippet(
     weights = f", dtype=torch.{dtype}" if dtype else ""
     loaded = {name: source for name, source in (components or {}).items() if source}
     given = [f"{name}={name if name in loaded else None}" for name in components or {}]
-    base = "embedded_model()" if embedded else _literal(model)
     return "\n".join(
         (
             "import torch",
             "from {} import {}".format(*pipeline_class),
             *(["from diffusers.utils import load_image"] if condition else []),
             *([f"from transformers import {', '.join(sorted({kind for kind, _ in loaded.values()}))}"] * bool(loaded)),
-            *(["from blockskip_hooks import embedded_model"] if embedded else []),
             "",
             *(
                 f"{name} = {kind}.from_pretrained({_literal(source)}{'' if kind == _TOKENIZER else weights})"
                 for name, (kind, source) in loaded.items()
             ),
-            f"pipeline = {pipeline_class[1]}.from_pretrained({', '.join([base, *given])}{weights})",
+            f"pipeline = {pipeline_class[1]}.from_pretrained({', '.join([_literal(model), *given])}{weights})",
             f"pipeline.load_lora_weights({_literal(str(lora))})",
             'pipeline.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")',
             call,

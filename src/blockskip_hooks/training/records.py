@@ -138,7 +138,7 @@ class RecordSource:
             self._accelerator.autocast(),
             only_new_garbage(),
             self._adapters_of_stretch(),
-            context.progress.stage("precompute", done, photos=total, records=total) as progress,
+            context.progress.stage("precompute", done, crops=total, records=total) as progress,
         ):
             progress.skip(present)
             with model.on_host() if self._encodes_alone else contextlib.nullcontext(), self.vae() as vae:

@@ -315,9 +315,13 @@ class Run:
 
     def num_steps(self, num_processes: int) -> int:
         """Optimiser steps of the run."""
+        return self.expected_schedule(num_processes)[1]
+
+    def expected_schedule(self, num_processes: int) -> tuple[int, int]:
+        """What :meth:`schedule` says, before there is a sample plan."""
         settings = self.settings
         num_images = {kind: settings.num_class_images if kind == "class" else len(self.photos) for kind in self.kinds}
-        return self.schedule(self.sample_plan(settings.seed or 0, num_images), num_processes)[1]
+        return self.schedule(self.sample_plan(settings.seed or 0, num_images), num_processes)
 
     def longest_stretch(self, num_steps: int) -> int:
         """Steps of a stretch as far as flags decide, whatever there is room for."""

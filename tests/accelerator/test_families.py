@@ -1,4 +1,4 @@
-"""A tiny pipeline of every family on a device that is not the CPU: it runs to its end as planned and leaves nothing."""
+"""A tiny pipeline of every family on a device that is not the CPU: it ends as planned and leaves nothing there."""
 
 from __future__ import annotations
 

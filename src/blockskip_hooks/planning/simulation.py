@@ -300,7 +300,16 @@ class FakeTransformer:
     @property
     def largest_streamed_bytes(self) -> int:
         """Weights of the largest block that is streamed."""
-        return max((sum(map(num_bytes, module.parameters())) for module in self._streamed), default=0)
+        return max(self._streamed_bytes(), default=0)
+
+    @property
+    def ahead_bytes(self) -> int:
+        """Weights of blocks that are read while another one runs: no more than the largest."""
+        sizes = sorted(self._streamed_bytes())
+        return min(sizes[-1], sum(sizes[:-1])) if sizes else 0
+
+    def _streamed_bytes(self) -> list[int]:
+        return [sum(map(num_bytes, module.parameters())) for module in self._streamed]
 
 
 def _shorten(

@@ -93,10 +93,14 @@ def _device_module() -> ModuleType:
 
 def _teach_libraries() -> None:
     os.environ["ACCELERATE_TORCH_DEVICE"] = NAME
+    import accelerate.accelerator
+
     # Without a device this asks about CUDA; peft's and bitsandbytes' layers cast by it.
     enabled, dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
     torch.is_autocast_enabled = lambda *device: enabled(*(device or (NAME,)))
     torch.get_autocast_gpu_dtype = lambda: dtype(NAME)
+    # Where accelerate knows no scaler of a device's own it takes CUDA's, which does nothing without CUDA.
+    accelerate.accelerator.get_grad_scaler = lambda _=None, **settings: torch.amp.GradScaler(NAME, **settings)
     if importlib.util.find_spec("bitsandbytes") is not None:
         _teach_bitsandbytes()
 

@@ -131,6 +131,7 @@ class FamilyFacts(ABC):
         trained_text_components: Of these, the text encoders that ``--train_text_encoder`` adapts.
         text_width: Entry of the transformer's config that says how wide a token's embedding is.
         text_masks: Dtypes of the masks beside ``prompt_embeds``, by name.
+        template_tokens: Tokens that the pipeline puts before a prompt and cuts off once the text encoder has run.
         unused_components: Pipeline components that training leaves alone.
         image_components: Of these, the ones that :meth:`image_pipeline` loads beside transformer and VAE.
         block_stacks: See :func:`~blockskip_hooks.blocks.list_blocks`; ``None`` detects them.
@@ -168,6 +169,7 @@ class FamilyFacts(ABC):
     trained_text_components: ClassVar[tuple[str, ...]] = ()
     text_width: ClassVar[str] = "joint_attention_dim"
     text_masks: ClassVar[Mapping[str, torch.dtype]] = {}
+    template_tokens: ClassVar[int] = 0
     unused_components: ClassVar[tuple[str, ...]] = ()
     image_components: ClassVar[tuple[str, ...]] = ()
     block_stacks: ClassVar[tuple[str, ...] | None] = None

@@ -55,6 +55,7 @@ class QwenImage(VideoLatents):
     pipeline_name = "QwenImagePipeline"
     text_components = ("text_encoder", "tokenizer")
     text_masks = {"prompt_embeds_mask": torch.bool}
+    template_tokens = 34
     lora_layers = ("attn.to_k", "attn.to_q", "attn.to_v", "attn.to_out.0")
     modulation_layers = ("img_mod.1", "txt_mod.1")
     text_stream_layers = ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")

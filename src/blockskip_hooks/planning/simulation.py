@@ -322,10 +322,19 @@ class FakeTransformer:
 
     @property
     def largest_streamed_bytes(self) -> int:
-        """Weights of the largest block that is streamed; what only references need never runs."""
+        """Weights of the largest block that is streamed."""
+        return max(self._streamed_bytes(), default=0)
+
+    @property
+    def ahead_bytes(self) -> int:
+        """Weights of blocks that are read while another one runs: no more than the largest."""
+        sizes = sorted(self._streamed_bytes())
+        return min(sizes[-1], sum(sizes[:-1])) if sizes else 0
+
+    def _streamed_bytes(self) -> list[int]:
+        """Weights of each block that is streamed and runs; what only references need never does."""
         idle = set(idle_modules(self.model.transformer).values())
-        running = [module for module in self._streamed if module not in idle]
-        return max((sum(map(num_bytes, module.parameters())) for module in running), default=0)
+        return [sum(map(num_bytes, module.parameters())) for module in self._streamed if module not in idle]
 
 
 def _shorten(

@@ -160,11 +160,11 @@ class PlanRequest:
         per_step = self.samples_per_step or self.batch_size * self.gradient_accumulation_steps
         return self.stretch_steps * per_step
 
-    def limit(self, training: int, alone: int) -> int:
-        """Live bytes that forwards in step may take, from those of a training step and of one such forward."""
+    def limit(self, training: Usage, alone: Usage) -> int:
+        """Bytes that forwards in step may reserve, from what a training step and one such forward need."""
         if self.memory_budget_bytes is None:
-            return int((1 + SLACK) * max(training, alone))
-        # A budget is also for the context, and for gaps that the allocator leaves.
+            return int((1 + SLACK) * max(training.reserved_bytes, alone.reserved_bytes))
+        # A budget is also for the context, and for what no plan sees.
         return int((1 - SLACK) * (self.memory_budget_bytes - (CONTEXT_BYTES if self.device == "cuda" else 0)))
 
     @property
@@ -181,9 +181,10 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
 
     Returns:
         The contents of ``plan.json``. In each stage, ``peak_device_bytes`` is the sum of ``parameter_bytes`` (frozen
-        weights, with one streamed block), ``lora_optimizer_bytes`` and ``activation_bytes`` (with gradients alive at
-        the peak). ``peak_reserved_bytes`` is what CUDA's caching allocator reserves for them, on other devices the
-        same, and ``needed_bytes`` is that with the context: what has to be free on the device.
+        weights, with one streamed block and, on a CPU, the next one), ``lora_optimizer_bytes`` and
+        ``activation_bytes`` (with gradients alive at the peak). ``peak_reserved_bytes`` is what CUDA's caching
+        allocator reserves for them, on other devices the same, and ``needed_bytes`` is that with the context: what has
+        to be free on the device.
         ``tflops_per_step`` counts matrix products of one forward (and backward) of ``batch_size``
         samples, ``attention_tflops_per_step`` the attention beside them, ``vae_tflops`` what of both is the VAE's: of
         the batch, or of one image that is decoded. ``seconds`` is always null: no time is
@@ -196,7 +197,7 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
     fake = _fake_transformer(request)
     states = _optimizer_state_bytes(fake.lora_sizes(), request.use_8bit_adam, request.device)
     train, capture, residuals = _training_step(request, fake, states)
-    vae = _Vae(request, base=train, limit=train.peak_bytes)
+    vae = _Vae(request, training=train)
     stages: list[dict[str, Any]] = []
     if request.class_batch_size is not None:
         side, wanted = request.class_resolution, min(request.class_batch_size, request.class_images)
@@ -215,7 +216,7 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
         maker = (request, fake, vae) if request.validation is None else _in_place(request, fake, vae)
         stages.append(_make_images("validate", *maker, wanted, of_all, side, states))
 
-    _send_ahead(request, stages, fake.largest_streamed_bytes, train.peak_bytes)
+    _send_ahead(request, stages, fake.ahead_bytes, train)
     context_bytes = CONTEXT_BYTES if request.device == "cuda" else 0
     for stage in stages:
         stage["needed_bytes"] = stage["peak_reserved_bytes"] + context_bytes
@@ -308,6 +309,7 @@ def _records_and_training(
     if request.stores_residuals:
         assert capture is not None
         batch_size, together, capture = _precompute_batch(request, fake, capture, train, vae, states)
+        capture = capture.beside(parameter_bytes=_read_ahead_bytes(request, fake))
         # All photos of a stretch are encoded first; the VAE is gone when the transformer runs.
         encode, alone = vae.encode(batch_size)
         precompute = {**_stage("precompute", encode.then(capture), batch_size, encode), "vae_alone": alone}
@@ -319,7 +321,7 @@ def _records_and_training(
         return [precompute, _stage("train", train, request.batch_size)]
     # Without records every step encodes its crops, so the VAE stays.
     if capture is not None:
-        train = capture.then(train)
+        train = capture.beside(parameter_bytes=_read_ahead_bytes(request, fake)).then(train)
     in_step = vae.beside_transformer(request.batch_size)
     train = in_step.then(train.beside(parameter_bytes=vae.parameter_bytes))
     return [_stage("train", train, request.batch_size, in_step)]
@@ -328,14 +330,14 @@ def _records_and_training(
 class _Vae:
     """The VAE's phases, each simulated at most once per batch size.
 
-    Where one of VAE and transformer beside the other would need more than ``limit``, they take turns on the device, if
-    processes do not share the transformer.
+    Where one of VAE and transformer beside the other would need more than a training step, they take turns on the
+    device, if processes do not share the transformer.
     """
 
-    def __init__(self, request: PlanRequest, base: Usage, limit: int) -> None:
+    def __init__(self, request: PlanRequest, training: Usage) -> None:
         self._request = request
-        self._base = base
-        self.limit = limit
+        self._base = self.training = training
+        self.limit = training.peak_bytes
         self._encodes = {1: self._simulate(1, request.training_size, decode=False)}
         self._decodes: dict[tuple[tuple[int, int], bool], Usage] = {}
         self.parameter_bytes = self._encodes[1].parameter_bytes
@@ -427,11 +429,11 @@ def _make_images(
         # Class images are made apart from each other, by processes that have all of the weights.
         alone = request.resident_bytes - fake.text_bytes
         others = alone if name == "class_images" else request.beside_bytes
-        infer = infer.beside(parameter_bytes=others, lora_bytes=states)
+        infer = infer.beside(parameter_bytes=others + _read_ahead_bytes(request, fake), lora_bytes=states)
         phases, placement = vae.decode_after(infer, (side, side))
         usage = phases.beside(parameter_bytes=request.validation_extra_bytes)
         if images == 1 or usage.peak_bytes <= vae.limit:
-            limit = request.limit(vae.limit, usage.peak_bytes)
+            limit = request.limit(vae.training, usage)
             usage = replace(usage, halted_bytes=infer.halted_bytes)
             calls = min(groups * -(-max(wanted, 1) // images), MOST_IN_STEP)
             together, usage = usage.in_step(calls if infer.halted_bytes else 1, limit)
@@ -448,7 +450,7 @@ def _precompute_batch(
     Weights are read once for all samples that go in step. Activations grow with the batch, hidden states with all of
     those samples; precompute should hardly need more than training does.
     """
-    limit = request.limit(train.peak_bytes, first.peak_bytes)
+    limit = request.limit(train, first) - (_read_ahead_bytes(request, fake) if request.memory_budget_bytes else 0)
     samples = min(MOST_IN_STEP, max(request.num_samples, 1))
     at_once = min(samples, request.stretch_samples)
     if request.precompute_batch_size is not None:
@@ -467,23 +469,31 @@ def _precompute_batch(
     ):
         batch_size *= 2
     best = 1, *first.in_step(at_once, limit)
+    # The allocator's gaps grow with the batch: without a budget, what training reserves is enough if a smaller one is.
+    avoidable = first.traces and not request.memory_budget_bytes and best[2].reserved_bytes <= train.reserved_bytes
     while batch_size > 1:
         usage, _ = fake.capture(batch_size, request.training_size, request.text_tokens)
         usage = usage.beside(parameter_bytes=request.beside_bytes, lora_bytes=states)
-        if usage.peak_bytes <= train.peak_bytes:
+        if usage.reserved_bytes <= train.reserved_bytes:
             chosen = batch_size, *usage.in_step(-(-at_once // batch_size), limit)
             # Fewer readings come before larger batches.
-            if min(chosen[0] * chosen[1], at_once) >= min(best[0] * best[1], at_once):
+            reads_no_more = min(chosen[0] * chosen[1], at_once) >= min(best[0] * best[1], at_once)
+            if reads_no_more and (not avoidable or chosen[2].reserved_bytes <= train.reserved_bytes):
                 return chosen
         batch_size //= 2
     return best
 
 
-def _send_ahead(request: PlanRequest, stages: list[dict[str, Any]], block_bytes: int, training: int) -> None:
-    """Let stages that stream hold a second block, if that fits beside the forwards in step in all of them."""
+def _read_ahead_bytes(request: PlanRequest, fake: FakeTransformer) -> int:
+    """Weights of the next block, which a thread reads while one runs, where that takes the device's memory."""
+    return fake.ahead_bytes if request.device == "cpu" else 0
+
+
+def _send_ahead(request: PlanRequest, stages: list[dict[str, Any]], block_bytes: int, training: Usage) -> None:
+    """Let stages that stream send a second block to an accelerator, if that fits beside the forwards in all."""
     streaming = [stage for stage in stages if "together" in stage]
-    largest = max((stage["peak_device_bytes"] for stage in streaming), default=0)
-    fits = block_bytes and streaming and largest + block_bytes <= request.limit(training, training)
+    largest = max((stage["peak_reserved_bytes"] for stage in streaming), default=0)
+    fits = request.device != "cpu" and block_bytes and largest + block_bytes <= request.limit(training, training)
     for stage in streaming:
         stage["sends_ahead"] = bool(fits)
         for part in ("peak_device_bytes", "peak_reserved_bytes", "parameter_bytes") if fits else ():
@@ -503,7 +513,7 @@ def _encode_text(request: PlanRequest, training_peak: int) -> tuple[Usage, bool]
 
 def _run_encoders(request: PlanRequest, streamed: Sequence[int]) -> Usage:
     """All text encoders are loaded together and run in turn, one prompt at a time."""
-    tokens = request.text_tokens
+    tokens = request.text_tokens + request.family.template_tokens
     if request.has_condition and request.family.reads_condition:
         # Their vision towers are not simulated: they are small beside the layers that read what they make.
         tokens += math.prod(request.training_size) // request.family.latent_token_size**2
@@ -577,7 +587,7 @@ def _stage(name: str, usage: Usage, batch_size: int, vae: Usage | None = None) -
     return {
         "name": name,
         "peak_device_bytes": usage.peak_bytes,
-        "peak_reserved_bytes": max(usage.peak_bytes, usage.reserved_bytes()),
+        "peak_reserved_bytes": usage.reserved_bytes,
         "parameter_bytes": usage.parameter_bytes,
         "activation_bytes": usage.activation_bytes,
         "lora_optimizer_bytes": usage.lora_bytes,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from .allocator import Trace, reserved_bytes
 
@@ -35,9 +36,13 @@ class Usage:
         """Bytes of each tensor that is there all the time; negative ones are on other devices."""
         return (*self.traces[0].resident, -self.traces[0].elsewhere) if self.traces else ()
 
+    @cached_property
     def reserved_bytes(self) -> int:
-        """Most bytes that CUDA's caching allocator reserves, if what an earlier part left is given back."""
-        return max((reserved_bytes(trace) for trace in self.traces), default=0)
+        """Most bytes that are taken of the device: what CUDA's caching allocator reserves, elsewhere live bytes.
+
+        What an earlier part left is given back.
+        """
+        return max(self.peak_bytes, *(reserved_bytes(trace) for trace in self.traces), 0)
 
     @property
     def activation_bytes(self) -> int:
@@ -62,11 +67,17 @@ class Usage:
         )
 
     def in_step(self, wanted: int, limit: int) -> tuple[int, Usage]:
-        """As many of these forwards in step as are wanted and need no more than ``limit``, and what they need."""
-        count = max(1, min(wanted, 1 + (limit - self.peak_bytes) // max(self.halted_bytes, 1)))
-        halted = (count - 1) * self.halted_bytes
-        traces = tuple(trace.beside([halted]) for trace in self.traces)
-        return count, replace(self, peak_bytes=self.peak_bytes + halted, traces=traces)
+        """As many of these forwards in step as are wanted and reserve no more than ``limit``, and what they need."""
+        each = max(self.halted_bytes, 1)
+        count = max(1, min(wanted, 1 + (limit - self.reserved_bytes) // each))
+        while True:
+            halted = (count - 1) * self.halted_bytes
+            traces = tuple(trace.beside([halted]) for trace in self.traces)
+            usage = replace(self, peak_bytes=self.peak_bytes + halted, traces=traces)
+            if count == 1 or usage.reserved_bytes <= limit:
+                return count, usage
+            # The allocator reserves whole segments.
+            count = max(1, count - -(-(usage.reserved_bytes - limit) // each))
 
     def then(self, other: Usage) -> Usage:
         """This work and, after it, another: the bytes of the larger, the FLOPs of both."""

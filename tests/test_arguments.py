@@ -37,7 +37,7 @@ CONTRACTS = {
 # Upstream has a second script for pairs of these; a run takes the flags of both.
 IMG2IMG = {"flux2-img2img": "flux2", "flux2-klein-img2img": "flux2-klein"}
 # There is no upstream DreamBooth-LoRA script for these.
-WITHOUT_CONTRACT = {"sana-sprint", "pixart-sigma"}
+WITHOUT_CONTRACT = {"flux3", "sana-sprint", "pixart-sigma"}
 # Choices of the other families that one parser cannot but offer to this one too.
 EXTRA_CHOICES = {("sd3", "--weighting_scheme"): {"none"}}
 # Flags of a family's upstream script that its runs refuse, with what to do; all others must pass.

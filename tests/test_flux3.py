@@ -18,15 +18,18 @@ from blockskip_hooks.config import PatchSamplingConfig
 from blockskip_hooks.data.photo import Photo
 from blockskip_hooks.data.photo_set import PhotoSet
 from blockskip_hooks.data.sample_plan import SamplePlan
+from blockskip_hooks.families import detect_family
 from blockskip_hooks.families.flux3 import TEXT_WINDOW
 from blockskip_hooks.families.flux3_pipeline import TextProcessor
 from blockskip_hooks.families.prompts import check_embeds
 from blockskip_hooks.loading.component_config import load_config, read_index
+from blockskip_hooks.loading.download import resolve_model
 from blockskip_hooks.lora import lora_targets
 from blockskip_hooks.residuals import precompute
 from blockskip_hooks.residuals.batches import PhotoSource, SampleMaker
 from blockskip_hooks.residuals.store import ResidualStore
 from tests import script
+from tests.fake_hub import USER, fake_hub
 from tests.script import PROMPT, assert_same_weights, losses
 from tests.tiny import TINY_FAMILIES, TinyFamily
 
@@ -173,6 +176,25 @@ def test_the_index_of_a_modular_pipeline_names_the_family(tmp_path: Path):
     (tmp_path / "modular_model_index.json").write_text("[]")
     with pytest.raises(ValueError, match="no JSON object"):
         read_index(tmp_path)
+
+
+def test_a_modular_model_is_downloaded_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with fake_hub("token") as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
+        address = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", address)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        name, folder = f"{USER}/flux3", tiny().folder
+        hub.repositories.append(name)
+        files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+        hub.files[name] = {file: path.read_bytes() for file, path in files.items()} | {"other/model.safetensors": b""}
+        found = resolve_model(name, cache_dir=str(tmp_path), token="token")
+        with pytest.raises(ValueError, match="could not be downloaded"):
+            resolve_model(f"{USER}/none", cache_dir=str(tmp_path), token="token")
+    assert detect_family(found) is tiny().family
+    assert not (found / "other").exists()
+    for file in files.keys() - {"blockskip_defaults.json"}:
+        assert (found / file).read_bytes() == files[file].read_bytes()
 
 
 def test_pictures_are_those_of_the_stock_pipeline():

@@ -79,7 +79,7 @@ def plan_request(run: Run, dtype: torch.dtype, num_processes: int, device: Devic
         quantization=run.quantization,
         batch_size=settings.train_batch_size * len(run.kinds),
         text_tokens=settings.max_sequence_length,
-        photo_prompts=run.num_photo_prompts,
+        photo_prompts=_photo_prompts(run),
         weight_dtype=dtype,
         gradient_checkpointing=settings.gradient_checkpointing,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
@@ -122,6 +122,12 @@ def plan_request(run: Run, dtype: torch.dtype, num_processes: int, device: Devic
         validation_extra_bytes=_weights_bytes(other, dtype),
     )
     return replace(request, validation=validation)
+
+
+def _photo_prompts(run: Run) -> int:
+    """Prompts that photos are trained with, at most."""
+    captions = {photo.caption or run.settings.instance_prompt for photo in run.photos}
+    return len(captions) + run.settings.with_prior_preservation + (run.settings.caption_dropout > 0)
 
 
 def plan_for(run: Run, dtype: torch.dtype, num_processes: int, device: DeviceType = "cuda") -> dict[str, Any]:

@@ -48,15 +48,15 @@ class Flux3ImagePipeline(Flux3ModularPipeline):
             folder: The model's folder.
             dtype: Dtype of what is loaded; float32 by default.
             variant: Weight variant in the file names.
-            **components: Components that are there already, or ``None`` for those that are not wanted. Without a text
-                encoder the pipeline takes embeddings in place of prompts.
+            **components: Components that are there already, or ``None`` for those that are not wanted or come later.
+                Without text encoder and tokenizer the pipeline takes embeddings in place of prompts.
 
         Raises:
             UserError: if a component cannot be loaded.
         """
         blocks = Flux3AutoBlocks()
         blocks.sub_blocks.pop("prompt_upsampler")
-        if "text_encoder" in components and components["text_encoder"] is None:
+        if all(components.get(name, name) is None for name in ("text_encoder", "tokenizer")):
             blocks.sub_blocks.pop("text_encoder")
         pipeline = cls(blocks=blocks, pretrained_model_name_or_path=str(folder))
         for name in sorted(set(pipeline.pretrained_component_names) - components.keys()):

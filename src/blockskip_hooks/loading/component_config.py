@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from diffusers import ModelMixin
 
 
+MODULAR_INDEX = "modular_model_index.json"
+
+
 def load_config(folder: str | Path) -> dict[str, Any]:
     """The ``config.json`` of a pipeline component, its class name included.
 
@@ -36,15 +39,14 @@ def load_config(folder: str | Path) -> dict[str, Any]:
 def read_index(folder: Path) -> dict[str, Any]:
     """What a pipeline is made of: its class as ``_class_name``, and library and class of each component.
 
-    Pipelines are saved with a ``model_index.json``. Modular ones have a ``modular_model_index.json``, which also says
-    where components come from; that is left out.
+    Pipelines are saved with a ``model_index.json``. Modular ones have an index of their own, which also says where
+    components come from; that is left out.
 
     Raises:
         OSError: if the folder has neither.
         ValueError: if it is not a JSON object.
     """
-    file = folder / "model_index.json"
-    modular = folder / "modular_model_index.json"
+    file, modular = folder / "model_index.json", folder / MODULAR_INDEX
     index = json.loads((modular if modular.is_file() and not file.is_file() else file).read_text(encoding="utf-8"))
     if not isinstance(index, dict):
         raise ValueError("no JSON object")

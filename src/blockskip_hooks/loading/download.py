@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download, snapshot_download
 
 from ..utils.errors import UserError, first_line
+from .component_config import MODULAR_INDEX, read_index
 
 
 _COMMIT = re.compile("[0-9a-f]{40}")
@@ -59,7 +60,7 @@ def resolve_model(
         place: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
         if configs_only:
             return Path(snapshot_download(name, allow_patterns=list(_PLAN_FILES), **place))
-        folder = Path(DiffusionPipeline.download(name, variant=variant, use_safetensors=True, **place))
+        folder = _download(name, variant, place)
     except Exception as error:
         # The hub client raises many types for a missing id, a gated model, or no network.
         raise UserError(
@@ -70,6 +71,21 @@ def resolve_model(
         diffusers.logging.set_verbosity(verbosity)
     _fetch_card(name, folder, revision, cache_dir, token)
     return folder
+
+
+def _download(name: str, variant: str | None, place: dict[str, Any]) -> Path:
+    """The files of a pipeline on the hub, as its class would download them."""
+    try:
+        return Path(DiffusionPipeline.download(name, variant=variant, use_safetensors=True, **place))
+    except OSError as error:
+        try:
+            index = read_index(Path(hf_hub_download(name, MODULAR_INDEX, **place)).parent)
+        except Exception:  # as above; what went wrong first says more
+            raise error from None
+    kinds = (*_PLAN_FILES, f"*{variant}*.safetensors" if variant else "*.safetensors")
+    parts = [name for name, entry in index.items() if isinstance(entry, list)]
+    patterns = [f"{part}/{kind}" for part in parts for kind in kinds]
+    return Path(snapshot_download(name, allow_patterns=[MODULAR_INDEX, *patterns], **place))
 
 
 def resolve_component(

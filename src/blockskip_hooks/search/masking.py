@@ -64,6 +64,8 @@ def text_masked_by_row(transformer: ModelMixin, family: Family, rows: Sequence[C
     try:
         for index in chosen:
             block, masked = blocks[index], torch.tensor([index in row for row in rows])
+            if block.only is not None:
+                continue  # There is no text that its image could see.
             if family.cross_attention is None:
                 target, hook = block.module, JointMaskingHook(mask_for(masked), block.name)
             else:

@@ -129,12 +129,6 @@ class Run:
         return self.stores_residuals and not self.settings.train_text_encoder and self.skeleton.spans.shares_text
 
     @property
-    def num_photo_prompts(self) -> int:
-        """Prompts that photos are trained with, at most."""
-        captions = {photo.caption or self.settings.instance_prompt for photo in self.photos}
-        return len(captions) + self.settings.with_prior_preservation + (self.settings.caption_dropout > 0)
-
-    @property
     def stores_residuals(self) -> bool:
         """Whether training reads residuals from records."""
         return self.skips and self.config.residuals == "precomputed"

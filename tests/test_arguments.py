@@ -35,7 +35,11 @@ CONTRACTS = {
     for path in sorted((Path(__file__).parent / "flags").glob("flags_*.json"))
 }
 # Upstream has a second script for pairs of these; a run takes the flags of both.
-IMG2IMG = {"flux2-img2img": "flux2", "flux2-klein-img2img": "flux2-klein"}
+IMG2IMG = {
+    "flux2-img2img": "flux2",
+    "flux2-klein-img2img": "flux2-klein",
+    "qwen-image-2.1-img2img": "qwen-image-2.1",
+}
 # There is no upstream DreamBooth-LoRA script for these.
 WITHOUT_CONTRACT = {"flux3", "sana-sprint", "pixart-sigma"}
 # Choices of the other families that one parser cannot but offer to this one too.

@@ -547,4 +547,4 @@ def test_pairs_are_refused_where_the_photos_are_of_the_other_kind(
 
 def test_families_without_condition_images_refuse_them(pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     line = refusal(capsys, TINY_FAMILIES[0].folder, pairs, tmp_path / "out", "--cond_data_dir", str(pairs))
-    assert "it belongs to models of flux-kontext, flux2, flux2-klein and does nothing for flux" in line
+    assert "it belongs to models of flux-kontext, flux2, flux2-klein, qwen-image-2.1 and does nothing for flux" in line

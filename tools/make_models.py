@@ -60,7 +60,7 @@ NOTES = {
     "alpha channel: photos are put on white and trained as opaque, and pictures are put on white. No prompt is cut: a "
     "run stops at one that is longer than `--max_sequence_length`. The image's positions follow the text's length, so "
     "prompts that share batches are padded to the longest of the run, as the pipeline pads a list; with "
-    "`--train_batch_size 1` nothing is padded.",
+    "`--train_batch_size 1` nothing is padded. Pairs train with `--patch_sampling none`.",
     "pixart_sigma": "diffusers has no LoRA loader for it: load the result with "
     "`blockskip_hooks.families.pixart_sigma.PixArtSigmaLoraPipeline`.",
 }

@@ -223,7 +223,8 @@ class QwenImage21(VideoLatents):
                     tokens = _opened(tokens, start, tokens.new_zeros(1, slots, tokens.shape[-1]))
                     places = torch.arange(tokens.shape[1], device=tokens.device)
                     # A call of the pipeline takes no such mask; see image_pipeline.
-                    tokens.image_pad_mask = ((places >= start) & (places < start + slots))[None]
+                    mask = (places >= start) & (places < start + slots)
+                    tokens.image_pad_mask = mask[None]  # type: ignore[attr-defined]
                 inputs[f"{prefix}prompt_embeds"] = tokens
         return inputs
 

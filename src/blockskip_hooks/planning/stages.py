@@ -197,7 +197,7 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
     fake = _fake_transformer(request)
     states = _optimizer_state_bytes(fake.lora_sizes(), request.use_8bit_adam, request.device)
     train, capture, residuals = _training_step(request, fake, states)
-    vae = _Vae(request, training=train)
+    vae = _Vae(request, train)
     stages: list[dict[str, Any]] = []
     if request.class_batch_size is not None:
         side, wanted = request.class_resolution, min(request.class_batch_size, request.class_images)
@@ -271,7 +271,7 @@ def _in_place(request: PlanRequest, fake: FakeTransformer, vae: _Vae) -> tuple[P
     left += vae._base.parameter_bytes if request.device == "cpu" else 0
     other = replace(request.validation, resident_bytes=request.resident_bytes + left)
     base = vae._base.beside(parameter_bytes=left)
-    return other, _fake_transformer(other), _Vae(other, base=base, limit=vae.limit)
+    return other, _fake_transformer(other), _Vae(other, vae.training, base)
 
 
 def _training_step(
@@ -334,9 +334,11 @@ class _Vae:
     device, if processes do not share the transformer.
     """
 
-    def __init__(self, request: PlanRequest, training: Usage) -> None:
+    def __init__(self, request: PlanRequest, training: Usage, base: Usage | None = None) -> None:
         self._request = request
-        self._base = self.training = training
+        self.training = training
+        # What is on the device beside the VAE.
+        self._base = training if base is None else base
         self.limit = training.peak_bytes
         self._encodes = {1: self._simulate(1, request.training_size, decode=False)}
         self._decodes: dict[tuple[tuple[int, int], bool], Usage] = {}

@@ -21,7 +21,6 @@ keep_memory_whole()
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 from diffusers.optimization import get_scheduler
 
 from blockskip_hooks import DiTBlockSkipTransformer
@@ -32,7 +31,7 @@ from blockskip_hooks.cli.first_screen import training_lines, training_warnings
 from blockskip_hooks.cli.preparation import known_defaults, prepare_run
 from blockskip_hooks.cli.run_plan import describe_plan, make_plan, planned_device
 from blockskip_hooks.families import PromptEmbeds
-from blockskip_hooks.families.prompts import TrainedText, check_embeds, encode_prompts
+from blockskip_hooks.families.prompts import TrainedText
 from blockskip_hooks.loading.quantization import check_device
 from blockskip_hooks.lora import add_lora
 from blockskip_hooks.losses import combine_losses, flow_matching_loss
@@ -50,7 +49,8 @@ from blockskip_hooks.training.assistant import add_assistant
 from blockskip_hooks.training.checkpointer import Checkpointer
 from blockskip_hooks.training.class_images import make_class_images
 from blockskip_hooks.training.compiling import check_compiler, compile_kept_blocks
-from blockskip_hooks.training.context import Context
+from blockskip_hooks.training.context import Context, make_accelerator
+from blockskip_hooks.training.encoding import embed_prompts
 from blockskip_hooks.training.export import export_lora
 from blockskip_hooks.training.history import History
 from blockskip_hooks.training.lora_checks import describe_trainable
@@ -63,7 +63,7 @@ from blockskip_hooks.training.settings import TrainSettings
 from blockskip_hooks.training.sharding import prepare_model, shard
 from blockskip_hooks.training.stop_signals import Interrupted, StopSignals
 from blockskip_hooks.training.validation import Validation
-from blockskip_hooks.utils.accelerator import start_accelerator, weight_dtype
+from blockskip_hooks.utils.accelerator import weight_dtype
 from blockskip_hooks.utils.files import write_error, write_json
 from blockskip_hooks.utils.locks import FolderLock
 from blockskip_hooks.utils.monitor import StageMonitor
@@ -116,7 +116,7 @@ def run_script(settings: TrainSettings, flags: str, stop: StopSignals, lock: Fol
             return 0
         with monitor.stage("plan"):
             run = prepare_run(settings)
-            accelerator = make_accelerator(run)
+            accelerator = make_accelerator(settings)
             if accelerator.is_main_process:
                 lock.take(run.output_dir)
             dtype = weight_dtype(accelerator)
@@ -162,27 +162,6 @@ def fail(error: Exception, settings: TrainSettings, monitor: StageMonitor, code:
     logger.debug("The error in full:\n%s", in_full(settings.hub_token))
     print(f"error: {line}", file=sys.stderr)
     return code
-
-
-def make_accelerator(run: Run) -> Accelerator:
-    """Devices, processes, precision and trackers as the flags and the accelerate config ask for."""
-    settings = run.settings
-    if settings.allow_tf32 and torch.cuda.is_available():
-        torch.backends.cuda.matmul.allow_tf32 = True
-    return start_accelerator(
-        settings.mixed_precision,
-        plan_only=settings.plan_only,
-        # Steps are counted, whatever the loader is at: it reads ahead.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=settings.gradient_accumulation_steps, sync_with_dataloader=False
-        ),
-        # Without being told, accelerate would let each process of a machine without accelerators train on its own.
-        cpu=int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available(),
-        log_with=list(settings.report_to) or None,
-        project_config=ProjectConfiguration(
-            project_dir=settings.output_dir, logging_dir=str(run.output_dir / settings.logging_dir)
-        ),
-    )
 
 
 def train(run: Run, context: Context, plan: Plan, checkpoint: Path | None, stretches: Stretches, flags: str) -> None:
@@ -250,8 +229,7 @@ def train(run: Run, context: Context, plan: Plan, checkpoint: Path | None, stret
 def load_data(run: Run, context: Context, streamed: bool) -> Data:
     """What builds batches, the text encoders that train along, the store if training reads records, and prompts'
     embeddings by another model that makes the images if there is one."""
-    settings, family, accelerator = run.settings, run.family, context.accelerator
-    dtype, device = weight_dtype(accelerator), accelerator.device
+    accelerator, dtype = context.accelerator, weight_dtype(context.accelerator)
 
     # Everything else random is seeded from the same seed. Records of this sample plan may be there already.
     sources = run.photo_sources(photo_progress)
@@ -262,23 +240,10 @@ def load_data(run: Run, context: Context, streamed: bool) -> Data:
             described = describe_records(run, sample_plan, sources, dtype)
             store = ResidualStore(run.residual_dir, described, overwrite=run.may_overwrite)
 
+    recorded = (bool(run.recorded_layers), run.settings.residual_dtype, run.shares_text)
+    maker = SampleMaker(sample_plan, sources, run.family, {}, accelerator.device, dtype, *recorded)
     # Every prompt once; the text encoders are gone afterwards.
-    recorded = {"records_modulation": bool(run.recorded_layers), "shares_text": run.shares_text}
-    how: dict[str, Any] = {**recorded, "residual_dtype": settings.residual_dtype}
-    maker, other = SampleMaker(sample_plan, sources, family, {}, device, dtype, **how), run.validation_family
-    pairs, image_prompts, image_embeds = maker.pairs(), run.image_prompts, None
-    trained = list(pairs) or run.trained_prompts(sources)
-    prompts = list(dict.fromkeys([*trained, *(image_prompts if other is None else [])]))
-    trains_text, photo_prompts = settings.train_text_encoder, sources["instance"].prompts()
-    options: dict[str, Any] = {"keep_trainable": trains_text, "photos": photo_prompts}
-    placed: dict[str, Any] = {"dtype": dtype, "device": device, "streamed": streamed, "pairs": pairs | run.image_pairs}
-    number = len(prompts) + (len(image_prompts) if other else 0)
-    with context.monitor.stage("encode"), context.progress.stage("encode", prompts=number) as progress:
-        embeds, text = encode_prompts(family, prompts, progress=progress, **placed, **options)
-        if other is not None:
-            image_embeds, _ = encode_prompts(other, image_prompts, progress=progress, **placed)
-    check_embeds(family, run.transformer_config, embeds, dtype, trained if run.batches else [])
-    maker.embeds = run.align(embeds, trained)
+    text, image_embeds = embed_prompts(run, context, maker, streamed)
     return maker, text, store, image_embeds
 
 

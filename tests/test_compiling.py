@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo
+from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
 
 from blockskip_hooks import BlockSkipConfig, DiTBlockSkipTransformer, SpanResiduals
 from blockskip_hooks.cli.arguments import parse_args
+from blockskip_hooks.cli.errors import explain
 from blockskip_hooks.cli.preparation import prepare_run
 from blockskip_hooks.lora import add_lora
 from blockskip_hooks.training import compiling
@@ -109,3 +111,10 @@ def test_what_compiling_lacks_or_cannot_do_is_one_line(
     )
     with pytest.raises(UserError, match="--compile goes neither with --quantization"):
         prepare_run(parse_args(flags))
+
+
+def test_a_compiler_that_fails_under_way_is_one_line() -> None:
+    line = explain(TorchDynamoException("no lowering for this device\nand much more"), "train")
+    assert line is not None and "no lowering for this device" in line and "leave out --compile" in line
+    assert "much more" not in line
+    assert "Memory ran out in stage train" in (explain(TorchDynamoException("CUDA out of memory."), "train") or "")

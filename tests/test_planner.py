@@ -210,7 +210,7 @@ def test_skipping_needs_less(plain_plan: dict[str, Any], skipping_plan: dict[str
 def test_skipped_blocks_cost_nothing_in_training_and_two_blocks_in_precompute(
     preset: Preset, skipping_plan: dict[str, Any]
 ) -> None:
-    """The one that runs and, on a CPU, the one that is read meanwhile; other devices get that only if it fits."""
+    """The one that runs and, on a CPU, the one that is read meanwhile."""
 
     def num_bytes(module: torch.nn.Module) -> int:
         return sum(4 * parameter.numel() for parameter in module.parameters())
@@ -222,8 +222,6 @@ def test_skipped_blocks_cost_nothing_in_training_and_two_blocks_in_precompute(
     ahead = min(max(skipped), sum(skipped) - max(skipped))
     # The transformer's phase of precompute has the higher peak: kept blocks and streamed ones; the VAE is gone.
     assert stage(skipping_plan, "precompute")["parameter_bytes"] == kept + max(skipped) + ahead
-    on_mps = stage(plan_run(request_for(preset, 2, 1, device="mps", memory_budget_bytes=1)), "precompute")
-    assert on_mps["parameter_bytes"] == kept + max(skipped) and not on_mps["sends_ahead"]
     alone = request_for(preset, 1, 0)
     one_block = stage(plan_run(alone), "precompute")["parameter_bytes"]
     assert one_block == num_bytes(skeleton)

@@ -34,12 +34,14 @@ class Job:
         script: Which script.
         limit: Bytes of the device while a stage runs, as ``stage=bytes``.
         after: A run whose output folder this one goes on in.
+        device: What the device is called: libraries have lists of those that they know.
     """
 
     flags: str
     script: str = TRAIN
     limit: str = ""
     after: str = ""
+    device: str = "standin"
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ def run(standin: Path, shared: Path, once: Any) -> Callable[[str, Job], Ran]:
         command += [str(EXAMPLES / job.script), "--output_dir", str(output), *flags]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
         environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HOME": str(shared / "hf-home")}
+        environment["STANDIN_NAME"] = job.device
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=3000, cwd=shared, errors="replace"
         )

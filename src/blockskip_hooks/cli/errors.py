@@ -20,14 +20,15 @@ _OUT_OF_MEMORY = re.compile(
     re.IGNORECASE,
 )
 _WORKER_KILLED = re.compile(r"DataLoader worker .* (is killed|exited unexpectedly)")
+_COMPILER = "torch._dynamo", "torch._inductor"
 _FROM_WORKER = re.compile(r"Caught UserError in DataLoader worker process")
 
 
 def explain(error: BaseException, stage: str | None = None, secret: str | None = None) -> str | None:
     """One line that tells a person what went wrong, or ``None`` for what only a traceback can tell.
 
-    Lines are told of a :class:`~blockskip_hooks.utils.errors.UserError`, of files and the disk, of memory that ran out
-    and of processes that are gone. Anything else is taken for a bug.
+    Lines are told of a :class:`~blockskip_hooks.utils.errors.UserError`, of files and the disk, of memory that ran
+    out, of processes that are gone and of compilers. Anything else is taken for a bug.
 
     Args:
         error: What was raised.
@@ -45,6 +46,8 @@ def explain(error: BaseException, stage: str | None = None, secret: str | None =
             f"Memory ran out in stage {stage or 'plan'} ({first_line(error)}); give --memory_budget with what "
             "there is, so that blocks are skipped until it fits, or lower --resolution or the batch size."
         )
+    elif any(base.__module__.startswith(_COMPILER) for base in type(error).__mro__):
+        line = f"The kept blocks cannot be compiled here ({first_line(error)}); leave out --compile."
     elif isinstance(error, RuntimeError) and _WORKER_KILLED.search(text):
         line = f"A process of --dataloader_num_workers was killed ({first_line(error)}); give fewer, or 0."
     elif isinstance(error, OSError) or isinstance(error, SafetensorError) and "IoError" in text:

@@ -100,13 +100,8 @@ def prepare_run(settings: TrainSettings) -> Run:
     photos = _find_photos(settings, family_class)
     for line in summarize_photos(photos, blocks["patch"].shapes).warnings():
         logger.warning(line)
-    if embedded and (unknown := unknown_words(" ".join([settings.instance_prompt or "", *prompts]))):
-        logger.warning(_unknown_line(unknown))
-    for word, spelled in other_capitals(settings.instance_prompt or "", prompts).items():
-        logger.warning(
-            f"'{spelled}' of --instance_prompt is '{word}' in a validation prompt: to many text encoders these are "
-            "two words; write both alike."
-        )
+    for line in _lines_on_words(settings.instance_prompt or "", prompts, embedded):
+        logger.warning(line)
     if settings.with_prior_preservation:
         _check_class_images(settings.class_folder)
     if not settings.instance_prompt and any(photo.caption is None for photo in photos):
@@ -147,12 +142,21 @@ def other_capitals(prompt: str, others: Sequence[str]) -> dict[str, str]:
     return {word: spelled[word.lower()] for word in words if spelled.get(word.lower(), word) != word}
 
 
-def _unknown_line(words: list[str]) -> str:
-    classes = ", ".join(sorted({subject["class"] for subject in embedded_subjects().values()}))
-    return (
-        f"The embedded model has never read {', '.join(words)}: it knows a few words in lower case, among them "
-        f"{classes}. Write the prompt with these, or name a larger model."
-    )
+def _lines_on_words(prompt: str, others: Sequence[str], embedded: bool) -> list[str]:
+    """What is likely a mistake in the words of the prompts: a line of each kind."""
+    lines = []
+    if embedded and (unknown := unknown_words(" ".join([prompt, *others]))):
+        classes = ", ".join(sorted({subject["class"] for subject in embedded_subjects().values()}))
+        lines.append(
+            f"The embedded model has never read {', '.join(unknown)}: it knows a few words in lower case, among them "
+            f"{classes}. Write the prompt with these, or name a larger model."
+        )
+    for word, spelled in other_capitals(prompt, others).items():
+        lines.append(
+            f"'{spelled}' of --instance_prompt is '{word}' in a validation prompt: to many text encoders these are "
+            "two words; write both alike."
+        )
+    return lines
 
 
 def _weights_in_training(

@@ -262,13 +262,14 @@ def test_every_flag_that_takes_a_path_is_one():
         "_dir",
         "_path",
         "validation_image",
+        "assistant_lora",
         "_config_path",
         "config",
         "selection_table",
         "dataset_name",
         "from_checkpoint",
     )
-    found = {name for name in names if name.endswith(ends) and name not in ("dump_config", "validation_model_path")}
+    found = {name for name in names if name.endswith(ends) and name != "dump_config"}
     assert {action.dest for action in PATHS} == found
 
 

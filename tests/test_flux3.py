@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import Flux3AutoBlocks, Flux3ModularPipeline
+from diffusers import Flux3AutoBlocks, Flux3ModularPipeline, Flux3Transformer2DModel
 from PIL import Image
 
 from blockskip_hooks import BlockSkipConfig, DiTBlockSkipTransformer
@@ -24,10 +24,14 @@ from blockskip_hooks.families.flux3_pipeline import TextProcessor
 from blockskip_hooks.families.prompts import check_embeds
 from blockskip_hooks.loading.component_config import load_config, read_index
 from blockskip_hooks.loading.download import resolve_model
+from blockskip_hooks.loading.models import empty_model
 from blockskip_hooks.lora import lora_targets
+from blockskip_hooks.planning.presets import preset_facts
+from blockskip_hooks.planning.stages import RECORD_OVERHEAD, PlanRequest, plan_run
 from blockskip_hooks.residuals import precompute
 from blockskip_hooks.residuals.batches import PhotoSource, SampleMaker
 from blockskip_hooks.residuals.store import ResidualStore
+from blockskip_hooks.utils.formatting import format_bytes
 from tests import script
 from tests.fake_hub import USER, fake_hub
 from tests.script import PROMPT, assert_same_weights, losses
@@ -235,6 +239,49 @@ def test_a_distilled_model_is_refused(tmp_path: Path):
     family = tiny().family(folder)
     with pytest.raises(ValueError, match="is distilled to few steps"):
         family.check()
+
+
+# What the page says
+
+
+@pytest.mark.slow
+def test_what_the_page_says_of_the_default_config(tmp_path: Path):
+    """Bytes of 500 records and FLOPs of a capture, by the planner, for the default config of diffusers' class."""
+    with torch.device("meta"):
+        whole = Flux3Transformer2DModel()
+    config: dict[str, Any] = {**whole.config, "_class_name": "Flux3Transformer2DModel"}
+    for part, content in (("transformer", config), ("vae", preset_facts("flux.2-klein-4b")["vae"])):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text(json.dumps(content))
+    family = tiny().family(tmp_path, flags={"max_sequence_length": TEXT_WINDOW})
+    page = (script.ROOT / "docs" / "models.md").read_text()
+    for spans, words in (((5, 0), "126 MiB instead of 360 MiB"), ((10, 0), "3.05 GiB instead of 3.28 GiB")):
+        skip = BlockSkipConfig(leading=spans[0], trailing=spans[1])
+        skeleton = DiTBlockSkipTransformer(empty_model(config), skip)
+        plan = plan_run(
+            PlanRequest(
+                family=family,
+                transformer_config=config,
+                config=skip,
+                patch=PatchSamplingConfig(min_size=512, max_size=512, multiple=16),
+                rank=4,
+                lora_targets=lora_targets(skeleton, family.lora_layers),
+                text_tokens=TEXT_WINDOW,
+                num_samples=500,
+                precompute_batch_size=1,
+            )
+        )
+        residuals = plan["residuals"]
+        each = 500 * (residuals["text_bytes"] - RECORD_OVERHEAD)
+        alone = residuals["bytes"] - residuals["text_bytes"] + each
+        assert f"{format_bytes(residuals['bytes'])} instead of {format_bytes(alone)}" == words and words in page
+        if spans == (5, 0):
+            (stage,) = (stage for stage in plan["stages"] if stage["name"] == "precompute")
+            work = stage["tflops_per_step"] + stage["attention_tflops_per_step"] - stage["vae_tflops"]
+            assert f"{work:.2f}" == "0.23" and "0.23 TFLOP each" in page
+    sizes = [sum(p.numel() for p in part.parameters()) for part in (whole, *idle_modules(whole).values())]
+    assert f"{sum(sizes[1:]) / 1e9:.2f} of {sizes[0] / 1e9:.2f} billion" in page
+    assert f"{format_bytes(2 * sum(sizes[1:]))}" == "1.25 GiB"
 
 
 # Runs

@@ -29,6 +29,7 @@ STAND_INS = {
     "stabilityai/stable-diffusion-3.5-large": "sd3.5",
     "black-forest-labs/FLUX.2-dev": "flux2-dev",
     "black-forest-labs/FLUX.2-klein-base-9B": "flux2-klein",
+    "black-forest-labs/flux-3-image-klein-base": "flux3",
     "Qwen/Qwen-Image": "qwen-image",
     "Qwen/Qwen-Image-2.1": "qwen-image-2.1",
     "Tongyi-MAI/Z-Image": "z-image",

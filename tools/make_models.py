@@ -40,9 +40,9 @@ Made by `python tools/make_models.py` from the families' code, the recipes in `c
 these sizes has been run where this was built: families are proven on tiny pipelines of the real classes with random
 weights ([the table](../benchmarks/README.md#results) of `benchmarks/family_table.py`), and memory is **simulated**.
 
-A family is chosen by the pipeline's class that the model's `model_index.json` or `modular_model_index.json` names. Flags
-of some families only are refused by the others in one line. `blockskip train --config configs/FILE` runs a recipe;
-what you type behind it wins.
+A family is chosen by the pipeline's class that the model's `model_index.json` or `modular_model_index.json` names.
+Flags of some families only are refused by the others in one line. `blockskip train --config configs/FILE` runs a
+recipe; what you type behind it wins.
 
 The tables of memory are of {PIXELS} px with half of the blocks skipped, the kept ones in NF4, 8-bit Adam, gradient
 checkpointing, rank 4 and one validation image of {PIXELS} px. *Plain* is LoRA in bfloat16 on all blocks, in training.

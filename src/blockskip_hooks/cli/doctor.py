@@ -35,7 +35,7 @@ OPTIONAL = {
     "prodigyopt": "--optimizer prodigy",
     "pillow-heif": "HEIC photos",
     "wandb": "--report_to wandb",
-    "torchvision": "FLUX.2-dev's text processor",
+    "torchvision": "the text processors of FLUX.2-dev and Qwen-Image 2.1",
 }
 SIZES = (6, 8, 12, 16, 24)
 """Gigabytes of the cards that FLUX.1-dev has a recipe for."""

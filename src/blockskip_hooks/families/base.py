@@ -116,14 +116,7 @@ class Family(FamilyFacts):
     def encode_pairs(
         self, pipeline: DiffusionPipeline, pairs: Sequence[tuple[str, Image.Image]]
     ) -> list[PromptEmbeds]:
-        """Encode prompts with the condition images that they are about; the results are on the CPU.
-
-        Only for families whose text encoders see them (``reads_condition``).
-
-        Args:
-            pipeline: A text pipeline.
-            pairs: Prompts and images of the size that their latents are made of.
-        """
+        """Encode prompts with condition images, of the size of their latents, where text encoders see them too."""
         raise NotImplementedError(f"{self.name}'s text encoders see no images")
 
     def shown_condition(self, image: Image.Image, pipeline_kwargs: Mapping[str, Any]) -> Image.Image:
@@ -139,11 +132,7 @@ class Family(FamilyFacts):
         return {name: pad_sequence([e[name] for e in embeds], batch_first=True) for name in embeds[0]}
 
     def align_embeds(self, embeds: Mapping[str, PromptEmbeds]) -> dict[str, PromptEmbeds]:
-        """Embeddings by prompt, padded to the length of the longest prompt.
-
-        Only for families whose image tokens have positions that depend on the padding before them
-        (``aligns_prompts``): their residuals are true for one length only.
-        """
+        """Embeddings by prompt, padded to the longest, where the image's positions count the padding before it."""
         raise NotImplementedError(f"{self.name} takes prompts of different lengths in a batch")
 
     def load_vae(self, dtype: torch.dtype, device: torch.device | str) -> ModelMixin:
@@ -213,14 +202,10 @@ class Family(FamilyFacts):
         """
 
     def with_condition(self, inputs: dict[str, Any], condition: torch.Tensor) -> dict[str, Any]:
-        """Arguments of the transformer's forward with the tokens of a condition image behind those of the image.
+        """What :meth:`transformer_inputs` returned, with the tokens of condition images' clean latents ``(B, C, H, W)``.
 
         Only for families that have ``CONDITION_FLAGS``; their :meth:`prediction_to_latents` takes the image's tokens
         from the prediction.
-
-        Args:
-            inputs: From :meth:`transformer_inputs`.
-            condition: Clean latents of the condition images, ``(B, C, H, W)``.
         """
         raise NotImplementedError(f"{self.name} takes no condition images")
 

@@ -126,10 +126,7 @@ def encode_prompts(
     for prompt in listed(prompts, "Encoding prompts", "prompt", total=len(prompts), shown=shown):
         try:
             with measured_prompt(family.kept_tokens(pipeline)) as lengths:
-                if pairs and prompt in pairs:
-                    (encoded,) = family.encode_pairs(pipeline, [pairs[prompt]])
-                else:
-                    (encoded,) = family.encode_prompts(pipeline, [prompt])
+                (encoded,) = _encode(family, pipeline, prompt, pairs)
         except ValueError as error:
             of_photos = f" of {', '.join(photos[prompt])}" if photos and photos.get(prompt) else ""
             raise UserError(
@@ -158,6 +155,14 @@ def encode_prompts(
     del pipeline
     free_memory()
     return embeds, trained
+
+
+def _encode(
+    family: Family, pipeline: DiffusionPipeline, prompt: str, pairs: Mapping[str, tuple[str, Image.Image]] | None
+) -> list[PromptEmbeds]:
+    if pairs and prompt in pairs:
+        return family.encode_pairs(pipeline, [pairs[prompt]])
+    return family.encode_prompts(pipeline, [prompt])
 
 
 def _load(family: Family, dtype: torch.dtype, device: torch.device, streamed: Sequence[str]) -> DiffusionPipeline:

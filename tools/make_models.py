@@ -40,7 +40,7 @@ Made by `python tools/make_models.py` from the families' code, the recipes in `c
 these sizes has been run where this was built: families are proven on tiny pipelines of the real classes with random
 weights ([the table](../benchmarks/README.md#results) of `benchmarks/family_table.py`), and memory is **simulated**.
 
-A family is chosen by the pipeline's class that the model's `model_index.json` names, or its `modular_model_index.json`.
+A family is chosen by the pipeline's class that the model's `model_index.json` or `modular_model_index.json` names.
 Flags of some families only are refused by the others in one line. `blockskip train --config configs/FILE` runs a
 recipe; what you type behind it wins.
 
@@ -53,8 +53,8 @@ NOTES = {
     "sana": "SANA-Sprint trains with the flow-matching objective of its transformer, not with its distillation loss.",
     "flux2": "klein keeps the upstream script's `--text_encoder_out_layers 10 20 30`; the stock pipeline's default is "
     "`9 18 27`. Name the layers that you will make images with. FLUX.2-dev's text processor needs `torchvision`.",
-    "flux3": "diffusers has FLUX.3 from 0.42 on, as a modular pipeline and without a DreamBooth script: LoRA is on the "
-    "attention, and images are made by the pipeline's own blocks, without its prompt upsampler "
+    "flux3": "diffusers has FLUX.3 from 0.42 on, as a modular pipeline and without a DreamBooth script: LoRA is on "
+    "the attention, and images are made by the pipeline's own blocks, without its prompt upsampler "
     "(`blockskip_hooks.families.flux3_pipeline.Flux3ImagePipeline`). The text's blocks come first, then the "
     "image's, then those of both. The text's do not depend on the timestep, so samples of a prompt share one "
     "record of it while no block of both is skipped at the start. For 500 samples of one prompt of 80 tokens at "

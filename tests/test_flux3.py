@@ -28,6 +28,7 @@ from blockskip_hooks.loading.models import empty_model
 from blockskip_hooks.lora import lora_targets
 from blockskip_hooks.planning.presets import preset_facts
 from blockskip_hooks.planning.stages import RECORD_OVERHEAD, PlanRequest, plan_run
+from blockskip_hooks.reporting.model_card import usage_snippet
 from blockskip_hooks.residuals import precompute
 from blockskip_hooks.residuals.batches import PhotoSource, SampleMaker
 from blockskip_hooks.residuals.store import ResidualStore
@@ -220,6 +221,21 @@ def test_pictures_are_those_of_the_stock_pipeline():
     ]
     assert torch.equal(made[0], expected)
     assert (made[1] - expected).abs().max() > 1e-3
+
+
+def test_the_code_on_a_card_loads_the_pipeline():
+    snippet = usage_snippet(
+        str(tiny().folder),
+        "lora",
+        PROMPT,
+        dtype="float32",
+        pipeline_class=("blockskip_hooks.families.flux3_pipeline", "Flux3ImagePipeline"),
+        components=tiny().make_family().missing_components(),
+    )
+    loading = [line for line in snippet.splitlines() if "import" in line or ".from_pretrained" in line]
+    found: dict[str, Any] = {}
+    exec("\n".join(loading), found)
+    assert found["pipeline"].scheduler.config.shift == tiny().make_family().scheduler.config.shift > 6
 
 
 def test_prompts_of_two_windows_cannot_share_a_batch():

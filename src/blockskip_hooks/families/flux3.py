@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import diffusers
@@ -73,11 +72,14 @@ class Flux3(Flux2):
 
     def load_scheduler(self) -> Any:
         # The pipeline's blocks make it where the model comes without one.
-        if (Path(self.model_path) / "scheduler").is_dir():
+        if (self.model_path / "scheduler").is_dir():
             return super().load_scheduler()
         from diffusers.modular_pipelines.flux3.before_denoise import Flux3SetTimestepsStep
 
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=Flux3SetTimestepsStep().shift)
+
+    def missing_components(self) -> dict[str, tuple[str, str] | None]:
+        return {}  # As above.
 
     def empty_embeds(self, transformer_config: Config, text_tokens: int, dtype: torch.dtype) -> PromptEmbeds:
         window = -(-text_tokens // TEXT_WINDOW) * TEXT_WINDOW

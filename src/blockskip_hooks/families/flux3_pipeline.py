@@ -42,10 +42,10 @@ class Flux3ImagePipeline(Flux3ModularPipeline):
     def from_pretrained(
         cls, folder: str | Path, *, dtype: torch.dtype | None = None, variant: str | None = None, **components: Any
     ) -> Flux3ImagePipeline:
-        """Load the pipeline of a local folder, on the CPU.
+        """Load the pipeline of a model, on the CPU.
 
         Args:
-            folder: The model's folder.
+            folder: The model's folder, or its id on the hub.
             dtype: Dtype of what is loaded; float32 by default.
             variant: Weight variant in the file names.
             **components: Components that are there already, or ``None`` for those that are not wanted or come later.
@@ -68,7 +68,7 @@ class Flux3ImagePipeline(Flux3ModularPipeline):
 
     def _load(self, name: str, folder: str | Path, dtype: torch.dtype, variant: str | None) -> Any:
         if name == "tokenizer":
-            return TextProcessor(AutoTokenizer.from_pretrained(Path(folder) / name))
+            return TextProcessor(AutoTokenizer.from_pretrained(str(folder), subfolder=name))
         spec = self.get_component_spec(name)
         weights = {"dtype": dtype, "variant": variant} if issubclass(spec.type_hint, torch.nn.Module) else {}
         try:

@@ -1,6 +1,7 @@
 """Records on disk: what precompute leaves for training.
 
-Each sample has a record. Modulation has records of its own, which samples of one prompt and timestep share.
+Each sample has a record. Modulation has records of its own, which samples of one prompt and timestep share, and so has
+text that no block has brought together with the image, which samples of one prompt share.
 
 A store is a folder with a manifest and safetensors shards. Records are found by id and only under the fingerprint of
 everything they depend on; a store of another run is an error, never a silent reuse.

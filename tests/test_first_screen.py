@@ -248,8 +248,9 @@ def test_every_flag_that_takes_a_path_is_one():
         "selection_table",
         "dataset_name",
         "from_checkpoint",
+        "assistant_lora",
     )
-    found = {name for name in names if name.endswith(ends) and name not in ("dump_config", "validation_model_path")}
+    found = {name for name in names if name.endswith(ends) and name != "dump_config"}
     assert {action.dest for action in PATHS} == found
 
 

@@ -268,6 +268,7 @@ def test_every_flag_that_takes_a_path_is_one():
         "selection_table",
         "dataset_name",
         "from_checkpoint",
+        "assistant_lora",
     )
     found = {name for name in names if name.endswith(ends) and name != "dump_config"}
     assert {action.dest for action in PATHS} == found

@@ -53,6 +53,7 @@ from blockskip_hooks.training.export import export_lora
 from blockskip_hooks.training.history import History
 from blockskip_hooks.training.lora_checks import describe_trainable
 from blockskip_hooks.training.optimizers import make_optimizer
+from blockskip_hooks.training.prompts import align_prompts, image_pairs, image_prompts, trained_prompts
 from blockskip_hooks.training.record_plan import describe_records, plan_stretches, resolve_seed
 from blockskip_hooks.training.records import RecordSource
 from blockskip_hooks.training.resume_checks import check_checkpoint, choose_checkpoint, describe_output
@@ -257,15 +258,15 @@ def load_data(run: Run, context: Context, streamed: bool) -> Data:
     records_modulation, residual_dtype = bool(run.recorded_layers), settings.residual_dtype
     maker = SampleMaker(sample_plan, sources, family, {}, device, dtype, records_modulation, residual_dtype)
     pairs = maker.pairs()
-    trained = list(pairs) or run.trained_prompts(sources)
-    prompts = list(dict.fromkeys([*trained, *run.image_prompts]))
+    trained = list(pairs) or trained_prompts(run, sources)
+    prompts = list(dict.fromkeys([*trained, *image_prompts(run)]))
     trains_text, photo_prompts = settings.train_text_encoder, sources["instance"].prompts()
     options: dict[str, Any] = {"keep_trainable": trains_text, "streamed": streamed, "photos": photo_prompts}
-    options["pairs"] = pairs | run.image_pairs
+    options["pairs"] = pairs | image_pairs(run)
     with context.monitor.stage("encode"), context.progress.stage("encode", prompts=len(prompts)) as progress:
         embeds, text = encode_prompts(family, prompts, dtype=dtype, device=device, progress=progress, **options)
     check_embeds(family, run.transformer_config, embeds, dtype)
-    maker.embeds = run.align(embeds, trained)
+    maker.embeds = align_prompts(run, embeds, trained)
     return maker, text, store
 
 

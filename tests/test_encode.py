@@ -31,7 +31,7 @@ from blockskip_hooks.planning.components import simulate_text_encoder
 from blockskip_hooks.planning.description import format_plan
 from blockskip_hooks.planning.presets import load_preset
 from blockskip_hooks.planning.stages import PlanRequest, plan_run
-from blockskip_hooks.training import class_images, encoding
+from blockskip_hooks.training import class_images, prompts
 from tests import script
 from tests.tiers import fast_first, fast_rows
 from tests.tiny import TINY_FAMILIES, TinyFamily
@@ -311,7 +311,7 @@ def test_the_script_streams_as_planned_and_trains_the_same(
         used.append(streamed)
         return encode_prompts(*args, streamed=streamed, **kwargs)
 
-    monkeypatch.setattr(encoding, "encode_prompts", spy)
+    monkeypatch.setattr(prompts, "encode_prompts", spy)
     monkeypatch.setattr(class_images, "encode_prompts", spy)
     flags = ("--skip_blocks", "1,2", "--max_train_steps", "2", "--with_prior_preservation", "--num_class_images", "1")
     flags += ("--class_data_dir", str(tmp_path / "classes"), "--class_prompt", "a cat")

@@ -50,11 +50,11 @@ from blockskip_hooks.training.checkpointer import Checkpointer
 from blockskip_hooks.training.class_images import make_class_images
 from blockskip_hooks.training.compiling import check_compiler, compile_kept_blocks
 from blockskip_hooks.training.context import Context, make_accelerator
-from blockskip_hooks.training.encoding import embed_prompts
 from blockskip_hooks.training.export import export_lora
 from blockskip_hooks.training.history import History
 from blockskip_hooks.training.lora_checks import describe_trainable
 from blockskip_hooks.training.optimizers import make_optimizer
+from blockskip_hooks.training.prompts import embed_prompts
 from blockskip_hooks.training.record_plan import describe_records, plan_stretches, resolve_seed
 from blockskip_hooks.training.records import RecordSource
 from blockskip_hooks.training.resume_checks import check_checkpoint, choose_checkpoint, describe_output

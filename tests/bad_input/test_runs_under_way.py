@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from blockskip_hooks.loading.lora_files import WEIGHTS_NAME
 from blockskip_hooks.losses import flow_matching_loss
-from blockskip_hooks.training import encoding
+from blockskip_hooks.training import prompts
 from tests.bad_input.harness import assert_one_line, assert_stopped, command
 from tests.script import load_script
 
@@ -188,7 +188,7 @@ ENVIRONMENT = {
 @pytest.mark.parametrize("case", ENVIRONMENT)
 def test_what_the_environment_does_is_said_in_one_line(begin, script, tmp_path, monkeypatch, case):
     error, words = ENVIRONMENT[case]
-    monkeypatch.setattr(encoding, "encode_prompts", lambda *args, **kwargs: ({}, None))
+    monkeypatch.setattr(prompts, "encode_prompts", lambda *args, **kwargs: ({}, None))
     monkeypatch.setattr(script.DiTBlockSkipTransformer, "from_pretrained", raises(error))
     assert_stopped(begin(command(tmp_path / "out", {})), words)
 
@@ -206,14 +206,14 @@ def test_what_the_environment_does_is_said_in_one_line(begin, script, tmp_path, 
     ids=lambda error: type(error).__name__,
 )
 def test_bugs_keep_their_traceback(begin, tmp_path, monkeypatch, error):
-    monkeypatch.setattr(encoding, "encode_prompts", raises(error))
+    monkeypatch.setattr(prompts, "encode_prompts", raises(error))
     with pytest.raises(type(error)) as caught:
         begin(command(tmp_path / "out", {}))
     assert caught.value is error
 
 
 def test_a_value_error_of_a_library_is_a_bug_too(begin, tmp_path, monkeypatch):
-    monkeypatch.setattr(encoding, "encode_prompts", lambda *args, **kwargs: json.loads("{"))
+    monkeypatch.setattr(prompts, "encode_prompts", lambda *args, **kwargs: json.loads("{"))
     with pytest.raises(json.JSONDecodeError):
         begin(command(tmp_path / "out", {}))
 

@@ -202,7 +202,7 @@ class Family(FamilyFacts):
         """
 
     def with_condition(self, inputs: dict[str, Any], condition: torch.Tensor) -> dict[str, Any]:
-        """What :meth:`transformer_inputs` returned, with the tokens of condition images' clean latents ``(B, C, H, W)``.
+        """What :meth:`transformer_inputs` returned, with the tokens of condition images' clean latents (B, C, H, W).
 
         Only for families that have ``CONDITION_FLAGS``; their :meth:`prediction_to_latents` takes the image's tokens
         from the prediction.

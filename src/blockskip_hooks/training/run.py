@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from ..data.photo import Photo, ShowProgress, without_progress
 from ..data.photo_set import PhotoSet
 from ..data.photos import scan_photos
 from ..data.sample_plan import SampleKind, SamplePlan
-from ..families import Family, PromptEmbeds
+from ..families import Family
 from ..loading.component_config import load_config
 from ..loading.quantization import QuantizationConfig, read_quantization
 from ..residuals.batches import PhotoSource
@@ -178,38 +178,10 @@ class Run:
         """Whether the embeddings of all prompts that are trained with have one length."""
         return self.family.aligns_prompts and self.batches
 
-    def align(self, embeds: dict[str, PromptEmbeds], trained: Iterable[str]) -> dict[str, PromptEmbeds]:
-        """Embeddings by prompt, the trained ones of one length where the family's batches need it."""
-        if not self.aligns_prompts:
-            return embeds
-        return embeds | self.family.align_embeds({prompt: embeds[prompt] for prompt in trained})
-
     @property
     def encodes_pairs(self) -> bool:
         """Whether text encoders see each photo's condition image beside its prompt."""
         return self.family.reads_condition and self.settings.condition_flag is not None
-
-    def trained_prompts(self, sources: dict[SampleKind, PhotoSource]) -> list[str]:
-        """Every prompt that is trained with."""
-        prompts = [prompt for source in sources.values() for prompt in source.prompts()]
-        return list(dict.fromkeys([*prompts, *[""] * (self.settings.caption_dropout > 0)]))
-
-    @property
-    def image_pairs(self) -> dict[str, tuple[str, Image.Image]]:
-        """The prompts of validation images with the condition image, where text encoders see both."""
-        kwargs = self.image_kwargs
-        if not self.image_family.reads_condition or "image" not in kwargs:
-            return {}
-        shown = self.image_family.shown_condition(kwargs["image"], kwargs)
-        return {prompt: (prompt, shown) for prompt in self.image_prompts}
-
-    @property
-    def image_prompts(self) -> list[str]:
-        """Every prompt that validation images need embeddings of, the negative one among them."""
-        if not self.makes_images:
-            return []
-        negative = self.image_negative_prompt
-        return list(dict.fromkeys([*self.prompts, *self.final_prompts, *([] if negative is None else [negative])]))
 
     @property
     def image_family(self) -> Family:

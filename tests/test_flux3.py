@@ -105,7 +105,7 @@ def record(
         ((3, 0), {"latents", "leading_hidden_states"}, [2, 2, 2]),
         ((1, 1), {"latents", "trailing_hidden_states"}, [2, 2, 2]),
     ],
-    ids=str,
+    ids=("2,0", "3,0", "1,1"),
 )
 def test_a_prompt_has_one_record_of_its_text(
     spans: tuple[int, int], own: set[str], forwards: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -18,6 +18,8 @@ from tests.tiny import TINY_FAMILIES, TinyFamily
 pytestmark = pytest.mark.slow
 
 TOLERANCE = 0.1
+# A block that is sent ahead is planned as large as the largest, one with two attentions; the others have one.
+PLANNED_HIGH = {"sd3.5": 0.15}
 # Tensors of a few numbers take a multiple of 512 bytes each, and text encoders are planned with a cache of keys and
 # values that some pipelines go without.
 ROUNDING = 2**15
@@ -45,20 +47,20 @@ def train(run: Callable[[str, Job], Ran], once: Any, shared: Path) -> Callable[.
     return start
 
 
-def assert_as_planned(ran: Ran, left_bytes: int = 0) -> None:
+def assert_as_planned(ran: Ran, left_bytes: int = 0, tolerance: float = TOLERANCE) -> None:
     assert ran.code == 0, ran.said[-2000:]
     assert ran.left_bytes == left_bytes
     off = {
         stage: f"{measured:,} of {planned:,} bytes"
         for stage, (measured, planned) in ran.peaks().items()
-        if abs(measured - planned) > max(TOLERANCE * planned, ROUNDING)
+        if abs(measured - planned) > max((TOLERANCE if measured > planned else tolerance) * planned, ROUNDING)
     }
     assert off == {}
 
 
 def test_a_tiny_pipeline_runs_as_planned(tiny: TinyFamily, train: Callable[..., Ran]) -> None:
     ran = train(tiny, "--mixed_precision", "bf16")
-    assert_as_planned(ran, KEPT_BY_DIFFUSERS.get(tiny.name, 0))
+    assert_as_planned(ran, KEPT_BY_DIFFUSERS.get(tiny.name, 0), PLANNED_HIGH.get(tiny.name, TOLERANCE))
 
 
 def test_in_half_precision_gradients_are_scaled_and_the_scaler_is_in_checkpoints(train: Callable[..., Ran]) -> None:

@@ -254,7 +254,7 @@ def open_run(argv: Sequence[str]) -> OpenRun:
     """Everything the training script does with these flags before its first precompute or step."""
     script = load_script("train_dreambooth_blockskip")
     run = prepare_run(parse_args([*argv, "--report_to", "none", "--seed", "0", "--lr_warmup_steps", "0"]))
-    context = Context(script.make_accelerator(run))
+    context = Context(script.make_accelerator(run.settings))
     with quiet():
         maker, text, store = script.load_data(run, context, streamed=False)
     _, steps = run.schedule(maker.plan, 1)

@@ -126,7 +126,7 @@ def test_families_without_the_format_refuse_it_in_one_line(family):
 
 def test_which_families_have_the_format():
     assert {family.name for family in FAMILIES.values() if family.comfyui is None} == {
-        *("sana", "sana-sprint", "lumina2", "ideogram4", "pixart-sigma")
+        *("sana", "sana-sprint", "lumina2", "ideogram4", "pixart-sigma", "flux3", "qwen-image-2.1")
     }
 
 

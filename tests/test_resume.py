@@ -299,7 +299,7 @@ def test_images_of_several_processes_come_together_in_order(
 
 def test_processes_wait_a_day_for_the_one_that_works_alone(monkeypatch: pytest.MonkeyPatch):
     given: dict = {}
-    made = SimpleNamespace(mixed_precision="no")
+    made = SimpleNamespace(mixed_precision="no", device=torch.device("cpu"), num_processes=2)
     monkeypatch.setattr(accelerator, "Accelerator", lambda **settings: given.update(settings) or made)
     accelerator.start_accelerator("no")
     (handler,) = given["kwargs_handlers"]

@@ -68,7 +68,7 @@ class Flux3ImagePipeline(Flux3ModularPipeline):
 
     def _load(self, name: str, folder: str | Path, dtype: torch.dtype, variant: str | None) -> Any:
         if name == "tokenizer":
-            return TextProcessor(AutoTokenizer.from_pretrained(str(folder), subfolder=name))
+            return TextProcessor(AutoTokenizer.from_pretrained(str(folder), subfolder=name, trust_remote_code=False))
         spec = self.get_component_spec(name)
         weights = {"dtype": dtype, "variant": variant} if issubclass(spec.type_hint, torch.nn.Module) else {}
         try:

@@ -256,7 +256,7 @@ def open_run(argv: Sequence[str]) -> OpenRun:
     run = prepare_run(parse_args([*argv, "--report_to", "none", "--seed", "0", "--lr_warmup_steps", "0"]))
     context = Context(script.make_accelerator(run.settings))
     with quiet():
-        maker, text, store = script.load_data(run, context, streamed=False)
+        maker, text, store, _ = script.load_data(run, context, streamed=False)
     _, steps = run.schedule(maker.plan, 1)
     learner = script.make_learner(run, context.accelerator, text, steps)
     stretches = Stretches(num_steps=steps, length=steps)

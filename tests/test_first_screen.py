@@ -29,7 +29,7 @@ from blockskip_hooks.utils.errors import UserError
 from blockskip_hooks.utils.formatting import fit_lines
 from blockskip_hooks.utils.launcher import ENTRIES, FSDP_SWITCH, REFUSED_AS_A_WHOLE, check_launcher, use_all_cores
 from tests import script
-from tests.tiny import save_tiny_flux
+from tests.tiny import TINY_FAMILIES, save_tiny_flux
 
 
 @pytest.fixture(scope="module")
@@ -338,6 +338,27 @@ def test_pictures_have_the_size_of_the_model(
 def test_a_size_that_the_model_cannot_draw_is_refused(model: Path, photos: Path):
     with pytest.raises(UserError, match="--validation_resolution is 60, .* use 64"):
         prepared(model, photos, "--validation_resolution", "60")
+
+
+def test_images_that_nobody_makes_are_not_promised(model: Path, photos: Path):
+    words = ("--validation_prompt", "a sks dog", "--skip_final_inference")
+    run = prepared(model, photos, *words)
+    epoch = run.expected_schedule(1)[0]
+    said = f"Images   none: the run ends before those of step {50 * epoch} (50 epochs)"
+    assert training_lines(run, 50 * epoch, 1)[1] == said
+    assert not prepare_run(parse_args(["--skip_final_inference"])).makes_images
+
+
+def test_trackers_write_where_the_run_does(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """That is the family's own folder if none is named."""
+    monkeypatch.chdir(tmp_path)
+    (tiny,) = (tiny for tiny in TINY_FAMILIES if tiny.name == "z-image")
+    words = script.settings(tiny.folder, photos, Path("out"), "--report_to", "tensorboard", text_tokens=16)
+    at = words.index("--output_dir")
+    script.AcceleratorState._reset_state(reset_partial_state=True)
+    assert script.load_script().main([*words[:at], *words[at + 2 :]]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["z-image-dreambooth-lora"]
+    assert any((tmp_path / "z-image-dreambooth-lora" / "logs").iterdir())
 
 
 def test_several_prompts_are_drawn(model: Path, photos: Path):

@@ -16,6 +16,7 @@ from blockskip_hooks.cli.run_plan import plan_for
 from blockskip_hooks.families.facts import VALIDATION_FLAGS
 from blockskip_hooks.planning.devices import rounded
 from blockskip_hooks.training.validation import Validation
+from blockskip_hooks.utils.errors import UserError
 from tests.script import PROMPT, assert_same_weights, load_script, save_photos, settings, train
 from tests.tiny import TINY_FAMILIES
 from tests.tiny.base import randomise
@@ -130,3 +131,32 @@ def test_what_cannot_make_the_images_is_refused_before_anything_loads(flags, wor
     assert load_script().main(argv) == 2
     said = capsys.readouterr().err.rpartition("error: ")[2]
     assert words.format(**places) in said and said.count("\n") == 1 and "pretrained_model" not in said
+
+
+def test_a_prompt_without_images_is_no_validation(photos, tmp_path):
+    flags = ("--validation_prompt", PROMPT, "--num_validation_images", "0", "--validation_epochs", "1")
+    output = train(TINY["flux-dev"].folder, photos, tmp_path / "out", *flags, "--max_train_steps", "4")
+    assert (output / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_images_of_the_base_model_know_nothing_of_text_encoders_that_train(photos, tmp_path, monkeypatch):
+    made, final = [], Validation.final
+    monkeypatch.setattr(Validation, "final", lambda *args: made.append(final(*args)) or made[-1])
+    flags = ("--skip_blocks", "1,1", "--stretch_steps", "1", "--max_train_steps", "3", "--validation_prompt", PROMPT)
+    flags += ("--num_validation_images", "1")
+    for name, more in (("still", ()), ("trained", ("--train_text_encoder", "--text_encoder_lr", "0.1"))):
+        train(TINY["flux-dev"].folder, photos, tmp_path / name, *flags, *more)
+    (base, _), (same, _) = made
+    assert np.array_equal(base[0][0], same[0][0])
+
+
+def test_a_sibling_that_takes_no_condition_image_is_refused(photos, tmp_path):
+    image = next(photos.glob("*.png"))
+    for photo in sorted(photos.glob("*.png")):
+        shutil.copy(photo, tmp_path / photo.name)
+        shutil.copy(photo, tmp_path / f"{photo.stem}_cond.png")
+    pairs = ("--cond_data_dir", str(tmp_path), "--validation_image", str(image))
+    other = ("--validation_model_path", sibling("flux-dev", tmp_path / "sibling"), "--validation_prompt", PROMPT)
+    words = settings(TINY["flux-kontext"].folder, tmp_path, tmp_path / "out", *pairs, *other)
+    with pytest.raises(UserError, match="takes no condition image, and --validation_image is one"):
+        preparation.prepare_run(parse_args(words))

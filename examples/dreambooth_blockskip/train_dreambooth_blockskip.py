@@ -116,7 +116,7 @@ def run_script(settings: TrainSettings, flags: str, stop: StopSignals, lock: Fol
             return 0
         with monitor.stage("plan"):
             run = prepare_run(settings)
-            accelerator = make_accelerator(settings)
+            accelerator = make_accelerator(run.settings)
             if accelerator.is_main_process:
                 lock.take(run.output_dir)
             dtype = weight_dtype(accelerator)

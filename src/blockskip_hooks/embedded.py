@@ -53,16 +53,20 @@ def embedded_pipeline(lora: str | Path | None = None) -> Callable[..., Any]:
     import torch
     from diffusers import DiffusionPipeline
 
-    from .loading.model_defaults import model_defaults
-
-    flags, arguments = model_defaults(embedded_model())
-    arguments |= dict.fromkeys(("height", "width"), flags["resolution"])
-    arguments["max_sequence_length"] = flags["max_sequence_length"]
     pipeline = DiffusionPipeline.from_pretrained(embedded_model(), dtype=torch.float32)
     if lora is not None:
         pipeline.load_lora_weights(lora)
     pipeline.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    return functools.partial(pipeline, **arguments)
+    return functools.partial(pipeline, **embedded_arguments())
+
+
+def embedded_arguments() -> dict[str, Any]:
+    """What :func:`embedded_pipeline` calls the pipeline with, unless it is told otherwise."""
+    from .loading.model_defaults import model_defaults
+
+    flags, arguments = model_defaults(embedded_model())
+    sizes = dict.fromkeys(("height", "width"), flags["resolution"])
+    return {**arguments, **sizes, "max_sequence_length": flags["max_sequence_length"]}
 
 
 def embedded_subjects() -> dict[str, dict[str, Any]]:

@@ -42,6 +42,8 @@ def _images(run: Run, num_steps: int, num_processes: int) -> str:
         times.append(f"every {every} steps ({settings.validation_epochs} epochs)")
     if run.final_prompts:
         times.append("at the end")
+    if not times:
+        return f"none: the run ends before those of step {every} ({settings.validation_epochs} epochs)"
     by = f", by {settings.validation_model_path}" if run.validation_family else ""
     words = "1 prompt" if len(prompts) == 1 else f"each of {len(prompts)} prompts"
     return f"{settings.num_validation_images} of {words}, {run.image_size} px, {' and '.join(times)}{by}"

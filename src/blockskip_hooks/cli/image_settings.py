@@ -57,6 +57,8 @@ def with_validation_model(run: Run) -> Run:
         family.flags |= {} if length is None else {"max_sequence_length": length}
     kwargs = {**image_size(settings, family, name), **few, **folder_kwargs}
     check_pipeline(family, kwargs)
+    if run.validation_image and "image" not in inspect.signature(family.pipeline_class.__call__).parameters:
+        raise UserError(f"{flag} takes no condition image, and --validation_image is one; name a model that does.")
     return replace(run, validation_family=family, validation_kwargs=kwargs | typed_image_arguments(settings))
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from PIL import Image
 
+from ..embedded import embedded_arguments
 from ..training.comfyui import COMFYUI_NAME
 from ..utils.files import write_text
 from ..utils.formatting import format_bytes, format_seconds, format_setting
@@ -155,12 +156,16 @@ def usage_snippet(
         condition: File of the condition image, for LoRAs that were trained on pairs.
     """
     if embedded:
+        own = embedded_arguments()
+        others = [
+            f"{key}={_literal(value)}" for key, value in (pipeline_kwargs or {}).items() if own.get(key) != value
+        ]
         return "\n".join(
             (
                 "from blockskip_hooks import embedded_pipeline",
                 "",
                 f"pipeline = embedded_pipeline({_literal(str(lora))})",
-                f'pipeline({_literal(prompt)}).images[0].save("image.png")',
+                f'pipeline({", ".join([_literal(prompt), *others])}).images[0].save("image.png")',
             )
         )
     # By name: some pipelines take an image first.

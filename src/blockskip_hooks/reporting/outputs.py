@@ -261,7 +261,10 @@ def sample_pictures(maker: SampleMaker, num_samples: int) -> list[tuple[str, Ima
 
 def snippet_kwargs(run: Run) -> dict[str, Any]:
     """Arguments of a pipeline call, beside the prompt, that gives images like the report's."""
-    kwargs = {**run.family.prompt_inputs(""), **run.pipeline_kwargs}
+    kwargs = {
+        **run.family.prompt_inputs(""),
+        **(run.pipeline_kwargs if run.validation_family else run.validation_kwargs),
+    }
     stock = inspect.signature(run.family.pipeline_class.__call__).parameters
     return {
         name: value

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -68,12 +69,26 @@ class Adapters:
         """Embeddings by prompt, those of ``prompts`` as the text encoders make them now."""
         now = dict(embeds)
         if self._text is not None:
-            for prompt in prompts:
-                tokens = self._text.batch_tokens([prompt], self._device)
-                batched = {name: tensor[None] for name, tensor in embeds[prompt].items()}
-                fresh = self._family.refresh_embeds(self._text.encoders, tokens, batched)
-                now[prompt] = {name: tensor[0].cpu() for name, tensor in fresh.items()}
+            with self.without_dropout():
+                for prompt in prompts:
+                    tokens = self._text.batch_tokens([prompt], self._device)
+                    batched = {name: tensor[None] for name, tensor in embeds[prompt].items()}
+                    fresh = self._family.refresh_embeds(self._text.encoders, tokens, batched)
+                    now[prompt] = {name: tensor[0].cpu() for name, tensor in fresh.items()}
         return now
+
+    @contextmanager
+    def without_dropout(self) -> Iterator[None]:
+        """Within this context text encoders that train make the embeddings that they make of a prompt each time."""
+        encoders = list(self._text.encoders.values()) if self._text else []
+        modes = [encoder.training for encoder in encoders]
+        for encoder in encoders:
+            encoder.eval()
+        try:
+            yield
+        finally:
+            for encoder, mode in zip(encoders, modes, strict=True):
+                encoder.train(mode)
 
     def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         """Write ``pytorch_lora_weights.safetensors``, in another dtype if one is given."""

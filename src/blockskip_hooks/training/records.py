@@ -262,7 +262,8 @@ class RecordSource:
         batch = maker.batch_from_records(chosen, records)
         assert batch.residuals is not None and batch.residuals.trailing_hidden_states is not None
         recorded = batch.residuals.trailing_hidden_states.float()
-        self._adapters.refresh(batch)
+        with self._adapters.without_dropout():
+            self._adapters.refresh(batch)
         with self._accelerator.autocast():
             now = capture(self._model, maker, batch).trailing_hidden_states
         assert now is not None

@@ -159,7 +159,8 @@ class Run:
     @property
     def makes_images(self) -> bool:
         """Whether validation images are made at some time."""
-        return bool(self.settings.num_validation_images and (self.prompts or self.final_prompts))
+        during = self.prompts if self.settings.validation_prompt else []
+        return bool(self.settings.num_validation_images and (during or self.final_prompts))
 
     @property
     def final_prompts(self) -> list[str]:

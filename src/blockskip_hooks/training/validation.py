@@ -72,6 +72,8 @@ class Validation:
         self._records, self._tracking = records, tracking
         self._images_at_once, self._together, self._placement = images_at_once, together, placement
         self._embeds = embeds
+        # Before encoders that train along have changed any.
+        self._base_embeds = dict(records.maker.embeds) if embeds is None else embeds
         self.shown: tuple[int, list[str], Images, Images] | None = None
         self._seeds = [run.seed + number for number in range(run.settings.num_validation_images)]
         self._base: dict[str, list[Image.Image]] = {}
@@ -80,12 +82,13 @@ class Validation:
     def during(self, step: int) -> None:
         """Make the images of a validation during training and log them; every process must call this."""
         prompts = self._run.prompts
-        trained = self._images(prompts, with_adapters=True)
-        base: Images = []
-        if self._tracking.main_is_on and self._seeds:
-            base = self._base_images(prompts)
-            self._log_images("validation", step, prompts, base, trained)
-        self.shown = step, prompts, base, trained
+        if self._seeds:
+            trained = self._images(prompts, with_adapters=True)
+            base: Images = []
+            if self._tracking.main_is_on:
+                base = self._base_images(prompts)
+                self._log_images("validation", step, prompts, base, trained)
+            self.shown = step, prompts, base, trained
         self.log_trailing_error(step)
 
     def final(self, step: int) -> tuple[Images, Images]:
@@ -131,15 +134,18 @@ class Validation:
 
     def _images(self, prompts: Sequence[str], *, with_adapters: bool) -> Images:
         family, negative, context = self._run.image_family, self._run.image_negative_prompt, self._context
-        embeds = self._records.maker.embeds if self._embeds is None else self._embeds
+        embeds = self._base_embeds
         if with_adapters and self._embeds is None:
-            embeds = self._adapters.current(embeds, [*prompts, *([] if negative is None else [negative])])
+            embeds = self._adapters.current(
+                self._records.maker.embeds, [*prompts, *([] if negative is None else [negative])]
+            )
         sharded, accelerator = self._model.is_sharded, context.accelerator
         others = 1 if sharded else accelerator.num_processes
         at_once = self._images_at_once or len(self._seeds)
         name = f"validate ({'LoRA, after' if with_adapters else 'base model, before'})"
         with (
-            context.stop.held() if sharded else contextlib.nullcontext(),
+            # A run that is stopped saves: the model that trains must be back on the device by then.
+            context.stop.held() if sharded or self._run.validation_family else contextlib.nullcontext(),
             context.monitor.stage("validate"),
             self._models(with_adapters) as models,
             context.accelerator.autocast(),
@@ -164,7 +170,10 @@ class Validation:
                 progress=made,
                 calls=lambda number: number % others == accelerator.process_index % others,
             )
-            return images if others == 1 else self._from_all(images, at_once)
+            images = images if others == 1 else self._from_all(images, at_once)
+        if self._run.validation_family:
+            context.stop.check()
+        return images
 
     @contextlib.contextmanager
     def _models(self, with_adapters: bool) -> Iterator[dict[str, Any]]:

@@ -144,8 +144,8 @@ def check_launcher(mixed_precision: str | None = None) -> None:
 def use_all_cores() -> None:
     """Let a process that is alone on a CPU compute on every core where the launcher allows it a single one.
 
-    That is what ``accelerate launch`` does unless it is told a number. A process that may run on fewer cores (by
-    ``taskset``, say) gets those.
+    That is what ``accelerate launch`` does unless it is told a number; one, told, looks the same. A process that may
+    run on fewer cores (by ``taskset``, say) gets those.
     """
     if "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
         allowed = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count()

@@ -70,7 +70,10 @@ class Flux3ImagePipeline(Flux3ModularPipeline):
         if name == "tokenizer":
             return TextProcessor(AutoTokenizer.from_pretrained(str(folder), subfolder=name, trust_remote_code=False))
         spec = self.get_component_spec(name)
-        weights = {"dtype": dtype, "variant": variant} if issubclass(spec.type_hint, torch.nn.Module) else {}
+        is_model = issubclass(spec.type_hint, torch.nn.Module)
+        weights: dict[str, Any] = {"dtype": dtype, "variant": variant} if is_model else {}
+        if spec.type_hint.__module__.startswith("transformers."):
+            weights["trust_remote_code"] = False
         try:
             return spec.load(pretrained_model_name_or_path=str(folder), subfolder=name, **weights)
         except (OSError, ValueError) as error:

@@ -40,11 +40,11 @@ def read_index(folder: Path) -> dict[str, Any]:
     """What a pipeline is made of: its class as ``_class_name``, and library and class of each component.
 
     Pipelines are saved with a ``model_index.json``. Modular ones have an index of their own, which also says where
-    components come from; that is left out.
+    components come from, and of which class they are loaded: that counts.
 
     Raises:
         OSError: if the folder has neither.
-        ValueError: if it is not a JSON object.
+        ValueError: if it is not a JSON object, or a component has no class.
     """
     file, modular = folder / "model_index.json", folder / MODULAR_INDEX
     index = json.loads((modular if modular.is_file() and not file.is_file() else file).read_text(encoding="utf-8"))
@@ -52,8 +52,9 @@ def read_index(folder: Path) -> dict[str, Any]:
         raise ValueError("no JSON object")
     for name, entry in index.items():
         if isinstance(entry, list) and len(entry) == 3 and isinstance(entry[2], dict):
-            # What was not loaded when the index was written has no class but in the description of what to load.
-            index[name] = entry[:2] if entry[0] else entry[2].get("type_hint") or entry[:2]
+            if "type_hint" not in entry[2]:
+                raise ValueError(f"no type_hint of {name}")
+            index[name] = entry[2]["type_hint"] or entry[:2]
     return index
 
 

@@ -541,7 +541,8 @@ def _records(request: PlanRequest, residuals: SpanResiduals, shares_text: bool) 
         for name, tensor in stored.items()
     }
     modulation = sizes.pop("modulation", 0)
-    text = request.photo_prompts * (sizes.pop(SHARED_TEXT) + RECORD_OVERHEAD) if shares_text and stored else 0
+    prompts = min(request.photo_prompts, max(request.num_samples, 1))
+    text = prompts * (sizes.pop(SHARED_TEXT) + RECORD_OVERHEAD) if shares_text and stored else 0
     record = math.prod(request.family.latent_shape(*request.training_size)) * request.weight_dtype.itemsize
     record *= 1 + request.has_condition
     record += sum(sizes.values())

@@ -103,9 +103,10 @@ def plan_stretches(run: Run, plan: dict[str, Any], num_processes: int, checkpoin
     step_bytes = record_bytes * samples_per_step * len(run.kinds)
     budget = run.residual_budget()
     if step_bytes > budget - text_bytes:
+        texts = f", and {text_bytes} for the prompts' texts" if text_bytes else ""
         raise UserError(
             f"--residual_budget is {budget} bytes, less than the records of one step need ({step_bytes}: "
-            f"{samples_per_step * len(run.kinds)} of {record_bytes}); raise it or lower --train_batch_size."
+            f"{samples_per_step * len(run.kinds)} of {record_bytes}{texts}); raise it or lower --train_batch_size."
         )
     longest = state["stretch_steps"] if goes_on else run.longest_stretch(num_steps)
     return Stretches(

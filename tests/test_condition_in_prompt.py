@@ -240,7 +240,7 @@ def test_plain_training_is_a_straightforward_loop(tiny: TinyFamily, pairs: Path,
 def test_a_run_with_skipped_blocks(tiny: TinyFamily, pairs: Path, tmp_path: Path):
     """Leading blocks change nothing, records are as large as planned, validation images see the validation image."""
     output, folder = tmp_path / "out", tmp_path / "records"
-    flags = ("--residual_dir", str(folder), "--refresh_residuals", "--upcast_before_saving")
+    flags = ("--residual_dir", str(folder), "--upcast_before_saving")
     images = ("--validation_prompt", f"{PROMPT} on the beach", "--num_validation_images", "1")
     train(tiny, pairs, output, "--skip_blocks", "1,2", *flags, *images, "--validation_image", str(pairs / "0.png"))
     planned = json.loads((output / "plan.json").read_text())["residuals"]["record_bytes"]
@@ -289,3 +289,23 @@ def test_patches_that_change_are_refused(tiny: TinyFamily, pairs: Path, tmp_path
     error = capsys.readouterr().err
     assert "--patch_sampling is dynamic; qwen-image-2.1's text encoder sees the condition image" in error
     assert "give --patch_sampling none" in error
+
+
+# Prompts of several lengths
+
+
+@torch.no_grad()
+def test_prompts_of_one_length_are_those_of_a_list(tiny: TinyFamily):
+    """Embeddings and masks of the stock pipeline for several prompts; alone, none is padded."""
+    family, prompts = tiny.make_family(), [PROMPT, "a red cat"]
+    text_pipeline = family.load_text_pipeline(torch.float32, "cpu")
+    tokens, masks, *_ = text_pipeline.encode_prompt(prompts)
+    natural = dict(zip(prompts, family.encode_prompts(text_pipeline, prompts), strict=True))
+    aligned = family.collate_embeds(list(family.align_embeds(natural).values()))
+    torch.testing.assert_close(aligned["prompt_embeds"], tokens)
+    assert torch.equal(aligned["prompt_embeds_mask"], masks.bool()) and not masks.all()
+    for prompt, embeds in family.align_embeds(natural).items():
+        given = family.pipeline_inputs(family.collate_embeds([embeds]), None)["prompt_embeds"]
+        assert torch.equal(given[0], natural[prompt]["prompt_embeds"])
+    same = dict.fromkeys(prompts, natural[PROMPT])
+    assert all(embeds.keys() == {"prompt_embeds"} for embeds in family.align_embeds(same).values())

@@ -289,7 +289,7 @@ def test_validation_images_are_made_every_few_epochs_and_at_the_end(
     def spy(embeds, **settings):
         # Without its LoRA the transformer is the base model.
         layers = [m for m in settings["model"].transformer.modules() if isinstance(m, BaseTunerLayer)]
-        calls.append((trained[-1], not layers[0].disable_adapters))
+        calls.append((trained[-1], bool(layers[0].active_adapters)))
         return original(embeds, **settings)
 
     monkeypatch.setattr(validation, "generate_images", spy)

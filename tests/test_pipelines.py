@@ -262,25 +262,6 @@ def test_a_batch_in_training_predicts_what_each_prompt_alone_does(
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "tiny", [t for t in TINY_FAMILIES if t.family.aligns_prompts], ids=lambda t: t.name, scope="module"
-)
-@torch.no_grad()
-def test_prompts_of_one_length_are_those_of_a_list(tiny: TinyFamily, family: Family, text_pipeline: DiffusionPipeline):
-    """Embeddings and masks of the stock pipeline for several prompts; alone, none is padded."""
-    prompts = [PROMPT, OTHER]
-    tokens, masks, *_ = text_pipeline.encode_prompt(prompts)
-    natural = dict(zip(prompts, family.encode_prompts(text_pipeline, prompts), strict=True))
-    aligned = family.collate_embeds(list(family.align_embeds(natural).values()))
-    torch.testing.assert_close(aligned["prompt_embeds"], tokens)
-    assert torch.equal(aligned["prompt_embeds_mask"], masks.bool()) and not masks.all()
-    for prompt, embeds in family.align_embeds(natural).items():
-        given = family.pipeline_inputs(family.collate_embeds([embeds]), None)["prompt_embeds"]
-        assert torch.equal(given[0], natural[prompt]["prompt_embeds"])
-    same = dict.fromkeys(prompts, natural[PROMPT])
-    assert all(embeds.keys() == {"prompt_embeds"} for embeds in family.align_embeds(same).values())
-
-
 # Latents
 
 

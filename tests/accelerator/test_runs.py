@@ -112,8 +112,14 @@ def test_every_run_ends_well_and_leaves_nothing_on_the_device(do: Do, name: str)
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_every_stage_needs_what_is_planned(do: Do, name: str) -> None:
-    peaks = do(name).peaks()
+    ran = do(name)
+    peaks, plan = ran.peaks(), ran.plan
     assert {"encode", "train"} <= set(peaks)
+    if plan["residuals"]["stretches"] == 1:
+        # Plans are of a later stretch: before the first step LoRA has no moments, two of its three parts in float32.
+        measured, planned = peaks["precompute"]
+        lora = next(stage["lora_optimizer_bytes"] for stage in plan["stages"] if stage["name"] == "precompute")
+        peaks["precompute"] = measured, planned - lora * 2 // 3
     off = {
         stage: f"{measured / planned:.3f} of {planned:,} bytes"
         for stage, (measured, planned) in peaks.items()

@@ -7,7 +7,7 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -84,6 +84,12 @@ def condition_inputs(tiny: TinyFamily, batch_size: int = 2) -> tuple[Family, dic
     return family, family.with_condition(inputs, condition), 9
 
 
+def assert_same_gradients(actual: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    assert expected and expected.keys() == actual.keys()
+    for name, gradient in expected.items():
+        assert (actual[name] - gradient).norm() <= 1e-5 * gradient.norm().clamp_min(1e-12), name
+
+
 def image_tokens(prediction: torch.Tensor) -> torch.Tensor:
     return prediction[:, :4]
 
@@ -144,9 +150,7 @@ def test_gradients_equal_the_full_model_with_condition_tokens(tiny: TinyFamily, 
         return {name: p.grad for name, p in transformer.named_parameters() if p.requires_grad}
 
     expected, actual = gradients(False), gradients(True)
-    assert expected and expected.keys() == actual.keys()
-    for name, gradient in expected.items():
-        assert (actual[name] - gradient).norm() <= 1e-5 * gradient.norm().clamp_min(1e-12), name
+    assert_same_gradients(actual, expected)
 
 
 @each_family

@@ -116,12 +116,12 @@ class Family(FamilyFacts):
     def encode_pairs(
         self, pipeline: DiffusionPipeline, pairs: Sequence[tuple[str, Image.Image]]
     ) -> list[PromptEmbeds]:
-        """Encode prompts with condition images, of the size of their latents, where text encoders see them too."""
-        raise NotImplementedError(f"{self.name}'s text encoders see no images")
+        """Encode prompts with condition images, of the size of their latents; most text encoders do not see these."""
+        return self.encode_prompts(pipeline, [prompt for prompt, _ in pairs])
 
     def shown_condition(self, image: Image.Image, pipeline_kwargs: Mapping[str, Any]) -> Image.Image:
         """The condition image of a pipeline call as the call shows it to the text encoders (:meth:`encode_pairs`)."""
-        raise NotImplementedError(f"{self.name}'s text encoders see no images")
+        return image
 
     def kept_tokens(self, pipeline: DiffusionPipeline) -> int | None:
         """Tokens that the pipeline keeps of what its tokenizer returns; ``None`` where the tokenizer cuts the text."""
@@ -132,8 +132,8 @@ class Family(FamilyFacts):
         return {name: pad_sequence([e[name] for e in embeds], batch_first=True) for name in embeds[0]}
 
     def align_embeds(self, embeds: Mapping[str, PromptEmbeds]) -> dict[str, PromptEmbeds]:
-        """Embeddings by prompt, padded to the longest, where the image's positions count the padding before it."""
-        raise NotImplementedError(f"{self.name} takes prompts of different lengths in a batch")
+        """Embeddings by prompt; padded to the longest, where the image's positions count the padding before it."""
+        return dict(embeds)
 
     def load_vae(self, dtype: torch.dtype, device: torch.device | str) -> ModelMixin:
         """The VAE, frozen."""
@@ -207,7 +207,7 @@ class Family(FamilyFacts):
         Only for families that have ``CONDITION_FLAGS``; their :meth:`prediction_to_latents` takes the image's tokens
         from the prediction.
         """
-        raise NotImplementedError(f"{self.name} takes no condition images")
+        raise UserError(f"{self.name} takes no condition images; leave them out.")
 
     def prediction_to_latents(self, prediction: Any, like: torch.Tensor) -> torch.Tensor:
         """The first output of the transformer, as the velocity ``noise - x`` in the layout of the latents ``like``."""

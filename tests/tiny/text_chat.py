@@ -42,6 +42,10 @@ TEMPLATE_WORDS = [
     "objects",
     "and",
     "background",
+    "Comprehend",
+    "analyze",
+    "provided",
+    "prompt",
 ]
 
 CHAT_TEMPLATE = (

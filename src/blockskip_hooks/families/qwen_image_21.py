@@ -41,6 +41,8 @@ class QwenImage21(VideoLatents):
     text_components = ("text_encoder", "processor")
     text_width = "context_in_dim"
     image_size = 1024
+    # The system message.
+    template_tokens = 13
     aligns_prompts = True
     reads_condition = True
     condition_on_mode = True

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class QwenImage21(VideoLatents):
-    """Qwen-Image 2.1.
+    """Qwen-Image 2.1, whose prompts stand behind a system message.
 
     The image is behind the text in the blocks' sequence, and its rotary position on the first axis is the number of
     text tokens before it, padding included. So prompts that share batches have one length in the whole run: that of
@@ -41,7 +41,6 @@ class QwenImage21(VideoLatents):
     text_components = ("text_encoder", "processor")
     text_width = "context_in_dim"
     image_size = 1024
-    # The system message.
     template_tokens = 13
     aligns_prompts = True
     reads_condition = True

@@ -216,8 +216,7 @@ class QwenImage21(VideoLatents):
         inputs = {"num_inference_steps": self.flags["validation_num_inference_steps"]}
         for prefix, prompt in (("", embeds), ("negative_", negative)):
             if prompt is not None:
-                mask = prompt.get("prompt_embeds_mask")
-                tokens = prompt["prompt_embeds"]
+                mask, tokens = prompt.get("prompt_embeds_mask"), prompt["prompt_embeds"]
                 tokens = tokens if mask is None else tokens[:, mask[0]]
                 if "image_place" in prompt:
                     start, slots = prompt["image_place"][0].tolist()

@@ -29,7 +29,8 @@ from blockskip_hooks.config import BlockSkipConfig, PatchSamplingConfig
 from blockskip_hooks.embedded import embedded_subjects
 from blockskip_hooks.evaluation.statistics import bootstrap
 from blockskip_hooks.planning.presets import load_preset
-from blockskip_hooks.planning.stages import PlanRequest, plan_run
+from blockskip_hooks.planning.request import PlanRequest
+from blockskip_hooks.planning.stages import plan_run
 
 
 NUM_BLOCKS = 18

@@ -30,7 +30,8 @@ from blockskip_hooks.planning import stages as planner
 from blockskip_hooks.planning.components import simulate_text_encoder
 from blockskip_hooks.planning.description import format_plan
 from blockskip_hooks.planning.presets import load_preset
-from blockskip_hooks.planning.stages import PlanRequest, plan_run
+from blockskip_hooks.planning.request import PlanRequest
+from blockskip_hooks.planning.stages import plan_run
 from blockskip_hooks.training import class_images, prompts
 from tests import script
 from tests.tiers import fast_first, fast_rows

@@ -27,7 +27,8 @@ from blockskip_hooks.loading.download import resolve_model
 from blockskip_hooks.loading.models import empty_model
 from blockskip_hooks.lora import lora_targets
 from blockskip_hooks.planning.presets import preset_facts
-from blockskip_hooks.planning.stages import RECORD_OVERHEAD, PlanRequest, plan_run
+from blockskip_hooks.planning.request import PlanRequest
+from blockskip_hooks.planning.stages import RECORD_OVERHEAD, plan_run
 from blockskip_hooks.reporting.model_card import usage_snippet
 from blockskip_hooks.residuals import precompute
 from blockskip_hooks.residuals.batches import PhotoSource, SampleMaker

@@ -26,8 +26,9 @@ from blockskip_hooks.planning.counters import CountFlops, LiveBytes
 from blockskip_hooks.planning.description import format_plan
 from blockskip_hooks.planning.plan import sends_ahead
 from blockskip_hooks.planning.presets import Preset, load_preset, write_preset
+from blockskip_hooks.planning.request import PlanRequest
 from blockskip_hooks.planning.simulation import FakeTransformer, empty_model
-from blockskip_hooks.planning.stages import RECORD_OVERHEAD, PlanRequest, _precompute_batch, plan_run
+from blockskip_hooks.planning.stages import RECORD_OVERHEAD, _precompute_batch, plan_run
 from blockskip_hooks.planning.usage import Usage
 from tests.script import load_script as load_training_script
 from tests.tiny import TINY_FAMILIES

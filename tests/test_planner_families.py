@@ -12,7 +12,8 @@ from blockskip_hooks.loading.component_config import load_config
 from blockskip_hooks.lora import add_lora, lora_targets
 from blockskip_hooks.losses import flow_matching_loss
 from blockskip_hooks.planning.counters import LiveBytes
-from blockskip_hooks.planning.stages import PlanRequest, plan_run
+from blockskip_hooks.planning.request import PlanRequest
+from blockskip_hooks.planning.stages import plan_run
 from blockskip_hooks.state import SpanResiduals
 from blockskip_hooks.transformer import DiTBlockSkipTransformer
 from tests.tiny import TinyFamily

@@ -27,7 +27,8 @@ from blockskip_hooks.lora import add_lora, lora_targets
 from blockskip_hooks.losses import flow_matching_loss
 from blockskip_hooks.planning.counters import LiveBytes
 from blockskip_hooks.planning.description import format_plan
-from blockskip_hooks.planning.stages import PlanRequest, plan_run
+from blockskip_hooks.planning.request import PlanRequest
+from blockskip_hooks.planning.stages import plan_run
 from blockskip_hooks.training.record_plan import describe_records
 from tests import script
 from tests.script import PROMPT, WEIGHTS, assert_same_weights, losses, weights

@@ -15,7 +15,8 @@ from blockskip_hooks import BlockSkipConfig, DiTBlockSkipTransformer, SpanResidu
 from blockskip_hooks.cli.arguments import parse_bytes
 from blockskip_hooks.config import PatchSamplingConfig
 from blockskip_hooks.planning.presets import load_preset
-from blockskip_hooks.planning.stages import RECORD_OVERHEAD, PlanRequest, plan_run
+from blockskip_hooks.planning.request import PlanRequest
+from blockskip_hooks.planning.stages import RECORD_OVERHEAD, plan_run
 from blockskip_hooks.residuals.dtype import PACKED, pack_record, packed_bytes, unpack_record
 from blockskip_hooks.residuals.store import ResidualStore
 from tests import script

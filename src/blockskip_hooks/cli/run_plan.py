@@ -23,7 +23,8 @@ from ..planning.description import format_plan
 from ..planning.devices import DeviceType, rules_for
 from ..planning.options import LAST_MEMORY_OPTIONS, MEMORY_OPTIONS
 from ..planning.plan import largest_stage
-from ..planning.stages import PlanRequest, plan_run
+from ..planning.request import PlanRequest
+from ..planning.stages import plan_run
 from ..selection import Selection
 from ..training.run import Run
 from ..utils.device_memory import total_memory_bytes

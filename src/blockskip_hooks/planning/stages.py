@@ -7,35 +7,29 @@ method bounds, and what CUDA's caching allocator reserves for them (see :mod:`~b
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from copy import copy
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch
-
-from ..config import BlockSkipConfig, PatchSamplingConfig
-from ..families import Family
-from ..loading.quantization import QuantizationConfig
 from ..loading.text_encoders import large_encoders
 from ..residuals.batches import SHARED_TEXT
-from ..residuals.dtype import PACKED, ResidualDtype, packed_bytes
+from ..residuals.dtype import PACKED, packed_bytes
 from ..residuals.stretches import Stretches
 from ..selection import Selection
 from ..state import SpanResiduals
 from .allocator import CONTEXT_BYTES
-from .components import simulate_text_encoder, simulate_vae
+from .components import simulate_text_encoder
 from .devices import DeviceType, rounded
+from .request import PlanRequest
 from .simulation import FakeTransformer
 from .usage import Usage
+from .vae import Vae
 
 
 SCHEMA = 1
 LARGEST_PRECOMPUTE_BATCH = 64
-# Samples whose forwards go in step, at most, and what their hidden states may take beyond the larger one of a training
-# step and one such forward, where no budget is given.
+# Samples whose forwards go in step, at most.
 MOST_IN_STEP = 64
-SLACK = 0.05
 # A shard's header names each tensor of a record, the manifest each photo; beside real records this is nothing.
 RECORD_OVERHEAD = 2048
 # Text encoders that need less are loaded whole, whatever training needs.
@@ -43,134 +37,6 @@ SMALL_ENCODE_BYTES = 2**30
 # bitsandbytes keeps the state of small tensors in float32 and one float32 scale per 256 values of the others.
 MIN_8BIT_SIZE = 4096
 BLOCK_8BIT_SIZE = 256
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanRequest:
-    """What a plan depends on; nothing of it needs weights.
-
-    Attributes:
-        family: The model's family.
-        transformer_config: Config of the transformer, with its ``_class_name``.
-        device: The device that the run is for.
-        config: The spans to skip.
-        patch: Patch sampling.
-        batch_size: Samples per forward in training, class samples included.
-        rank: Rank of the LoRA matrices.
-        lora_targets: Full names of the layers that get LoRA.
-        lora_dropout: As the flag.
-        assistant_layers: Full names of the layers that a frozen assistant LoRA adapts, by its rank there.
-        recorded_layers: Full names of the layers whose outputs are recorded with the residuals.
-        quantization: How kept blocks are held; ``None`` for ``weight_dtype``.
-        text_tokens: Tokens of a prompt.
-        photo_prompts: Prompts of the photos.
-        weight_dtype: Dtype of the frozen weights; in half precision training runs under autocast.
-        gradient_checkpointing: As the flag.
-        gradient_accumulation_steps: As the flag; above 1 gradients stay between batches.
-        use_8bit_adam: As the flag.
-        cache_latents: Whether latents are computed before training even if nothing is skipped.
-        precompute_batch_size: Samples per precompute forward; by default the largest power of two that needs no
-            more memory than a training step.
-        num_samples: Samples that the whole run trains on, class samples included.
-        samples_per_step: How many of them an optimiser step takes, over all processes; ``None`` for one process.
-        stretch_steps: Steps of a stretch, at most; ``None`` for all.
-        record_repeats: How many times a record is trained on.
-        residual_budget_bytes: Disk that the records may take at a time; ``None`` for no limit.
-        residual_dtype: How records hold residuals.
-        has_condition: Whether each sample, and each validation image, has a condition image of its size.
-        text_encoders: Configs of the text encoders.
-        streamable_encoders: Positions of those that are streamed, if they are large and encoding would need more
-            than training does; ``None`` for all.
-        text_encoder_parameter_bytes: Their weights, where their configs are not at hand.
-        trained_encoders: Configs of the text encoders that train along, by component.
-        resident_bytes: Parameters of other models that stay during training.
-        bytes_elsewhere: Kept blocks' weights that other processes hold; ``None`` if nothing is shared.
-        validation_resolution: Side of validation images in pixels; ``None`` if there are none.
-        validation_batch_size: Validation images of a prompt, which may share a forward.
-        validation_prompts: Their prompts.
-        validation_extra_bytes: Parameters of other models that validation images need.
-        validation: The same of another model that makes validation images in place of the trained one.
-        class_batch_size: Class images that may share a forward; ``None`` if there are none to make.
-        class_images: How many there are to make.
-        class_resolution: Their side in pixels.
-        memory_budget_bytes: What every stage must fit in; ``None`` for no limit.
-        selection: Where the spans come from, for the plan's ``skip`` part; by default the flag.
-    """
-
-    family: Family
-    transformer_config: Mapping[str, Any]
-    config: BlockSkipConfig
-    patch: PatchSamplingConfig
-    rank: int
-    lora_targets: Sequence[str]
-    lora_dropout: float = 0.0
-    assistant_layers: Mapping[int, Sequence[str]] = field(default_factory=dict)
-    device: DeviceType = "cuda"
-    recorded_layers: Sequence[str] = ()
-    quantization: QuantizationConfig | None = None
-    batch_size: int = 1
-    text_tokens: int = 512
-    photo_prompts: int = 1
-    weight_dtype: torch.dtype = torch.bfloat16
-    gradient_checkpointing: bool = False
-    gradient_accumulation_steps: int = 1
-    use_8bit_adam: bool = False
-    cache_latents: bool = False
-    precompute_batch_size: int | None = None
-    num_samples: int = 0
-    samples_per_step: int | None = None
-    stretch_steps: int | None = None
-    record_repeats: int = 1
-    residual_budget_bytes: int | None = None
-    residual_dtype: ResidualDtype = "auto"
-    has_condition: bool = False
-    text_encoders: Sequence[Mapping[str, Any]] = ()
-    streamable_encoders: Sequence[int] | None = None
-    text_encoder_parameter_bytes: int = 0
-    trained_encoders: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    resident_bytes: int = 0
-    bytes_elsewhere: int | None = None
-    validation_resolution: int | None = None
-    validation_batch_size: int = 1
-    validation_prompts: int = 1
-    validation_extra_bytes: int = 0
-    validation: PlanRequest | None = None
-    class_batch_size: int | None = None
-    class_images: int = 1
-    class_resolution: int = 0
-    memory_budget_bytes: int | None = None
-    selection: Selection | None = None
-
-    @property
-    def training_size(self) -> tuple[int, int]:
-        """Height and width in pixels of the largest images in training."""
-        shapes = (self.patch.training_shape(bucket) for bucket in range(len(self.patch.shapes)))
-        return max(shapes, key=lambda shape: shape[0] * shape[1])
-
-    @property
-    def beside_bytes(self) -> int:
-        """Parameters beside the transformer's own, less those of its own that are elsewhere."""
-        return self.resident_bytes - (self.bytes_elsewhere or 0)
-
-    @property
-    def stretch_samples(self) -> int:
-        """Samples that a stretch has records of, at most."""
-        if self.stretch_steps is None:
-            return max(self.num_samples, 1)
-        per_step = self.samples_per_step or self.batch_size * self.gradient_accumulation_steps
-        return self.stretch_steps * per_step
-
-    def limit(self, training: Usage, alone: Usage) -> int:
-        """Bytes that forwards in step may reserve, from what a training step and one such forward need."""
-        if self.memory_budget_bytes is None:
-            return int((1 + SLACK) * max(training.reserved_bytes, alone.reserved_bytes))
-        # A budget is also for the context, and for what no plan sees.
-        return int((1 - SLACK) * (self.memory_budget_bytes - (CONTEXT_BYTES if self.device == "cuda" else 0)))
-
-    @property
-    def stores_residuals(self) -> bool:
-        """Whether precompute runs the transformer."""
-        return self.config.num_skipped > 0 and self.config.residuals == "precomputed"
 
 
 def plan_run(request: PlanRequest) -> dict[str, Any]:
@@ -197,7 +63,7 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
     fake = _fake_transformer(request)
     states = _optimizer_state_bytes(fake.lora_sizes(), request.use_8bit_adam, request.device)
     train, capture, residuals = _training_step(request, fake, states)
-    vae = _Vae(request, train)
+    vae = Vae(request, train)
     stages: list[dict[str, Any]] = []
     if request.class_batch_size is not None:
         side, wanted = request.class_resolution, min(request.class_batch_size, request.class_images)
@@ -259,7 +125,7 @@ def _fake_transformer(request: PlanRequest) -> FakeTransformer:
     )
 
 
-def _in_place(request: PlanRequest, fake: FakeTransformer, vae: _Vae) -> tuple[PlanRequest, FakeTransformer, _Vae]:
+def _in_place(request: PlanRequest, fake: FakeTransformer, vae: Vae) -> tuple[PlanRequest, FakeTransformer, Vae]:
     """The model that makes validation images in place of the trained one, and what of the latter stays beside it.
 
     That is its LoRA and, where every step encodes, its VAE. Its frozen weights make room in host memory, which is no
@@ -271,7 +137,7 @@ def _in_place(request: PlanRequest, fake: FakeTransformer, vae: _Vae) -> tuple[P
     left += vae._base.parameter_bytes if request.device == "cpu" else 0
     other = replace(request.validation, resident_bytes=request.resident_bytes + left)
     base = vae._base.beside(parameter_bytes=left)
-    return other, _fake_transformer(other), _Vae(other, vae.training, base)
+    return other, _fake_transformer(other), Vae(other, vae.training, base)
 
 
 def _training_step(
@@ -303,7 +169,7 @@ def _training_step(
 
 
 def _records_and_training(
-    request: PlanRequest, fake: FakeTransformer, vae: _Vae, train: Usage, capture: Usage | None, states: int
+    request: PlanRequest, fake: FakeTransformer, vae: Vae, train: Usage, capture: Usage | None, states: int
 ) -> list[dict[str, Any]]:
     """The stages that make records, if there are any, and train."""
     if request.stores_residuals:
@@ -327,92 +193,11 @@ def _records_and_training(
     return [_stage("train", train, request.batch_size, in_step)]
 
 
-class _Vae:
-    """The VAE's phases, each simulated at most once per batch size.
-
-    Where one of VAE and transformer beside the other would need more than a training step, they take turns on the
-    device, if processes do not share the transformer.
-    """
-
-    def __init__(self, request: PlanRequest, training: Usage, base: Usage | None = None) -> None:
-        self._request = request
-        self.training = training
-        # What is on the device beside the VAE.
-        self._base = training if base is None else base
-        self.limit = training.peak_bytes
-        self._encodes = {1: self._simulate(1, request.training_size, decode=False)}
-        self._decodes: dict[tuple[tuple[int, int], bool], Usage] = {}
-        self.parameter_bytes = self._encodes[1].parameter_bytes
-
-    def before_lora(self) -> _Vae:
-        """The same where LoRA and its optimizer are not there yet."""
-        vae = copy(self)
-        vae._base = replace(self._base, lora_bytes=0, traces=())
-        return vae
-
-    def encode(self, batch_size: int) -> tuple[Usage, bool]:
-        """Crops at the training resolution to latents, and whether alone."""
-        if batch_size not in self._encodes:
-            self._encodes[batch_size] = self._simulate(batch_size, self._request.training_size, decode=False)
-        return self._placed(self._encodes[batch_size])
-
-    def beside_transformer(self, batch_size: int) -> Usage:
-        """Crops to latents with the transformer resident, as in training without records."""
-        return self._beside(self._simulate(batch_size, self._request.training_size, decode=False))
-
-    def decode(self, size: tuple[int, int]) -> Usage:
-        """Latents to one image, whatever is beside it."""
-        return self._decoded(size)
-
-    def decode_after(self, denoising: Usage, size: tuple[int, int]) -> tuple[Usage, dict[str, bool]]:
-        """The transformer's work, then latents to one image; whether they take turns, and whether in tiles."""
-        decode, alone = self._placed(self._decoded(size))
-        beside = denoising.beside(parameter_bytes=self.parameter_bytes)
-        if not alone and beside.peak_bytes <= self.limit:
-            return beside.then(decode), {"vae_alone": False, "vae_tiled": False}
-        alone = self._request.bytes_elsewhere is None
-        whole, tiled = (
-            self._alone(decoded) if alone else self._beside(decoded)
-            for decoded in (self._decoded(size), self._decoded(size, tiled=True))
-        )
-        # Tiles are blended where they meet, so they are for where nothing else helps.
-        in_tiles = whole.peak_bytes > self.limit and tiled.peak_bytes < whole.peak_bytes
-        first = denoising if alone else beside
-        return first.then(tiled if in_tiles else whole), {"vae_alone": alone, "vae_tiled": in_tiles}
-
-    def _decoded(self, size: tuple[int, int], tiled: bool = False) -> Usage:
-        if (size, tiled) not in self._decodes:
-            self._decodes[size, tiled] = self._simulate(1, size, decode=True, tiled=tiled)
-        return self._decodes[size, tiled]
-
-    def _simulate(self, batch_size: int, size: tuple[int, int], *, decode: bool, tiled: bool = False) -> Usage:
-        family, dtype, device = self._request.family, self._request.weight_dtype, self._request.device
-        usage = simulate_vae(family, batch_size, size, dtype, decode=decode, tiled=tiled, device=device)
-        # The photos of a batch, then their condition images.
-        return usage.then(usage) if self._request.has_condition and not decode else usage
-
-    def _beside(self, usage: Usage) -> Usage:
-        base = self._base
-        # Steps have some of them for a while only, such as streamed blocks; those make no difference here.
-        return usage.beside(
-            parameter_bytes=base.parameter_bytes, lora_bytes=base.lora_bytes, sizes=base.resident or None
-        )
-
-    def _placed(self, usage: Usage) -> tuple[Usage, bool]:
-        beside = self._beside(usage)
-        if beside.peak_bytes <= self.limit or self._request.bytes_elsewhere is not None:
-            return beside, False
-        return self._alone(usage), True
-
-    def _alone(self, usage: Usage) -> Usage:
-        return usage.beside(lora_bytes=self._base.lora_bytes)
-
-
 def _make_images(
     name: str,
     request: PlanRequest,
     fake: FakeTransformer,
-    vae: _Vae,
+    vae: Vae,
     wanted: int,
     groups: int,
     side: int,
@@ -445,7 +230,7 @@ def _make_images(
 
 
 def _precompute_batch(
-    request: PlanRequest, fake: FakeTransformer, first: Usage, train: Usage, vae: _Vae, states: int
+    request: PlanRequest, fake: FakeTransformer, first: Usage, train: Usage, vae: Vae, states: int
 ) -> tuple[int, int, Usage]:
     """The batch of precompute forwards, how many of them go in step, and what they need.
 

@@ -402,9 +402,9 @@ def test_the_first_screen_fits_a_terminal(capsys):
     text = "\n".join(lines)
     for said in (
         "Photos   5 from",
-        "Sizes    128 x 128 px, cropped to 64 x 64",
+        "Sizes    256 x 256 px, cropped to 128 x 128",
         "Rate     warms up for 100 of 200 steps to 3e-3",
-        "Images   2 of each of 4 prompts, 64 px, at the end",
+        "Images   2 of each of 4 prompts, 128 px, at the end",
     ):
         assert said in text
 

@@ -28,6 +28,7 @@ from blockskip_hooks.data.photo_set import PhotoSet  # noqa: E402
 from blockskip_hooks.data.photos import scan_photos  # noqa: E402
 from blockskip_hooks.data.sample_plan import SamplePlan  # noqa: E402
 from blockskip_hooks.embedded import embedded_model, embedded_photos  # noqa: E402
+from blockskip_hooks.loading.model_defaults import model_defaults  # noqa: E402
 from blockskip_hooks.planning.presets import load_preset  # noqa: E402
 from blockskip_hooks.planning.simulation import empty_model  # noqa: E402
 
@@ -38,19 +39,21 @@ KEPT, SKIPPED, INK = "#2f6f9f", "#d9d9d9", "#222222"
 
 def draw_crops(file: Path) -> None:
     """Samples of a real sample plan, from the noisiest to the cleanest: the photo, its patch, what is trained on."""
-    patch = PatchSamplingConfig(mode="dynamic", min_size=32, max_size=64, multiple=4)
+    side = model_defaults(embedded_model())[0]["resolution"]
+    patch = PatchSamplingConfig(mode="dynamic", min_size=side // 2, max_size=side, multiple=8)
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(embedded_model(), subfolder="scheduler")
-    photos = PhotoSet(scan_photos(embedded_photos("dog")), 64)
+    photos = PhotoSet(scan_photos(embedded_photos("dog")), side)
     plan = SamplePlan(
         seed=0, num_images={"instance": len(photos)}, timesteps=scheduler.timesteps, patch=patch, batch_size=1
     )
     samples = sorted((plan.sample(i) for i in range(40)), key=lambda sample: sample.timestep_index)[::6]
     figure, rows = plt.subplots(2, len(samples), figsize=(1.5 * len(samples), 3.4))
     for sample, (above, below) in zip(samples, rows.T, strict=True):
-        whole = photos.crop(sample.image, patch_size=64, output_size=64)
-        cut = photos.crop(sample.image, patch_size=sample.patch_size, output_size=32, top=sample.top, left=sample.left)
+        whole = photos.crop(sample.image, patch_size=side, output_size=side)
+        place = {"top": sample.top, "left": sample.left}
+        cut = photos.crop(sample.image, patch_size=sample.patch_size, output_size=side // 2, **place)
         t = float(scheduler.timesteps[sample.timestep_index]) / len(scheduler.timesteps)
-        free = 64 - sample.patch_size + 1
+        free = side - sample.patch_size + 1
         corner = (int(sample.left * free) - 0.5, int(sample.top * free) - 0.5)
         above.imshow(whole.permute(1, 2, 0) / 2 + 0.5)
         above.add_patch(Rectangle(corner, sample.patch_size, sample.patch_size, fill=False, edgecolor="red", lw=2))
@@ -60,7 +63,7 @@ def draw_crops(file: Path) -> None:
         axes.set_xticks([])
         axes.set_yticks([])
     rows[0, 0].set_ylabel("photo and patch", fontsize=9)
-    rows[1, 0].set_ylabel("trained at 32 px", fontsize=9)
+    rows[1, 0].set_ylabel(f"trained at {side // 2} px", fontsize=9)
     _save(figure, file)
 
 

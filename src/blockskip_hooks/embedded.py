@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 
-DEFAULT_SUBJECT = "dog"
+DEFAULT_SUBJECT = "backpack"
 
 BACKGROUND_PHRASES = {
     "red": "on a red background",
@@ -48,7 +48,7 @@ def embedded_pipeline(lora: str | Path | None = None) -> Callable[..., Any]:
 
     Example:
         >>> pipeline = embedded_pipeline("flux-dreambooth-lora")
-        >>> pipeline("a photo of sks dog in the snow").images[0].save("image.png")
+        >>> pipeline("a photo of sks backpack in the snow").images[0].save("image.png")
     """
     import torch
     from diffusers import DiffusionPipeline
@@ -81,7 +81,8 @@ def embedded_photos(subject: str = DEFAULT_SUBJECT) -> Path:
 
 
 def unknown_words(prompt: str) -> list[str]:
-    """Words of a prompt that the embedded model has never read, in their order; its words are lower case."""
+    """Words of a prompt that the embedded model has never read, in their order."""
     tokenizer = json.loads(_asset("micro_flux", "tokenizer_2", "tokenizer.json").read_text(encoding="utf-8"))
     known = {piece for piece, _ in tokenizer["model"]["vocab"]}
-    return [word for word in dict.fromkeys(prompt.split()) if f"▁{word}" not in known]
+    words = (word.strip(".,!?") for word in prompt.split())
+    return [word for word in dict.fromkeys(words) if word and f"▁{word}" not in known]

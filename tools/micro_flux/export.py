@@ -49,7 +49,7 @@ DEFAULTS = {
     "weighting_scheme": "logit_normal",
     "lr_scheduler": "cosine",
     "lr_warmup_steps": 0,
-    "pipeline_kwargs": {"true_cfg_scale": 2.5, "negative_prompt": "", "num_inference_steps": 20},
+    "pipeline_kwargs": {"true_cfg_scale": 3.0, "negative_prompt": "", "num_inference_steps": 20},
 }
 
 

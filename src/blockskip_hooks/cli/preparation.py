@@ -148,7 +148,7 @@ def _lines_on_words(prompt: str, others: Sequence[str], embedded: bool) -> list[
     if embedded and (unknown := unknown_words(" ".join([prompt, *others]))):
         classes = ", ".join(sorted({subject["class"] for subject in embedded_subjects().values()}))
         lines.append(
-            f"The embedded model has never read {', '.join(unknown)}: it knows a few words in lower case, among them "
+            f"The embedded model has never read {', '.join(unknown)}: it knows a few words, among them "
             f"{classes}. Write the prompt with these, or name a larger model."
         )
     for word, spelled in other_capitals(prompt, others).items():

@@ -244,7 +244,7 @@ def describe_plan(run: Run, plan: dict[str, Any], further: Sequence[str] = ()) -
     photos = (
         settings.dataset_name or settings.instance_data_dir
         if own_photos
-        else f"the embedded subject '{DEFAULT_SUBJECT}'"
+        else f"the embedded subject {DEFAULT_SUBJECT}"
     )
     model = f"{run.model_name} ({run.family.name})" + (", as no other was named" if run.embedded else "")
     outputs = {}

@@ -77,14 +77,15 @@ def _draw_trade_off(axes: Axes, table: SelectionTable, block_parameters: Sequenc
     freed = np.array([point.freed_bytes for point in points]) / GIB
     unit, factor = ("GiB", 1) if freed[-1] >= 0.1 else ("MiB", 1024)
     axes.plot(freed * factor, [point.harm for point in points], ".-", color="tab:green")
-    for ratio in MARKED_RATIOS:
+    for number, ratio in enumerate(MARKED_RATIOS):
         near = min(points, key=lambda point: abs(point.leading + point.trailing - ratio * table.num_blocks))
         axes.annotate(
             f"{ratio:.0%}: {near.leading}, {near.trailing}",
             (near.freed_bytes / GIB * factor, near.harm),
-            (-4, 6),
+            # On both sides of the curve in turn: neighbours may lie close.
+            (4, -12) if number % 2 else (-4, 6),
             textcoords="offset points",
-            ha="right",
+            ha="left" if number % 2 else "right",
             fontsize=8,
         )
     axes.set(

@@ -3,7 +3,8 @@
 
 From the plan's TFLOP and bytes (simulated) and published rates: tensor-core peaks, PCIe, an NVMe disk. A forward takes
 its TFLOP at half of the peak. A pass over the skipped blocks takes the longer of computing and reading them, and the
-time of sending them to the device on top. Not counted: loading, text encoders, the VAE, writing records.
+time of sending them to the device on top. Not counted: loading, text encoders, the VAE, writing records. Beside plain
+LoRA and two settings of ``auto`` it estimates the recipe in configs/ for the device, with images of 1024 px.
 
 Example:
     python benchmarks/time_model.py --json benchmarks/results/time_model.json
@@ -16,9 +17,11 @@ import io
 import json
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from common import benchmark_parser, load_script, print_targets, target, write_figures
 from diffusers import FluxTransformer2DModel
 from full_size import empty_model, load_configs
@@ -36,24 +39,31 @@ class Device:
         tflops: Published peak of dense 16-bit products, added up in 32 bits.
         pcie_gbs: Published rate of its bus, one way.
         disk_gbs: Published rate of a disk that goes with it, reading in sequence.
+        recipe: The file in configs/ for its memory.
         host_gbs: Rate of copying within host memory, a guess.
     """
 
     tflops: float
     pcie_gbs: float
     disk_gbs: float
+    recipe: str | None = None
     host_gbs: float = 10.0
 
 
 DEVICES = {
-    "RTX 4090": Device(tflops=165.2, pcie_gbs=31.5, disk_gbs=7.0),
-    "RTX 3060 12 GB": Device(tflops=25.5, pcie_gbs=31.5, disk_gbs=3.5),
+    "RTX 4090": Device(tflops=165.2, pcie_gbs=31.5, disk_gbs=7.0, recipe="flux-24gb.yaml"),
+    "RTX 3060 12 GB": Device(tflops=25.5, pcie_gbs=31.5, disk_gbs=3.5, recipe="flux-12gb.yaml"),
+    # It computes in float16 only, and recipes are in bfloat16.
     "T4": Device(tflops=65.0, pcie_gbs=15.8, disk_gbs=2.0),
 }
 USED = 0.5
 """Part of the published peak that large forwards reach, and 0.8 of a bus's."""
 BUS_USED = 0.8
 STEPS, STRETCHES, IMAGES, DENOISING_STEPS = 500, 10, 12, 28
+RECIPE_IMAGES = 1024
+"""Side of a recipe's validation images: the model's own."""
+RECIPE_FLAGS = ("resolution", "rank", "lora_layers", "skip_blocks", "gradient_checkpointing", "use_8bit_adam")
+"""What of a recipe a plan depends on."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,7 @@ class Work:
         image_tflop: Of an image's denoising step.
         skipped: Part of a forward's TFLOP that is done in skipped blocks.
         streamed_gb: Weights that a pass reads, in 1e9 bytes.
+        stretches: In how many parts records are made.
         in_step: Samples that a pass is for.
         images_in_step: Images that a pass is for.
     """
@@ -77,6 +88,7 @@ class Work:
     image_tflop: float
     skipped: float
     streamed_gb: float
+    stretches: int
     in_step: int
     images_in_step: int
 
@@ -90,8 +102,9 @@ def main(argv: list[str] | None = None) -> int:
     plain = planned("--skip_blocks", "none", "--gradient_checkpointing", *sizes)
     plain_step, plain_image = tflop(stage(plain, "train")), tflop(stage(plain, "validate"))
     works = {f"{percent} %": work(planned("--skip_ratio", str(percent / 100), *sizes)) for percent in (30, 50)}
+    recipes = {device.recipe: of_recipe(device.recipe) for device in DEVICES.values() if device.recipe}
     results: dict[str, Any] = {"plain": {"train_tflop": plain_step, "image_tflop": plain_image}, "devices": {}}
-    results["works"] = {name: asdict(item) for name, item in works.items()}
+    results["works"] = {name: asdict(item) for name, item in (works | recipes).items()}
     print("estimated, minutes:  device | run | training steps + precompute = both | images")
     for device_name, device in DEVICES.items():
         rate = USED * device.tflops
@@ -103,6 +116,8 @@ def main(argv: list[str] | None = None) -> int:
         for name, item in works.items():
             for cached in (True, False):
                 rows[f"{name} skipped, {'host cache' if cached else 'from disk'}"] = estimate(item, device, cached)
+        if device.recipe:
+            rows[device.recipe] = estimate(recipes[device.recipe], device, cached=False)
         for name, figures in rows.items():
             both = figures["steps"] + figures["precompute"]
             print(
@@ -118,6 +133,14 @@ def main(argv: list[str] | None = None) -> int:
     print_targets(targets)
     write_figures(args.json, "time_model", settings={"resolution": args.resolution}, results=results, targets=targets)
     return 0 if all(item["met"] for item in targets) else 1
+
+
+def of_recipe(name: str) -> Work:
+    """What a run of a recipe has to do."""
+    settings = yaml.safe_load((Path(__file__).parents[1] / "configs" / name).read_text())
+    given = {flag: settings[flag] for flag in RECIPE_FLAGS if flag in settings}
+    words = [part for flag, value in given.items() for part in (f"--{flag}", value) if part is not True]
+    return work(planned(*map(str, words), "--validation_resolution", str(RECIPE_IMAGES)))
 
 
 def planned(*flags: str) -> dict[str, Any]:
@@ -157,6 +180,8 @@ def work(plan: dict[str, Any]) -> Work:
         # Each block's products are as many as its weights.
         skipped=skipped / sum(sizes.values()),
         streamed_gb=(skipped + 2 * sum(p.numel() for layer in recorded for p in layer.parameters())) / 1e9,
+        # Records of leading blocks stay true while the LoRA learns.
+        stretches=STRETCHES if skip["trailing"] else 1,
         in_step=precompute["batch_size"] * precompute["together"],
         # The preset's plan is for one image; a run's is for all of them, which need less beside a forward.
         images_in_step=IMAGES,
@@ -180,9 +205,9 @@ def estimate(item: Work, device: Device, cached: bool) -> dict[str, float]:
             seconds += (1 - item.skipped) * compute + max(item.skipped * compute, read) + item.streamed_gb / bus
         return seconds
 
-    per_stretch = STEPS // STRETCHES
+    per_stretch = STEPS // item.stretches
     samples = min(item.in_step, per_stretch)
-    precompute = passes(STRETCHES * -(-per_stretch // samples), item.forward_tflop, samples)
+    precompute = passes(item.stretches * -(-per_stretch // samples), item.forward_tflop, samples)
     images = passes(DENOISING_STEPS * IMAGES // item.images_in_step, item.image_tflop, item.images_in_step)
     return row(STEPS * item.train_tflop / rate, precompute, images)
 

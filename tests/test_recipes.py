@@ -169,7 +169,7 @@ def test_a_shipped_config_runs(config, ground):
 
 def test_the_table_of_models_is_what_the_recipes_say():
     section = README.split("\n## Models\n")[1].split("\n## ")[0]
-    rows = re.findall(r"^\| `(.+?)` \| (\d+) \| `(.+?)` \| `(.+?)` \|$", section, re.MULTILINE)
+    rows = re.findall(r"^\| `(.+?)` \| (\d+) \| (\S+) \| (\S+\.yaml) \|$", section, re.MULTILINE)
     assert {model for model, *_ in rows} == set(STAND_INS)
     for model, pixels, output, file in rows:
         settings = yaml.safe_load((ROOT / "configs" / file).read_text())

@@ -145,7 +145,9 @@ def describe(module: str, classes: list[type], presets: list[str], figures: dict
     encoders = quoted(first.trained_text_components)
     yield f"- `--train_text_encoder`: {encoders or 'refused'}"
     yield f"- `--save_format comfyui`: {'yes' if first.comfyui else 'refused'}"
-    if own := sorted({flag.name for cls in classes for flag in cls.own_flags if not flag.refusal}):  # type: ignore[attr-defined]
+    flags = {flag.name: flag for cls in classes for flag in cls.own_flags if not flag.refusal}  # type: ignore[attr-defined]
+    # What upstream takes without an effect is no flag to tell people of.
+    if own := sorted(name for name, flag in flags.items() if not flag.settings["help"].startswith("No effect")):
         yield f"- Own flags: {quoted(f'--{name}' for name in own)}"
     if first.flag_defaults:
         yield f"- Own defaults: {quoted(f'--{name} {value}' for name, value in sorted(first.flag_defaults.items()))}"

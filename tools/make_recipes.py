@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Plan what fits GPUs of common sizes, and write the recipes: a table for the README and the configs of FLUX.1.
+"""Plan what fits GPUs of common sizes, and write the recipes: the tables of the pages and the configs of FLUX.1.
 
 For each model and size the setting with the least compute that skips at most 30 % of the blocks, else the one that is
 closest to plain LoRA, as ``plan_memory.py --gpu`` prints them. Plans are kept in benchmarks/results/gpu_sizes.json:
@@ -7,7 +7,7 @@ only the presets that are named are planned anew, and what is written is made fr
 
 Example:
     python tools/make_recipes.py --presets flux.1-dev    # minutes for each
-    python tools/make_recipes.py                         # writes the table and the configs again
+    python tools/make_recipes.py                         # writes the tables and the configs again
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import json
 import logging
 import sys
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ from blockskip_hooks.utils.files import write_json, write_text
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu_sizes.json"
-README = ROOT / "README.md"
 BEGIN, END = "<!-- made by tools/make_recipes.py -->\n", "<!-- end -->\n"
 SIZES = (6, 8, 12, 16, 24)
 MODELS = {
@@ -41,10 +41,16 @@ MODELS = {
     "sana-1.6b": "SANA 1.6B",
 }
 FLUX = "flux.1-dev"
+PAGES = {
+    ROOT / "README.md": (FLUX, "flux.2-klein-9b", "z-image", "krea-2"),
+    ROOT / "docs" / "choosing_settings.md": tuple(MODELS),
+}
+"""Which models the table of a page has."""
 # Attention alone, as the paper and upstream's example adapt it; other models get the layers of their families.
 LORA_LAYERS = {FLUX: "attn.to_q,attn.to_k,attn.to_v,attn.to_out.0"}
 RANK = 16
 FULL_RESOLUTION = 1024
+USUAL_SIDE = 512
 OPTION_LINES = {
     "checkpointing": "gradient_checkpointing: true",
     "8bit_adam": "use_8bit_adam: true",
@@ -106,21 +112,26 @@ def described(fit: Any) -> dict[str, Any]:
 
 
 def cell(setting: dict[str, Any] | None) -> str:
-    """A setting in a few words."""
+    """A setting in a few words; the side trained at only where it is not the usual one."""
     if setting is None:
         return "–"
     share = (setting["leading"] + setting["trailing"]) / setting["blocks"]
     skipped = f"{setting['leading']},{setting['trailing']} ({share:.0%})" if share else "none"
     held = setting["held"] + (" ckpt" if "checkpointing" in setting["options"] else "")
     peak = max(setting["stages"].values()) / 2**30
-    return f"{held}, {skipped}<br>{setting['trained_at']} px, {peak:.1f} GiB, {setting['compute']:.0%}"
+    side = "" if setting["trained_at"] == USUAL_SIDE else f"{setting['trained_at']} px, "
+    return f"{held}, {skipped}<br>{side}{peak:.1f} GiB, {setting['compute']:.0%}"
 
 
-def table(results: dict[str, Any]) -> str:
-    """The table of the README."""
-    rows = [["model", *(f"{size} GB" for size in SIZES)], ["---"] * (len(SIZES) + 1)]
-    rows += [[MODELS[name], *(cell(results[name][str(size)]) for size in SIZES)] for name in MODELS if name in results]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+def table(results: dict[str, Any], models: Iterable[str]) -> str:
+    """The table of a page; what is as for the next smaller GPU is not written again."""
+    rows = [["model", *(f"{size} GB" for size in SIZES)]]
+    for name in (name for name in models if name in results):
+        cells = [cell(results[name][str(size)]) for size in SIZES]
+        before = ["", *cells]
+        rows.append([MODELS[name], *("as left" if now == left else now for now, left in zip(cells, before))])
+    head, *lines = (f"| {' | '.join(row)} |\n" for row in rows)
+    return "".join([head, "|---" * len(rows[0]) + "|\n", *lines])
 
 
 def config(size: int, setting: dict[str, Any]) -> str:
@@ -183,14 +194,14 @@ def main(argv: list[str] | None = None) -> int:
             print(
                 preset, *(f"{size} GB: {cell(results[preset][str(size)])}" for size in SIZES), sep="\n  ", flush=True
             )
-    before, _, rest = README.read_text().partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if found:
-        write_text(README, before + BEGIN + table(results) + END + after)
+    for page, models in PAGES.items():
+        before, rest = page.read_text().split(BEGIN)
+        _, after = rest.split(END)
+        write_text(page, before + BEGIN + table(results, models) + END + after)
     for size in SIZES:
         if setting := results.get(FLUX, {}).get(str(size)):
             write_text(ROOT / "configs" / f"flux-{size}gb.yaml", config(size, setting))
-    print(table(results))
+    print(table(results, MODELS))
     return 0
 
 

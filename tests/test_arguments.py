@@ -10,20 +10,14 @@ import pytest
 
 from blockskip_hooks.cli import argument_checks
 from blockskip_hooks.cli.argument_checks import check_family_flags, validate_args
-from blockskip_hooks.cli.arguments import (
-    apply_defaults,
-    build_parser,
-    family_flags,
-    parse_args,
-    parse_bool,
-    parse_bytes,
-    parse_skip_blocks,
-)
+from blockskip_hooks.cli.arguments import apply_defaults, build_parser, family_flags, parse_args
 from blockskip_hooks.cli.errors import explain
+from blockskip_hooks.cli.flags.types import parse_bool, parse_bytes
 from blockskip_hooks.cli.preparation import prepare_run
 from blockskip_hooks.data.buckets import standard_buckets
 from blockskip_hooks.data.photo_set import INTERPOLATION
 from blockskip_hooks.families import FAMILIES
+from blockskip_hooks.selection import parse_skip_blocks
 from blockskip_hooks.utils.files import expand_home
 from tests.script import load_script, save_photos
 from tests.tiny import TINY_FAMILIES

@@ -30,6 +30,7 @@ from blockskip_hooks.planning.description import format_plan
 from blockskip_hooks.planning.request import PlanRequest
 from blockskip_hooks.planning.stages import plan_run
 from blockskip_hooks.training.record_plan import describe_records
+from blockskip_hooks.training.samples import load_samples
 from tests import script
 from tests.script import PROMPT, WEIGHTS, assert_same_weights, losses, weights
 from tests.tiers import fast_first
@@ -408,9 +409,8 @@ def test_records_belong_to_one_quantisation(photos: Path, tmp_path: Path):
     for method in ("none", "nf4", "int8"):
         argv = ["--pretrained_model_name_or_path", tiny.folder, "--instance_data_dir", photos, "--report_to", "none"]
         argv += ["--instance_prompt", PROMPT, "--output_dir", tmp_path, "--resolution", "64", "--quantization", method]
-        run = prepare_run(parse_args([str(word) for word in (*argv, "--skip_blocks", "1,2")]))
-        sources = run.photo_sources()
-        plan = run.sample_plan(0, {kind: len(source.photos) for kind, source in sources.items()})
+        run = prepare_run(parse_args([str(word) for word in (*argv, "--skip_blocks", "1,2", "--seed", "0")]))
+        sources, plan = load_samples(run)
         descriptions.append(json.dumps(describe_records(run, plan, sources, torch.float32)))
     assert len(set(descriptions)) == 3
 

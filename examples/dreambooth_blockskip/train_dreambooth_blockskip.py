@@ -327,13 +327,7 @@ def train_steps(
                 # Predict the velocity by the kept blocks; residuals stand in for the skipped ones.
                 inputs = batch.arguments(family, model.config)
                 output = wrapped(**inputs, residuals=batch.residuals, return_dict=False)[0]
-                prediction, target = family.loss_terms(
-                    family.prediction_to_latents(output, batch.latents),
-                    latents=batch.latents,
-                    noise=batch.noise,
-                    noisy_latents=batch.noisy_latents,
-                    sigmas=batch.sigmas,
-                )
+                prediction, target = batch.loss_terms(family, family.prediction_to_latents(output, batch.latents))
                 losses = flow_matching_loss(prediction, target, batch.sigmas, settings.weighting_scheme)
                 loss = combine_losses(losses, settings.with_prior_preservation, settings.prior_loss_weight)
 
@@ -372,7 +366,9 @@ def finish(
 ) -> None:
     """Export the LoRA, make the final images, write the report and the model card, upload."""
     run, accelerator, settings = outputs.run, context.accelerator, outputs.run.settings
-    made = records.made()  # Every process must call this: it adds up what all of them made.
+    made = records.count.together(
+        context.accelerator
+    )  # Every process must call this: it adds up what all of them made.
     learner.adapters.check_finite()
     # A warmup's first step has rate zero.
     if history.step > 1 and accelerator.is_main_process:

@@ -52,6 +52,7 @@ from blockskip_hooks.training.context import Context
 from blockskip_hooks.training.history import History
 from blockskip_hooks.training.records import RecordSource
 from blockskip_hooks.training.run import Run
+from blockskip_hooks.training.samples import schedule
 from blockskip_hooks.utils.files import write_json
 from blockskip_hooks.utils.machine import versions
 
@@ -257,7 +258,7 @@ def open_run(argv: Sequence[str]) -> OpenRun:
     context = Context(script.make_accelerator(run.settings))
     with quiet():
         maker, text, store, _ = script.load_data(run, context, streamed=False)
-    _, steps = run.schedule(maker.plan, 1)
+    _, steps = schedule(run, maker.plan, 1)
     learner = script.make_learner(run, context.accelerator, text, steps)
     stretches = Stretches(num_steps=steps, length=steps)
     records = RecordSource(run, context, maker, learner.model, learner.adapters, store, stretches)

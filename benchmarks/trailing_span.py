@@ -88,13 +88,7 @@ class StudiedRecords(RecordSource):
         inputs = family.transformer_inputs(model.config, batch.noisy_latents, batch.timesteps, batch.embeds)
         model.skip_state.mode = SkipMode.RUN
         prediction = model.transformer(**inputs, return_dict=False)[0]
-        prediction, target = family.loss_terms(
-            family.prediction_to_latents(prediction, batch.latents),
-            latents=batch.latents,
-            noise=batch.noise,
-            noisy_latents=batch.noisy_latents,
-            sigmas=batch.sigmas,
-        )
+        prediction, target = batch.loss_terms(family, family.prediction_to_latents(prediction, batch.latents))
         loss = flow_matching_loss(prediction, target, batch.sigmas, self._run.settings.weighting_scheme).sum()
         at_input, at_output = torch.autograd.grad(loss, [self._span_input, self._span_output])
         return at_input, at_output

@@ -12,6 +12,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from tests import script  # noqa: E402
+from tests.pairs import save_pairs  # noqa: E402
 from tests.tiers import FAST_FAMILIES  # noqa: E402
 from tests.tiny import TINY_FAMILIES, TinyFamily, save_tiny_flux  # noqa: E402
 
@@ -57,3 +58,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of three photos of other shapes."""
     return script.save_photos(tmp_path_factory.mktemp("photos"), [(80, 64), (64, 64), (64, 96)])
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same kind of folder, with condition images."""
+    return save_pairs(tmp_path_factory.mktemp("pairs"))

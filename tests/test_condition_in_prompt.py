@@ -23,9 +23,9 @@ from blockskip_hooks.residuals.batches import PhotoSource, SampleMaker
 from blockskip_hooks.transformer import DiTBlockSkipTransformer
 from blockskip_hooks.utils.seeds import derived_seed
 from tests import script
+from tests.pairs import assert_same_gradients
 from tests.plain_loop import PlainLoop, noise_of
 from tests.script import PROMPT, losses
-from tests.test_condition_images import assert_same_gradients, save_pairs
 from tests.tiny import TINY_FAMILIES, TinyFamily
 
 
@@ -38,11 +38,6 @@ IMAGE_TOKENS = 16
 def tiny() -> TinyFamily:
     assert TINY is not None
     return TINY
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_pairs(tmp_path_factory.mktemp("pairs"))
 
 
 def with_condition(family: Family, inputs: dict[str, Any]) -> dict[str, Any]:

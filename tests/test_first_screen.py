@@ -24,6 +24,7 @@ from blockskip_hooks.cli.first_screen import training_lines
 from blockskip_hooks.cli.preparation import other_capitals, prepare_run
 from blockskip_hooks.reporting.hub import nearby
 from blockskip_hooks.training.learning_rate import describe_rate, format_rate, warn_of_warmup
+from blockskip_hooks.training.samples import expected_schedule
 from blockskip_hooks.training.used_flags import without_effect
 from blockskip_hooks.utils.errors import UserError
 from blockskip_hooks.utils.formatting import fit_lines
@@ -343,7 +344,7 @@ def test_a_size_that_the_model_cannot_draw_is_refused(model: Path, photos: Path)
 def test_images_that_nobody_makes_are_not_promised(model: Path, photos: Path):
     words = ("--validation_prompt", "a sks dog", "--skip_final_inference")
     run = prepared(model, photos, *words)
-    epoch = run.expected_schedule(1)[0]
+    epoch = expected_schedule(run, 1)[0]
     said = f"Images   none: the run ends before those of step {50 * epoch} (50 epochs)"
     assert training_lines(run, 50 * epoch, 1)[1] == said
     assert not prepare_run(parse_args(["--skip_final_inference"])).makes_images
@@ -366,7 +367,7 @@ def test_several_prompts_are_drawn(model: Path, photos: Path):
     run = prepared(model, photos, *words)
     assert run.prompts == run.final_prompts == ["a sks dog", "a cat"]
     assert run.settings.plain()["validation_prompt"] == ["a sks dog", "a cat"]
-    epoch = run.expected_schedule(1)[0]
+    epoch = expected_schedule(run, 1)[0]
     drawn = f"Images   3 of each of 2 prompts, {run.image_size} px, "
     assert training_lines(run, 50 * epoch + 1, 1)[1] == f"{drawn}every {50 * epoch} steps (50 epochs) and at the end"
     assert training_lines(run, 50 * epoch, 1)[1] == f"{drawn}at the end"

@@ -14,9 +14,9 @@ from blockskip_hooks.cli.arguments import parse_args
 from blockskip_hooks.loading.lora_files import WEIGHTS_NAME
 from tests import script
 from tests.loras import save_random_lora
+from tests.quantized import FLUX as WIDE_FLUX
 from tests.script import ROOT, load_script, save_photos
 from tests.test_image_encoders import save_vit
-from tests.test_quantization import FLUX as WIDE_FLUX
 from tests.tiny import TINY_FAMILIES
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from blockskip_hooks import BlockSkipConfig, DiTBlockSkipTransformer, SpanResiduals
-from blockskip_hooks.cli.arguments import parse_bytes
+from blockskip_hooks.cli.flags.types import parse_bytes
 from blockskip_hooks.config import PatchSamplingConfig
 from blockskip_hooks.planning.presets import load_preset
 from blockskip_hooks.planning.request import PlanRequest

@@ -39,7 +39,8 @@ keep_memory_whole()
 
 import torch
 
-from blockskip_hooks.cli.arguments import SIZE, parse_args
+from blockskip_hooks.cli.arguments import parse_args
+from blockskip_hooks.cli.flags.types import SIZE
 from blockskip_hooks.cli.gpu_sizes import Fits, format_fits
 from blockskip_hooks.cli.preparation import prepare_run
 from blockskip_hooks.cli.run_plan import make_plan, plan_request

@@ -59,6 +59,7 @@ from blockskip_hooks.training.record_plan import describe_records, plan_stretche
 from blockskip_hooks.training.records import RecordSource
 from blockskip_hooks.training.resume_checks import check_checkpoint, choose_checkpoint, describe_output
 from blockskip_hooks.training.run import Run
+from blockskip_hooks.training.samples import expected_schedule, load_samples, schedule
 from blockskip_hooks.training.settings import TrainSettings
 from blockskip_hooks.training.sharding import prepare_model, shard
 from blockskip_hooks.training.stop_signals import Interrupted, StopSignals
@@ -128,7 +129,7 @@ def run_script(settings: TrainSettings, flags: str, stop: StopSignals, lock: Fol
             run, plan = make_plan(run, dtype, accelerator.num_processes, device)
             checkpoint = choose_checkpoint(run)
             if checkpoint is not None:
-                check_checkpoint(checkpoint, run, run.num_steps(accelerator.num_processes))
+                check_checkpoint(checkpoint, run, expected_schedule(run, accelerator.num_processes)[1])
             # A stretch is so many steps whose records are made together, just before they are trained on.
             stretches = plan_stretches(run, plan, accelerator.num_processes, checkpoint)
     except Exception as error:
@@ -208,7 +209,7 @@ def train(run: Run, context: Context, plan: Plan, checkpoint: Path | None, stret
         accelerator.print(f"Resuming from {checkpoint.name}, {history.step} of {num_steps} steps done.")
 
     # The records of a stretch, then its steps, and images after every few epochs.
-    steps_per_epoch, _ = run.schedule(maker.plan, accelerator.num_processes)
+    steps_per_epoch, _ = schedule(run, maker.plan, accelerator.num_processes)
     validation_steps = settings.validation_epochs * steps_per_epoch if settings.validation_prompt else num_steps
     batch_size = settings.precompute_batch_size or planned_batch_size(plan, "precompute")
     placed = {"together": planned_together(plan, "precompute"), "encodes_alone": planned_vae(plan, "precompute").alone}
@@ -232,8 +233,7 @@ def load_data(run: Run, context: Context, streamed: bool) -> Data:
     accelerator, dtype = context.accelerator, weight_dtype(context.accelerator)
 
     # Everything else random is seeded from the same seed. Records of this sample plan may be there already.
-    sources = run.photo_sources(photo_progress)
-    sample_plan = run.sample_plan(run.seed, {kind: len(source.photos) for kind, source in sources.items()})
+    sources, sample_plan = load_samples(run, photo_progress)
     store = None
     if run.uses_store:
         with accelerator.main_process_first():
@@ -327,13 +327,7 @@ def train_steps(
                 # Predict the velocity by the kept blocks; residuals stand in for the skipped ones.
                 inputs = batch.arguments(family, model.config)
                 output = wrapped(**inputs, residuals=batch.residuals, return_dict=False)[0]
-                prediction, target = family.loss_terms(
-                    family.prediction_to_latents(output, batch.latents),
-                    latents=batch.latents,
-                    noise=batch.noise,
-                    noisy_latents=batch.noisy_latents,
-                    sigmas=batch.sigmas,
-                )
+                prediction, target = batch.loss_terms(family, family.prediction_to_latents(output, batch.latents))
                 losses = flow_matching_loss(prediction, target, batch.sigmas, settings.weighting_scheme)
                 loss = combine_losses(losses, settings.with_prior_preservation, settings.prior_loss_weight)
 
@@ -372,7 +366,9 @@ def finish(
 ) -> None:
     """Export the LoRA, make the final images, write the report and the model card, upload."""
     run, accelerator, settings = outputs.run, context.accelerator, outputs.run.settings
-    made = records.made()  # Every process must call this: it adds up what all of them made.
+    made = records.count.together(
+        context.accelerator
+    )  # Every process must call this: it adds up what all of them made.
     learner.adapters.check_finite()
     # A warmup's first step has rate zero.
     if history.step > 1 and accelerator.is_main_process:

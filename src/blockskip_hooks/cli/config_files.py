@@ -16,6 +16,7 @@ import yaml
 
 from ..training.settings import TrainSettings
 from ..utils.errors import UserError
+from .flags.types import parse_bool
 
 
 # A file says how to train. It cannot lead to other files, and what a launcher sets is not a setting.
@@ -97,7 +98,7 @@ def _words(action: argparse.Action, value: Any, path: Path) -> list[str]:
         # A switch that has a word for off has it second.
         return [flag] if value else list(action.option_strings[1:])
     items = value if is_list and isinstance(value, list) else [value]
-    takes_no = "no" in (action.choices or ()) or getattr(action.type, "__name__", "") == "parse_bool"
+    takes_no = "no" in (action.choices or ()) or action.type is parse_bool
     texts = []
     for item in items:
         if isinstance(item, bool):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..training.learning_rate import describe_rate, warn_of_warmup
 from ..training.run import Run
+from ..training.samples import expected_schedule
 
 
 def training_lines(run: Run, num_steps: int, num_processes: int) -> list[str]:
@@ -37,7 +38,7 @@ def _images(run: Run, num_steps: int, num_processes: int) -> str:
         return f'none are made; --validation_prompt "{subject} on a beach" asks for some'
     times = []
     # What an epoch is depends on the number of photos: told in steps, and only if the run gets there.
-    every = settings.validation_epochs * run.expected_schedule(num_processes)[0]
+    every = settings.validation_epochs * expected_schedule(run, num_processes)[0]
     if settings.validation_prompt and every < num_steps:
         times.append(f"every {every} steps ({settings.validation_epochs} epochs)")
     if run.final_prompts:

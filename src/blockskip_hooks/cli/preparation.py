@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..config import PatchMode
 from ..data.checks import check_photos
 from ..data.dataset import load_dataset_photos
 from ..data.folder import condition_paths, image_paths
@@ -106,16 +107,7 @@ def prepare_run(settings: TrainSettings) -> Run:
         _check_class_images(settings.class_folder)
     if not settings.instance_prompt and any(photo.caption is None for photo in photos):
         logger.warning("--instance_prompt is empty: photos without a caption train on an empty prompt.")
-    if settings.train_text_encoder and not family.text_lora_layers:
-        raise UserError(f"--train_text_encoder is not available for {family.name}; leave it out.")
-    family.check()
-    if settings.condition_flag and family.reads_condition and blocks["patch"].mode != "none":
-        raise UserError(
-            f"--patch_sampling is {blocks['patch'].mode}; {family.name}'s text encoder sees the condition image, so "
-            "crops are the same in the whole run: give --patch_sampling none."
-        )
-    if settings.enable_npu_flash_attention and importlib.util.find_spec("torch_npu") is None:
-        raise UserError("--enable_npu_flash_attention needs a package that is not installed: torch_npu.")
+    _check_features(settings, family, blocks["patch"].mode)
     _check_writable(settings.output_folder)
     run = Run(
         settings=settings,
@@ -270,6 +262,20 @@ def _find_validation_image(settings: TrainSettings) -> Image.Image | None:
     path = Path(name)
     (photo,) = check_photos([Photo(path.name, None, partial(open_picture, path), path)], f"--validation_image {name}")
     return photo.decode()
+
+
+def _check_features(settings: TrainSettings, family: Family, patch_mode: PatchMode) -> None:
+    """Refuse flags that ask for what the family, or a package, does not have."""
+    if settings.train_text_encoder and not family.text_lora_layers:
+        raise UserError(f"--train_text_encoder is not available for {family.name}; leave it out.")
+    family.check()
+    if settings.condition_flag and family.reads_condition and patch_mode != "none":
+        raise UserError(
+            f"--patch_sampling is {patch_mode}; {family.name}'s text encoder sees the condition image, so crops are "
+            "the same in the whole run: give --patch_sampling none."
+        )
+    if settings.enable_npu_flash_attention and importlib.util.find_spec("torch_npu") is None:
+        raise UserError("--enable_npu_flash_attention needs a package that is not installed: torch_npu.")
 
 
 def _check_writable(folder: Path) -> None:

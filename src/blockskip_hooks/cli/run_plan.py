@@ -27,6 +27,8 @@ from ..planning.request import PlanRequest
 from ..planning.stages import plan_run
 from ..selection import Selection
 from ..training.run import Run
+from ..training.samples import expected_schedule
+from ..training.sharding import bytes_elsewhere
 from ..utils.device_memory import total_memory_bytes
 from ..utils.errors import UserError, first_line
 from ..utils.formatting import fit_lines, format_bytes
@@ -61,7 +63,7 @@ def plan_request(run: Run, dtype: torch.dtype, num_processes: int, device: Devic
         device: Whose rules it is planned by.
     """
     settings, family = run.settings, run.family
-    steps = run.num_steps(num_processes)
+    steps = expected_schedule(run, num_processes)[1]
     samples_per_step = run.samples_per_step(num_processes) * len(run.kinds)
     encoders = family.text_encoder_configs()
     streamable = family.streamable_text_encoders(trains_text=settings.train_text_encoder)
@@ -105,7 +107,7 @@ def plan_request(run: Run, dtype: torch.dtype, num_processes: int, device: Devic
         class_resolution=run.class_image_size,
         validation_extra_bytes=_weights_bytes(family, dtype),
         memory_budget_bytes=settings.memory_budget,
-        bytes_elsewhere=run.bytes_elsewhere(dtype, num_processes),
+        bytes_elsewhere=_bytes_elsewhere(run, dtype, num_processes),
         selection=run.selection,
     )
     if (other := run.validation_family) is None:
@@ -123,6 +125,14 @@ def plan_request(run: Run, dtype: torch.dtype, num_processes: int, device: Devic
         validation_extra_bytes=_weights_bytes(other, dtype),
     )
     return replace(request, validation=validation)
+
+
+def _bytes_elsewhere(run: Run, dtype: torch.dtype, num_processes: int) -> int | None:
+    """Bytes of kept blocks' weights that other processes hold; ``None`` where they are not shared."""
+    if not run.shares_weights:
+        return None
+    skeleton = run.skeleton
+    return bytes_elsewhere(skeleton.transformer, skeleton.spans.kept, run.recorded_layers, dtype, num_processes)
 
 
 def _photo_prompts(run: Run) -> int:

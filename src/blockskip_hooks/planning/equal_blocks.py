@@ -9,13 +9,15 @@ allocator reserves for them is within 10 % of it, because pieces of its segments
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 from typing import Any
 
 import torch
 
+from ..blocks import list_blocks, split_blocks
+from ..config import BlockSkipConfig
 from .counters import ALL_BLOCKS, Phase
 
 
@@ -195,6 +197,39 @@ def shorten(model: torch.nn.Module, blocks: Iterable[tuple[str, Hashable]]) -> D
         for index in reversed(unwanted):
             del modules[index]
     return Depth(copies, names)
+
+
+def shorten_spans(
+    transformer: torch.nn.Module,
+    stacks: Sequence[str] | None,
+    config: BlockSkipConfig,
+    layers: Mapping[str, Sequence[str]],
+) -> tuple[Depth, BlockSkipConfig]:
+    """Take blocks that are like their neighbours out of a transformer; the rest of the spans goes with them.
+
+    Args:
+        transformer: Without weights, LoRA or placeholders; changed in place.
+        stacks: See :func:`~blockskip_hooks.blocks.list_blocks`.
+        config: The spans to skip.
+        layers: Names of layers that are treated in some way; blocks are equal if the same layers of them are.
+    """
+    spans = split_blocks(list_blocks(transformer, stacks), config)
+    parts = {"leading": spans.leading, "kept": spans.kept, "trailing": spans.trailing}
+
+    def treated(block: str) -> Iterator[tuple[str, str]]:
+        for treatment, names in layers.items():
+            yield from ((treatment, n.removeprefix(block)) for n in names if n.startswith(f"{block}."))
+
+    depth = shorten(
+        transformer,
+        [
+            (block.name, (part, kind_of(block.module), frozenset(treated(block.name))))
+            for part, blocks in parts.items()
+            for block in blocks
+        ],
+    )
+    left = {part: sum(block.name in depth.names for block in blocks) for part, blocks in parts.items()}
+    return depth, BlockSkipConfig(leading=left["leading"], trailing=left["trailing"], residuals=config.residuals)
 
 
 def kind_of(block: torch.nn.Module) -> Hashable:

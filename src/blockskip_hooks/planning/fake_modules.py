@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..loading.quantization import QuantizationConfig, as_autocast
+from ..loading.quantization import QuantizationConfig, as_autocast, as_linear, on_channels
 
 
 def num_bytes(tensor: torch.Tensor) -> int:
@@ -31,6 +31,15 @@ class QuantizedLinear(torch.nn.Linear):
         input, shape = as_autocast(input), (self.out_features, self.in_features)
         dtype = input.dtype if self.scales_products else self.product_dtype
         return _DequantizedProduct.apply(input, self.bias, shape, dtype, self.scales_products).to(input.dtype)
+
+
+def quantize_layers(model: torch.nn.Module, names: Sequence[str], config: QuantizationConfig) -> None:
+    """Put quantised layers in place of linear ones and convolutions of one pixel."""
+    for name in names:
+        layer: Any = model.get_submodule(name)
+        linear = layer if isinstance(layer, torch.nn.Linear) else as_linear(layer)
+        held = QuantizedLinear(linear, config)
+        model.set_submodule(name, held if layer is linear else on_channels(held))
 
 
 class _DequantizedProduct(torch.autograd.Function):

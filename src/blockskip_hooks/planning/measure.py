@@ -16,6 +16,21 @@ from .fake_modules import num_bytes
 from .usage import Usage
 
 
+@contextlib.contextmanager
+def halts_before(modules: Sequence[torch.nn.Module], meter: Meter, resident: int) -> Iterator[list[tuple[int, int]]]:
+    """Within this context note phase and bytes alive beside ``resident`` ones before each of ``modules`` runs."""
+    halts: list[tuple[int, int]] = []
+    handles = [
+        module.register_forward_pre_hook(lambda *_: halts.append((meter.phase, meter.current - resident)))
+        for module in modules
+    ]
+    try:
+        yield halts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class Measure:
     """Counts the work of one model.
 

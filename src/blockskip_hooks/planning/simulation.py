@@ -24,7 +24,7 @@ from ..families import Family
 from ..families.prompts import place_embeds
 from ..inference.lora_files import quiet_adapters
 from ..loading.models import cast_floating, empty_model
-from ..loading.quantization import QuantizationConfig, as_linear, on_channels
+from ..loading.quantization import QuantizationConfig
 from ..loading.text_encoders import empty_text_encoder
 from ..lora import ASSISTANT, TRAINED, add_lora, only_adapters, use_adapters
 from ..losses import combine_losses, flow_matching_loss
@@ -34,9 +34,9 @@ from ..state import SpanResiduals
 from ..transformer import DiTBlockSkipTransformer
 from .counters import ALL_BLOCKS, Meter
 from .devices import DeviceType
-from .equal_blocks import Depth, kind_of, shorten
-from .fake_modules import QuantizedLinear, ValuesAsPlanned, materialise, num_bytes, streamed_weights
-from .measure import Measure
+from .equal_blocks import shorten_spans
+from .fake_modules import ValuesAsPlanned, materialise, num_bytes, quantize_layers, streamed_weights
+from .measure import Measure, halts_before
 from .usage import Usage
 
 
@@ -104,13 +104,9 @@ class FakeTransformer:
         self._recorded_width = sum(int(transformer.get_submodule(name).out_features) for name in recorded_layers)
         treated = {"lora": lora_targets, "recorded": recorded_layers, "quantized": quantized}
         assistants = {f"assistant {rank}": names for rank, names in (assistant_layers or {}).items()}
-        self._depth, config = _shorten(transformer, family, config, treated | assistants)
-        for name in self._depth.renamed(quantized, blocks):
-            assert quantization is not None
-            layer: Any = transformer.get_submodule(name)
-            linear = layer if isinstance(layer, torch.nn.Linear) else as_linear(layer)
-            held = QuantizedLinear(linear, quantization)
-            transformer.set_submodule(name, held if layer is linear else on_channels(held))
+        self._depth, config = shorten_spans(transformer, family.block_stacks, config, treated | assistants)
+        if quantization is not None:
+            quantize_layers(transformer, self._depth.renamed(quantized, blocks), quantization)
         if lora_targets:
             # Alpha and seed change neither memory nor FLOPs.
             targets = self._depth.renamed(lora_targets, blocks)
@@ -123,7 +119,9 @@ class FakeTransformer:
         )
         self._streamed = list(self.model.streamed_modules.values())
         if assistant_layers:
-            self._add_assistant({r: self._depth.renamed(names, blocks) for r, names in assistant_layers.items()})
+            # Once the modules that stream are known: its weights do not come with theirs.
+            ranks = {n: r for r, names in assistant_layers.items() for n in self._depth.renamed(names, blocks)}
+            _add_assistant(transformer, ranks, dtype)
         skipped = {id(part) for module in self._streamed for part in module.modules()}
         self._encoders = {name: empty_text_encoder(config, dtype) for name, config in (trained_encoders or {}).items()}
         for encoder in self._encoders.values():
@@ -138,21 +136,6 @@ class FakeTransformer:
         simulated = self.model.spans.leading + self.model.spans.kept + self.model.spans.trailing
         named = {block.name: block.module for block in simulated}
         self._measure = Measure(transformer, named, self._depth, device, beside=list(self._encoders.values()))
-
-    def _add_assistant(self, layers: Mapping[int, Sequence[str]]) -> None:
-        """Put a frozen LoRA beside the one that trains, once the modules that stream are known."""
-        ranks = {name: rank for rank, names in layers.items() for name in names}
-        transformer: Any = self.model.transformer
-        patterns = {f"^{re.escape(name)}": rank for name, rank in ranks.items()}
-        config = LoraConfig(r=1, lora_alpha=1, rank_pattern=patterns, target_modules=list(ranks))
-        with quiet_adapters():
-            inject_adapter_in_model(config, transformer, ASSISTANT, low_cpu_mem_usage=True)
-        use_adapters(transformer, [TRAINED, ASSISTANT])
-        for name in ranks:
-            layer = transformer.get_submodule(name)
-            layer.cast_input_dtype_enabled = False
-            for part in (layer.lora_A, layer.lora_B):
-                part[ASSISTANT].to(self.dtype)
 
     def lora_sizes(self) -> list[int]:
         """Number of elements of every LoRA weight of the full model, and of text encoders that train."""
@@ -177,8 +160,12 @@ class FakeTransformer:
         adapters = contextlib.nullcontext() if with_adapters else frozen_model(self.model.transformer)
         with adapters, self._counted(text_tokens) as meter:
             resident = meter.current
-            inputs = self._inputs(self._batch(batch_size, size, text_tokens))
-            with self._autocast(), self._halts(meter, resident) as halts, streamed_weights(self._streamed):
+            inputs = self._batch(batch_size, size, text_tokens).arguments(self.family, self.transformer_config)
+            with (
+                _autocast(self.dtype),
+                halts_before(self._streamed, meter, resident) as halts,
+                streamed_weights(self._streamed),
+            ):
                 residuals = self.model.capture_residuals(**inputs, return_dict=False)
             modulation = residuals.modulation
             if modulation is not None:
@@ -195,12 +182,12 @@ class FakeTransformer:
         """A forward of the whole model without gradients, skipped blocks streamed one at a time."""
         with self._counted(text_tokens) as meter:
             resident = meter.current
-            inputs = self._inputs(self._batch(batch_size, size, text_tokens))
+            inputs = self._batch(batch_size, size, text_tokens).arguments(self.family, self.transformer_config)
             # Of the wrapper's forward alone.
             inputs.pop("condition_tokens", None)
             with (
-                self._autocast(),
-                self._halts(meter, resident) as halts,
+                _autocast(self.dtype),
+                halts_before(self._streamed, meter, resident) as halts,
                 streamed_weights(self._streamed),
                 only_adapters(self.model.transformer, [TRAINED]),
                 self.model.full_model() as transformer,
@@ -247,42 +234,24 @@ class FakeTransformer:
                 **{n: torch.empty((batch_size, *t.shape[1:]), dtype=t.dtype) for n, t in residuals.tensors().items()}
             )
             if self._encoders:
-                with self._autocast():
-                    batch.embeds = self.family.refresh_embeds(self._encoders, self._tokens(batch_size), batch.embeds)
-            inputs = self._inputs(batch)
-            with self._autocast():
+                with _autocast(self.dtype):
+                    batch.embeds = self.family.refresh_embeds(
+                        self._encoders, _tokens(self._encoders, batch_size), batch.embeds
+                    )
+            inputs = batch.arguments(self.family, self.transformer_config)
+            with _autocast(self.dtype):
                 prediction = self.model(**inputs, residuals=batch.residuals, return_dict=False)[0]
                 # Autocast has kept its copies of the LoRA weights until now.
                 meter.begin(ALL_BLOCKS)
             meter.begin(None)
-            prediction, target = self.family.loss_terms(
-                self.family.prediction_to_latents(prediction, batch.latents).float(),
-                latents=batch.latents,
-                noise=batch.noise,
-                noisy_latents=batch.noisy_latents,
-                sigmas=batch.sigmas,
+            prediction, target = batch.loss_terms(
+                self.family, self.family.prediction_to_latents(prediction, batch.latents).float()
             )
             losses = flow_matching_loss(prediction, target, batch.sigmas, "none")
             combine_losses(losses, with_prior_preservation=False, prior_loss_weight=0.0).backward()
         for parameter in self._lora:
             parameter.grad = None
         return self._measure.usage(meter, accumulates=accumulated_gradients)
-
-    def _autocast(self) -> contextlib.AbstractContextManager:
-        """Mixed precision as accelerate sets it up."""
-        if self.dtype not in (torch.bfloat16, torch.float16):
-            return contextlib.nullcontext()
-        return torch.autocast("cpu", self.dtype)
-
-    def _inputs(self, batch: Batch) -> dict[str, Any]:
-        return batch.arguments(self.family, self.transformer_config)
-
-    def _tokens(self, batch_size: int) -> dict[str, torch.Tensor]:
-        """Tokens of a batch's prompts for each text encoder that trains, padded to its length."""
-        return {
-            name: torch.zeros((batch_size, encoder.config.max_position_embeddings), dtype=torch.long)
-            for name, encoder in self._encoders.items()
-        }
 
     def _batch(self, batch_size: int, size: tuple[int, int], text_tokens: int) -> Batch:
         latents = torch.empty((batch_size, *self.family.latent_shape(*size)), dtype=self.dtype)
@@ -306,20 +275,6 @@ class FakeTransformer:
         with self.fake_mode, self._measure.counted() as meter, ValuesAsPlanned(text_tokens):
             yield meter
 
-    @contextlib.contextmanager
-    def _halts(self, meter: Meter, resident: int) -> Iterator[list[tuple[int, int]]]:
-        """Within this context note phase and bytes alive beside ``resident`` ones before each streamed block."""
-        halts: list[tuple[int, int]] = []
-        handles = [
-            module.register_forward_pre_hook(lambda *_: halts.append((meter.phase, meter.current - resident)))
-            for module in self._streamed
-        ]
-        try:
-            yield halts
-        finally:
-            for handle in handles:
-                handle.remove()
-
     @property
     def largest_streamed_bytes(self) -> int:
         """Weights of the largest block that is streamed."""
@@ -337,31 +292,30 @@ class FakeTransformer:
         return [sum(map(num_bytes, module.parameters())) for module in self._streamed if module not in idle]
 
 
-def _shorten(
-    transformer: torch.nn.Module, family: Family, config: BlockSkipConfig, layers: Mapping[str, Sequence[str]]
-) -> tuple[Depth, BlockSkipConfig]:
-    """Take blocks that are like their neighbours out of a transformer; the rest of the spans goes with them.
+def _autocast(dtype: torch.dtype) -> contextlib.AbstractContextManager:
+    """Mixed precision as accelerate sets it up."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return contextlib.nullcontext()
+    return torch.autocast("cpu", dtype)
 
-    Args:
-        transformer: Without weights, LoRA or placeholders; changed in place.
-        family: Its family.
-        config: The spans to skip.
-        layers: Names of layers that are treated in some way; blocks are equal if the same layers of them are.
-    """
-    spans = split_blocks(list_blocks(transformer, family.block_stacks), config)
-    parts = {"leading": spans.leading, "kept": spans.kept, "trailing": spans.trailing}
 
-    def treated(block: str) -> Iterator[tuple[str, str]]:
-        for treatment, names in layers.items():
-            yield from ((treatment, n.removeprefix(block)) for n in names if n.startswith(f"{block}."))
+def _tokens(encoders: Mapping[str, Any], batch_size: int) -> dict[str, torch.Tensor]:
+    """Tokens of a batch's prompts for each text encoder that trains, padded to its length."""
+    return {
+        name: torch.zeros((batch_size, encoder.config.max_position_embeddings), dtype=torch.long)
+        for name, encoder in encoders.items()
+    }
 
-    depth = shorten(
-        transformer,
-        [
-            (block.name, (part, kind_of(block.module), frozenset(treated(block.name))))
-            for part, blocks in parts.items()
-            for block in blocks
-        ],
-    )
-    left = {part: sum(block.name in depth.names for block in blocks) for part, blocks in parts.items()}
-    return depth, BlockSkipConfig(leading=left["leading"], trailing=left["trailing"], residuals=config.residuals)
+
+def _add_assistant(transformer: torch.nn.Module, ranks: Mapping[str, int], dtype: torch.dtype) -> None:
+    """Put a frozen LoRA beside the one that trains, given its rank in each layer by name."""
+    patterns = {f"^{re.escape(name)}": rank for name, rank in ranks.items()}
+    config = LoraConfig(r=1, lora_alpha=1, rank_pattern=patterns, target_modules=list(ranks))
+    with quiet_adapters():
+        inject_adapter_in_model(config, transformer, ASSISTANT, low_cpu_mem_usage=True)
+    use_adapters(transformer, [TRAINED, ASSISTANT])
+    for name in ranks:
+        layer: Any = transformer.get_submodule(name)
+        layer.cast_input_dtype_enabled = False
+        for part in (layer.lora_A, layer.lora_B):
+            part[ASSISTANT].to(dtype)

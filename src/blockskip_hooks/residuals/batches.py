@@ -91,6 +91,10 @@ class Batch:
         tokens = [family.image_tokens(transformer_config, arguments) for arguments in (inputs, joined)]
         return {**joined, "condition_tokens": tokens[1] - tokens[0]}
 
+    def loss_terms(self, family: Family, prediction: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the loss compares, ``(B, C, H, W)`` each, given the predicted velocity in the latents' layout."""
+        return family.loss_terms(prediction, self.latents, self.noise, self.noisy_latents, self.sigmas)
+
     @property
     def recorded_latents(self) -> torch.Tensor:
         """The clean latents as :meth:`SampleMaker.encode` makes them."""

@@ -52,9 +52,18 @@ class Adapters:
         """A copy of every parameter on the CPU, by its number."""
         return {str(number): p.detach().cpu().clone() for number, p in enumerate(self.parameters)}
 
+    @contextmanager
+    def held_at(self, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Within this context the LoRA has values from :meth:`values`, and afterwards its own again."""
+        now = self.values()
+        self._set(values)
+        try:
+            yield
+        finally:
+            self._set(now)
+
     @torch.no_grad()
-    def set_values(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Put values from :meth:`values` in place."""
+    def _set(self, values: Mapping[str, torch.Tensor]) -> None:
         for number, parameter in enumerate(self.parameters):
             parameter.copy_(values[str(number)])
 

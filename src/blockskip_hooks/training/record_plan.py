@@ -22,6 +22,7 @@ from ..version import __version__
 from .checkpoints import read_state
 from .resume_flags import ON_RESUME
 from .run import Run
+from .samples import expected_schedule
 
 
 def resolve_seed(run: Run, checkpoint: Path | None) -> int:
@@ -88,7 +89,7 @@ def plan_stretches(run: Run, plan: dict[str, Any], num_processes: int, checkpoin
     Raises:
         UserError: if not even one step's records fit.
     """
-    num_steps = run.num_steps(num_processes)
+    num_steps = expected_schedule(run, num_processes)[1]
     if not run.uses_store:
         return Stretches(num_steps=num_steps, length=num_steps)
     samples_per_step = run.samples_per_step(num_processes)

@@ -173,13 +173,9 @@ class RecordSource:
         if not self._run.refreshes:
             yield
             return
-        now = self._adapters.values()
-        self._adapters.set_values(self.stretch_adapters)
-        try:
+        with self._adapters.held_at(self.stretch_adapters):
             self.maker.embeds.update(self._adapters.current(self.maker.embeds, list(self.maker.embeds)))
             yield
-        finally:
-            self._adapters.set_values(now)
 
     def loader(self, steps: range) -> Iterator[Batch]:
         """The batches of some optimiser steps, in order; the records that they use must have been made."""
@@ -273,10 +269,6 @@ class RecordSource:
         """Delete the records of the stretch, which no later one uses; at the end of a run, their store as well."""
         if self._store is not None:
             self._store.remove() if store_too else self._store.drop()
-
-    def made(self) -> tuple[int, int]:
-        """Records of samples that all processes have computed, and their bytes; every process must call this."""
-        return self.count.together(self._accelerator)
 
     def _indices(self, steps: Iterable[int]) -> list[int]:
         """Numbers in the sample plan of the samples of these steps, over all processes."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,15 +13,11 @@ from PIL import Image
 
 from ..blocks import modulation_layers
 from ..config import BlockSkipConfig, PatchSamplingConfig
-from ..data.buckets import nearest_bucket
-from ..data.photo import Photo, ShowProgress, without_progress
-from ..data.photo_set import PhotoSet
-from ..data.photos import scan_photos
-from ..data.sample_plan import SampleKind, SamplePlan
+from ..data.photo import Photo
+from ..data.sample_plan import SampleKind
 from ..families import Family
 from ..loading.component_config import load_config
 from ..loading.quantization import QuantizationConfig, read_quantization
-from ..residuals.batches import PhotoSource
 from ..search.tables import SelectionTable
 from ..selection import Selection
 from ..transformer import DiTBlockSkipTransformer
@@ -31,7 +26,6 @@ from ..utils.pictures import within
 from .assistant import Assistant
 from .chosen_blocks import choose_blocks
 from .settings import TrainSettings
-from .sharding import bytes_elsewhere
 
 
 DEFAULT_RESIDUAL_BUDGET = 16 * 10**9
@@ -108,6 +102,10 @@ class Run:
     @property
     def output_dir(self) -> Path:
         return self.settings.output_folder
+
+    @property
+    def residual_dir(self) -> Path:
+        return Path(self.settings.residual_dir) if self.settings.residual_dir else self.output_dir / "residuals"
 
     @property
     def skips(self) -> bool:
@@ -223,51 +221,6 @@ class Run:
         """Config of the transformer, with its class name."""
         return load_config(self.family.model_path / "transformer")
 
-    def photo_sources(self, progress: ShowProgress = without_progress) -> dict[SampleKind, PhotoSource]:
-        """Decode the photos, with ``progress`` shown; class images must exist by now."""
-        settings = self.settings
-        sources: dict[SampleKind, PhotoSource] = {
-            "instance": PhotoSource(self._photo_set(self.photos, progress), settings.instance_prompt or "")
-        }
-        if settings.with_prior_preservation:
-            photos = scan_photos(settings.class_folder, flag="--class_data_dir", progress=progress)
-            photo_set = self._photo_set(photos[: settings.num_class_images], progress)
-            sources["class"] = PhotoSource(photo_set, settings.class_prompt or "", use_captions=False)
-        return sources
-
-    def _photo_set(self, photos: list[Photo], progress: ShowProgress) -> PhotoSet:
-        interpolation = self.settings.image_interpolation_mode
-        return PhotoSet(
-            photos, self.patch.max_size, buckets=self.patch.buckets, interpolation=interpolation, progress=progress
-        )
-
-    def sample_plan(self, seed: int, num_images: dict[SampleKind, int]) -> SamplePlan:
-        """The run's sample plan for this many photos of each kind."""
-        settings = self.settings
-        buckets = tuple(nearest_bucket(photo.size, self.patch.shapes) for photo in self.photos if photo.size)
-        return SamplePlan(
-            seed=seed,
-            num_images=num_images,
-            repeats=settings.repeats,
-            timesteps=self.family.scheduler.timesteps,
-            patch=self.patch,
-            weighting_scheme=settings.weighting_scheme,
-            logit_mean=settings.logit_mean,
-            logit_std=settings.logit_std,
-            mode_scale=settings.mode_scale,
-            random_flip=settings.random_flip,
-            center_crop=settings.center_crop,
-            fixed_crops=(settings.cache_latents or self.encodes_pairs) and self.patch.mode == "none",
-            buckets=buckets if self.patch.buckets else None,
-            batch_size=settings.train_batch_size,
-            caption_dropout=settings.caption_dropout,
-        )
-
-    def schedule(self, plan: SamplePlan, num_processes: int) -> tuple[int, int]:
-        """Optimiser steps of an epoch and of the run, as the upstream flags define them."""
-        of_epoch = math.ceil(plan.epoch_length / self.samples_per_step(num_processes))
-        return of_epoch, self.settings.max_train_steps or self.settings.num_train_epochs * of_epoch
-
     def samples_per_step(self, num_processes: int) -> int:
         """Samples of a kind in an optimiser step, over all processes."""
         return self.settings.samples_per_process_step * num_processes
@@ -279,16 +232,6 @@ class Run:
         folder = self.residual_dir
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         return min(DEFAULT_RESIDUAL_BUDGET, shutil.disk_usage(existing).free // 2)
-
-    def num_steps(self, num_processes: int) -> int:
-        """Optimiser steps of the run."""
-        return self.expected_schedule(num_processes)[1]
-
-    def expected_schedule(self, num_processes: int) -> tuple[int, int]:
-        """What :meth:`schedule` says, before there is a sample plan."""
-        settings = self.settings
-        num_images = {kind: settings.num_class_images if kind == "class" else len(self.photos) for kind in self.kinds}
-        return self.schedule(self.sample_plan(settings.seed or 0, num_images), num_processes)
 
     def longest_stretch(self, num_steps: int) -> int:
         """Steps of a stretch as far as flags decide, whatever there is room for."""
@@ -327,14 +270,3 @@ class Run:
             "shard": shard if self.shares_weights else None,
             "stream_cache": cache_bytes(self.settings.stream_cache, device),
         }
-
-    def bytes_elsewhere(self, dtype: torch.dtype, num_processes: int) -> int | None:
-        """Bytes of kept blocks' weights that other processes hold; ``None`` where they are not shared."""
-        if not self.shares_weights:
-            return None
-        skeleton = self.skeleton
-        return bytes_elsewhere(skeleton.transformer, skeleton.spans.kept, self.recorded_layers, dtype, num_processes)
-
-    @property
-    def residual_dir(self) -> Path:
-        return Path(self.settings.residual_dir) if self.settings.residual_dir else self.output_dir / "residuals"

@@ -20,6 +20,7 @@ from .adapters import Adapters
 from .context import Context
 from .records import RecordSource
 from .run import Run
+from .samples import schedule
 
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ class Validation:
         return base, trained
 
     def _log_images(self, phase: str, step: int, prompts: Sequence[str], base: Images, trained: Images) -> None:
-        steps_per_epoch, _ = self._run.schedule(self._records.maker.plan, self._context.accelerator.num_processes)
+        steps_per_epoch, _ = schedule(self._run, self._records.maker.plan, self._context.accelerator.num_processes)
         epoch = (step - 1) // steps_per_epoch
         self._tracking.log_images(phase, step, epoch, prompts, self._seeds, base, trained)
 

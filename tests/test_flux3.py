@@ -31,7 +31,7 @@ from blockskip_hooks.planning.request import PlanRequest
 from blockskip_hooks.planning.stages import RECORD_OVERHEAD, plan_run
 from blockskip_hooks.reporting.model_card import usage_snippet
 from blockskip_hooks.residuals import precompute
-from blockskip_hooks.residuals.batches import PhotoSource, SampleMaker
+from blockskip_hooks.residuals.batches import SHARED_TEXT, PhotoSource, SampleMaker
 from blockskip_hooks.residuals.store import ResidualStore
 from blockskip_hooks.utils.formatting import format_bytes
 from tests import script
@@ -58,7 +58,12 @@ def wrapped(leading: int, trailing: int) -> DiTBlockSkipTransformer:
 
 
 def record(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leading: int, trailing: int, shares_text: bool = True
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    leading: int,
+    trailing: int,
+    shares_text: bool = True,
+    together: int = 1,
 ) -> tuple[SampleMaker, ResidualStore, list[int]]:
     """Records of six samples of three photos with two prompts, and how many samples were in each forward."""
     family, size = tiny().make_family(), tiny().resolution
@@ -93,7 +98,13 @@ def record(
     with monkeypatch.context() as patch:
         patch.setattr(precompute, "capture", counted)
         made = precompute.precompute_records(
-            samples, latents, model=wrapped(leading, trailing), maker=maker, store=store, batch_size=2
+            samples,
+            latents,
+            model=wrapped(leading, trailing),
+            maker=maker,
+            store=store,
+            batch_size=2,
+            together=together,
         )
     assert made == 6 and all(maker.is_recorded(sample, store) for sample in samples)
     return maker, store, forwards
@@ -124,6 +135,55 @@ def test_a_prompt_has_one_record_of_its_text(
         assert shared.keys() == each.keys() == own | {"leading_encoder_hidden_states"}
         for name, tensor in each.items():
             torch.testing.assert_close(shared[name], tensor, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("spans", [(2, 0), (3, 0)], ids=str)
+def test_a_text_that_is_gone_takes_one_batch_to_make_again(
+    spans: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    maker, store, _ = record(tmp_path, monkeypatch, *spans)
+    samples = maker.samples(range(6))
+    texts = sorted({maker.shared_ids(sample)[SHARED_TEXT] for sample in samples})
+    before = {name: store.read(name) for name in texts}
+    store.forget(texts[0])
+    lost = sum(sample.id not in store for sample in samples)
+    encoded: list[int] = []
+
+    def encode(vae: Any, part: Any) -> torch.Tensor:
+        encoded.append(len(part))
+        return torch.zeros(len(part), *tiny().make_family().latent_shape(tiny().resolution, tiny().resolution))
+
+    monkeypatch.setattr(maker, "encode", encode)
+    latents = precompute.encode_latents(samples, maker=maker, vae=wrapped(0, 0), store=store, batch_size=2)
+    made = precompute.precompute_records(
+        samples, latents, model=wrapped(*spans), maker=maker, store=store, batch_size=2
+    )
+    # A batch of samples writes its text beside its own records; the text alone is written alone.
+    assert encoded == [2] and made == lost == (0 if spans == (2, 0) else 2)
+    assert all(maker.is_recorded(sample, store) for sample in samples)
+    for name in texts:
+        torch.testing.assert_close(store.read(name), before[name], rtol=0, atol=0)
+
+
+def test_texts_are_made_in_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    groups: list[int] = []
+    original = DiTBlockSkipTransformer.together
+
+    def noted(self: DiTBlockSkipTransformer, tasks: Any, between: Any = None) -> Any:
+        groups.append(len(tasks))
+        return original(self, tasks, between)
+
+    monkeypatch.setattr(DiTBlockSkipTransformer, "together", noted)
+    maker, alone, _ = record(tmp_path / "alone", monkeypatch, 2, 0)
+    assert groups == [1] * 5
+    groups.clear()
+    _, in_step, forwards = record(tmp_path / "in_step", monkeypatch, 2, 0, together=2)
+    # Two prompts in step; there is nothing to run for the batches of samples then.
+    assert groups == [2, 1, 1, 1] and forwards == [1, 1]
+    for sample in maker.samples(range(6)):
+        torch.testing.assert_close(
+            maker.read_record(sample, in_step), maker.read_record(sample, alone), rtol=0, atol=0
+        )
 
 
 def test_text_that_has_met_the_image_is_that_of_a_sample():

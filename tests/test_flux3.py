@@ -25,6 +25,7 @@ from blockskip_hooks.families.prompts import check_embeds
 from blockskip_hooks.loading.component_config import load_config, read_index
 from blockskip_hooks.loading.download import resolve_model
 from blockskip_hooks.loading.models import empty_model
+from blockskip_hooks.loading.streaming import Streamer
 from blockskip_hooks.lora import lora_targets
 from blockskip_hooks.planning.presets import preset_facts
 from blockskip_hooks.planning.request import PlanRequest
@@ -230,6 +231,25 @@ def test_what_only_references_need_holds_no_weights_and_still_runs():
             expected = tiny().make_transformer()(**given, return_dict=False)[0]
             assert torch.equal(transformer(**given, return_dict=False)[0], expected)
     assert all(parameter.is_meta for module in idle.values() for parameter in module.parameters())
+
+
+@torch.no_grad()
+def test_what_only_references_need_is_not_read(monkeypatch: pytest.MonkeyPatch):
+    model = DiTBlockSkipTransformer.from_pretrained(tiny().folder, BlockSkipConfig(leading=3, trailing=1))
+    idle = set(idle_modules(model.transformer).values())
+    fetched: list[torch.nn.Module] = []
+    fetch = Streamer._fetch
+
+    def noted(self: Streamer, module: torch.nn.Module, left: Any) -> Any:
+        fetched.append(module)
+        return fetch(self, module, left)
+
+    monkeypatch.setattr(Streamer, "_fetch", noted)
+    with model.full_model() as transformer:
+        made = transformer(**tiny().make_inputs(1), return_dict=False)[0]
+        assert not idle & set(fetched)
+        assert {block.module for block in model.spans.skipped} <= set(fetched)
+    assert torch.equal(made, tiny().make_transformer()(**tiny().make_inputs(1), return_dict=False)[0])
 
 
 # The stock pipeline, and what is refused

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,12 @@ from blockskip_hooks.config import PatchSamplingConfig
 from blockskip_hooks.data.photo import Photo
 from blockskip_hooks.data.photo_set import PhotoSet
 from blockskip_hooks.data.sample_plan import SamplePlan
-from blockskip_hooks.families import detect_family
+from blockskip_hooks.families import detect_family, unread_components
 from blockskip_hooks.families.flux3 import TEXT_WINDOW
 from blockskip_hooks.families.flux3_pipeline import TextProcessor
 from blockskip_hooks.families.prompts import check_embeds
 from blockskip_hooks.loading.component_config import load_config, read_index
-from blockskip_hooks.loading.download import resolve_model
+from blockskip_hooks.loading.download import check_weights, resolve_model
 from blockskip_hooks.loading.models import empty_model
 from blockskip_hooks.loading.streaming import Streamer
 from blockskip_hooks.lora import lora_targets
@@ -264,7 +265,10 @@ def test_the_index_of_a_modular_pipeline_names_the_family(tmp_path: Path):
         read_index(tmp_path)
 
 
-def test_a_modular_model_is_downloaded_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("variant", [None, "bf16"])
+def test_a_modular_model_is_downloaded_from_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str | None
+):
     with fake_hub("token") as hub:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
         address = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
@@ -273,12 +277,25 @@ def test_a_modular_model_is_downloaded_from_the_hub(tmp_path: Path, monkeypatch:
         name, folder = f"{USER}/flux3", tiny().folder
         hub.repositories.append(name)
         files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
-        hub.files[name] = {file: path.read_bytes() for file, path in files.items()} | {"other/model.safetensors": b""}
-        found = resolve_model(name, cache_dir=str(tmp_path), token="token")
+        others = {f"{part}/model.safetensors": b"" for part in ("other", "prompt_upsampler")}
+        hub.files[name] = {file: path.read_bytes() for file, path in files.items()} | others
+        place: dict[str, Any] = {"cache_dir": str(tmp_path), "token": "token", "unread": unread_components}
+        if variant:
+            # Beside the usual weights, which are not asked for.
+            files = {re.sub(r"(model)(?=\.safetensors)", rf"\1.{variant}", file): at for file, at in files.items()}
+            hub.files[name] |= {file: path.read_bytes() for file, path in files.items()}
+            with pytest.raises(ValueError, match="transformer holds no safetensors weights of --variant fp16"):
+                check_weights(resolve_model(name, variant="fp16", **place), tiny().family.text_components, "fp16")
+        found = resolve_model(name, variant=variant, **place)
         with pytest.raises(ValueError, match="could not be downloaded"):
             resolve_model(f"{USER}/none", cache_dir=str(tmp_path), token="token")
     assert detect_family(found) is tiny().family
-    assert not (found / "other").exists()
+    downloaded = {str(path.relative_to(found)) for path in found.rglob("*.safetensors")}
+    assert downloaded == {file for file in files if file.endswith(".safetensors")}
+    check_weights(found, tiny().family.text_components, variant)
+    stored = torch.bfloat16 if variant else torch.float32
+    pipeline = tiny().family(found, variant).load_pipeline(stored)
+    assert pipeline.vae.dtype == pipeline.text_encoder.dtype == stored
     for file in files.keys() - {"blockskip_defaults.json"}:
         assert (found / file).read_bytes() == files[file].read_bytes()
 

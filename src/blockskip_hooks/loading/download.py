@@ -76,9 +76,7 @@ def resolve_model(
     return folder
 
 
-def _download(
-    name: str, variant: str | None, place: dict[str, Any], unread: Callable[[str], Collection[str]]
-) -> Path:
+def _download(name: str, variant: str | None, place: dict[str, Any], unread: Callable[[str], Collection[str]]) -> Path:
     """The files of a pipeline on the hub, as its class would download them."""
     try:
         return Path(DiffusionPipeline.download(name, variant=variant, use_safetensors=True, **place))

@@ -18,8 +18,8 @@ from tests.tiny import TINY_FAMILIES, TinyFamily
 pytestmark = pytest.mark.slow
 
 TOLERANCE = 0.1
-# Tensors of a few numbers take a multiple of 512 bytes each, and text encoders are planned with a cache of keys and
-# values that some pipelines go without.
+# Tensors of a few numbers take a multiple of 512 bytes each, and CLIP is planned for prompts of its full length, which
+# HiDream's pipeline does without.
 ROUNDING = 2**15
 # diffusers keeps what it has computed of rotary embeddings, two tables of 4096 positions and those of an image, until
 # the process ends: 4 MiB with heads of the released width.

@@ -263,10 +263,11 @@ def test_embeddings_belong_to_a_photo_whose_crop_is_fixed(tiny: TinyFamily, pair
     plan = plan_of_pairs(family, size, seed=0)
     sources: Any = {"instance": PhotoSource(PhotoSet(scan_photos(pairs, conditions=pairs), size), PROMPT, False)}
     maker = SampleMaker(plan, sources, family, {}, "cpu", torch.float32)
-    shown = maker.pairs()
+    with patch.object(PhotoSet, "crop", side_effect=AssertionError("all crops are in memory")):
+        shown = maker.pairs()
     assert sorted(shown) == [f"{PROMPT} [photo {number}]" for number in (1, 2, 3)]
     for sample in maker.samples(range(9)):
-        prompt, image = shown[maker.embeds_key(sample)]
+        prompt, image = shown[maker.embeds_key(sample)]()
         crop = maker.crop(sample)[1]
         pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(size, size, 3)
         assert prompt == PROMPT and torch.equal(((crop + 1) * 127.5).round().byte(), pixels.permute(2, 0, 1))

@@ -38,6 +38,10 @@ from tests.tiers import fast_first, fast_rows
 from tests.tiny import TINY_FAMILIES, TinyFamily
 
 
+CALL = {"output_hidden_states": False, "use_cache": True}
+"""What bears on an encoder's memory, as models of transformers have it by default."""
+
+
 PROMPTS = ["a photo of sks dog", "", "the red cat on the beach"]
 GIB = 2**30
 
@@ -274,6 +278,25 @@ def test_encoders_are_planned_whole_where_they_fit_or_may_not_be_streamed():
     assert streamed is True and usage.peak_bytes < GIB
     # Only CLIP may be, and T5 is what is large.
     assert planner._encode_text(replace(request, streamable_encoders=[0]), 8 * GIB) == (whole, False)
+
+
+@pytest.mark.fast_for("flux2-dev", "sd3.5")
+def test_encoders_are_planned_as_the_pipeline_calls_them(tiny: TinyFamily):
+    """Whether they keep the hidden states of all layers, and go without a cache."""
+    family, calls = tiny.make_family(), dict[str, dict[str, bool]]()
+    pipeline = family.load_text_pipeline(torch.float32, "cpu")
+    configs = family.text_encoder_configs()
+    for component in configs:
+
+        def note(module: Any, args: Any, kwargs: dict[str, Any], component: str = component) -> None:
+            names = [name for name, default in CALL.items() if kwargs.get(name, default) != default]
+            calls[component] = {name: kwargs[name] for name in names}
+
+        getattr(pipeline, component).register_forward_pre_hook(note, with_kwargs=True)
+    family.encode_prompts(pipeline, [script.PROMPT])
+    # Ideogram 4 calls the layers themselves.
+    assert calls == {name: family.text_call(config) for name, config in configs.items() if name in calls}
+    assert set(calls) == set(configs) or tiny.name == "ideogram4"
 
 
 def test_the_planned_peak_is_the_rest_with_one_layer_and_activations(tiny: TinyFamily):

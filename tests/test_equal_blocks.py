@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -132,11 +133,21 @@ def test_public_models_cost_what_their_full_depth_costs(name: str, setting: str,
 @pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("name", preset_names())
 def test_text_encoders_cost_what_their_full_depth_costs(name: str, streamed: bool, monkeypatch: pytest.MonkeyPatch):
-    for config in load_preset(name).text_encoders:
-        short = simulate_text_encoder(config, 1, 64, torch.bfloat16, streamed=streamed)
+    preset = load_preset(name)
+    for config in preset.text_encoders:
+        simulate = functools.partial(
+            simulate_text_encoder,
+            config,
+            1,
+            64,
+            torch.bfloat16,
+            streamed=streamed,
+            call=preset.family.text_call(config),
+        )
+        short = simulate()
         with monkeypatch.context() as patch:
             patch.setattr(equal_blocks, "SIMULATED", 1000)
-            assert short == simulate_text_encoder(config, 1, 64, torch.bfloat16, streamed=streamed)
+            assert short == simulate()
 
 
 def test_a_run_is_its_first_two_blocks_and_its_last():

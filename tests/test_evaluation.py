@@ -447,3 +447,17 @@ def test_a_lora_of_another_model_and_a_missing_encoder_end_the_script(
     assert evaluate("--encoders", "nobody/nothing", "--output_dir", tmp_path / "out") == 1
     error = capsys.readouterr().err
     assert "error: The image encoder nobody/nothing cannot be loaded" in error
+
+
+@pytest.mark.parametrize(("name", "noted"), [("flux-kontext", True), ("flux-dev", False)])
+def test_condition_images_that_are_not_used_are_said(
+    name: str, noted: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """By both scripts that make images of prompts, before anything is loaded."""
+    model = next(tiny.folder for tiny in TINY_FAMILIES if tiny.name == name)
+    common = ["--pretrained_model_name_or_path", str(model), "--output_dir", str(tmp_path / "out")]
+    subject = ["--instance_data_dir", str(embedded_photos("dog")), "--instance_prompt", "a photo of sks dog"]
+    assert evaluate(*common, *subject, "--class_kind", "live", "--encoders", "nobody/nothing") == 1
+    assert load_script("select_blocks").main([*common, "--encoder", "nobody/nothing"]) == 1
+    said = capsys.readouterr().out
+    assert said.count("condition images that a LoRA was trained with are not used") == (2 if noted else 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,20 +19,21 @@ from blockskip_hooks.config import PatchSamplingConfig
 from blockskip_hooks.data.photo import Photo
 from blockskip_hooks.data.photo_set import PhotoSet
 from blockskip_hooks.data.sample_plan import SamplePlan
-from blockskip_hooks.families import detect_family
+from blockskip_hooks.families import detect_family, unread_components
 from blockskip_hooks.families.flux3 import TEXT_WINDOW
 from blockskip_hooks.families.flux3_pipeline import TextProcessor
 from blockskip_hooks.families.prompts import check_embeds
 from blockskip_hooks.loading.component_config import load_config, read_index
-from blockskip_hooks.loading.download import resolve_model
+from blockskip_hooks.loading.download import check_weights, resolve_model
 from blockskip_hooks.loading.models import empty_model
+from blockskip_hooks.loading.streaming import Streamer
 from blockskip_hooks.lora import lora_targets
 from blockskip_hooks.planning.presets import preset_facts
 from blockskip_hooks.planning.request import PlanRequest
 from blockskip_hooks.planning.stages import RECORD_OVERHEAD, plan_run
 from blockskip_hooks.reporting.model_card import usage_snippet
 from blockskip_hooks.residuals import precompute
-from blockskip_hooks.residuals.batches import PhotoSource, SampleMaker
+from blockskip_hooks.residuals.batches import SHARED_TEXT, PhotoSource, SampleMaker
 from blockskip_hooks.residuals.store import ResidualStore
 from blockskip_hooks.utils.formatting import format_bytes
 from tests import script
@@ -58,7 +60,12 @@ def wrapped(leading: int, trailing: int) -> DiTBlockSkipTransformer:
 
 
 def record(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leading: int, trailing: int, shares_text: bool = True
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    leading: int,
+    trailing: int,
+    shares_text: bool = True,
+    together: int = 1,
 ) -> tuple[SampleMaker, ResidualStore, list[int]]:
     """Records of six samples of three photos with two prompts, and how many samples were in each forward."""
     family, size = tiny().make_family(), tiny().resolution
@@ -93,7 +100,13 @@ def record(
     with monkeypatch.context() as patch:
         patch.setattr(precompute, "capture", counted)
         made = precompute.precompute_records(
-            samples, latents, model=wrapped(leading, trailing), maker=maker, store=store, batch_size=2
+            samples,
+            latents,
+            model=wrapped(leading, trailing),
+            maker=maker,
+            store=store,
+            batch_size=2,
+            together=together,
         )
     assert made == 6 and all(maker.is_recorded(sample, store) for sample in samples)
     return maker, store, forwards
@@ -124,6 +137,55 @@ def test_a_prompt_has_one_record_of_its_text(
         assert shared.keys() == each.keys() == own | {"leading_encoder_hidden_states"}
         for name, tensor in each.items():
             torch.testing.assert_close(shared[name], tensor, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("spans", [(2, 0), (3, 0)], ids=str)
+def test_a_text_that_is_gone_takes_one_batch_to_make_again(
+    spans: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    maker, store, _ = record(tmp_path, monkeypatch, *spans)
+    samples = maker.samples(range(6))
+    texts = sorted({maker.shared_ids(sample)[SHARED_TEXT] for sample in samples})
+    before = {name: store.read(name) for name in texts}
+    store.forget(texts[0])
+    lost = sum(sample.id not in store for sample in samples)
+    encoded: list[int] = []
+
+    def encode(vae: Any, part: Any) -> torch.Tensor:
+        encoded.append(len(part))
+        return torch.zeros(len(part), *tiny().make_family().latent_shape(tiny().resolution, tiny().resolution))
+
+    monkeypatch.setattr(maker, "encode", encode)
+    latents = precompute.encode_latents(samples, maker=maker, vae=wrapped(0, 0), store=store, batch_size=2)
+    made = precompute.precompute_records(
+        samples, latents, model=wrapped(*spans), maker=maker, store=store, batch_size=2
+    )
+    # A batch of samples writes its text beside its own records; the text alone is written alone.
+    assert encoded == [2] and made == lost == (0 if spans == (2, 0) else 2)
+    assert all(maker.is_recorded(sample, store) for sample in samples)
+    for name in texts:
+        torch.testing.assert_close(store.read(name), before[name], rtol=0, atol=0)
+
+
+def test_texts_are_made_in_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    groups: list[int] = []
+    original = DiTBlockSkipTransformer.together
+
+    def noted(self: DiTBlockSkipTransformer, tasks: Any, between: Any = None) -> Any:
+        groups.append(len(tasks))
+        return original(self, tasks, between)
+
+    monkeypatch.setattr(DiTBlockSkipTransformer, "together", noted)
+    maker, alone, _ = record(tmp_path / "alone", monkeypatch, 2, 0)
+    assert groups == [1] * 5
+    groups.clear()
+    _, in_step, forwards = record(tmp_path / "in_step", monkeypatch, 2, 0, together=2)
+    # Two prompts in step; there is nothing to run for the batches of samples then.
+    assert groups == [2, 1, 1, 1] and forwards == [1, 1]
+    for sample in maker.samples(range(6)):
+        torch.testing.assert_close(
+            maker.read_record(sample, in_step), maker.read_record(sample, alone), rtol=0, atol=0
+        )
 
 
 def test_text_that_has_met_the_image_is_that_of_a_sample():
@@ -172,6 +234,25 @@ def test_what_only_references_need_holds_no_weights_and_still_runs():
     assert all(parameter.is_meta for module in idle.values() for parameter in module.parameters())
 
 
+@torch.no_grad()
+def test_what_only_references_need_is_not_read(monkeypatch: pytest.MonkeyPatch):
+    model = DiTBlockSkipTransformer.from_pretrained(tiny().folder, BlockSkipConfig(leading=3, trailing=1))
+    idle = set(idle_modules(model.transformer).values())
+    fetched: list[torch.nn.Module] = []
+    fetch = Streamer._fetch
+
+    def noted(self: Streamer, module: torch.nn.Module, left: Any) -> Any:
+        fetched.append(module)
+        return fetch(self, module, left)
+
+    monkeypatch.setattr(Streamer, "_fetch", noted)
+    with model.full_model() as transformer:
+        made = transformer(**tiny().make_inputs(1), return_dict=False)[0]
+        assert not idle & set(fetched)
+        assert {block.module for block in model.spans.skipped} <= set(fetched)
+    assert torch.equal(made, tiny().make_transformer()(**tiny().make_inputs(1), return_dict=False)[0])
+
+
 # The stock pipeline, and what is refused
 
 
@@ -184,7 +265,10 @@ def test_the_index_of_a_modular_pipeline_names_the_family(tmp_path: Path):
         read_index(tmp_path)
 
 
-def test_a_modular_model_is_downloaded_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("variant", [None, "bf16"])
+def test_a_modular_model_is_downloaded_from_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str | None
+):
     with fake_hub("token") as hub:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
         address = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
@@ -193,12 +277,25 @@ def test_a_modular_model_is_downloaded_from_the_hub(tmp_path: Path, monkeypatch:
         name, folder = f"{USER}/flux3", tiny().folder
         hub.repositories.append(name)
         files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
-        hub.files[name] = {file: path.read_bytes() for file, path in files.items()} | {"other/model.safetensors": b""}
-        found = resolve_model(name, cache_dir=str(tmp_path), token="token")
+        others = {f"{part}/model.safetensors": b"" for part in ("other", "prompt_upsampler")}
+        hub.files[name] = {file: path.read_bytes() for file, path in files.items()} | others
+        place: dict[str, Any] = {"cache_dir": str(tmp_path), "token": "token", "unread": unread_components}
+        if variant:
+            # Beside the usual weights, which are not asked for.
+            files = {re.sub(r"(model)(?=\.safetensors)", rf"\1.{variant}", file): at for file, at in files.items()}
+            hub.files[name] |= {file: path.read_bytes() for file, path in files.items()}
+            with pytest.raises(ValueError, match="transformer holds no safetensors weights of --variant fp16"):
+                check_weights(resolve_model(name, variant="fp16", **place), tiny().family.text_components, "fp16")
+        found = resolve_model(name, variant=variant, **place)
         with pytest.raises(ValueError, match="could not be downloaded"):
             resolve_model(f"{USER}/none", cache_dir=str(tmp_path), token="token")
     assert detect_family(found) is tiny().family
-    assert not (found / "other").exists()
+    downloaded = {str(path.relative_to(found)) for path in found.rglob("*.safetensors")}
+    assert downloaded == {file for file in files if file.endswith(".safetensors")}
+    check_weights(found, tiny().family.text_components, variant)
+    stored = torch.bfloat16 if variant else torch.float32
+    pipeline = tiny().family(found, variant).load_pipeline(stored)
+    assert pipeline.vae.dtype == pipeline.text_encoder.dtype == stored
     for file in files.keys() - {"blockskip_defaults.json"}:
         assert (found / file).read_bytes() == files[file].read_bytes()
 

@@ -489,13 +489,25 @@ def test_lora_targets_of_a_preset(preset: Preset) -> None:
 @pytest.mark.slow
 def test_the_vae_works_alone_where_it_would_need_more_than_training(preset: Preset) -> None:
     """Its weights beside the transformer's fit or are planned without them; small training leaves no room."""
-    roomy = plan_run(request_for(preset, 0, 0, validation_resolution=32))
+    roomy = plan_run(request_for(preset, 0, 0, validation_resolution=32, device="cuda"))
     assert not stage(roomy, "validate")["vae_alone"] and not stage(roomy, "precompute")["vae_alone"]
-    tight = plan_run(request_for(preset, 2, 2, validation_resolution=128, batch_size=1))
+    tight = plan_run(request_for(preset, 2, 2, validation_resolution=128, batch_size=1, device="cuda"))
     validate = stage(tight, "validate")
     assert validate["vae_alone"]
-    beside = plan_run(request_for(preset, 2, 2, validation_resolution=128, batch_size=64))
+    beside = plan_run(request_for(preset, 2, 2, validation_resolution=128, batch_size=64, device="cuda"))
     assert not stage(beside, "validate")["vae_alone"]
+
+
+def test_on_a_cpu_the_transformer_makes_no_room_for_the_vae(preset: Preset) -> None:
+    """Its frozen weights would only go to where they are."""
+    request = request_for(preset, 2, 2, validation_resolution=128, batch_size=1)
+    assert stage(plan_run(replace(request, device="cuda")), "validate")["vae_alone"]
+    plan = plan_run(request)
+    assert not stage(plan, "validate")["vae_alone"] and not stage(plan, "precompute")["vae_alone"]
+    tiled = stage(plan, "validate")["vae_tiled"]
+    decode = simulate_vae(preset.family, 1, (128, 128), torch.float32, decode=True, tiled=tiled, device="cpu")
+    kept = stage(plan, "train")["parameter_bytes"]
+    assert stage(plan, "validate")["peak_device_bytes"] >= kept + decode.peak_bytes
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from blockskip_hooks import BlockSkipConfig, DiTBlockSkipTransformer
 from blockskip_hooks.loading import checkpoint_index, streaming
 from blockskip_hooks.loading.checkpoint_index import CheckpointWeights
+from blockskip_hooks.loading.component_config import load_config
 from blockskip_hooks.loading.quantization import QuantizationConfig, move_weight, quantize_layer
 from blockskip_hooks.loading.streaming import frozen_weights_on_host
 from blockskip_hooks.planning.simulation import FakeTransformer
@@ -160,6 +161,21 @@ def test_no_more_is_in_memory_than_the_block_that_runs_and_as_much_ahead(
     assert 0.8 * max(sizes) < planned.largest_streamed_bytes + planned.ahead_bytes <= max(sizes)
     del model
     assert not alive
+
+
+def test_what_is_read_ahead_is_planned_as_large_as_what_follows():
+    """The first of these blocks has two attentions, the others have one."""
+    tiny, config = next(tiny for tiny in TINY_FAMILIES if tiny.name == "sd3.5"), BlockSkipConfig(leading=1, trailing=2)
+    family = tiny.make_family()
+    planned = FakeTransformer(
+        family, load_config(tiny.folder / "transformer"), config, rank=1, lora_targets=(), dtype=torch.float32
+    )
+    model = DiTBlockSkipTransformer(tiny.make_transformer(), config, tiny.family.block_stacks)
+    sizes = [sum(p.nbytes for p in module.parameters()) for module in model.streamed_modules.values()]
+    assert sizes[0] > max(sizes[1:])
+    assert planned.largest_streamed_bytes == sizes[0]
+    # The last is followed by the first of the next forward.
+    assert planned.ahead_bytes == max(sizes[1:])
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])

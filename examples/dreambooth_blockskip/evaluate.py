@@ -38,7 +38,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from blockskip_hooks.cli.arguments import printable_command
-from blockskip_hooks.cli.model_flags import add_model_flags, image_flags
+from blockskip_hooks.cli.model_flags import add_model_flags, condition_note, image_flags
 from blockskip_hooks.data.photo import Photo
 from blockskip_hooks.data.photos import scan_photos
 from blockskip_hooks.embedded import DEFAULT_SUBJECT, embedded_photos, embedded_subjects
@@ -151,7 +151,8 @@ def main(argv: list[str] | None = None) -> None:
     print(
         f"Model    {settings.model_name} ({settings.family.name}); LoRAs: {', '.join(loras)}\n"
         f"Subject  {len(photos)} photos; {len(prompts)} prompts x {len(request.seeds)} seeds\n"
-        f"Images   {total:,} of {size} px, {total - missing:,} are finished in {args.output_dir}",
+        f"Images   {total:,} of {size} px, {total - missing:,} are finished in {args.output_dir}"
+        f"{condition_note(settings.family)}",
         flush=True,
     )
     command = printable_command([Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)])

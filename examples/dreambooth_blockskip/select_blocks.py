@@ -36,7 +36,7 @@ keep_memory_whole()
 
 from blockskip_hooks.cli.argument_checks import check_output_dir, check_texts
 from blockskip_hooks.cli.arguments import printable_command
-from blockskip_hooks.cli.model_flags import add_model_flags, image_flags
+from blockskip_hooks.cli.model_flags import add_model_flags, condition_note, image_flags
 from blockskip_hooks.inference.image_encoders import DEFAULT_ENCODER
 from blockskip_hooks.inference.lora_files import lora_file
 from blockskip_hooks.inference.streamed_model import (
@@ -122,7 +122,8 @@ def main(argv: list[str] | None = None) -> None:
         f"Model    {request.model_name} ({request.family.name}), {num_blocks} blocks\n"
         f"Subjects {', '.join(subject.name for subject in request.subjects)}\n"
         f"Images   at most {number:,} of {request.pipeline_kwargs['height']} px in {steps} steps, "
-        f"{request.images_at_once} at a time; finished ones are kept in {args.output_dir}",
+        f"{request.images_at_once} at a time; finished ones are kept in {args.output_dir}"
+        f"{condition_note(request.family)}",
         flush=True,
     )
     command = printable_command([Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)])

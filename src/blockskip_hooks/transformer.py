@@ -80,8 +80,9 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
         self._streamer = Streamer(offload_device or "cpu")
         streamed = self.streamed_modules
         if offload_device is not None:
-            for module in streamed.values():
-                stream(module, offload_device, streamer=self._streamer)
+            idle = idle_modules(transformer)
+            for name, module in streamed.items():
+                stream(module, offload_device, streamer=self._streamer, idle=name in idle)
         keep_norm_dtypes(transformer)
         self.skip_state = apply_block_skip(transformer, config, stacks)
         # A forward that is broken off would leave gathered weights behind, and other processes waiting.
@@ -158,9 +159,9 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
             quantization=quantization,
             shard=shard,
         )
-        streamer = Streamer(device, stream_cache, sends_ahead=sends_ahead)
+        streamer, idle = Streamer(device, stream_cache, sends_ahead=sends_ahead), idle_modules(transformer)
         for name, module in streamed.items():
-            stream(module, device, checkpoint.weights_of(f"{name}."), streamer)
+            stream(module, device, checkpoint.weights_of(f"{name}."), streamer, idle=name in idle)
         model = cls(transformer, config, stacks, recorded_layers=recorded_layers)
         model._streamer = streamer
         return model

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..blocks import list_blocks
-from ..families import Family, detect_family
+from ..families import Family, detect_family, unread_components
 from ..loading.checks import check_model
 from ..loading.component_config import load_config
 from ..loading.download import check_weights, has_weights, resolve_model
@@ -38,7 +38,7 @@ def with_validation_model(run: Run) -> Run:
         raise UserError(f"{flag} needs room that the trained model has by accelerate's FSDP; leave one of them out.")
     place: dict[str, Any] = {"variant": settings.variant, "cache_dir": settings.cache_dir, "token": settings.hub_token}
     try:
-        path = resolve_model(name, configs_only=settings.plan_only, **place)
+        path = resolve_model(name, configs_only=settings.plan_only, unread=unread_components, **place)
         family_class, configs_only = detect_family(path), settings.plan_only and not has_weights(path)
         if not configs_only:
             check_weights(path, family_class.text_components, settings.variant)

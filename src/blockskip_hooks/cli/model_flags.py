@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields
 
+from ..families import Family
+from ..families.facts import CONDITION_FLAGS
 from ..inference.streamed_model import ImageFlags
 from ..utils.files import expand_home
 
@@ -23,6 +25,13 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     flag("--hub_token", help="Token for the download; default: that of hf auth login, which is safer.")
     flag("--max_sequence_length", type=int, help="Tokens of a prompt; default: that of the model.")
     flag("--mixed_precision", choices=("no", "fp16", "bf16"), help="Number format; default: accelerate's setting.")
+
+
+def condition_note(family: Family) -> str:
+    """A line of the first screen for models that take condition images; nothing for others."""
+    if CONDITION_FLAGS[0] not in family.own_flags:
+        return ""
+    return "\nNote     images are made of prompts alone; condition images that a LoRA was trained with are not used"
 
 
 def image_flags(args: argparse.Namespace) -> ImageFlags:

@@ -21,7 +21,7 @@ from ..data.photos import scan_photos
 from ..data.picture import open_picture
 from ..data.summary import summarize_photos
 from ..embedded import DEFAULT_SUBJECT, embedded_model, embedded_photos, embedded_subjects, unknown_words
-from ..families import Family, detect_family
+from ..families import Family, detect_family, unread_components
 from ..loading.checks import check_model
 from ..loading.download import check_weights, has_weights, resolve_model
 from ..loading.model_defaults import model_defaults
@@ -225,6 +225,7 @@ def _find_model(settings: TrainSettings) -> Path:
         cache_dir=settings.cache_dir,
         token=settings.hub_token,
         configs_only=settings.plan_only,
+        unread=unread_components,
     )
 
 

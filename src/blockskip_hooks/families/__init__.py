@@ -107,6 +107,12 @@ def detect_family(model_path: Path) -> type[Family]:
     return family
 
 
+def unread_components(pipeline: str) -> set[str]:
+    """Components that neither training nor images load, by the name of the pipeline's class."""
+    family = FAMILIES.get(pipeline)
+    return set(family.unused_components) - set(family.image_components) if family else set()
+
+
 _LAZY = {"ComfyUIFormat": "facts", "Family": "base", "Flag": "facts", "PromptEmbeds": "facts"}
 
 
@@ -116,4 +122,4 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(f".{_LAZY[name]}", __name__), name)
 
 
-__all__ = ["FAMILIES", "ComfyUIFormat", "Family", "Flag", "PromptEmbeds", "detect_family"]
+__all__ = ["FAMILIES", "ComfyUIFormat", "Family", "Flag", "PromptEmbeds", "detect_family", "unread_components"]

@@ -126,6 +126,8 @@ class FamilyFacts(ABC):
             prompt's embedding as a whole, but on no token: their outputs are recorded with the residuals.
         text_lora_layers: Linear layers that ``--train_text_encoder`` adapts, by name suffix.
         text_components: Pipeline components that encode prompts.
+        text_arguments: What the pipeline calls its text encoders with beside tokens, T5 apart, where it bears on their
+            memory: whether they keep the hidden states of all layers, and no cache of keys and values.
         optional_components: Components that a model may come without, null in its index or not in it: the pipeline
             does without them or makes them, or flags say where they are.
         trained_text_components: Of these, the text encoders that ``--train_text_encoder`` adapts.
@@ -165,6 +167,7 @@ class FamilyFacts(ABC):
     modulation_layers: ClassVar[tuple[str, ...]] = ()
     text_lora_layers: ClassVar[tuple[str, ...]] = ()
     text_components: ClassVar[tuple[str, ...]] = ()
+    text_arguments: ClassVar[Mapping[str, bool]] = {}
     optional_components: ClassVar[tuple[str, ...]] = ()
     trained_text_components: ClassVar[tuple[str, ...]] = ()
     text_width: ClassVar[str] = "joint_attention_dim"
@@ -195,6 +198,11 @@ class FamilyFacts(ABC):
         self.flags: dict[str, Any] = {**defaults, **self.flag_defaults, **(flags or {})}
         self.scheduler = self.load_scheduler()
         self.vae_config = load_config(model_path / "vae")
+
+    @classmethod
+    def text_call(cls, config: Config) -> dict[str, bool]:
+        """Of :attr:`text_arguments` those that the text encoder of this config is called with."""
+        return {} if config["model_type"] == "t5" else dict(cls.text_arguments)
 
     @classmethod
     def find_pipeline_class(cls) -> Any:

@@ -49,6 +49,7 @@ class Flux2(Family):
         "Flux2SingleTransformerBlock": BlockLayout(),
     }
     text_components = ("text_encoder", "tokenizer")
+    text_arguments = {"output_hidden_states": True, "use_cache": False}
     # As the pipeline encodes reference images.
     trains_on_mode = True
     lora_layers: ClassVar[tuple[str, ...]] = (

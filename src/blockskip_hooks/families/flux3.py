@@ -48,6 +48,7 @@ class Flux3(Flux2):
         "single_stream_modulations.image_cond",
     )
     optional_components = ("scheduler",)
+    unused_components = ("prompt_upsampler", "prompt_upsampler_processor")
     lora_layers = ("attn.to_k", "attn.to_q", "attn.to_v", "attn.to_out.0")
     text_stream_layers = ()
     own_flags: ClassVar[tuple[Flag, ...]] = ()

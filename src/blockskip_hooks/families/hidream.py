@@ -50,6 +50,7 @@ class HiDream(Family):
         *("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4"),
         *("tokenizer", "tokenizer_2", "tokenizer_3", "tokenizer_4"),
     )
+    text_arguments = {"output_hidden_states": True}
     optional_components = ("text_encoder_4", "tokenizer_4")
     text_comes_first = False
     lora_layers = ("attn1.to_k", "attn1.to_q", "attn1.to_v", "attn1.to_out")

@@ -30,6 +30,7 @@ class Krea2(VideoLatents):
     pipeline_name = "Krea2Pipeline"
     block_layouts = {"Krea2TransformerBlock": BlockLayout()}
     text_components = ("text_encoder", "tokenizer")
+    text_arguments = {"output_hidden_states": True}
     template_tokens = 34
     image_size = 1024
     lora_layers = (

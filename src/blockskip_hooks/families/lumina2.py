@@ -22,6 +22,7 @@ class Lumina2(Family):
     patch_size = None
     pipeline_name = "Lumina2Pipeline"
     text_components = ("text_encoder", "tokenizer")
+    text_arguments = {"output_hidden_states": True}
     text_width = "cap_feat_dim"
     text_masks = {"prompt_attention_mask": torch.long}
     lora_layers = ("attn.to_k", "attn.to_q", "attn.to_v", "attn.to_out.0")

@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 PROGRESS_FROM = 32
 
+Pair = Callable[[], tuple[str, Image.Image]]
+"""Makes a prompt and the condition image that text encoders see with it."""
+
 
 @dataclass
 class TrainedText:
@@ -86,7 +89,7 @@ def encode_prompts(
     progress: StageProgress | None = None,
     adapt: Callable[[DiffusionPipeline], None] | None = None,
     photos: Mapping[str, Sequence[str]] | None = None,
-    pairs: Mapping[str, tuple[str, Image.Image]] | None = None,
+    pairs: Mapping[str, Pair] | None = None,
 ) -> tuple[dict[str, PromptEmbeds], TrainedText | None]:
     """Embed prompts and free the text encoders.
 
@@ -101,8 +104,8 @@ def encode_prompts(
         progress: The running stage, which advances by one per prompt; by default many prompts get a bar of their own.
         adapt: Changes the text pipeline before it is used: loads a LoRA, say.
         photos: Names of the photos by prompt, for the warning of prompts that are longer than the model reads.
-        pairs: Prompts and condition images that are encoded together, by the entries of ``prompts`` that stand for
-            them.
+        pairs: What makes prompts and condition images that are encoded together, one at a time, by the entries of
+            ``prompts`` that stand for them.
 
     Returns:
         Embeddings by prompt, on the CPU, and the kept encoders.
@@ -158,10 +161,10 @@ def encode_prompts(
 
 
 def _encode(
-    family: Family, pipeline: DiffusionPipeline, prompt: str, pairs: Mapping[str, tuple[str, Image.Image]] | None
+    family: Family, pipeline: DiffusionPipeline, prompt: str, pairs: Mapping[str, Pair] | None
 ) -> list[PromptEmbeds]:
     if pairs and prompt in pairs:
-        return family.encode_pairs(pipeline, [pairs[prompt]])
+        return family.encode_pairs(pipeline, [pairs[prompt]()])
     return family.encode_prompts(pipeline, [prompt])
 
 

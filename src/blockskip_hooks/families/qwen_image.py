@@ -54,6 +54,7 @@ class QwenImage(VideoLatents):
     name = "qwen-image"
     pipeline_name = "QwenImagePipeline"
     text_components = ("text_encoder", "tokenizer")
+    text_arguments = {"output_hidden_states": True}
     text_masks = {"prompt_embeds_mask": torch.bool}
     template_tokens = 34
     lora_layers = ("attn.to_k", "attn.to_q", "attn.to_v", "attn.to_out.0")

@@ -39,6 +39,7 @@ class QwenImage21(VideoLatents):
     pipeline_name = "QwenImage21Pipeline"
     block_layouts = {"QwenImage21TransformerBlock": BlockLayout()}
     text_components = ("text_encoder", "processor")
+    text_arguments = {"output_hidden_states": True}
     text_width = "context_in_dim"
     image_size = 1024
     template_tokens = 13

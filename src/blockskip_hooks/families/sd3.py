@@ -29,6 +29,7 @@ class StableDiffusion3(Family):
     patch_size = None
     pipeline_name = "StableDiffusion3Pipeline"
     text_components = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+    text_arguments = {"output_hidden_states": True}
     optional_components = ("text_encoder_3", "tokenizer_3")
     trained_text_components = ("text_encoder", "text_encoder_2")
     unused_components = ("image_encoder", "feature_extractor")

@@ -27,6 +27,7 @@ class ZImage(Family):
     name = "z-image"
     pipeline_name = "ZImagePipeline"
     text_components = ("text_encoder", "tokenizer")
+    text_arguments = {"output_hidden_states": True}
     text_width = "cap_feat_dim"
     trains_on_mode = True
     text_comes_first = False

@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from ..blocks import block_bytes, list_blocks
 from ..config import BlockSkipConfig
 from ..embedded import embedded_model
-from ..families import Family, PromptEmbeds, detect_family
+from ..families import Family, PromptEmbeds, detect_family, unread_components
 from ..families.prompts import encode_prompts
 from ..loading.checks import check_lora_file, check_model
 from ..loading.component_config import load_config
@@ -92,7 +92,12 @@ def image_settings(flags: ImageFlags, *, largest_side: int | None = None) -> Ima
         embedded_model()
         if name is None
         else resolve_model(
-            name, revision=flags.revision, variant=flags.variant, cache_dir=flags.cache_dir, token=flags.hub_token
+            name,
+            revision=flags.revision,
+            variant=flags.variant,
+            cache_dir=flags.cache_dir,
+            token=flags.hub_token,
+            unread=unread_components,
         )
     )
     family_class: type[Family] = detect_family(model_path)

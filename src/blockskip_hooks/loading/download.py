@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ def resolve_model(
     cache_dir: str | None = None,
     token: str | None = None,
     configs_only: bool = False,
+    unread: Callable[[str], Collection[str]] = lambda pipeline: (),
 ) -> Path:
     """The local folder of a model; a hub id is downloaded as its pipeline would be.
 
@@ -42,6 +43,8 @@ def resolve_model(
         cache_dir: Where downloads are kept; ``None`` for the hub's own cache.
         token: Access token of the hub.
         configs_only: Download no weights, which a plan does without.
+        unread: Components that nothing loads, by the name of the pipeline's class: of a modular one, which says of no
+            component that it is optional, they stay on the hub.
 
     Raises:
         UserError: if it is neither a folder nor a hub id that can be downloaded.
@@ -60,7 +63,7 @@ def resolve_model(
         place: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
         if configs_only:
             return Path(snapshot_download(name, allow_patterns=list(_PLAN_FILES), **place))
-        folder = _download(name, variant, place)
+        folder = _download(name, variant, place, unread)
     except Exception as error:
         # The hub client raises many types for a missing id, a gated model, or no network.
         raise UserError(
@@ -73,7 +76,7 @@ def resolve_model(
     return folder
 
 
-def _download(name: str, variant: str | None, place: dict[str, Any]) -> Path:
+def _download(name: str, variant: str | None, place: dict[str, Any], unread: Callable[[str], Collection[str]]) -> Path:
     """The files of a pipeline on the hub, as its class would download them."""
     try:
         return Path(DiffusionPipeline.download(name, variant=variant, use_safetensors=True, **place))
@@ -83,7 +86,8 @@ def _download(name: str, variant: str | None, place: dict[str, Any]) -> Path:
         except Exception:  # as above; what went wrong first says more
             raise error from None
     kinds = (*_PLAN_FILES, f"*{variant}*.safetensors" if variant else "*.safetensors")
-    parts = [name for name, entry in index.items() if isinstance(entry, list)]
+    left_out = unread(str(index.get("_class_name")))
+    parts = [name for name, entry in index.items() if isinstance(entry, list) and name not in left_out]
     patterns = [f"{part}/{kind}" for part in parts for kind in kinds]
     return Path(snapshot_download(name, allow_patterns=[MODULAR_INDEX, *patterns], **place))
 
@@ -151,7 +155,10 @@ def check_weights(model_path: Path, text_components: Sequence[str], variant: str
     for name in ("transformer", "vae", *with_weights):
         files = [path.name for path in (model_path / name).glob("*.safetensors")]
         if not files:
-            raise UserError(f"--pretrained_model_name_or_path {model_path}: {name} holds no safetensors weights.")
+            of_variant = f" of --variant {variant}" if variant else ""
+            raise UserError(
+                f"--pretrained_model_name_or_path {model_path}: {name} holds no safetensors weights{of_variant}."
+            )
         variants = {match[1] for file in files if (match := _VARIANT.fullmatch(file))}
         if not variant and not any(_VARIANT.fullmatch(file) is None for file in files):
             raise UserError(

@@ -36,13 +36,13 @@ class StreamHook(AlignDevicesHook):
     ``.to(device, dtype)`` of a model around the module is followed.
     """
 
-    def __init__(self, streamer: Streamer, weights: Weights | None) -> None:
+    def __init__(self, streamer: Streamer, weights: Weights | None, idle: bool = False) -> None:
         super().__init__(execution_device=streamer.device, offload=True, weights_map=weights, place_submodules=True)
-        self.streamer = streamer
+        self.streamer, self.idle = streamer, idle
 
     def init_hook(self, module: torch.nn.Module) -> torch.nn.Module:
         module = super().init_hook(module)
-        self.streamer.add(module, self.weights_map)
+        self.streamer.add(module, self.weights_map, self.idle)
         module._apply = functools.partial(self._convert, module)  # type: ignore[method-assign]
         return module
 
@@ -108,6 +108,7 @@ class Streamer:
         self._weights: dict[torch.nn.Module, Weights] = {}
         self._cached: dict[torch.nn.Module, Weights] = {}
         self._adapters: dict[torch.nn.Module, Weights] = {}
+        self._idle: set[torch.nn.Module] = set()
         self._order: list[torch.nn.Module] = []
         self._pass: list[torch.nn.Module] = []
         self._ahead: dict[torch.nn.Module, Future[Fetched]] = {}
@@ -133,10 +134,13 @@ class Streamer:
             self.release()
             self._cached, self._room, self._largest = {}, self._cache_bytes, None
 
-    def add(self, module: torch.nn.Module, weights: Weights) -> None:
-        """Take up a module, which is expected to run after those before it."""
+    def add(self, module: torch.nn.Module, weights: Weights, idle: bool = False) -> None:
+        """Take up a module, which is expected to run after those before it or, if it is idle, not at all."""
         self._weights[module] = weights
-        self._order.append(module)
+        if idle:
+            self._idle.add(module)
+        else:
+            self._order.append(module)
         self._largest = None
 
     def add_adapter(self, module: torch.nn.Module, weights: Weights) -> None:
@@ -149,6 +153,7 @@ class Streamer:
         self._adapters.pop(module, None)
         self._weights.pop(module, None)
         self._cached.pop(module, None)
+        self._idle.discard(module)
         self._order = [other for other in self._order if other is not module]
         self._pass, self._largest = [], None
 
@@ -260,7 +265,7 @@ class Streamer:
         place = self._order.index(module) + 1 if module in self._order else len(self._order)
         following = self._order[place:] + (self._order[: place - 1] if self._repeats else [])
         if self._largest is None:
-            self._largest = max(map(_num_bytes, self._weights))
+            self._largest = max(map(_num_bytes, self._weights.keys() - self._idle), default=0)
         room = self._largest
         for other in following:
             room -= _num_bytes(other)
@@ -336,6 +341,8 @@ def stream(
     device: torch.device | str,
     weights: Weights | None = None,
     streamer: Streamer | None = None,
+    *,
+    idle: bool = False,
 ) -> None:
     """Let a module hold its weights only while it runs.
 
@@ -344,8 +351,9 @@ def stream(
         device: Where it runs.
         weights: Its tensors by name, read at every forward; by default a host copy of what the module holds now.
         streamer: Of this and other modules, which it reads ahead; by default the module is read when it runs.
+        idle: Whether it hardly ever runs, so that it is not read ahead.
     """
-    add_hook_to_module(module, StreamHook(streamer or Streamer(device, reads_ahead=False), weights))
+    add_hook_to_module(module, StreamHook(streamer or Streamer(device, reads_ahead=False), weights, idle))
 
 
 @contextmanager

@@ -63,6 +63,7 @@ def simulate_text_encoder(
     *,
     streamed: bool = False,
     device: DeviceType = "cuda",
+    call: Mapping[str, bool] | None = None,
 ) -> Usage:
     """What a text encoder of transformers needs to encode prompts.
 
@@ -73,6 +74,7 @@ def simulate_text_encoder(
         dtype: Dtype of its weights.
         streamed: Whether its layers have weights only while they run, and large tables none on the device.
         device: Whose rules it computes by.
+        call: What else it is called with, see :meth:`~blockskip_hooks.families.Family.text_call`.
 
     Raises:
         ValueError: if the config names no model class of transformers.
@@ -109,7 +111,7 @@ def simulate_text_encoder(
         encoder.tie_weights()
         measure = Measure(encoder, layers, depth, device)
         with measure.counted() as meter, streamed_weights(read_late):
-            encoder(input_ids=torch.zeros((batch_size, tokens), dtype=torch.long))
+            encoder(input_ids=torch.zeros((batch_size, tokens), dtype=torch.long), **(call or {}))
     largest = max((sum(map(num_bytes, layer.parameters())) for layer in read_late), default=0)
     return measure.usage(meter, streamed_bytes=largest)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate, takewhile
 from typing import Any
 
 import torch
@@ -282,14 +283,26 @@ class FakeTransformer:
 
     @property
     def ahead_bytes(self) -> int:
-        """Weights of blocks that are read while another one runs: no more than the largest."""
-        sizes = sorted(self._streamed_bytes())
-        return min(sizes[-1], sum(sizes[:-1])) if sizes else 0
+        """Weights that blocks and what is read while they run take beyond the largest block, at most.
+
+        While a block runs those behind it are read, in the order in which they run, up to the size of the largest.
+        """
+        sizes, largest = self._streamed_bytes(), self.largest_streamed_bytes
+        most = largest
+        for place, size in enumerate(sizes):
+            read = accumulate(sizes[place + 1 :] + sizes[:place])
+            most = max(most, size + max(takewhile(lambda ahead: ahead <= largest, read), default=0))
+        return most - largest
 
     def _streamed_bytes(self) -> list[int]:
-        """Weights of each block that is streamed and runs; what only references need never does."""
-        idle = set(idle_modules(self.model.transformer).values())
-        return [sum(map(num_bytes, module.parameters())) for module in self._streamed if module not in idle]
+        """Weights of each block of the full model that is streamed and runs; what only references need never does."""
+        idle = idle_modules(self.model.transformer)
+        return [
+            size
+            for name, module in self.model.streamed_modules.items()
+            if name not in idle
+            for size in [sum(map(num_bytes, module.parameters()))] * self._depth.times(name)
+        ]
 
 
 def _autocast(dtype: torch.dtype) -> contextlib.AbstractContextManager:

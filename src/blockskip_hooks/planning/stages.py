@@ -305,8 +305,16 @@ def _run_encoders(request: PlanRequest, streamed: Sequence[int]) -> Usage:
         # Their vision towers are not simulated: they are small beside the layers that read what they make.
         tokens += math.prod(request.training_size) // request.family.latent_token_size**2
     usages = [
-        simulate_text_encoder(c, 1, tokens, request.weight_dtype, streamed=position in streamed, device=request.device)
-        for position, c in enumerate(request.text_encoders)
+        simulate_text_encoder(
+            config,
+            1,
+            tokens,
+            request.weight_dtype,
+            streamed=position in streamed,
+            device=request.device,
+            call=request.family.text_call(config),
+        )
+        for position, config in enumerate(request.text_encoders)
     ]
     total = Usage(0, 0)
     parameter_bytes = request.text_encoder_parameter_bytes + sum(usage.parameter_bytes for usage in usages)

@@ -14,7 +14,7 @@ class Vae:
     """The VAE's phases, each simulated at most once per batch size.
 
     Where one of VAE and transformer beside the other would need more than a training step, they take turns on the
-    device, if processes do not share the transformer.
+    device, if processes do not share the transformer. On a CPU they never do: host memory is all that there is.
     """
 
     def __init__(self, request: PlanRequest, training: Usage, base: Usage | None = None) -> None:
@@ -53,7 +53,7 @@ class Vae:
         beside = denoising.beside(parameter_bytes=self.parameter_bytes)
         if not alone and beside.peak_bytes <= self.limit:
             return beside.then(decode), {"vae_alone": False, "vae_tiled": False}
-        alone = self._request.bytes_elsewhere is None
+        alone = not self._transformer_stays
         whole, tiled = (
             self._alone(decoded) if alone else self._beside(decoded)
             for decoded in (self._decoded(size), self._decoded(size, tiled=True))
@@ -62,6 +62,10 @@ class Vae:
         in_tiles = whole.peak_bytes > self.limit and tiled.peak_bytes < whole.peak_bytes
         first = denoising if alone else beside
         return first.then(tiled if in_tiles else whole), {"vae_alone": alone, "vae_tiled": in_tiles}
+
+    @property
+    def _transformer_stays(self) -> bool:
+        return self._request.bytes_elsewhere is not None or self._request.device == "cpu"
 
     def _decoded(self, size: tuple[int, int], tiled: bool = False) -> Usage:
         if (size, tiled) not in self._decodes:
@@ -83,7 +87,7 @@ class Vae:
 
     def _placed(self, usage: Usage) -> tuple[Usage, bool]:
         beside = self._beside(usage)
-        if beside.peak_bytes <= self.limit or self._request.bytes_elsewhere is not None:
+        if beside.peak_bytes <= self.limit or self._transformer_stays:
             return beside, False
         return self._alone(usage), True
 

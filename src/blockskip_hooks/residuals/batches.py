@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..data.photo_set import PhotoSet
 from ..data.sample_plan import Sample, SampleKind, SamplePlan
 from ..families import Family, PromptEmbeds
-from ..families.prompts import place_embeds
+from ..families.prompts import Pair, place_embeds
 from ..state import SpanResiduals
 from ..utils.seeds import derived_seed
 from .dtype import ResidualDtype, unpack_record
@@ -193,14 +194,20 @@ class SampleMaker:
         """The key of the sample's embeddings: its prompt, and its photo where text encoders see condition images."""
         return f"{self.prompt(sample)} [photo {sample.image + 1}]" if self._reads_pairs else self.prompt(sample)
 
-    def pairs(self) -> dict[str, tuple[str, Image.Image]]:
-        """Prompts and condition images that text encoders see together, by :meth:`embeds_key`; else nothing."""
+    def pairs(self) -> dict[str, Pair]:
+        """Prompts and condition images that text encoders see together, by :meth:`embeds_key`; else nothing.
+
+        Each is made when it is asked for: all of them would fill as much memory as the photos do.
+        """
         if not self._reads_pairs:
             return {}
         # Crops are fixed, so any sample of a photo has the photo's.
         samples = [self.plan.sample(index) for index in range(self.plan.epoch_length)]
         first = {self.embeds_key(sample): sample for sample in reversed(samples)}
-        return {key: (self.prompt(sample), as_picture(self.crop(sample)[1])) for key, sample in first.items()}
+        return {key: partial(self._pair, sample) for key, sample in first.items()}
+
+    def _pair(self, sample: Sample) -> tuple[str, Image.Image]:
+        return self.prompt(sample), as_picture(self.crop(sample)[1])
 
     def is_recorded(self, sample: Sample, store: ResidualStore) -> bool:
         """Whether the store holds everything of the sample."""

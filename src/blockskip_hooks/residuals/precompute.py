@@ -84,7 +84,7 @@ def encode_latents(
         vae: Encodes crops.
         store: Holds records already.
         batch_size: Crops at a time, as many as samples per forward later.
-        progress: The running stage, which advances by one per sample that lacks a record.
+        progress: The running stage, which advances by one per sample that lacks a record of its own.
         between_batches: Called before each batch; may raise to stop.
     """
     latents: dict[str, torch.Tensor] = {}
@@ -96,7 +96,7 @@ def encode_latents(
                 encoded = maker.encode(vae, part).cpu()
                 _check_latents(part, encoded, maker)
                 latents.update(zip((sample.id for sample in part), encoded, strict=True))
-                progress.update(sum(not maker.is_recorded(sample, store) for sample in part))
+                progress.update(sum(sample.id not in store for sample in part))
 
     _halving(run, _start_size(samples, maker, batch_size))
     return latents
@@ -149,15 +149,15 @@ def precompute_records(
         together: Forwards in step, see :meth:`~blockskip_hooks.transformer.DiTBlockSkipTransformer.together`.
         with_residuals: Whether to run the transformer at all.
         with_adapters: Whether the LoRA that trains takes part; otherwise residuals are the frozen model's.
-        progress: The running stage, which advances by one per sample.
+        progress: The running stage, which advances by one per sample, those that had their own record included.
         between_batches: Called between forwards, and between blocks of those in step; may raise to stop.
         forwards: Where processes share weights: how many forwards all of them do, from the number that this one needs.
             What it does beyond those is not kept, and the batch size stays when memory runs out.
 
     Returns:
-        Number of samples whose records were written.
+        Number of samples whose own records were written.
     """
-    missing = sum(not maker.is_recorded(sample, store) for sample in samples)
+    missing = sum(sample.id not in store for sample in samples)
     progress.skip(len(samples) - missing)
 
     def forward(part: Sequence[Sample]) -> dict[str, torch.Tensor]:
@@ -176,16 +176,22 @@ def precompute_records(
             between_batches()
             made = model.together([partial(forward, part) for part in group], between_batches)
             for part, tensors in zip(group, made, strict=True):
-                fresh = [sample for sample in part if not maker.is_recorded(sample, store)]
+                fresh = sum(sample.id not in store for sample in part)
                 store.write(_records(part, tensors, maker, store))
-                progress.update(len(fresh))
+                progress.update(fresh)
                 done += 1
         return done
 
     start_size, captures = _start_size(samples, maker, batch_size), with_residuals
     with contextlib.nullcontext() if with_adapters else frozen_model(model.transformer), model.full_model():
         if captures and maker.shares_text and _sees_text_alone(model):
-            _write_texts(samples, forward, maker, store, between_batches)
+            # Of the others a record would have to be read.
+            known_first = sorted(samples, key=lambda sample: sample.id not in latents)
+
+            def write_texts(in_step: int) -> None:
+                _write_texts(known_first, forward, model, maker, store, in_step, between_batches)
+
+            _halving(write_texts, together)
             captures = False
         if forwards is None:
             _halving(run, start_size)
@@ -209,16 +215,22 @@ def _sees_text_alone(model: DiTBlockSkipTransformer) -> bool:
 def _write_texts(
     samples: Sequence[Sample],
     forward: Callable[[Sequence[Sample]], dict[str, torch.Tensor]],
+    model: DiTBlockSkipTransformer,
     maker: SampleMaker,
     store: ResidualStore,
+    together: int,
     between_batches: Callable[[], None],
 ) -> None:
-    """Write the text of each prompt after the leading span, from a forward of its first sample."""
+    """Write the text of each prompt after the leading span, from a forward of its first sample, some in step."""
+    first: dict[str, Sample] = {}
     for sample in samples:
-        record = maker.shared_ids(sample)[SHARED_TEXT]
-        if record not in store:
-            between_batches()
-            store.write({record: _records([sample], forward([sample]), maker, store)[record]})
+        first.setdefault(maker.shared_ids(sample)[SHARED_TEXT], sample)
+    missing = ((record, sample) for record, sample in first.items() if record not in store)
+    while group := list(itertools.islice(missing, together)):
+        between_batches()
+        made = model.together([partial(forward, [sample]) for _, sample in group], between_batches)
+        for (record, sample), tensors in zip(group, made, strict=True):
+            store.write({record: _records([sample], tensors, maker, store)[record]})
 
 
 def _start_size(samples: Sequence[Sample], maker: SampleMaker, batch_size: int | None) -> int:
@@ -229,12 +241,21 @@ def _start_size(samples: Sequence[Sample], maker: SampleMaker, batch_size: int |
 def _unfinished_batches(
     samples: Sequence[Sample], maker: SampleMaker, store: ResidualStore, size: int
 ) -> Iterator[list[Sample]]:
-    """Batches of samples of the same shapes, those left out of which every record is there by then."""
+    """Batches of samples of the same shapes, those alone that bring records that are missing.
+
+    Those are samples without a record of their own and, of a record that none of these shares, the first that does.
+    """
+    wanted = {sample.id for sample in samples if sample.id not in store}
+    shared = {record for sample in samples if sample.id in wanted for record in maker.record_ids(sample)}
+    for sample in samples:
+        if any(record not in store and record not in shared for record in maker.record_ids(sample)):
+            wanted.add(sample.id)
+            shared.update(maker.record_ids(sample))
     groups: dict[tuple, list[Sample]] = {}
     for sample in samples:
         groups.setdefault(maker.shape_key(sample), []).append(sample)
     batches = [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
-    return (batch for batch in batches if not all(maker.is_recorded(sample, store) for sample in batch))
+    return (batch for batch in batches if any(sample.id in wanted for sample in batch))
 
 
 def _halving(work: Callable[[int], T], size: int) -> T:

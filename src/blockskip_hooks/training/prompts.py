@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from PIL import Image
 
 from ..data.sample_plan import SampleKind
 from ..families import PromptEmbeds
-from ..families.prompts import TrainedText, check_embeds, encode_prompts
+from ..families.prompts import Pair, TrainedText, check_embeds, encode_prompts
 from ..residuals.batches import PhotoSource, SampleMaker
 from .context import Context
 from .run import Run
@@ -66,13 +67,17 @@ def image_prompts(run: Run) -> list[str]:
     return list(dict.fromkeys([*run.prompts, *run.final_prompts, *([] if negative is None else [negative])]))
 
 
-def image_pairs(run: Run) -> dict[str, tuple[str, Image.Image]]:
+def image_pairs(run: Run) -> dict[str, Pair]:
     """The prompts of validation images with the condition image, where text encoders see both."""
     kwargs = run.image_kwargs
     if not run.image_family.reads_condition or "image" not in kwargs:
         return {}
     shown = run.image_family.shown_condition(kwargs["image"], kwargs)
-    return {prompt: (prompt, shown) for prompt in image_prompts(run)}
+    return {prompt: partial(_shown_with, prompt, shown) for prompt in image_prompts(run)}
+
+
+def _shown_with(prompt: str, image: Image.Image) -> tuple[str, Image.Image]:
+    return prompt, image
 
 
 def _aligned(run: Run, embeds: dict[str, PromptEmbeds], trained: Iterable[str]) -> dict[str, PromptEmbeds]:

@@ -119,7 +119,7 @@ class RecordSource:
                 logger.warning("%s; its records are computed again.", problem)
             if self.count.goes_on and first == stretch.start:
                 # Of the leg before, which was stopped before it trained on them: its checkpoint does not count them.
-                present = sum(self.maker.is_recorded(sample, store) for sample in self._samples)
+                present = sum(sample.id in store for sample in self._samples)
                 self.count.add(present, store.num_bytes if self._accelerator.is_main_process else 0)
             self._make(store)
         self.count.together(self._accelerator)
@@ -128,7 +128,7 @@ class RecordSource:
         """Make those of the stretch's records that are missing, in the stretch's batches."""
         samples, recorded = self._samples, self.stretches.recorded(self._stretch)
         context, model, sharded = self._context, self._model, self._model.is_sharded
-        present = sum(self.maker.is_recorded(sample, store) for sample in samples)
+        present = sum(sample.id in store for sample in samples)
         # Of all stretches, so that the whole run has one display of this stage.
         each_step = len(samples) // len(recorded)
         done = each_step * self.stretches.recorded_before(self._stretch)

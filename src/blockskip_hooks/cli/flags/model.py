@@ -8,8 +8,9 @@ from ...loading.quantization import METHODS
 from ...utils.files import expand_home
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    flag = parser.add_argument_group("model").add_argument
+def add_source_flags(parser: argparse._ActionsContainer) -> None:
+    """Where the model comes from, in training and in other scripts."""
+    flag = parser.add_argument
     flag(
         "--pretrained_model_name_or_path",
         type=expand_home,
@@ -17,6 +18,12 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
     flag("--revision", help="Branch, tag or commit of the model on the hub; default: main.")
     flag("--variant", help="Weight file variant, fp16 say; default: files without one.")
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    add_source_flags(group)
+    flag = group.add_argument
     flag(
         "--cache_dir",
         type=expand_home,

@@ -5,22 +5,17 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields
 
-from ..families import Family
-from ..families.facts import CONDITION_FLAGS
-from ..inference.streamed_model import ImageFlags
-from ..utils.files import expand_home
+from ...families import Family
+from ...families.facts import CONDITION_FLAGS
+from ...inference.streamed_model import ImageFlags
+from ...utils.files import expand_home
+from .model import add_source_flags
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Flags that name the model and how it is read, with the meaning that they have in training."""
+    add_source_flags(parser)
     flag = parser.add_argument
-    flag(
-        "--pretrained_model_name_or_path",
-        type=expand_home,
-        help="Hub id or folder of a pipeline; default: the embedded model.",
-    )
-    flag("--revision", help="Branch, tag or commit of the model on the hub; default: main.")
-    flag("--variant", help="Weight file variant, fp16 say; default: files without one.")
     flag("--cache_dir", type=expand_home, help="Where downloaded models are kept; default: the hub's cache.")
     flag("--hub_token", help="Token for the download; default: that of hf auth login, which is safer.")
     flag("--max_sequence_length", type=int, help="Tokens of a prompt; default: that of the model.")

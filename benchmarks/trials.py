@@ -9,7 +9,8 @@
 - Every record is trained on twice (``--record_repeats 2``), so half of them are made.
 - The last steps see whole crops at R in place of patches.
 
-Seconds are processor time of precompute and steps, so that other work on the machine counts little.
+Seconds are processor time of precompute and steps, so that other work on the machine counts little. Finished cells of
+``reproduce.py`` may be put beside its own: rows of the same name are the same runs.
 
 Example:
     python benchmarks/trials.py --json benchmarks/results/trials.json
@@ -267,7 +268,6 @@ ROWS: dict[str, Trial] = {
     "whole15": _whole(DEFAULT, 0.15),
     "gradient_matrix": _corrected("values and gradient corrected by a matrix", fit="matrix", passes_gradient=True),
     "dynamic_whole15": _whole(PATCHES, 0.15),
-    # Cells of reproduce.py serve as these as well.
     BASE: _reproduced(BASE),
     PLAIN: _reproduced(PLAIN),
 }
@@ -287,10 +287,18 @@ def run_row(cell: tuple[str, str, int, int, Path]) -> dict[str, Any]:
     return {"row": name, "subject": subject, "seed": seed, "steps": steps, **result, "images": images, **facts}
 
 
-def paired(of_row: Mapping[str, Any], of_varied: Mapping[str, Any]) -> list[float]:
-    """Mean of the differences of images made of the same prompts and noise, and its interval, prompts drawn first."""
-    pairs = enumerate(zip(of_row["images"], of_varied["images"], strict=True))
-    return bootstrap({(f"{n // IMAGES_PER_PROMPT}", n % IMAGES_PER_PROMPT): a - b for n, (a, b) in pairs})
+def paired(of_row: Mapping[str, Any], of_varied: Mapping[str, Any]) -> dict[str, Any]:
+    """Difference in subject fidelity; where both cells know their images, with the interval of what differs in them.
+
+    The images are made of the same prompts and noise; prompts are drawn first. Cells of ``reproduce.py`` have only
+    the mean.
+    """
+    difference: dict[str, Any] = {"mean": round(of_row[FIDELITY] - of_varied[FIDELITY], 4)}
+    if "images" in of_row and "images" in of_varied:
+        pairs = enumerate(zip(of_row["images"], of_varied["images"], strict=True))
+        by_prompt = {(f"{n // IMAGES_PER_PROMPT}", n % IMAGES_PER_PROMPT): a - b for n, (a, b) in pairs}
+        difference["interval"] = bootstrap(by_prompt)[1:]
+    return difference
 
 
 def summarise(cells: Sequence[Mapping[str, Any]], rows: Sequence[str]) -> dict[str, Any]:
@@ -302,7 +310,7 @@ def summarise(cells: Sequence[Mapping[str, Any]], rows: Sequence[str]) -> dict[s
     for name in (row for row in rows if row in table):
         trial, of_row = ROWS[name], table[name]
         line: dict[str, Any] = {"title": trial.title, "varies": trial.varies, "cells": len(of_row)}
-        line |= {measure: round(mean(cell[measure] for cell in of_row.values()), 4) for measure in MEASURES}
+        line |= {name: round(mean(cell[name] for cell in of_row.values()), 4) for name in (FIDELITY, "retrieved")}
         if set(of_row) <= set(table.get(BASE, ())) & set(table.get(PLAIN, ())):
             gains = {
                 row: mean(table[row][k][FIDELITY] - table[BASE][k][FIDELITY] for k in of_row) for row in (name, PLAIN)
@@ -311,8 +319,9 @@ def summarise(cells: Sequence[Mapping[str, Any]], rows: Sequence[str]) -> dict[s
         varied = table.get(trial.varies or "", {})
         if shared := sorted(set(of_row) & set(varied)):
             line["to_varied"] = {f"{s}, seed {n}": paired(of_row[s, n], varied[s, n]) for s, n in shared}
-            seconds = [of_row[key]["processor_seconds"] / varied[key]["processor_seconds"] for key in shared]
-            line["seconds_to_varied"] = round(median(seconds), 3)
+            timed = [(of_row[key], varied[key]) for key in shared if "processor_seconds" in varied[key]]
+            seconds = [row["processor_seconds"] / other["processor_seconds"] for row, other in timed]
+            line |= {"seconds_to_varied": round(median(seconds), 3)} if seconds else {}
         if errors := [error for cell in of_row.values() for error in cell.get("errors", [])]:
             line["value_error"] = {
                 kind: round(mean(error[place] for error in errors), 4)
@@ -330,8 +339,10 @@ def markdown(lines: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for line in lines.values():
-        pairs = line.get("to_varied", {}).items()
-        differences = ["{}: {:+.3f} ({:+.3f} to {:+.3f})".format(where, *d) for where, d in pairs]
+        differences = []
+        for where, found in line.get("to_varied", {}).items():
+            interval = " ({:+.3f} to {:+.3f})".format(*found["interval"]) if "interval" in found else ""
+            differences.append(f"{where}: {found['mean']:+.3f}{interval}")
         gain = f"{line['gain']:.0%}" if "gain" in line else "-"
         seconds = f"{line['seconds_to_varied']:.2f}" if "seconds_to_varied" in line else "-"
         errors = ", ".join(f"{error:.3f}" for error in line.get("value_error", {}).values()) or "-"

@@ -97,7 +97,7 @@ def test_a_trial_is_paired_with_the_row_that_it_varies(load) -> None:
         for row, value, seconds in ((trials.DEFAULT, 0.5, 10.0), ("repeats2", 0.7, 8.0), (trials.BASE, 0.2, 1.0))
     ]
     lines = trials.summarise(cells, ["repeats2", trials.BASE])
-    assert lines["repeats2"]["to_varied"]["dog, seed 0"] == [0.2, 0.2, 0.2]
+    assert lines["repeats2"]["to_varied"]["dog, seed 0"] == {"mean": 0.2, "interval": [0.2, 0.2]}
     assert lines["repeats2"]["seconds_to_varied"] == 0.8
     assert "gain" not in lines["repeats2"] and "dog, seed 0: +0.200" in trials.markdown(lines)
 

@@ -8,8 +8,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 
+from blockskip_hooks.evaluation.metrics import Evaluation
 from tests.tiers import fast_first
 
 
@@ -80,3 +82,43 @@ def test_a_plan_is_off_by_a_tenth_and_by_more_than_workspaces(load) -> None:
 def test_without_an_accelerator_the_gpu_check_says_so(load, capsys: pytest.CaptureFixture[str]) -> None:
     assert load(BENCHMARKS / "gpu_check.py").main([]) == 2
     assert "--smoke" in capsys.readouterr().err
+
+
+def test_a_trial_is_paired_with_the_row_that_it_varies(load) -> None:
+    trials = load(BENCHMARKS / "trials.py")
+    torch.manual_seed(0)
+    inputs, wanted = torch.randn(4000, 6), torch.randn(6, 6)
+    found = trials.ridge_map(inputs.T @ inputs, inputs.T @ (inputs @ wanted))
+    # The ridge shrinks it: all channels of the inputs are equally large.
+    torch.testing.assert_close(found * (1 + trials.RIDGE), wanted, rtol=0, atol=0.1)
+    cells = [
+        {"row": row, "subject": "dog", "seed": 0, "images": [value, value + 0.1], "processor_seconds": seconds}
+        | dict.fromkeys(trials.MEASURES, value)
+        for row, value, seconds in ((trials.DEFAULT, 0.5, 10.0), ("repeats2", 0.7, 8.0), (trials.BASE, 0.2, 1.0))
+    ]
+    lines = trials.summarise(cells, ["repeats2", trials.BASE])
+    assert lines["repeats2"]["to_varied"]["dog, seed 0"] == {"mean": 0.2, "interval": [0.2, 0.2]}
+    assert lines["repeats2"]["seconds_to_varied"] == 0.8
+    assert "gain" not in lines["repeats2"] and "dog, seed 0: +0.200" in trials.markdown(lines)
+
+
+@pytest.mark.slow
+def test_trials_correct_values_and_end_whole(load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trials = load(BENCHMARKS / "trials.py")
+    # Images take longer than so few steps.
+    measured = Evaluation(["a", "a"], [dict.fromkeys(trials.MEASURES.values(), 1.0)] * 2, {"a": 1.0})
+    monkeypatch.setattr(trials, "evaluate", lambda *lora_and_subject: measured)
+    monkeypatch.setattr(trials, "EVERY", 2)
+    rows = ["skip30_dynamic_refresh", "value_matrix", "value_channels", "whole25"]
+    flags = ["--subjects", "dog", "--steps", "12", "--jobs", "1", "--cells", str(tmp_path / "cells")]
+    file = tmp_path / "figures.json"
+    assert trials.main(["--rows", *rows, *flags, "--json", str(file)]) == 0
+    figures = json.loads(file.read_text())
+    assert figures["benchmark"] == "trials" and list(figures["results"]) == rows
+    cells = {cell["row"]: cell for cell in figures["cells"]}
+    assert cells["whole25"]["whole_steps"] == 3
+    for row in rows[1:3]:
+        error = figures["results"][row]["value_error"]
+        assert 0 < error["corrected"] < error["recorded"]
+    error = figures["results"][rows[0]]["value_error"]
+    assert error["corrected"] == error["recorded"] > 0

@@ -187,11 +187,7 @@ def precompute_records(
         if captures and maker.shares_text and _sees_text_alone(model):
             # Of the others a record would have to be read.
             known_first = sorted(samples, key=lambda sample: sample.id not in latents)
-
-            def write_texts(in_step: int) -> None:
-                _write_texts(known_first, forward, model, maker, store, in_step, between_batches)
-
-            _halving(write_texts, together)
+            _write_texts(known_first, forward, model, maker, store, together, between_batches)
             captures = False
         if forwards is None:
             _halving(run, start_size)
@@ -225,12 +221,16 @@ def _write_texts(
     first: dict[str, Sample] = {}
     for sample in samples:
         first.setdefault(maker.shared_ids(sample)[SHARED_TEXT], sample)
-    missing = ((record, sample) for record, sample in first.items() if record not in store)
-    while group := list(itertools.islice(missing, together)):
-        between_batches()
-        made = model.together([partial(forward, [sample]) for _, sample in group], between_batches)
-        for (record, sample), tensors in zip(group, made, strict=True):
-            store.write({record: _records([sample], tensors, maker, store)[record]})
+
+    def run(in_step: int) -> None:
+        missing = ((record, sample) for record, sample in first.items() if record not in store)
+        while group := list(itertools.islice(missing, in_step)):
+            between_batches()
+            made = model.together([partial(forward, [sample]) for _, sample in group], between_batches)
+            for (record, sample), tensors in zip(group, made, strict=True):
+                store.write({record: _records([sample], tensors, maker, store)[record]})
+
+    _halving(run, together)
 
 
 def _start_size(samples: Sequence[Sample], maker: SampleMaker, batch_size: int | None) -> int:

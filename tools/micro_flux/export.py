@@ -87,7 +87,8 @@ def export_pipeline(target: Path, model: TextToLatent, vae_folder: Path) -> None
     folder = target.with_name(target.name + ".part")
     shutil.rmtree(folder, ignore_errors=True)
     vae = AutoencoderKL.from_pretrained(vae_folder)
-    vae.register_to_config(sample_size=IMAGE_SIZE)
+    # Not the folder of this machine that it came from.
+    vae.register_to_config(sample_size=IMAGE_SIZE, _name_or_path="")
     silence_variance(vae)
     vae.bfloat16().save_pretrained(folder / "vae")
     model.transformer.save_pretrained(folder / "transformer")

@@ -47,8 +47,7 @@ class QwenImage21(VideoLatents):
     reads_condition = True
     condition_on_mode = True
     lora_layers = ("attn.to_k", "attn.to_q", "attn.to_v", "attn.to_out.0")
-    # Of validation the number of steps alone, as upstream.
-    own_flags = (*CONDITION_FLAGS, *VALIDATION_FLAGS[1:])
+    own_flags = (*CONDITION_FLAGS, *VALIDATION_FLAGS[1:])  # of validation the number of steps alone, as upstream
     flag_defaults = {
         "max_sequence_length": 512,
         "output_dir": "hidream-dreambooth-lora",

@@ -118,7 +118,8 @@ class FakeTransformer:
             family.block_stacks,
             recorded_layers=self._depth.renamed(recorded_layers, blocks),
         )
-        self._streamed = list(self.model.streamed_modules.values())
+        streamed = self.model.streamed_modules
+        self._streamed, self._streamed_names = list(streamed.values()), list(streamed)
         if assistant_layers:
             # Once the modules that stream are known: its weights do not come with theirs.
             ranks = {n: r for r, names in assistant_layers.items() for n in self._depth.renamed(names, blocks)}
@@ -299,7 +300,7 @@ class FakeTransformer:
         idle = idle_modules(self.model.transformer)
         return [
             size
-            for name, module in self.model.streamed_modules.items()
+            for name, module in zip(self._streamed_names, self._streamed, strict=True)
             if name not in idle
             for size in [sum(map(num_bytes, module.parameters()))] * self._depth.times(name)
         ]

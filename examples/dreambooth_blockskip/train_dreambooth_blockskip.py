@@ -366,9 +366,8 @@ def finish(
 ) -> None:
     """Export the LoRA, make the final images, write the report and the model card, upload."""
     run, accelerator, settings = outputs.run, context.accelerator, outputs.run.settings
-    made = records.count.together(
-        context.accelerator
-    )  # Every process must call this: it adds up what all of them made.
+    # Every process must call this: it adds up what all of them made.
+    made = records.count.together(accelerator)
     learner.adapters.check_finite()
     # A warmup's first step has rate zero.
     if history.step > 1 and accelerator.is_main_process:

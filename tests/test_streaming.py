@@ -7,6 +7,7 @@ import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from blockskip_hooks.loading.component_config import load_config
 from blockskip_hooks.loading.quantization import QuantizationConfig, move_weight, quantize_layer
 from blockskip_hooks.loading.streaming import frozen_weights_on_host
 from blockskip_hooks.planning.simulation import FakeTransformer
+from blockskip_hooks.planning.stages import _send_ahead, _stage
+from blockskip_hooks.planning.usage import Usage
 from blockskip_hooks.residuals import precompute
 from blockskip_hooks.residuals.precompute import _halving
 from blockskip_hooks.state import SkipMode
@@ -176,6 +179,23 @@ def test_what_is_read_ahead_is_planned_as_large_as_what_follows():
     assert planned.largest_streamed_bytes == sizes[0]
     # The last is followed by the first of the next forward.
     assert planned.ahead_bytes == max(sizes[1:])
+
+
+@pytest.mark.parametrize(("block_bytes", "peak", "parameters"), [(30, 100, 70), (60, 120, 110)])
+def test_a_block_that_is_sent_ahead_is_planned_beside_forwards_not_beside_the_vae(
+    block_bytes: int, peak: int, parameters: int
+):
+    """The VAE takes 100 bytes, a forward 60 and the block beside it."""
+    vae, forward = Usage(peak_bytes=100, parameter_bytes=70), Usage(peak_bytes=60, parameter_bytes=50)
+    request: Any = SimpleNamespace(device="cuda", limit=lambda *_: 120)
+    planned = [_stage("precompute", vae.then(forward), 1), _stage("train", vae, 1)]
+    _send_ahead(request, planned, {"precompute": forward}, block_bytes, vae)
+    precompute, train = planned
+    assert precompute["sends_ahead"] and "sends_ahead" not in train
+    assert precompute["peak_device_bytes"] == precompute["peak_reserved_bytes"] == peak
+    assert precompute["parameter_bytes"] == parameters and train["peak_device_bytes"] == 100
+    _send_ahead(request, planned, {"precompute": forward}, 61, vae)
+    assert not precompute["sends_ahead"]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])

@@ -7,7 +7,7 @@ method bounds, and what CUDA's caching allocator reserves for them (see :mod:`~b
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -65,24 +65,32 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
     train, capture, residuals = _training_step(request, fake, states)
     vae = Vae(request, train)
     stages: list[dict[str, Any]] = []
+    forwards: dict[str, Usage] = {}
     if request.class_batch_size is not None:
         side, wanted = request.class_resolution, min(request.class_batch_size, request.class_images)
         of_all = -(-request.class_images // wanted)
-        stages.append(_make_images("class_images", request, fake, vae.before_lora(), wanted, of_all, side, 0))
+        stage, forwards["class_images"] = _make_images(
+            "class_images", request, fake, vae.before_lora(), wanted, of_all, side, 0
+        )
+        stages.append(stage)
     if request.text_encoders or request.text_encoder_parameter_bytes:
         usage, streamed = _encode_text(request, train.peak_bytes)
         if request.validation and request.validation.text_encoders != request.text_encoders:
             second, second_streamed = _encode_text(request.validation, train.peak_bytes)
             usage, streamed = usage.then(second), streamed or second_streamed
         stages.append({**_stage("encode", usage, 1), "streamed": streamed})
-    stages += _records_and_training(request, fake, vae, train, capture, states)
+    made, forward = _records_and_training(request, fake, vae, train, capture, states)
+    stages += made
+    if forward is not None:
+        forwards["precompute"] = forward
     if request.validation_resolution is not None:
         side, wanted = request.validation_resolution, request.validation_batch_size
         of_all = request.validation_prompts
         maker = (request, fake, vae) if request.validation is None else _in_place(request, fake, vae)
-        stages.append(_make_images("validate", *maker, wanted, of_all, side, states))
+        stage, forwards["validate"] = _make_images("validate", *maker, wanted, of_all, side, states)
+        stages.append(stage)
 
-    _send_ahead(request, stages, fake.ahead_bytes, train)
+    _send_ahead(request, stages, forwards, fake.ahead_bytes, train)
     context_bytes = CONTEXT_BYTES if request.device == "cuda" else 0
     for stage in stages:
         stage["needed_bytes"] = stage["peak_reserved_bytes"] + context_bytes
@@ -170,8 +178,8 @@ def _training_step(
 
 def _records_and_training(
     request: PlanRequest, fake: FakeTransformer, vae: Vae, train: Usage, capture: Usage | None, states: int
-) -> list[dict[str, Any]]:
-    """The stages that make records, if there are any, and train."""
+) -> tuple[list[dict[str, Any]], Usage | None]:
+    """The stages that make records, if there are any, and train; and what forwards of the first need."""
     if request.stores_residuals:
         assert capture is not None
         batch_size, together, capture = _precompute_batch(request, fake, capture, train, vae, states)
@@ -180,17 +188,17 @@ def _records_and_training(
         encode, alone = vae.encode(batch_size)
         precompute = {**_stage("precompute", encode.then(capture), batch_size, encode), "vae_alone": alone}
         precompute["together"] = together
-        return [precompute, _stage("train", train, request.batch_size)]
+        return [precompute, _stage("train", train, request.batch_size)], capture
     if request.cache_latents:
         encode, alone = vae.encode(1)
         precompute = {**_stage("precompute", encode, 1, encode), "vae_alone": alone}
-        return [precompute, _stage("train", train, request.batch_size)]
+        return [precompute, _stage("train", train, request.batch_size)], None
     # Without records every step encodes its crops, so the VAE stays.
     if capture is not None:
         train = capture.beside(parameter_bytes=_read_ahead_bytes(request, fake)).then(train)
     in_step = vae.beside_transformer(request.batch_size)
     train = in_step.then(train.beside(parameter_bytes=vae.parameter_bytes))
-    return [_stage("train", train, request.batch_size, in_step)]
+    return [_stage("train", train, request.batch_size, in_step)], None
 
 
 def _make_images(
@@ -202,8 +210,8 @@ def _make_images(
     groups: int,
     side: int,
     states: int,
-) -> dict[str, Any]:
-    """The stage in which the pipeline makes images, LoRA and optimizer state resident.
+) -> tuple[dict[str, Any], Usage]:
+    """The stage in which the pipeline makes images, LoRA and optimizer state resident; and what its forwards need.
 
     As many of a group at a time as need no more than training, and as many calls in step as fit; the VAE decodes the
     images one by one.
@@ -225,7 +233,9 @@ def _make_images(
             calls = min(groups * -(-max(wanted, 1) // images), MOST_IN_STEP)
             together, usage = usage.in_step(calls if infer.halted_bytes else 1, limit)
             stage = _stage(name, usage, images, vae.decode((side, side)))
-            return {**stage, **placement, "together": together}
+            beside = request.validation_extra_bytes + (0 if placement["vae_alone"] else vae.parameter_bytes)
+            _, forward = infer.beside(parameter_bytes=beside).in_step(together, limit)
+            return {**stage, **placement, "together": together}, forward
         images //= 2
 
 
@@ -276,15 +286,30 @@ def _read_ahead_bytes(request: PlanRequest, fake: FakeTransformer) -> int:
     return fake.ahead_bytes if request.device == "cpu" else 0
 
 
-def _send_ahead(request: PlanRequest, stages: list[dict[str, Any]], block_bytes: int, training: Usage) -> None:
-    """Let stages that stream send a second block to an accelerator, if that fits beside the forwards in all."""
-    streaming = [stage for stage in stages if "together" in stage]
-    largest = max((stage["peak_reserved_bytes"] for stage in streaming), default=0)
-    fits = request.device != "cpu" and block_bytes and largest + block_bytes <= request.limit(training, training)
-    for stage in streaming:
+def _send_ahead(
+    request: PlanRequest,
+    stages: list[dict[str, Any]],
+    forwards: Mapping[str, Usage],
+    block_bytes: int,
+    training: Usage,
+) -> None:
+    """Let stages that stream send a second block to an accelerator, if that fits beside the forwards of all.
+
+    It is there while the transformer runs, not beside the VAE.
+    """
+    if not forwards:
+        return
+    limit = request.limit(training, training)
+    ahead = {name: forward.beside(parameter_bytes=block_bytes) for name, forward in forwards.items()}
+    fits = request.device != "cpu" and block_bytes and all(usage.reserved_bytes <= limit for usage in ahead.values())
+    for stage in stages:
+        if (usage := ahead.get(stage["name"])) is None:
+            continue
         stage["sends_ahead"] = bool(fits)
-        for part in ("peak_device_bytes", "peak_reserved_bytes", "parameter_bytes") if fits else ():
-            stage[part] += block_bytes
+        if fits:
+            reserved = max(stage["peak_reserved_bytes"], usage.reserved_bytes)
+            stage |= _bytes(usage) if usage.peak_bytes > stage["peak_device_bytes"] else {}
+            stage["peak_reserved_bytes"] = reserved
 
 
 def _encode_text(request: PlanRequest, training_peak: int) -> tuple[Usage, bool]:
@@ -371,6 +396,16 @@ def _optimizer_state_bytes(sizes: Sequence[int], use_8bit_adam: bool, device: De
     return total
 
 
+def _bytes(usage: Usage) -> dict[str, int]:
+    return {
+        "peak_device_bytes": usage.peak_bytes,
+        "peak_reserved_bytes": usage.reserved_bytes,
+        "parameter_bytes": usage.parameter_bytes,
+        "activation_bytes": usage.activation_bytes,
+        "lora_optimizer_bytes": usage.lora_bytes,
+    }
+
+
 def _stage(name: str, usage: Usage, batch_size: int, vae: Usage | None = None) -> dict[str, Any]:
     """A stage of the plan.
 
@@ -382,11 +417,7 @@ def _stage(name: str, usage: Usage, batch_size: int, vae: Usage | None = None) -
     """
     return {
         "name": name,
-        "peak_device_bytes": usage.peak_bytes,
-        "peak_reserved_bytes": usage.reserved_bytes,
-        "parameter_bytes": usage.parameter_bytes,
-        "activation_bytes": usage.activation_bytes,
-        "lora_optimizer_bytes": usage.lora_bytes,
+        **_bytes(usage),
         "tflops_per_step": usage.product_flops / 1e12,
         "attention_tflops_per_step": usage.attention_flops / 1e12,
         "vae_tflops": (vae.product_flops + vae.attention_flops) / 1e12 if vae else 0.0,

@@ -11,8 +11,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from blockskip_hooks.planning.presets import Preset  # noqa: E402
 from tests import script  # noqa: E402
 from tests.pairs import save_pairs  # noqa: E402
+from tests.plans import tiny_preset  # noqa: E402
 from tests.tiers import FAST_FAMILIES  # noqa: E402
 from tests.tiny import TINY_FAMILIES, TinyFamily, save_tiny_flux  # noqa: E402
 
@@ -52,6 +54,12 @@ def tiny(request: pytest.FixtureRequest) -> TinyFamily:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny FLUX pipeline, for tests that need one family only."""
     return save_tiny_flux(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def preset(tmp_path_factory: pytest.TempPathFactory) -> Preset:
+    """A tiny FLUX as a preset, for plans."""
+    return tiny_preset(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

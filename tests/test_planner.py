@@ -3,88 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
-import shutil
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
-from blockskip_hooks import BlockSkipConfig, DiTBlockSkipTransformer, PatchSamplingConfig, SpanResiduals
-from blockskip_hooks.embedded import embedded_photos
+from blockskip_hooks import BlockSkipConfig, DiTBlockSkipTransformer, SpanResiduals
 from blockskip_hooks.families import FAMILIES, Family
 from blockskip_hooks.lora import add_lora, lora_targets
 from blockskip_hooks.losses import flow_matching_loss
-from blockskip_hooks.planning.allocator import MIB, Trace
-from blockskip_hooks.planning.components import simulate_vae
 from blockskip_hooks.planning.counters import CountFlops, LiveBytes
 from blockskip_hooks.planning.description import format_plan
-from blockskip_hooks.planning.plan import sends_ahead
-from blockskip_hooks.planning.presets import Preset, load_preset, write_preset
+from blockskip_hooks.planning.presets import Preset, load_preset
 from blockskip_hooks.planning.request import PlanRequest
 from blockskip_hooks.planning.simulation import FakeTransformer, empty_model
-from blockskip_hooks.planning.stages import RECORD_OVERHEAD, _precompute_batch, plan_run
-from blockskip_hooks.planning.usage import Usage
-from tests.script import load_script as load_training_script
+from blockskip_hooks.planning.stages import RECORD_OVERHEAD, plan_run
+from tests.plans import LAYERS, TEXT_TOKENS, request_for, stage
 from tests.tiny import TINY_FAMILIES
-
-
-ROOT = Path(__file__).parents[1]
-TEXT_TOKENS = 5
-LAYERS = ["attn.to_q", "attn.to_k", "attn.to_v"]
-
-
-@pytest.fixture(scope="module")
-def preset(tmp_path_factory: pytest.TempPathFactory) -> Preset:
-    """A tiny FLUX as a preset, with the scheduler of the real one."""
-    folder = tmp_path_factory.mktemp("tiny")
-    load_preset("flux.1-dev").family.scheduler.save_pretrained(folder / "scheduler")
-    vae = {
-        "_class_name": "AutoencoderKL",
-        "down_block_types": ["DownEncoderBlock2D"] * 2,
-        "up_block_types": ["UpDecoderBlock2D"] * 2,
-        "block_out_channels": [8, 8],
-        "layers_per_block": 1,
-        "latent_channels": 4,
-        "norm_num_groups": 4,
-        "scaling_factor": 1.0,
-        "shift_factor": 0.0,
-    }
-    (folder / "vae").mkdir()
-    (folder / "vae" / "config.json").write_text(json.dumps(vae))
-    transformer = TINY_FAMILIES[0].make_transformer()
-    config = {**transformer.config, "_class_name": type(transformer).__name__}
-    return Preset("tiny", FAMILIES["FluxPipeline"](folder), config)
-
-
-def request_for(preset: Preset, leading: int = 0, trailing: int = 0, side: int = 32, **changes: Any) -> PlanRequest:
-    config = BlockSkipConfig(leading=leading, trailing=trailing)
-    settings: dict[str, Any] = {
-        "family": preset.family,
-        "transformer_config": preset.transformer_config,
-        # What the plan is held to are real tensors of a CPU.
-        "device": "cpu",
-        "config": config,
-        "patch": PatchSamplingConfig(min_size=side, max_size=side, multiple=preset.family.latent_token_size),
-        "rank": 4,
-        "lora_targets": preset.lora_targets(config, LAYERS),
-        "batch_size": 2,
-        "text_tokens": TEXT_TOKENS,
-        "weight_dtype": torch.float32,
-        "cache_latents": True,
-        "num_samples": 20,
-        "precompute_batch_size": 1,
-    }
-    return PlanRequest(**{**settings, **changes})
-
-
-def stage(plan: dict[str, Any], name: str) -> dict[str, Any]:
-    return next(stage for stage in plan["stages"] if stage["name"] == name)
 
 
 def real_peak(preset: Preset, request: PlanRequest) -> int:
@@ -296,64 +233,6 @@ def test_recorded_modulation_is_on_disk_and_not_in_memory(preset: Preset) -> Non
     assert difference == weights
 
 
-@pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_precompute_batch_needs_no_more_than_training(preset: Preset, device: str) -> None:
-    request = request_for(preset, 1, 1, num_samples=64, batch_size=4, precompute_batch_size=None, device=device)
-    plan = plan_run(request)
-    precompute = stage(plan, "precompute")
-    assert precompute["batch_size"] > 1
-    # Hidden states of forwards in step may take a twentieth more, on a CPU without the block that is read ahead.
-    ahead = precompute["parameter_bytes"] - stage(plan, "train")["parameter_bytes"] if device == "cpu" else 0
-    assert precompute["peak_reserved_bytes"] - ahead <= 1.05 * stage(plan, "train")["peak_reserved_bytes"]
-
-
-@pytest.mark.parametrize(("device", "budget", "expected"), [
-    ("cuda", None, (4, 4)), ("cuda", 2**40, (8, 2)), ("mps", None, (16, 1)),
-])  # fmt: skip
-def test_gaps_of_a_large_batch_count_where_a_smaller_one_reads_no_block_oftener(
-    preset: Preset, device: Any, budget: int | None, expected: tuple[int, int]
-) -> None:
-    """A budget is there to be used, though."""
-    request = request_for(
-        preset, 1, 1, num_samples=16, precompute_batch_size=None, device=device, memory_budget_bytes=budget
-    )
-
-    def usage(live: int, halted: int = 0, gap: int = 0) -> Usage:
-        traces = (Trace((live * MIB, gap * MIB)),) if device == "cuda" else ()
-        return Usage(live * MIB, 190 * MIB, halted_bytes=halted * MIB, traces=traces)
-
-    def capture(batch_size: int, *_: Any) -> tuple[Usage, None]:
-        return usage(190 + 10 * batch_size, 2 * batch_size, 120 if batch_size > 4 else 0), None
-
-    fake: Any = SimpleNamespace(capture=capture, ahead_bytes=0)
-    vae: Any = SimpleNamespace(encode=lambda batch_size: (usage(191), False))
-    # Eight samples reserve 390 MiB, and 406 with another eight that wait.
-    *chosen, needed = _precompute_batch(request, fake, capture(1)[0], usage(400), vae, 0)
-    assert tuple(chosen) == expected
-    assert needed.reserved_bytes <= (400 if budget is None else 420) * MIB
-
-
-def test_forwards_go_in_step_as_far_as_memory_allows(preset: Preset) -> None:
-    """A twentieth more than the largest of a step and one such forward, or a budget, which may hold two blocks too."""
-    settings = {"num_samples": 64, "batch_size": 1, "precompute_batch_size": None, "gradient_checkpointing": True}
-    images = {"validation_resolution": 48, "validation_batch_size": 2, "validation_prompts": 3}
-    plan = plan_run(request_for(preset, 1, 1, **settings, **images))
-    alone = plan_run(request_for(preset, 1, 1, **settings | {"num_samples": 1}, **images | {"validation_prompts": 1}))
-    for name in ("precompute", "validate"):
-        peaks = [stage(alone, part)["peak_device_bytes"] for part in ("train", name)]
-        assert stage(plan, name)["peak_device_bytes"] <= 1.05 * max(peaks)
-    ample = plan_run(request_for(preset, 1, 1, **settings, **images, memory_budget_bytes=2**40))
-    done = {
-        name: stage(ample, name)["batch_size"] * stage(ample, name)["together"] for name in ("precompute", "validate")
-    }
-    assert done == {"precompute": 64, "validate": 6} and not sends_ahead(ample)
-    assert sends_ahead(plan_run(request_for(preset, 1, 1, **settings, memory_budget_bytes=2**40, device="cuda")))
-    assert stage(plan, "precompute")["batch_size"] * stage(plan, "precompute")["together"] < 64
-    assert not sends_ahead(plan)
-    scarce = plan_run(request_for(preset, 1, 1, **settings, **images, memory_budget_bytes=1))
-    assert stage(scarce, "precompute")["together"] == stage(scarce, "validate")["together"] == 1
-
-
 @pytest.mark.parametrize("residuals", ["online", "none"])
 def test_without_a_store_training_does_it_all(preset: Preset, residuals: str) -> None:
     config = BlockSkipConfig(leading=1, trailing=1, residuals=residuals)  # type: ignore[arg-type]
@@ -411,122 +290,9 @@ def test_unknown_model_class(preset: Preset) -> None:
         plan_run(request_for(preset, transformer_config={**preset.transformer_config, "_class_name": "Nothing"}))
 
 
-def load_script() -> Any:
-    path = ROOT / "examples" / "dreambooth_blockskip" / "plan_memory.py"
-    spec = importlib.util.spec_from_file_location("plan_memory", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.parametrize("as_json", [True, False])
-def test_script(as_json: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def write_tiny(name: str, folder: Path, pipeline_settings: Any) -> str:
-        shutil.copytree(TINY_FAMILIES[0].folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-        return name
-
-    script = load_script()
-    monkeypatch.setattr(script, "write_preset", write_tiny)
-    command = ["--preset", "tiny", "--skip_blocks", "1,2", "--resolution", "64", "--max_sequence_length", "5"]
-    command += ["--precompute_batch_size", "1"]
-    if as_json:
-        assert script.main([*command, "--json"]) == 0
-        plan = json.loads(capsys.readouterr().out)
-        assert plan["patch"]["training_resolution"] == 32
-        assert plan["plain_lora"]["peak_device_bytes"] > stage(plan, "train")["peak_device_bytes"]
-    else:
-        assert script.main(command) == 0
-        assert "plain LoRA at 64 px: " in capsys.readouterr().out
-
-
-def test_a_preset_is_planned_as_the_training_script_plans_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The same numbers for the folder that a preset is written to."""
-    flags = ["--skip_blocks", "6,2", "--resolution", "512", "--train_batch_size", "1", "--mixed_precision", "bf16"]
-    assert load_script().main(["--preset", "sana-0.6b", *flags, "--json"]) == 0
-    planned = json.loads(capsys.readouterr().out)
-    name = write_preset("sana-0.6b", tmp_path / "model")
-    command = ["--pretrained_model_name_or_path", str(tmp_path / "model"), "--instance_prompt", "a dog", *flags]
-    command += ["--instance_data_dir", str(embedded_photos()), "--max_train_steps", "500", "--plan_only"]
-    command += ["--residual_budget", "16GB", "--skip_final_inference", "--output_dir", str(tmp_path / "out")]
-    AcceleratorState._reset_state(reset_partial_state=True)
-    assert load_training_script().main(command) == 0
-    plan = json.loads((tmp_path / "out" / "plan.json").read_text())
-    assert planned["model"] == name
-    for written in (plan, planned):
-        written["stages"] = [{key: s[key] for key in s if "second" not in key} for s in written["stages"]]
-    assert plan == {key: planned[key] for key in plan}
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--preset", "flux"], "--preset 'flux' does not exist"),
-        (["--preset", "flux.1-dev", "--skip_blocks", "30,27"], "--skip_blocks 30,27"),
-        (["--preset", "flux.1-dev", "--resolution", "500"], "--resolution is 500"),
-        (["--preset", "flux.1-dev", "--rank", "0"], "--rank is 0"),
-        (["--preset", "flux.1-dev", "--memory_budget", "much"], "'much' is not a number of bytes"),
-    ],
-)
-def test_script_rejects(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    # The parser ends the process by itself.
-    with contextlib.suppress(SystemExit):
-        assert load_script().main(flags) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and message in error and error.count("\n") == 1
-
-
 def test_lora_targets_of_a_preset(preset: Preset) -> None:
     config = BlockSkipConfig(leading=2)
     targets = preset.lora_targets(config)
     assert targets and all(target.startswith("single_transformer_blocks.") for target in targets)
     skeleton = preset.skeleton(config)
     assert set(lora_targets(skeleton, LAYERS)) <= set(targets)
-
-
-@pytest.mark.slow
-def test_the_vae_works_alone_where_it_would_need_more_than_training(preset: Preset) -> None:
-    """Its weights beside the transformer's fit or are planned without them; small training leaves no room."""
-    roomy = plan_run(request_for(preset, 0, 0, validation_resolution=32, device="cuda"))
-    assert not stage(roomy, "validate")["vae_alone"] and not stage(roomy, "precompute")["vae_alone"]
-    tight = plan_run(request_for(preset, 2, 2, validation_resolution=128, batch_size=1, device="cuda"))
-    validate = stage(tight, "validate")
-    assert validate["vae_alone"]
-    beside = plan_run(request_for(preset, 2, 2, validation_resolution=128, batch_size=64, device="cuda"))
-    assert not stage(beside, "validate")["vae_alone"]
-
-
-def test_on_a_cpu_the_transformer_makes_no_room_for_the_vae(preset: Preset) -> None:
-    """Its frozen weights would only go to where they are."""
-    request = request_for(preset, 2, 2, validation_resolution=128, batch_size=1)
-    assert stage(plan_run(replace(request, device="cuda")), "validate")["vae_alone"]
-    plan = plan_run(request)
-    assert not stage(plan, "validate")["vae_alone"] and not stage(plan, "precompute")["vae_alone"]
-    tiled = stage(plan, "validate")["vae_tiled"]
-    decode = simulate_vae(preset.family, 1, (128, 128), torch.float32, decode=True, tiled=tiled, device="cpu")
-    kept = stage(plan, "train")["parameter_bytes"]
-    assert stage(plan, "validate")["peak_device_bytes"] >= kept + decode.peak_bytes
-
-
-@pytest.mark.slow
-def test_images_are_decoded_in_tiles_where_the_whole_one_does_not_fit() -> None:
-    """SANA's VAE needs several times the memory of a training step for a picture of 1024 pixels."""
-    preset = load_preset("sana-0.6b")
-    config = BlockSkipConfig(leading=13, trailing=13)
-    patch = PatchSamplingConfig(mode="dynamic", min_size=512, max_size=1024, multiple=32)
-    request = PlanRequest(
-        family=preset.family,
-        transformer_config=preset.transformer_config,
-        config=config,
-        patch=patch,
-        rank=4,
-        lora_targets=preset.lora_targets(config),
-        validation_resolution=1024,
-    )
-    plan = plan_run(request)
-    validate = stage(plan, "validate")
-    assert validate["vae_alone"] and validate["vae_tiled"] and "in tiles" in format_plan(plan)
-    whole = simulate_vae(preset.family, 1, (1024, 1024), torch.bfloat16, decode=True)
-    assert validate["peak_device_bytes"] < whole.peak_bytes / 2

@@ -35,6 +35,8 @@ FOR_DEVELOPMENT = {"test", "dev", "docs"}
 TEST_TOOLS = ("pytest", "pytest-xdist")
 TESTS = (
     "tests/test_block_skip.py",
+    "tests/test_placeholders.py",
+    "tests/test_model_files.py",
     "tests/test_pipelines.py",
     "tests/test_quantization.py::test_every_method_works_on_the_cpu",
     "tests/test_quantization.py::test_e1_holds_in_bfloat16",

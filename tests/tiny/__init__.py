@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from .base import TinyFamily, randomise
+from .base import TinyFamily, forward, randomise
 from .flux import save_tiny_flux
 
 
@@ -23,4 +23,4 @@ for _name in MODULES:
     except ImportError as error:
         UNAVAILABLE[_name] = str(error)
 
-__all__ = ["MODULES", "TINY_FAMILIES", "UNAVAILABLE", "TinyFamily", "randomise", "save_tiny_flux"]
+__all__ = ["MODULES", "TINY_FAMILIES", "UNAVAILABLE", "TinyFamily", "forward", "randomise", "save_tiny_flux"]

@@ -101,6 +101,12 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return model.eval()
 
 
+def forward(model: torch.nn.Module, inputs: dict[str, Any], **kwargs: Any) -> torch.Tensor:
+    """The prediction as one tensor, of families that give a list too."""
+    prediction = model(**inputs, **kwargs, return_dict=False)[0]
+    return torch.stack(prediction) if isinstance(prediction, list) else prediction
+
+
 def tiny_vae(levels: int, *, scaling_factor: float, shift_factor: float) -> AutoencoderKL:
     """An autoencoder of factor ``2 ** (levels - 1)`` with four latent channels."""
     return AutoencoderKL(

@@ -25,13 +25,15 @@ import numpy as np
 import resvg_py
 import torch
 import torch.nn.functional as F
+from brush import COLOURS
 from catalogue import BACKGROUND_NAMES, CLASS_NAMES, TRAINING_VENDORS, caption, is_thing, training_icons
+from class_shapes import OF_CLASSES
 from compose import Pose, compose, shift_hue
 from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from settings import ASSETS, IMAGE_SIZE, add_common_arguments, to_signed, write_json
-from shapes import COLOURS, OF_CLASSES, OTHERS, shape_svg
+from shapes import OTHERS, shape_svg
 from sprites import load_icon_set, render_sprite
 
 

@@ -9,8 +9,9 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from brush import COLOURS
 from catalogue import BACKGROUNDS, HELD_OUT_ICONS, RARE_TOKEN
-from shapes import COLOURS, OTHERS
+from shapes import OTHERS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast

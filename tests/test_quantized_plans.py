@@ -118,14 +118,13 @@ def test_the_planned_peak_is_that_of_real_tensors(mid_flux: Path, method: str, c
     assert planned["peak_device_bytes"] == pytest.approx(live.peak, rel=0.05)
 
 
-def test_the_planner_needs_neither_library(monkeypatch: pytest.MonkeyPatch):
+def test_the_planner_needs_neither_library(mid_flux: Path, monkeypatch: pytest.MonkeyPatch):
     for package in ("bitsandbytes", "torchao"):
         monkeypatch.setitem(sys.modules, package, None)
-    family = FLUX.make_family()
-    config = json.loads((FLUX.folder / "transformer" / "config.json").read_text())
+    family = FLUX.family(mid_flux)
     request = PlanRequest(
         family=family,
-        transformer_config=config,
+        transformer_config=json.loads((mid_flux / "transformer" / "config.json").read_text()),
         config=SPANS,
         patch=PatchSamplingConfig(min_size=64, max_size=64, multiple=family.latent_token_size),
         rank=4,

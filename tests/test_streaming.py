@@ -233,6 +233,28 @@ def test_forwards_in_step_read_each_block_once(folder: Path, monkeypatch: pytest
     assert all(p.is_meta for module in model.streamed_modules.values() for p in module.parameters())
 
 
+@pytest.mark.parametrize("leading", [0, 2])
+def test_no_streamed_block_is_there_while_kept_blocks_run_in_step(folder: Path, leading: int):
+    config = BlockSkipConfig(leading=leading, trailing=1)
+    model = DiTBlockSkipTransformer.from_pretrained(folder, config)
+    present = []
+
+    def look(*_: Any) -> None:
+        weights = [p for block in model.spans.skipped for p in block.module.parameters()]
+        present.append(sum(not weight.is_meta for weight in weights))
+
+    for block in model.spans.kept:
+        block.module.register_forward_pre_hook(look)
+    # Two forwards each, so that the second begins where the last block of the first is present.
+    model.together([lambda: [run(model), run(model)]] * 3)
+    assert present == [0] * 2 * 3 * len(model.spans.kept)
+    # A transformer without its placeholders runs as any other.
+    kept = model.spans.kept[0].module
+    hooks = len(kept._forward_pre_hooks)
+    model.remove()
+    assert len(kept._forward_pre_hooks) == hooks - 1
+
+
 def test_forwards_of_different_lengths_go_in_step_as_far_as_they_can(folder: Path):
     model = load(folder)
     results = model.together([lambda: [run(model), run(model)], lambda: [run(model)], list])

@@ -88,6 +88,9 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
         # A forward that is broken off would leave gathered weights behind, and other processes waiting.
         self.skip_state.stops_early = not self.is_sharded
         self.skip_state.is_driven = True
+        # Kept blocks run without the last block of the leading span beside them.
+        first_kept = self.spans.kept[0].module
+        self._first_kept_hook = first_kept.register_forward_pre_hook(lambda *_: self._streamer.make_room())
         record_layers(transformer, self.recorded_layers, self.skip_state)
 
     @property
@@ -197,6 +200,7 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
         remove_recorded_layers(self.transformer, self.skip_state)
         remove_block_skip(self.transformer, self._stacks)
         self.skip_state._detach()
+        self._first_kept_hook.remove()
         for module in self.streamed_modules.values():
             remove_hook_from_module(module)
         free_norm_dtypes(self.transformer)
@@ -297,8 +301,13 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
         """
         if self.is_sharded:
             raise UserError("Weights that processes share cannot be in host memory; leave them on the device.")
-        self._streamer.release()
+        self.free_streamed()
         return frozen_weights_on_host(self)
+
+    def free_streamed(self) -> None:
+        """Let go of streamed weights once all forwards in step have come as far: what follows needs the room."""
+        self._streamer.make_room()
+        self._streamer.release()
 
     @contextmanager
     def full_model(self) -> Iterator[ModelMixin]:

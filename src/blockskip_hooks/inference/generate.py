@@ -137,6 +137,7 @@ def _decoding(vae: ModelMixin, model: DiTBlockSkipTransformer, placement: VaePla
     device, decode = vae.device.type, autoencoder.decode
 
     def in_own_dtype(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        model.free_streamed()
         # Under autocast norms and upsampling would make float32 of the largest images.
         with torch.autocast(device, enabled=False):
             return decode(latents.to(vae.dtype), *args, **kwargs)

@@ -161,9 +161,7 @@ class Streamer:
         """Give a module its weights, and begin to read those of the next."""
         if self._takes_turns and self._present is not module:
             # The others come to where they need it too, before it is there.
-            restore = self._keep()
-            getcurrent().parent.switch()
-            restore()
+            self._halt()
         if self._present is module:
             return
         self._unload()
@@ -190,6 +188,12 @@ class Streamer:
     def leave(self, module: torch.nn.Module) -> None:
         """Take a module its weights, unless another forward that takes turns with this one comes to use them."""
         if not self._takes_turns:
+            self._unload()
+
+    def make_room(self) -> None:
+        """Take the present module its weights once all forwards in step have used it: what runs now needs none."""
+        if self._takes_turns and self._present is not None:
+            self._halt()
             self._unload()
 
     def end_pass(self) -> None:
@@ -253,6 +257,12 @@ class Streamer:
             self._takes_turns = False
             self._unload()
         return [results[lane] for lane in lanes]
+
+    def _halt(self) -> None:
+        """Let the other forwards in step come as far as this one."""
+        restore = self._keep()
+        getcurrent().parent.switch()
+        restore()
 
     def _note(self, module: torch.nn.Module) -> None:
         """Learn the order in which modules run."""

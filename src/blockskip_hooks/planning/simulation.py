@@ -120,6 +120,7 @@ class FakeTransformer:
         )
         streamed = self.model.streamed_modules
         self._streamed, self._streamed_names = list(streamed.values()), list(streamed)
+        self._halting = [*self._streamed, self.model.spans.kept[0].module]
         if assistant_layers:
             # Once the modules that stream are known: its weights do not come with theirs.
             ranks = {n: r for r, names in assistant_layers.items() for n in self._depth.renamed(names, blocks)}
@@ -165,7 +166,7 @@ class FakeTransformer:
             inputs = self._batch(batch_size, size, text_tokens).arguments(self.family, self.transformer_config)
             with (
                 _autocast(self.dtype),
-                halts_before(self._streamed, meter, resident) as halts,
+                halts_before(self._halting, meter, resident) as halts,
                 streamed_weights(self._streamed),
             ):
                 residuals = self.model.capture_residuals(**inputs, return_dict=False)
@@ -189,7 +190,7 @@ class FakeTransformer:
             inputs.pop("condition_tokens", None)
             with (
                 _autocast(self.dtype),
-                halts_before(self._streamed, meter, resident) as halts,
+                halts_before(self._halting, meter, resident) as halts,
                 streamed_weights(self._streamed),
                 only_adapters(self.model.transformer, [TRAINED]),
                 self.model.full_model() as transformer,

@@ -53,7 +53,7 @@ _samples_at_hand: ContextVar[list[Sample]] = ContextVar("samples_at_hand")
 
 
 class TimedRecords(RecordSource):
-    """A source of batches that counts processor seconds from its making to the last step.
+    """A source of batches that counts processor seconds from its making to its last batch.
 
     Attributes:
         facts: What was found.
@@ -65,9 +65,9 @@ class TimedRecords(RecordSource):
         super().__init__(*args, **kwargs)
         self._since = time.process_time()
 
-    def made(self) -> tuple[int, int]:
+    def complete(self, batch: Batch) -> None:
+        super().complete(batch)
         self.facts["processor_seconds"] = time.process_time() - self._since
-        return super().made()
 
 
 class CorrectedRecords(TimedRecords):
@@ -319,7 +319,8 @@ def summarise(cells: Sequence[Mapping[str, Any]], rows: Sequence[str]) -> dict[s
         varied = table.get(trial.varies or "", {})
         if shared := sorted(set(of_row) & set(varied)):
             line["to_varied"] = {f"{s}, seed {n}": paired(of_row[s, n], varied[s, n]) for s, n in shared}
-            timed = [(of_row[key], varied[key]) for key in shared if "processor_seconds" in varied[key]]
+            pairs = [(of_row[key], varied[key]) for key in shared]
+            timed = [pair for pair in pairs if all("processor_seconds" in cell for cell in pair)]
             seconds = [row["processor_seconds"] / other["processor_seconds"] for row, other in timed]
             line |= {"seconds_to_varied": round(median(seconds), 3)} if seconds else {}
         if errors := [error for cell in of_row.values() for error in cell.get("errors", [])]:

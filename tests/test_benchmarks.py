@@ -118,3 +118,4 @@ def test_trials_correct_values_and_end_whole(load, tmp_path: Path, monkeypatch: 
     error = figures["results"]["value_matrix"]["value_error"]
     assert 0 < error["corrected"] < error["recorded"]
     assert [cell.get("whole_steps") for cell in figures["cells"]] == [None, 3]
+    assert all(cell["processor_seconds"] > 0 for cell in figures["cells"])

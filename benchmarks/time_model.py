@@ -4,7 +4,7 @@
 From the plan's TFLOP and bytes (simulated) and published rates: tensor-core peaks, PCIe, an NVMe disk. A forward takes
 its TFLOP at half of the peak. A pass over the skipped blocks takes the longer of computing and reading them, and the
 time of sending them to the device on top. Not counted: loading, text encoders, the VAE, writing records. Beside plain
-LoRA and two settings of ``auto`` it estimates the recipe in configs/ for the device, with images of 1024 px.
+LoRA and two settings of ``auto`` it estimates the recipe in configs/ for the device, with the images that it draws.
 
 Example:
     python benchmarks/time_model.py --json benchmarks/results/time_model.json
@@ -60,8 +60,8 @@ USED = 0.5
 """Part of the published peak that large forwards reach, and 0.8 of a bus's."""
 BUS_USED = 0.8
 STEPS, STRETCHES, IMAGES, DENOISING_STEPS = 500, 10, 12, 28
-RECIPE_IMAGES = 1024
-"""Side of a recipe's validation images: the model's own."""
+OWN_IMAGES = 1024
+"""Side of validation images where a recipe names none: the model's own."""
 RECIPE_FLAGS = ("resolution", "rank", "lora_layers", "skip_blocks", "gradient_checkpointing", "use_8bit_adam")
 """What of a recipe a plan depends on."""
 
@@ -140,7 +140,8 @@ def of_recipe(name: str) -> Work:
     settings = yaml.safe_load((Path(__file__).parents[1] / "configs" / name).read_text())
     given = {flag: settings[flag] for flag in RECIPE_FLAGS if flag in settings}
     words = [part for flag, value in given.items() for part in (f"--{flag}", value) if part is not True]
-    return work(planned(*map(str, words), "--validation_resolution", str(RECIPE_IMAGES)))
+    side = settings.get("validation_resolution", OWN_IMAGES)
+    return work(planned(*map(str, words), "--validation_resolution", str(side)))
 
 
 def planned(*flags: str) -> dict[str, Any]:

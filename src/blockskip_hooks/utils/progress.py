@@ -19,9 +19,11 @@ LINES = 10
 """Lines that a log gets for one piece of work, about."""
 LEAST_SECONDS = 2.0
 """Seconds between two lines of a log, at least; the last line always comes."""
-FIRST_SECONDS = 30.0
+FIRST_SECONDS = 10.0
 """Seconds after which slow work gets its first line, even if less than a tenth is done."""
-LINE = "{desc}: {n_fmt}/{total_fmt} {unit}s ({percentage:.0f}%), {rate_fmt}, {elapsed} gone, {remaining} left{postfix}"
+# Always in seconds a piece: tqdm's rate_fmt turns over where that is one, and lines of one log could not be compared.
+LINE = "{desc}: {n_fmt}/{total_fmt} {unit}s ({percentage:.0f}%), {rate_inv_fmt}, "
+LINE += "{elapsed} gone, {remaining} left{postfix}"
 
 
 class StageProgress:

@@ -233,7 +233,8 @@ def fits_of(args: argparse.Namespace, preset: str) -> Iterator[Fits]:
 def rank(args: argparse.Namespace) -> None:
     """Print what fits a GPU, preset by preset."""
     names, fits = [args.preset] if args.preset else preset_names(), []
-    print("Each model takes tens of plans of seconds each.", file=sys.stderr, flush=True)
+    if args.preset is None:
+        print(f"Planning {len(names)} models, a minute or so for each; --preset NAME plans one.", file=sys.stderr)
     for preset in listed(names, "Planning", "preset", total=len(names)):
         with fits_of(args, preset) as settings:
             fits.append((preset, settings.closest(args.gpu), settings.fastest(args.gpu)))

@@ -171,6 +171,9 @@ def _refuse_unknown(parser: OneLineParser, unknown: Sequence[str]) -> NoReturn:
     known = [option for action in parser._actions for option in action.option_strings]
     close = difflib.get_close_matches(names[0], known, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
+    if not names[0].startswith("-"):
+        # Without quotes a shell makes words of a text, and the flag takes the first one.
+        hint = "; a text of several words needs quotes, and a switch takes no value"
     parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
 
 

@@ -42,7 +42,7 @@ MODELS = {
 }
 FLUX = "flux.1-dev"
 PAGES = {
-    ROOT / "README.md": (FLUX, "flux.2-klein-9b", "z-image", "krea-2"),
+    ROOT / "README.md": (FLUX, "flux.2-klein-9b", "z-image"),
     ROOT / "docs" / "choosing_settings.md": tuple(MODELS),
 }
 """Which models the table of a page has."""

@@ -104,6 +104,20 @@ def test_a_stage_that_goes_on_keeps_its_rate_and_time(clock, capsys):
     assert "100/100" in last and "03:20 gone" in last and "2.00s/step" in last
 
 
+def test_a_bar_that_goes_on_shows_the_time_left_from_its_first_drawing(clock):
+    progress = Progress()
+    with on_terminal() as terminal:
+        for first in (0, 50):
+            with progress.stage("train", first, steps=100) as stage:
+                for _ in range(50):
+                    clock.seconds += 2
+                    stage.update()
+    drawn = [text for text in terminal.getvalue().split("\r") if "100 [" in text]
+    again = next(text for text in drawn[1:] if "50/100" in text and "peak" not in text)
+    assert "[01:40<01:40, " in again and "2.00s/step" in again
+    assert sum("00:00<?" in text for text in drawn) == 1
+
+
 def test_times_left_never_grow_or_fall_below_zero_at_an_even_pace(clock, capsys):
     with contextlib.closing(progress_bar("train", 100, "step", initial=40)) as bar:
         for _ in range(60):

@@ -4,7 +4,7 @@
 From the plan's TFLOP and bytes (simulated) and published rates: tensor-core peaks, PCIe, an NVMe disk. A forward takes
 its TFLOP at half of the peak. A pass over the skipped blocks takes the longer of computing and reading them, and the
 time of sending them to the device on top. Not counted: loading, text encoders, the VAE, writing records. Beside plain
-LoRA and two settings of ``auto`` it estimates the recipe in configs/ for the device, with images of 1024 px.
+LoRA and two settings of ``auto`` it estimates the recipe in configs/ for the device, with the images that it draws.
 
 Example:
     python benchmarks/time_model.py --json benchmarks/results/time_model.json
@@ -60,8 +60,8 @@ USED = 0.5
 """Part of the published peak that large forwards reach, and 0.8 of a bus's."""
 BUS_USED = 0.8
 STEPS, STRETCHES, IMAGES, DENOISING_STEPS = 500, 10, 12, 28
-RECIPE_IMAGES = 1024
-"""Side of a recipe's validation images: the model's own."""
+OWN_IMAGES = 1024
+"""Side of validation images where a recipe names none: the model's own."""
 RECIPE_FLAGS = ("resolution", "rank", "lora_layers", "skip_blocks", "gradient_checkpointing", "use_8bit_adam")
 """What of a recipe a plan depends on."""
 
@@ -103,6 +103,9 @@ def main(argv: list[str] | None = None) -> int:
     plain_step, plain_image = tflop(stage(plain, "train")), tflop(stage(plain, "validate"))
     works = {f"{percent} %": work(planned("--skip_ratio", str(percent / 100), *sizes)) for percent in (30, 50)}
     recipes = {device.recipe: of_recipe(device.recipe) for device in DEVICES.values() if device.recipe}
+    # What they would take with images of the model's own size.
+    smaller = [name for name in recipes if drawn(name) < OWN_IMAGES]
+    recipes |= {f"{name}, {OWN_IMAGES} px": of_recipe(name, OWN_IMAGES) for name in smaller}
     results: dict[str, Any] = {"plain": {"train_tflop": plain_step, "image_tflop": plain_image}, "devices": {}}
     results["works"] = {name: asdict(item) for name, item in (works | recipes).items()}
     print("estimated, minutes:  device | run | training steps + precompute = both | images")
@@ -116,8 +119,9 @@ def main(argv: list[str] | None = None) -> int:
         for name, item in works.items():
             for cached in (True, False):
                 rows[f"{name} skipped, {'host cache' if cached else 'from disk'}"] = estimate(item, device, cached)
-        if device.recipe:
-            rows[device.recipe] = estimate(recipes[device.recipe], device, cached=False)
+        for name in recipes:
+            if device.recipe and name.startswith(device.recipe):
+                rows[name] = estimate(recipes[name], device, cached=False)
         for name, figures in rows.items():
             both = figures["steps"] + figures["precompute"]
             print(
@@ -135,12 +139,22 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if all(item["met"] for item in targets) else 1
 
 
-def of_recipe(name: str) -> Work:
-    """What a run of a recipe has to do."""
-    settings = yaml.safe_load((Path(__file__).parents[1] / "configs" / name).read_text())
+def settings_of(name: str) -> dict[str, Any]:
+    """A recipe's settings."""
+    return yaml.safe_load((Path(__file__).parents[1] / "configs" / name).read_text())
+
+
+def drawn(name: str) -> int:
+    """Side of a recipe's validation images."""
+    return settings_of(name).get("validation_resolution", OWN_IMAGES)
+
+
+def of_recipe(name: str, images: int | None = None) -> Work:
+    """What a run of a recipe has to do, with validation images of its own side or another."""
+    settings, side = settings_of(name), images or drawn(name)
     given = {flag: settings[flag] for flag in RECIPE_FLAGS if flag in settings}
     words = [part for flag, value in given.items() for part in (f"--{flag}", value) if part is not True]
-    return work(planned(*map(str, words), "--validation_resolution", str(RECIPE_IMAGES)))
+    return work(planned(*map(str, words), "--validation_resolution", str(side)))
 
 
 def planned(*flags: str) -> dict[str, Any]:

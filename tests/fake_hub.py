@@ -37,6 +37,7 @@ class FakeHub:
         failing: Status by the part of a route, such as ``"/commit/"``.
         requests: All that came, in order.
         repositories: Names of those that were made.
+        gated: Names of those whose files nobody may read.
         files: What was committed or is there to be downloaded, by repository and path.
     """
 
@@ -45,6 +46,7 @@ class FakeHub:
     failing: dict[str, int] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
     repositories: list[str] = field(default_factory=list)
+    gated: list[str] = field(default_factory=list)
     files: dict[str, dict[str, bytes]] = field(default_factory=dict)
 
     def answer(self, request: Request) -> tuple[int, Any]:
@@ -115,10 +117,13 @@ def fake_hub(token: str) -> Iterator[FakeHub]:
             headers = {name.lower(): value for name, value in self.headers.items()}
             request = Request(self.command, self.path, headers, body)
             data = hub.download(request)
-            if data is None:
-                status, answer = hub.answer(request)
+            closed = "/resolve/" in self.path and any(self.path.startswith(f"/{name}/") for name in hub.gated)
+            if data is None or closed:
+                status, answer = (401, {"error": "gated"}) if closed else hub.answer(request)
                 data = json.dumps(answer).encode()
                 self.send_response(status)
+                if closed:
+                    self.send_header("X-Error-Code", "GatedRepo")
                 self.send_header("Content-Type", "application/json")
             else:
                 self.send_response(200)

@@ -70,8 +70,9 @@ def test_images_of_the_embedded_model_are_compared(monkeypatch: pytest.MonkeyPat
     photos = [Image.open(file).convert("RGB") for file in sorted(embedded_photos("dog").glob("*.png"))]
     (line,) = closing._alike(run, photos, [[Image.new("RGB", (64, 64))]], [photos])
     before, after, most = map(float, re.findall(r"-?\d\.\d\d", line))
+    assert len(line) <= 80
     # The mean over photos that are the images has each photo itself in it.
     assert line.startswith("Alike    ") and before < 0.5 < most < after
     (line,) = closing._alike(run, photos[:1], [photos[:1]], [photos[:1]])
-    assert line.endswith("1.00 before and 1.00 after, of at most 1: images with photos")
+    assert line == "Alike    images to photos 1.00 before, 1.00 after; 1 is the same"
     assert closing._alike(run, photos, [], []) == []

@@ -171,10 +171,15 @@ def test_a_run_from_a_file_is_the_run_of_the_flags(write, tmp_path):
     script.assert_same_weights(tmp_path / "file", typed)
 
 
-def test_recipes_are_found_from_every_folder(write, tmp_path):
+def test_recipes_are_found_from_every_folder(write, tmp_path, capsys):
     assert parse_args(["--config", "configs/flux-12gb.yaml"]).skip_blocks == "17,0"
     with pytest.raises(SystemExit):
         parse_args(["--config", "configs/flux-13gb.yaml"])
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "error: --config configs/flux-13gb.yaml cannot be read: No such file or directory; recipes "
+    )
+    assert all(f"configs/flux-{size}gb.yaml" in said for size in (12, 16)) and said.count("\n") == 1
     # A file of one's own is the one that is meant.
     (tmp_path / "configs").mkdir()
     write(name="configs/flux-12gb.yaml", skip_blocks="3,0")

@@ -18,7 +18,7 @@ from blockskip_hooks.cli.arguments import build_parser, parse_args
 from blockskip_hooks.cli.preparation import prepare_run
 from blockskip_hooks.data.photo_set import PhotoSet
 from blockskip_hooks.data.photos import scan_photos
-from blockskip_hooks.embedded import embedded_model, embedded_photos, embedded_subjects, unknown_words
+from blockskip_hooks.embedded import BEST_CLASSES, embedded_model, embedded_photos, embedded_subjects, unknown_words
 from blockskip_hooks.families import detect_family
 from blockskip_hooks.families.flux import Flux
 from blockskip_hooks.inference.subject_encoder import SubjectEncoder
@@ -163,7 +163,9 @@ def test_words_that_the_model_never_read_are_named(tmp_path: Path, caplog: pytes
     with caplog.at_level("WARNING"):
         prepare_run(parse_args([*photos, "--instance_prompt", "a photo of sks giraffe"]))
     (line,) = [record.getMessage() for record in caplog.records if "never read" in record.getMessage()]
-    assert "never read giraffe: it knows a few words, among them backpack, boot, cat" in line
+    assert "never read giraffe; of things it knows backpack, boot, cat" in line and 'Write "object" for' in line
+    assert unknown_words(" ".join([*BEST_CLASSES, "object"])) == []
+    assert {subject["class"] for subject in embedded_subjects().values()} <= set(BEST_CLASSES)
     caplog.clear()
     with caplog.at_level("WARNING"):
         prepare_run(parse_args(["--output_dir", str(tmp_path)]))

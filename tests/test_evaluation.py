@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from blockskip_hooks.embedded import BACKGROUND_PHRASES, embedded_photos, embedded_subjects
+from blockskip_hooks.embedded import BACKGROUND_PHRASES, embedded_photos, embedded_subjects, unknown_words
 from blockskip_hooks.evaluation import images as evaluation_images
 from blockskip_hooks.evaluation.metrics import (
     diversity,
@@ -200,6 +200,16 @@ def test_shipped_prompts(kind: str, counts: dict[str, int]):
         assert prompt.text.count("sks dog") == 1 and prompt.text.replace("sks dog", "a dog") == prompt.description
 
 
+def test_a_subject_of_ones_own_is_shown_on_the_backgrounds_that_the_embedded_model_knows():
+    load = load_script("evaluate")
+    words = ["--instance_data_dir", "photos", "--instance_prompt", "a photo of sks mug", "--class_phrase", "a mug"]
+    prompts = load.find_prompts(load.build_parser().parse_args(words))
+    assert len(prompts) == len(BACKGROUND_PHRASES) == 10
+    assert prompts[0].text == "a photo of sks mug on a red background"
+    assert prompts[0].description == "a photo of a mug on a red background"
+    assert not any(unknown_words(prompt.text) for prompt in prompts)
+
+
 def test_prompts_of_the_embedded_subjects_say_what_they_show_in_plain_words():
     for name, subject in embedded_subjects().items():
         prompts = embedded_prompts(name)
@@ -366,9 +376,14 @@ def test_a_lora_of_the_text_encoder_takes_part(tiny_flags: list[Any], tmp_path: 
     assert first != second
 
 
-def test_script_evaluates_the_embedded_model_without_any_flag_about_it(tmp_path: Path):
+def test_script_evaluates_the_embedded_model_without_any_flag_about_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     flags = ["--subject", "robot", "--seeds", 5, "--num_inference_steps", 1, "--output_dir", tmp_path]
     assert evaluate(*flags) == 0
+    # A log gets lines, no bars.
+    said = capsys.readouterr().err
+    assert "Images: 5/5 images (100%)" in said and "Measured: 5/5 images (100%)" in said and "\r" not in said
     results = json.loads((tmp_path / "results.json").read_text())
     assert [prompt["text"] for prompt in results["prompts"]] == embedded_subjects()["robot"]["validation_prompts"]
     assert results["measures"].keys() == {"subject", "retrieved", "background_right", "class_right"}
@@ -406,7 +421,7 @@ def test_contact_sheet_of_many_prompts_is_no_strip(tmp_path: Path):
         (["--pretrained_model_name_or_path", "TINY"], "--instance_data_dir is missing"),
         (["--pretrained_model_name_or_path", "TINY", "--subject", "dog"], "--subject is for the embedded model"),
         (["--pretrained_model_name_or_path", "TINY", "--instance_data_dir", "DOG"], "--instance_prompt is missing"),
-        (["--instance_data_dir", "DOG", "--instance_prompt", "x"], "--prompts is missing"),
+        (["--instance_data_dir", "DOG", "--instance_prompt", "x", "--class_kind", "live"], "--class_kind chooses"),
         (
             ["--pretrained_model_name_or_path", "TINY", "--instance_data_dir", "DOG", "--instance_prompt", "x"],
             "--class_kind is missing",
@@ -424,6 +439,7 @@ def test_settings_that_cannot_work_are_refused_in_one_line(
     flags: list[str], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     places = {"TINY": FLUX.folder, "DOG": embedded_photos("dog"), "FILE": Path(__file__)}
+    capsys.readouterr()  # What was said while the tiny model was made.
     assert evaluate("--output_dir", tmp_path / "out", *(places.get(flag, flag) for flag in flags)) == 2
     said = capsys.readouterr()
     assert said.err.startswith("error: ") and said.err.count("\n") == 1 and reason in said.err

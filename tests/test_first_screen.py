@@ -375,10 +375,11 @@ def test_several_prompts_are_drawn(model: Path, photos: Path):
 
 def test_capitals_that_differ_are_warned_of(model: Path, photos: Path, caplog: pytest.LogCaptureFixture):
     prepared(
-        model, photos, "--instance_prompt", "A photo of SKS dog", "--validation_prompt", "the sks dog", "a SKS dog"
+        model, photos, "--instance_prompt", "A Photo of SKS dog", "--validation_prompt", "photo of sks dog", "a photo"
     )
-    said = [record.getMessage() for record in caplog.records if "write both alike" in record.getMessage()]
-    assert len(said) == 1 and said[0].startswith("'SKS' of --instance_prompt is 'sks' in a validation prompt")
+    said = [record.getMessage() for record in caplog.records if "Capital letters" in record.getMessage()]
+    # All words in one line.
+    assert len(said) == 1 and "of a validation prompt: SKS (sks), Photo (photo). To many" in said[0]
     # Sentences begin with a capital letter, and further words are no other spelling.
     assert other_capitals("A photo of sks dog", ["Portrait of a sks dog", "Sks dog in Rome"]) == {}
 
@@ -403,7 +404,7 @@ def test_the_first_screen_fits_a_terminal(capsys):
     text = "\n".join(lines)
     for said in (
         "Photos   5 from",
-        "Sizes    256 x 256 px, cropped to 128 x 128",
+        "Sizes    256 x 256 px, scaled and cropped to 128 x 128",
         "Rate     warms up for 100 of 200 steps to 3e-3",
         "Images   2 of each of 4 prompts, 128 px, at the end",
     ):

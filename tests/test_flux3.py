@@ -289,6 +289,11 @@ def test_a_modular_model_is_downloaded_from_the_hub(
         found = resolve_model(name, variant=variant, **place)
         with pytest.raises(ValueError, match="could not be downloaded"):
             resolve_model(f"{USER}/none", cache_dir=str(tmp_path), token="token")
+        hub.gated.append(name)
+        advice = f"{name} is gated: accept its licence on {hub.endpoint}/{name}, then run: hf auth login"
+        for part in ({"configs_only": True}, {"variant": variant}):
+            with pytest.raises(ValueError, match=advice):
+                resolve_model(name, **part, **(place | {"cache_dir": str(tmp_path / "other")}))
     assert detect_family(found) is tiny().family
     downloaded = {str(path.relative_to(found)) for path in found.rglob("*.safetensors")}
     assert downloaded == {file for file in files if file.endswith(".safetensors")}

@@ -474,7 +474,7 @@ def test_small_and_narrow_photos_are_counted_and_named(tmp_path):
     small, narrow = summary.warnings()
     assert "1 of 4 photos (small.png)" in small and "--resolution" in small
     assert "1 of 4 photos (long.png)" in narrow and "--aspect_ratio_buckets" in narrow
-    assert "Sizes    64 x 64 to 200 x 64 px, cropped to 64 x 64" in summary.describe("photos", "sks")
+    assert "Sizes    64 x 64 to 200 x 64 px, scaled and cropped to 64 x 64" in summary.describe("photos", "sks")
     bucketed = summarize_photos(photos, [(64, 64), (48, 144)])
     assert list(bucketed.mostly_cut) == [] and "cropped to 2 aspect ratios" in bucketed.describe("photos", "sks")
     many = summarize_photos([Photo(f"{n}.png", None, lambda: None, size=(8, 8)) for n in range(12)], [(64, 64)])

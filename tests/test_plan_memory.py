@@ -35,7 +35,8 @@ def test_script(as_json: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         assert plan["plain_lora"]["peak_device_bytes"] > stage(plan, "train")["peak_device_bytes"]
     else:
         assert script.main(command) == 0
-        assert "plain LoRA at 64 px: " in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert "plain LoRA at 64 px: " in said and max(map(len, said.splitlines())) <= 80
 
 
 def test_a_preset_is_planned_as_the_training_script_plans_it(

@@ -75,10 +75,20 @@ def test_quick_work_has_its_last_line_only(clock, capsys):
 
 def test_slow_work_soon_has_a_line_with_its_rate_and_the_time_left(clock, capsys):
     with contextlib.closing(progress_bar("train", 1000, "step")) as bar:
-        clock.seconds += 40
-        bar.update()
+        for _ in range(12):
+            clock.seconds += 2
+            bar.update()
     (line,) = lines(capsys)
-    assert "1/1000" in line and "40.00s/step" in line and "11:06:00 left" in line
+    assert "5/1000" in line and "2.00s/step, 00:10 gone, 33:10 left" in line
+
+
+def test_rates_of_a_log_are_seconds_a_piece_however_fast(clock, capsys):
+    with contextlib.closing(progress_bar("train", 40, "step")) as bar:
+        for _ in range(40):
+            clock.seconds += 0.5
+            bar.update()
+    said = lines(capsys)
+    assert len(said) >= 5 and all("0.50s/step" in line for line in said)
 
 
 def test_a_stage_that_goes_on_keeps_its_rate_and_time(clock, capsys):
@@ -94,6 +104,20 @@ def test_a_stage_that_goes_on_keeps_its_rate_and_time(clock, capsys):
     assert "100/100" in last and "03:20 gone" in last and "2.00s/step" in last
 
 
+def test_a_bar_that_goes_on_shows_the_time_left_from_its_first_drawing(clock):
+    progress = Progress()
+    with on_terminal() as terminal:
+        for first in (0, 50):
+            with progress.stage("train", first, steps=100) as stage:
+                for _ in range(50):
+                    clock.seconds += 2
+                    stage.update()
+    drawn = [text for text in terminal.getvalue().split("\r") if "100 [" in text]
+    again = next(text for text in drawn[1:] if "50/100" in text and "peak" not in text)
+    assert "[01:40<01:40, " in again and "2.00s/step" in again
+    assert sum("00:00<?" in text for text in drawn) == 1
+
+
 def test_times_left_never_grow_or_fall_below_zero_at_an_even_pace(clock, capsys):
     with contextlib.closing(progress_bar("train", 100, "step", initial=40)) as bar:
         for _ in range(60):
@@ -102,7 +126,7 @@ def test_times_left_never_grow_or_fall_below_zero_at_an_even_pace(clock, capsys)
     left = [
         60 * int(match[1]) + int(match[2]) for line in lines(capsys) if (match := re.search(r"(\d+):(\d+) left", line))
     ]
-    assert len(left) >= 5 and left == sorted(left, reverse=True) and left[0] == 150 and left[-1] == 0
+    assert len(left) >= 5 and left == sorted(left, reverse=True) and left[0] == 168 and left[-1] == 0
 
 
 def test_a_terminal_has_one_bar_that_is_drawn_again():
@@ -180,7 +204,7 @@ def test_the_mean_of_recent_losses_and_the_peak_of_the_memory(clock, capsys, mon
         stage.update(loss=1.0)
         stage.update(loss=2.0)
     (line,) = lines(capsys)
-    assert "3/3 steps (100%), 2.00step/s" in line and "1.5000" in line and line.endswith("peak 1.50 GiB")
+    assert "3/3 steps (100%), 0.50s/step" in line and "1.5000" in line and line.endswith("peak 1.50 GiB")
 
 
 @pytest.mark.parametrize(

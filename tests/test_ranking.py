@@ -170,3 +170,5 @@ def test_a_config_plans_what_it_says(size: int, recipes, results: dict[str, Any]
     assert flags.get("quantization", "bf16") == setting["held"]
     assert flags.get("gradient_checkpointing", False) == ("checkpointing" in setting["options"])
     assert flags["resolution"] == setting["resolution"]
+    # Images are as large as what is trained on; the plan has room for those of the model's own size.
+    assert flags.get("validation_resolution", recipes.FULL_RESOLUTION) == setting["resolution"]

@@ -136,6 +136,7 @@ def smaller(model, settings):
         "report_to": "none",
         **tiny.flags,
         **scaled(settings.get("skip_blocks", ""), tiny.num_blocks),
+        **({"validation_resolution": tiny.resolution} if "validation_resolution" in settings else {}),
     }
     return [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
 

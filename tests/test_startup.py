@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from blockskip_hooks.cli import startup
+from blockskip_hooks.cli.arguments import parse_args
 from blockskip_hooks.cli.startup import errors_in_one_line, make_parser, returns_exit_code
 
 
@@ -82,3 +83,14 @@ def test_parsers_take_no_shortened_flags(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit, match="2"):
         parser.parse_args(["--ste", "3"])
     assert capsys.readouterr().err.startswith("error: unrecognized arguments: --ste 3")
+
+
+def test_a_text_without_quotes_is_told_apart_from_a_misspelt_flag(capsys: pytest.CaptureFixture[str]):
+    for words, hint in (
+        (["--instance_prompt", "a", "photo", "of"], "arguments: photo of; a text of several words needs quotes"),
+        (["--train_text_encoder", "yes"], "arguments: yes; a text of several words needs quotes, and a switch takes"),
+        (["--instance_promt", "a photo"], "arguments: --instance_promt a photo; did you mean --instance_prompt?"),
+    ):
+        with pytest.raises(SystemExit):
+            parse_args(words)
+        assert hint in capsys.readouterr().err

@@ -42,7 +42,7 @@ MODELS = {
 }
 FLUX = "flux.1-dev"
 PAGES = {
-    ROOT / "README.md": (FLUX, "flux.2-klein-9b", "z-image", "krea-2"),
+    ROOT / "README.md": (FLUX, "flux.2-klein-9b", "z-image"),
     ROOT / "docs" / "choosing_settings.md": tuple(MODELS),
 }
 """Which models the table of a page has."""
@@ -58,6 +58,7 @@ OPTION_LINES = {
     "nf4": "quantization: nf4",
     "patches": "patch_sampling: dynamic",
 }
+OWN_SIZE = f"{FULL_RESOLUTION}, the model's own, fits too, in three times the time (estimated)"
 COMMAND = "accelerate launch --quiet examples/dreambooth_blockskip/train_dreambooth_blockskip.py"
 
 
@@ -151,6 +152,9 @@ def config(size: int, setting: dict[str, Any]) -> str:
         f"Simulated memory: {', '.join(stages)} (images of 1024 px), a CUDA context and the allocator's gaps "
         "included; no GPU was at hand. Made by tools/make_recipes.py.",
     )
+    # Where that is larger than what is trained on, images of the model's own size can take longer than training.
+    side = setting["resolution"]
+    images = [] if side == FULL_RESOLUTION else [f"validation_resolution: {side}  # {OWN_SIZE}"]
     lines = [
         f"# FLUX.1-dev on a GPU of {size} GB: kept blocks in {weights}, {skipped} of {blocks} blocks skipped.",
         f"#   {COMMAND} --config configs/flux-{size}gb.yaml \\",
@@ -164,6 +168,7 @@ def config(size: int, setting: dict[str, Any]) -> str:
         "output_dir: flux-dog",
         "mixed_precision: bf16",
         f"resolution: {setting['resolution']}",
+        *images,
         "train_batch_size: 1",
         "max_train_steps: 500",
         "lr_warmup_steps: 0",

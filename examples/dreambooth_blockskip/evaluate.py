@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from blockskip_hooks.cli.startup import (
@@ -35,7 +36,7 @@ quiet_libraries()
 keep_memory_whole()
 
 from PIL import Image
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from blockskip_hooks.cli.arguments import printable_command
 from blockskip_hooks.cli.flags.other_scripts import add_model_flags, condition_note, image_flags
@@ -47,6 +48,7 @@ from blockskip_hooks.evaluation.metrics import encoder_label, evaluate_images
 from blockskip_hooks.evaluation.prompt_lists import (
     CLASS_KINDS,
     EvaluationPrompt,
+    background_prompts,
     embedded_prompts,
     read_prompts,
     subject_phrase,
@@ -64,6 +66,7 @@ from blockskip_hooks.inference.lora_files import lora_file
 from blockskip_hooks.inference.streamed_model import check_loras, image_settings
 from blockskip_hooks.utils.errors import UserError
 from blockskip_hooks.utils.files import expand_home, home_path, write_json, write_text
+from blockskip_hooks.utils.progress import progress_bar
 
 
 NO_LORA = "none"
@@ -97,7 +100,8 @@ def build_parser() -> argparse.ArgumentParser:
     flag(
         "--prompts",
         type=home_path,
-        help="File of other prompts, one on a line, {} for the subject; default: the shipped ones.",
+        help="File of other prompts, one on a line, {} for the subject; default: the shipped ones, or of the "
+        "embedded model the backgrounds that it knows.",
     )
     flag("--images_per_prompt", type=int, help="Images of each prompt, with seeds from 0 on; default: 4.")
     flag("--seeds", nargs="+", type=int, help="Seeds of each prompt's images; default: by --images_per_prompt.")
@@ -234,12 +238,17 @@ def find_prompts(args: argparse.Namespace) -> tuple[EvaluationPrompt, ...]:
         raise UserError('--instance_prompt is missing; give the one of training, like "a photo of sks dog".')
     if args.prompts is not None and args.class_kind is not None:
         raise UserError("--class_kind chooses among the shipped prompts, --prompts names others; leave one out.")
+    phrase = subject_phrase(instance_prompt)
+    words = args.class_phrase or phrase
     if args.prompts is None and args.pretrained_model_name_or_path is None:
-        raise UserError("--prompts is missing; the shipped ones hold words that the embedded model does not know.")
+        if args.class_kind is not None:
+            raise UserError(
+                "--class_kind chooses prompts of words that the embedded model does not know; leave it out."
+            )
+        return background_prompts(phrase, words)
     if args.prompts is None and args.class_kind is None:
         raise UserError("--class_kind is missing; give object or live, or prompts of your own by --prompts.")
-    phrase = subject_phrase(instance_prompt)
-    return read_prompts(args.prompts or template_file(args.class_kind), phrase, args.class_phrase or phrase)
+    return read_prompts(args.prompts or template_file(args.class_kind), phrase, words)
 
 
 def name_loras(sources: Sequence[str]) -> dict[str, Path | None]:
@@ -290,7 +299,7 @@ def measure(
     pictures, rows = [photo.decode() for photo in photos], []
     descriptions = {prompt.text: prompt.description for prompt in request.prompts}
     total = len(request.loras) * len(request.prompts) * len(request.seeds)
-    with tqdm(total=total, desc="Measured", unit="image") as bar:
+    with closing(progress_bar("Measured", total, "image")) as bar:
         for name in request.loras:
             files = request.image_files(name)
             evaluation = evaluate_images(

@@ -55,7 +55,7 @@ from blockskip_hooks.planning.stages import plan_run
 from blockskip_hooks.training.chosen_blocks import planned_dtype
 from blockskip_hooks.training.run import Run
 from blockskip_hooks.utils.errors import UserError
-from blockskip_hooks.utils.formatting import format_bytes
+from blockskip_hooks.utils.formatting import fit_lines, format_bytes
 from blockskip_hooks.utils.progress import listed
 
 
@@ -233,7 +233,8 @@ def fits_of(args: argparse.Namespace, preset: str) -> Iterator[Fits]:
 def rank(args: argparse.Namespace) -> None:
     """Print what fits a GPU, preset by preset."""
     names, fits = [args.preset] if args.preset else preset_names(), []
-    print("Each model takes tens of plans of seconds each.", file=sys.stderr, flush=True)
+    if args.preset is None:
+        print(f"Planning {len(names)} models, a minute or so for each; --preset NAME plans one.", file=sys.stderr)
     for preset in listed(names, "Planning", "preset", total=len(names)):
         with fits_of(args, preset) as settings:
             fits.append((preset, settings.closest(args.gpu), settings.fastest(args.gpu)))
@@ -264,13 +265,13 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps({**plan, "model": name, "plain_lora": plain}, indent=2))
         return
     train = _train(plan)
-    print(format_plan(plan, model=f"{name} (architecture only, no model files)"))
-    print(
-        f"Compare  plain LoRA at {args.resolution} px: {format_bytes(plain['peak_device_bytes'])} and "
+    text = format_plan(plan, model=f"{name} (architecture only, no model files)") + (
+        f"\nCompare  plain LoRA at {args.resolution} px: {format_bytes(plain['peak_device_bytes'])} and "
         f"{plain['tflops_per_step']:.3g} TFLOP per step; this plan trains in "
         f"{train['peak_device_bytes'] / plain['peak_device_bytes']:.0%} of the memory with "
         f"{train['tflops_per_step'] / plain['tflops_per_step']:.0%} of the TFLOP"
     )
+    print(fit_lines(text))
 
 
 def _train(plan: dict[str, Any]) -> dict[str, Any]:

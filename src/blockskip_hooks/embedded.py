@@ -12,6 +12,8 @@ from typing import Any
 
 DEFAULT_SUBJECT = "backpack"
 
+BEST_CLASSES = ("backpack", "boot", "cat", "clock", "dog", "mug", "robot", "teapot", "teddy bear", "vase")
+"""The classes that the embedded model draws best; its card names others."""
 BACKGROUND_PHRASES = {
     "red": "on a red background",
     "blue": "on a blue background",

@@ -40,6 +40,11 @@ REFUSED = {
     # Photos and prompts
     "no photos": ({"--instance_data_dir": None}, ["--instance_data_dir", "--dataset_name"]),
     "absent photos": ({"--instance_data_dir": "nowhere"}, ["--instance_data_dir nowhere", "does not exist"]),
+    # What is seen in no time comes before a download.
+    "absent photos of a model on the hub": (
+        {"--instance_data_dir": "nowhere", "--pretrained_model_name_or_path": "black-forest-labs/FLUX.1-dev"},
+        ["--instance_data_dir nowhere", "does not exist"],
+    ),
     "photos are a file": ({"--instance_data_dir": "a file"}, ["--instance_data_dir a file", "is a file"]),
     "no images": ({"--instance_data_dir": "no photos"}, ["--instance_data_dir no photos", "no images", "png"]),
     "unreadable images": (

@@ -27,6 +27,21 @@ from .flags.training import add_lora_flags, add_optimizer_flags, add_training_fl
 from .startup import OneLineParser, make_parser
 
 
+DESCRIPTION = """\
+DreamBooth-LoRA on a diffusion transformer, with part of its blocks skipped.
+
+Without a model named it trains the small one that ships with the package; without photos, on those beside it.
+
+Example:
+    python train_dreambooth_blockskip.py --skip_blocks auto --output_dir dog \\
+        --instance_data_dir my-photos --instance_prompt "a photo of sks dog" \\
+        --validation_prompt "a photo of sks dog in the snow"
+    python train_dreambooth_blockskip.py --config configs/flux-12gb.yaml --output_dir dog \\
+        --instance_data_dir my-photos --instance_prompt "a photo of sks dog" \\
+        --validation_prompt "a photo of sks dog in the snow"
+"""
+
+
 def printable_command(words: Sequence[str]) -> str:
     """A command line as it may be shown and repeated: quoted for a shell, without the token.
 
@@ -71,7 +86,7 @@ def _family_flags(parser: argparse.ArgumentParser) -> None:
 def build_parser() -> OneLineParser:
     """Parser with the flags of the upstream DreamBooth-LoRA scripts of all families, and those of block skipping."""
     # Without abbreviations a command keeps its meaning when flags are added.
-    parser = make_parser("DreamBooth-LoRA on a diffusion transformer, with part of its blocks skipped.")
+    parser = make_parser(DESCRIPTION)
     for add_group in (
         _settings_flags,
         add_model_flags,
@@ -156,6 +171,9 @@ def _refuse_unknown(parser: OneLineParser, unknown: Sequence[str]) -> NoReturn:
     known = [option for action in parser._actions for option in action.option_strings]
     close = difflib.get_close_matches(names[0], known, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
+    if not names[0].startswith("-"):
+        # Without quotes a shell makes words of a text, and the flag takes the first one.
+        hint = "; a text of several words needs quotes, and a switch takes no value"
     parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
 
 

@@ -16,6 +16,7 @@ import yaml
 
 from ..training.settings import TrainSettings
 from ..utils.errors import UserError
+from .console import shipped
 from .flags.types import parse_bool
 
 
@@ -47,7 +48,8 @@ def config_words(path: Path, parser: argparse.ArgumentParser) -> tuple[list[str]
         text = path.read_text(encoding="utf-8")
         settings = yaml.safe_load(text)
     except OSError as error:
-        raise UserError(f"--config {path} cannot be read: {error.strerror}.") from error
+        hint = _recipes_like(path) if isinstance(error, FileNotFoundError) else ""
+        raise UserError(f"--config {path} cannot be read: {error.strerror}{hint}.") from error
     except UnicodeDecodeError as error:
         raise UserError(f"--config {path} is not UTF-8 text; save it as such.") from error
     except yaml.YAMLError as error:
@@ -78,6 +80,16 @@ def config_words(path: Path, parser: argparse.ArgumentParser) -> tuple[list[str]
         if value is not None:
             words += _words(actions[key], value, path)
     return words, frozenset(key for key, value in settings.items() if value is not None)
+
+
+def _recipes_like(path: Path) -> str:
+    """Recipes of the package whose names are close to that of a file that is not there."""
+    try:
+        folder = shipped("configs/flux.yaml").parent
+    except UserError:
+        return ""
+    close = difflib.get_close_matches(path.name, sorted(file.name for file in folder.glob("*.yaml")), n=5)
+    return f"; recipes with such a name: {', '.join(f'configs/{name}' for name in close)}" if close else ""
 
 
 def _settings(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:

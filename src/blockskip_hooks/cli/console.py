@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..utils.errors import UserError
 from ..version import __version__
-from .startup import SETTINGS_ERROR, quiet_libraries
+from .startup import CALLED_AS, SETTINGS_ERROR, quiet_libraries
 
 
 SCRIPTS = {
@@ -74,6 +74,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: '{name}' is none of {', '.join(COMMANDS)}" + (f"; did you mean {close[0]}?" if close else "."))
         return SETTINGS_ERROR
     quiet_libraries()
+    before = CALLED_AS.set(f"blockskip {name}")
+    try:
+        return _command(name, words)
+    finally:
+        CALLED_AS.reset(before)
+
+
+def _command(name: str, words: Sequence[str]) -> int:
     if name == "doctor":
         from . import doctor  # loads torch
 

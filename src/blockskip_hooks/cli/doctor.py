@@ -99,7 +99,7 @@ def tested_lines() -> list[str]:
     """What stands behind a run on this machine's device."""
     return [
         "on a CPU: every stage and family on small pipelines; the embedded model, trained and measured",
-        "on a GPU: nothing yet; memory of real models is simulated, step times are not known",
+        "on a GPU: nothing yet; memory of real models is simulated, times are estimated (docs/time.md)",
     ]
 
 

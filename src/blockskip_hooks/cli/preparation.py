@@ -15,12 +15,19 @@ from PIL import Image
 from ..config import PatchMode
 from ..data.checks import check_photos
 from ..data.dataset import load_dataset_photos
-from ..data.folder import condition_paths, image_paths
+from ..data.folder import condition_paths, image_paths, no_photos
 from ..data.photo import Photo
 from ..data.photos import scan_photos
 from ..data.picture import open_picture
 from ..data.summary import summarize_photos
-from ..embedded import DEFAULT_SUBJECT, embedded_model, embedded_photos, embedded_subjects, unknown_words
+from ..embedded import (
+    BEST_CLASSES,
+    DEFAULT_SUBJECT,
+    embedded_model,
+    embedded_photos,
+    embedded_subjects,
+    unknown_words,
+)
 from ..families import Family, detect_family, unread_components
 from ..loading.checks import check_model
 from ..loading.download import check_weights, has_weights, resolve_model
@@ -139,15 +146,15 @@ def _lines_on_words(prompt: str, others: Sequence[str], embedded: bool) -> list[
     """What is likely a mistake in the words of the prompts: a line of each kind."""
     lines = []
     if embedded and (unknown := unknown_words(" ".join([prompt, *others]))):
-        classes = ", ".join(sorted({subject["class"] for subject in embedded_subjects().values()}))
         lines.append(
-            f"The embedded model has never read {', '.join(unknown)}: it knows a few words, among them "
-            f"{classes}. Write the prompt with these, or name a larger model."
+            f"The embedded model has never read {', '.join(unknown)}; of things it knows {', '.join(BEST_CLASSES)} "
+            'best. Write "object" for anything else, or name a larger model.'
         )
-    for word, spelled in other_capitals(prompt, others).items():
+    if found := other_capitals(prompt, others):
+        pairs = ", ".join(f"{spelled} ({word})" for word, spelled in found.items())
         lines.append(
-            f"'{spelled}' of --instance_prompt is '{word}' in a validation prompt: to many text encoders these are "
-            "two words; write both alike."
+            f"Capital letters of --instance_prompt differ from those of a validation prompt: {pairs}. To many text "
+            "encoders these are other words; write them alike."
         )
     return lines
 
@@ -219,6 +226,7 @@ def _embedded_defaults(settings: TrainSettings) -> dict[str, Any]:
 def _find_model(settings: TrainSettings) -> Path:
     if settings.pretrained_model_name_or_path is None:
         return embedded_model()
+    _check_folder(settings)
     return resolve_model(
         settings.pretrained_model_name_or_path,
         revision=settings.revision,
@@ -228,6 +236,13 @@ def _find_model(settings: TrainSettings) -> Path:
         configs_only=settings.plan_only,
         unread=unread_components,
     )
+
+
+def _check_folder(settings: TrainSettings) -> None:
+    """Look for photos where they are said to be; whether they can be read is seen later."""
+    folder = Path(settings.instance_data_dir or "")
+    if settings.instance_data_dir and not (folder.is_dir() and image_paths(folder)):
+        raise UserError(no_photos(folder, "--instance_data_dir"))
 
 
 def _check_class_images(folder: Path) -> None:

@@ -238,7 +238,7 @@ def _weights_bytes(family: Family, dtype: torch.dtype) -> int:
 
 def _of_the_process() -> str:
     held = format_bytes(psutil.Process().memory_info().rss)
-    return f"Python and its libraries hold {held} besides by now"
+    return f"add {held} for Python and its libraries"
 
 
 def describe_plan(run: Run, plan: dict[str, Any], further: Sequence[str] = ()) -> str:

@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NoReturn
 
 from ..utils.errors import one_line
@@ -20,6 +21,8 @@ SETTINGS_ERROR = 2
 """Exit code for settings that cannot work."""
 WORK_ERROR = 1
 """Exit code for work that cannot go on."""
+CALLED_AS: ContextVar[str | None] = ContextVar("called_as", default=None)
+"""What a person typed for a script, ``"blockskip plan"`` say; ``None`` for the script's own name."""
 # What these say while they are imported is about optional packages, and kernels that no script here needs.
 _TALKATIVE = ("torchao", "bitsandbytes", "diffusers.quantizers", "torch.utils._pytree")
 
@@ -81,7 +84,13 @@ def make_parser(description: str | None) -> OneLineParser:
     """A parser whose ``--help`` begins with a script's docstring, and that takes no shortened flags."""
     # A docstring marks names as reST does; a terminal has no use for two of each.
     text = description and description.replace("``", "`")
-    return OneLineParser(description=text, formatter_class=HelpFormatter, allow_abbrev=False)
+    if text and (typed := CALLED_AS.get()):
+        text = re.sub(r"\bpython \w+\.py", typed, text)
+    # The flags follow, each with its meaning: a list of their names alone would fill screens before them.
+    usage = "%(prog)s [flags]"
+    return OneLineParser(
+        prog=CALLED_AS.get(), usage=usage, description=text, formatter_class=HelpFormatter, allow_abbrev=False
+    )
 
 
 class Failed(Exception):

@@ -67,7 +67,7 @@ class PhotoSummary:
         if self.smallest != self.largest:
             sizes += f" to {_pixels(self.largest)}"
         trained = _pixels(self.shapes[0]) if len(self.shapes) == 1 else f"{len(self.shapes)} aspect ratios"
-        lines = [f"Photos   {photos}", f"Captions {captions}", f"Sizes    {sizes} px, cropped to {trained}"]
+        lines = [f"Photos   {photos}", f"Captions {captions}", f"Sizes    {sizes} px, scaled and cropped to {trained}"]
         return "\n".join(line for line in lines if captions or not line.startswith("Captions"))
 
     def warnings(self) -> list[str]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from tqdm.auto import tqdm
 
 from ..inference.generate import generate_images
 from ..inference.lora_files import changes_text, with_adapter
@@ -23,6 +23,7 @@ from ..inference.streamed_model import (
 )
 from ..utils.digests import file_digest, fingerprint
 from ..utils.files import replacing
+from ..utils.progress import progress_bar
 from .prompt_lists import EvaluationPrompt
 
 
@@ -113,7 +114,7 @@ def make_images(request: EvaluationRequest) -> None:
     takes_lora = any(request.loras[name] for name in missing)
     model = load_image_transformer(family, dtype=dtype, device=device, takes_lora=takes_lora)
     vae = family.load_vae(dtype, device)
-    with tqdm(total=sum(map(len, missing.values())), desc="Images", unit="image") as bar:
+    with closing(progress_bar("Images", sum(map(len, missing.values())), "image")) as bar:
         for name, files in missing.items():
             embeds, negative = encoded[name]
             bar.set_postfix_str(name)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from ..embedded import embedded_subjects
+from ..embedded import BACKGROUND_PHRASES, embedded_subjects
 from ..utils.errors import UserError
 
 
@@ -76,6 +76,19 @@ def embedded_prompts(subject: str) -> tuple[EvaluationPrompt, ...]:
     return tuple(
         EvaluationPrompt(text, text.replace(phrase, words), "recontextualisation")
         for text in described["validation_prompts"]
+    )
+
+
+def background_prompts(phrase: str, class_phrase: str) -> tuple[EvaluationPrompt, ...]:
+    """A subject of one's own on each background that the embedded model knows.
+
+    Args:
+        phrase: What the model knows the subject by, ``"sks mug"`` say.
+        class_phrase: Ordinary words for it, ``"a mug"`` say.
+    """
+    return tuple(
+        EvaluationPrompt(f"a photo of {phrase} {place}", f"a photo of {class_phrase} {place}", "recontextualisation")
+        for place in BACKGROUND_PHRASES.values()
     )
 
 

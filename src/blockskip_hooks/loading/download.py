@@ -10,7 +10,8 @@ from typing import Any
 
 import diffusers
 from diffusers import DiffusionPipeline
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import GatedRepoError
 
 from ..utils.errors import UserError, first_line
 from .component_config import MODULAR_INDEX, read_index
@@ -65,15 +66,24 @@ def resolve_model(
             return Path(snapshot_download(name, allow_patterns=list(_PLAN_FILES), **place))
         folder = _download(name, variant, place, unread)
     except Exception as error:
-        # The hub client raises many types for a missing id, a gated model, or no network.
-        raise UserError(
-            f"--pretrained_model_name_or_path {name} is not a folder and could not be downloaded "
-            f"({first_line(error)}); check the name, your access to it and the network."
-        ) from error
+        raise UserError(f"--pretrained_model_name_or_path {_why_not(name, error)}") from error
     finally:
         diffusers.logging.set_verbosity(verbosity)
     _fetch_card(name, folder, revision, cache_dir, token)
     return folder
+
+
+def _why_not(name: str, error: Exception) -> str:
+    """Why a hub id could not be downloaded, and what to do."""
+    if isinstance(error, GatedRepoError):
+        return f"{name} is gated: accept its licence on {constants.ENDPOINT}/{name}, then run: hf auth login"
+    if constants.HF_HUB_OFFLINE:
+        return f"{name} is not a folder, and not whole in the hub's cache; unset HF_HUB_OFFLINE to download it."
+    # The hub client raises many types for a missing id or no network.
+    return (
+        f"{name} is not a folder and could not be downloaded ({first_line(error)}); check the name, your access to it "
+        "and the network."
+    )
 
 
 def _download(name: str, variant: str | None, place: dict[str, Any], unread: Callable[[str], Collection[str]]) -> Path:
@@ -83,6 +93,8 @@ def _download(name: str, variant: str | None, place: dict[str, Any], unread: Cal
     except OSError as error:
         try:
             index = read_index(Path(hf_hub_download(name, MODULAR_INDEX, **place)).parent)
+        except GatedRepoError:
+            raise
         except Exception:  # as above; what went wrong first says more
             raise error from None
     kinds = (*_PLAN_FILES, f"*{variant}*.safetensors" if variant else "*.safetensors")
@@ -113,11 +125,7 @@ def resolve_component(
             patterns = [f"{inside}*.json", f"{inside}{weights}"]
             folder = Path(snapshot_download(str(name), revision=revision, allow_patterns=patterns))
         except Exception as error:
-            # As above: the hub client raises many types.
-            raise UserError(
-                f"{name} is not a folder and could not be downloaded ({first_line(error)}); check the name, your "
-                "access to it and the network."
-            ) from error
+            raise UserError(_why_not(str(name), error)) from error
     if not (folder / inside / "config.json").is_file():
         raise UserError(
             f"{name} has no {inside}config.json; give the folder of a pipeline in diffusers' layout and, as "

@@ -85,6 +85,5 @@ def _alike(run: Run, photos: Sequence[Image.Image], before: Images, after: Image
     # No image can be expected to be more like the photos than they are like each other.
     pairs = len(photos) * (len(photos) - 1)
     among = float((embedded @ embedded.T).sum() - len(photos)) / pairs if pairs else 0.0
-    most = f", photos with each other {among:.2f}" if pairs else ""
-    figures = f"{before_training:.2f} before and {after_training:.2f} after"
-    return [f"Alike    {figures}, of at most 1: images with photos{most}"]
+    most = f"photos to each other {among:.2f}" if pairs else "1 is the same"
+    return [f"Alike    images to photos {before_training:.2f} before, {after_training:.2f} after; {most}"]

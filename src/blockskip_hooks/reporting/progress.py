@@ -109,13 +109,12 @@ class StageBar(StageProgress):
 
     def _open(self, kind: str) -> None:
         self._kind = kind
+        first, taken = self._progress.before.get((self._name, kind), (self._done, 0.0))
         self._bar = progress_bar(
             self._name if len(self._pieces) == 1 else f"{self._name} ({kind})",
             self._pieces[kind],
             kind.removesuffix("s").replace("_", " "),
             initial=self._done,
             shown=self._progress.shown,
+            earlier=(self._done - first, taken),
         )
-        if self._done and not self._bar.disable:
-            first, taken = self._progress.before.get((self._name, kind), (self._done, 0.0))
-            self._bar.initial, self._bar.start_t = first, self._bar.start_t - taken

@@ -143,7 +143,7 @@ class Validation:
         sharded, accelerator = self._model.is_sharded, context.accelerator
         others = 1 if sharded else accelerator.num_processes
         at_once = self._images_at_once or len(self._seeds)
-        name = f"validate ({'LoRA, after' if with_adapters else 'base model, before'})"
+        name = f"validate ({'after' if with_adapters else 'before'})"
         with (
             # A run that is stopped saves: the model that trains must be back on the device by then.
             context.stop.held() if sharded or self._run.validation_family else contextlib.nullcontext(),

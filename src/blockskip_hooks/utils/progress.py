@@ -19,9 +19,11 @@ LINES = 10
 """Lines that a log gets for one piece of work, about."""
 LEAST_SECONDS = 2.0
 """Seconds between two lines of a log, at least; the last line always comes."""
-FIRST_SECONDS = 30.0
+FIRST_SECONDS = 10.0
 """Seconds after which slow work gets its first line, even if less than a tenth is done."""
-LINE = "{desc}: {n_fmt}/{total_fmt} {unit}s ({percentage:.0f}%), {rate_fmt}, {elapsed} gone, {remaining} left{postfix}"
+# Always in seconds a piece: tqdm's rate_fmt turns over where that is one, and lines of one log could not be compared.
+LINE = "{desc}: {n_fmt}/{total_fmt} {unit}s ({percentage:.0f}%), {rate_inv_fmt}, "
+LINE += "{elapsed} gone, {remaining} left{postfix}"
 
 
 class StageProgress:
@@ -81,7 +83,15 @@ class LogLines(tqdm):
             print(" ".join(str(self).split()), file=sys.stderr, flush=True)
 
 
-def progress_bar(description: str, total: int, unit: str, *, initial: int = 0, shown: bool = True) -> tqdm:
+def progress_bar(
+    description: str,
+    total: int,
+    unit: str,
+    *,
+    initial: int = 0,
+    shown: bool = True,
+    earlier: tuple[int, float] = (0, 0.0),
+) -> tqdm:
     """A bar on a terminal, lines elsewhere, and nothing in other processes than the first or if nothing is left to do.
 
     Args:
@@ -90,14 +100,22 @@ def progress_bar(description: str, total: int, unit: str, *, initial: int = 0, s
         unit: Name of a piece, in the singular.
         initial: Pieces that were done before; the rate leaves them out.
         shown: Whether to show anything.
+        earlier: How many of ``initial`` an earlier display of the same work has shown, and the seconds that it took:
+            they count for the rate.
     """
     settings: dict[str, Any] = {"desc": description, "total": total, "unit": unit, "initial": initial}
     if not (shown and total > initial and is_first_process()):
         return tqdm(**settings, disable=True)
-    if not sys.stderr.isatty():
-        return LogLines(**settings)
-    # The mean rate of the whole bar: a smoothed one makes the time left jump.
-    return tqdm(**settings, smoothing=0, dynamic_ncols=True, file=sys.stderr)
+    if sys.stderr.isatty():
+        # The mean rate of the whole bar: a smoothed one makes the time left jump.
+        # The delay keeps it from being drawn before it knows what was done earlier.
+        bar = tqdm(**settings, smoothing=0, dynamic_ncols=True, file=sys.stderr, delay=1e-9)
+    else:
+        bar = LogLines(**settings)
+    if not bar.disable:
+        bar.initial, bar.start_t, bar.delay = initial - earlier[0], bar.start_t - earlier[1], 0
+        bar.refresh()
+    return bar
 
 
 def listed(items: Iterable[T], description: str, unit: str, *, total: int, shown: bool = True) -> Iterator[T]:

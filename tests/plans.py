@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from blockskip_hooks import BlockSkipConfig, PatchSamplingConfig
-from blockskip_hooks.families import FAMILIES
+from blockskip_hooks.families import FAMILIES, Family
 from blockskip_hooks.planning.presets import Preset, load_preset
 from blockskip_hooks.planning.request import PlanRequest
+from blockskip_hooks.planning.simulation import FakeTransformer
 from tests.tiny import TINY_FAMILIES
 
 
@@ -38,6 +39,15 @@ def tiny_preset(folder: Path) -> Preset:
     transformer = TINY_FAMILIES[0].make_transformer()
     config = {**transformer.config, "_class_name": type(transformer).__name__}
     return Preset("tiny", FAMILIES["FluxPipeline"](folder), config)
+
+
+def fake_transformer(
+    family: Family, config: dict[str, Any], spans: BlockSkipConfig, **settings: Any
+) -> FakeTransformer:
+    """A simulated transformer, without LoRA unless ``settings`` name its targets."""
+    patch = PatchSamplingConfig(min_size=32, max_size=32, multiple=1)
+    given = {"patch": patch, "rank": 1, "lora_targets": (), "weight_dtype": torch.float32, **settings}
+    return FakeTransformer(PlanRequest(family=family, transformer_config=config, config=spans, **given))
 
 
 def request_for(preset: Preset, leading: int = 0, trailing: int = 0, side: int = 32, **changes: Any) -> PlanRequest:

@@ -29,8 +29,8 @@ from blockskip_hooks.data.photos import scan_photos  # noqa: E402
 from blockskip_hooks.data.sample_plan import SamplePlan  # noqa: E402
 from blockskip_hooks.embedded import embedded_model, embedded_photos  # noqa: E402
 from blockskip_hooks.loading.model_defaults import model_defaults  # noqa: E402
+from blockskip_hooks.loading.models import empty_model  # noqa: E402
 from blockskip_hooks.planning.presets import load_preset  # noqa: E402
-from blockskip_hooks.planning.simulation import empty_model  # noqa: E402
 
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"

@@ -131,12 +131,14 @@ class PlanRequest:
         return self.resident_bytes - (self.bytes_elsewhere or 0)
 
     @property
+    def step_samples(self) -> int:
+        """Samples that an optimiser step takes, over all processes."""
+        return self.samples_per_step or self.batch_size * self.gradient_accumulation_steps
+
+    @property
     def stretch_samples(self) -> int:
         """Samples that a stretch has records of, at most."""
-        if self.stretch_steps is None:
-            return max(self.num_samples, 1)
-        per_step = self.samples_per_step or self.batch_size * self.gradient_accumulation_steps
-        return self.stretch_steps * per_step
+        return max(self.num_samples, 1) if self.stretch_steps is None else self.stretch_steps * self.step_samples
 
     def limit(self, training: Usage, alone: Usage) -> int:
         """Bytes that forwards in step may reserve, from what a training step and one such forward need."""

@@ -13,7 +13,7 @@ from diffusers import ModelMixin
 from PIL import Image
 
 from ..loading.lora_files import WEIGHTS_NAME
-from ..planning.simulation import empty_model
+from ..loading.models import empty_model
 from ..residuals.batches import SampleMaker
 from ..residuals.stretches import Stretches
 from ..training.history import History

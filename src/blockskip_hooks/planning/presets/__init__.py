@@ -16,10 +16,10 @@ from ...blocks import modulation_layers
 from ...config import BlockSkipConfig
 from ...families import FAMILIES, Family, detect_family
 from ...loading.component_config import load_config
+from ...loading.models import empty_model
 from ...lora import lora_targets
 from ...transformer import DiTBlockSkipTransformer
 from ...utils.errors import UserError
-from ..simulation import empty_model
 
 
 @dataclass(frozen=True)

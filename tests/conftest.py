@@ -11,10 +11,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from blockskip_hooks.planning.presets import Preset  # noqa: E402
 from tests import script  # noqa: E402
 from tests.pairs import save_pairs  # noqa: E402
-from tests.plans import tiny_preset  # noqa: E402
+from tests.plans import Preset, tiny_preset  # noqa: E402
 from tests.tiers import FAST_FAMILIES  # noqa: E402
 from tests.tiny import TINY_FAMILIES, TinyFamily, save_tiny_flux  # noqa: E402
 

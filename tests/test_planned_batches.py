@@ -14,11 +14,10 @@ from blockskip_hooks.planning.allocator import MIB, Trace
 from blockskip_hooks.planning.components import simulate_vae
 from blockskip_hooks.planning.description import format_plan
 from blockskip_hooks.planning.plan import sends_ahead
-from blockskip_hooks.planning.presets import Preset, load_preset
 from blockskip_hooks.planning.request import PlanRequest
 from blockskip_hooks.planning.stages import _precompute_batch, plan_run
 from blockskip_hooks.planning.usage import Usage
-from tests.plans import request_for, stage
+from tests.plans import Preset, load_preset, request_for, stage
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])

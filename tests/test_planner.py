@@ -17,10 +17,9 @@ from blockskip_hooks.lora import add_lora, lora_targets
 from blockskip_hooks.losses import flow_matching_loss
 from blockskip_hooks.planning.counters import CountFlops, LiveBytes
 from blockskip_hooks.planning.description import format_plan
-from blockskip_hooks.planning.presets import Preset, load_preset
 from blockskip_hooks.planning.request import PlanRequest
 from blockskip_hooks.planning.stages import RECORD_OVERHEAD, plan_run
-from tests.plans import LAYERS, TEXT_TOKENS, fake_transformer, request_for, stage
+from tests.plans import LAYERS, TEXT_TOKENS, Preset, fake_transformer, load_preset, request_for, stage
 from tests.tiny import TINY_FAMILIES
 
 

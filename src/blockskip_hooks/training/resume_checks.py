@@ -10,7 +10,7 @@ from typing import Any
 
 from ..loading.checkpoint_index import tensor_shapes
 from ..loading.lora_files import WEIGHTS_NAME
-from ..utils.digests import folder_digest
+from ..utils.digests import component_digests, folder_digest
 from ..utils.errors import UserError, one_line
 from ..utils.formatting import fit_lines
 from .checkpoints import OPTIMIZER_NAME, SCHEMA, find_checkpoint, list_checkpoints, read_state, summary
@@ -35,14 +35,13 @@ ADVICE = "use the settings it was made with, or start anew in another --output_d
 def made_with(run: Run) -> dict[str, Any]:
     """What decides a run's weights, and so what it must share with a checkpoint that it goes on from."""
     path = run.family.model_path
-    others = [name for name in ("vae", *run.family.text_components) if (path / name).is_dir()]
     return {
         "skip": [run.config.leading, run.config.trailing],
         "layers": hashlib.sha256("\n".join(run.targets).encode()).hexdigest(),
         "optimizer": run.settings.optimizer.lower() + (" of 8 bits" if run.settings.use_8bit_adam else ""),
         # Checkpoints of before have a digest under "weights" that most tensors were no part of.
         "base_weights": folder_digest(path / "transformer"),
-        "components": {name: folder_digest(path / name) for name in others},
+        "components": component_digests(path, ("vae", *run.family.text_components)),
         "assistant": run.assistant and run.assistant.digest,
         "photos": [photo.digest for photo in run.photos],
         "prompts": [photo.caption or run.settings.instance_prompt or "" for photo in run.photos],

@@ -19,7 +19,7 @@ from .hooks import Bound, apply_block_skip, check_bare, record_layers, remove_bl
 from .loading.download import resolve_component
 from .loading.models import Checkpoint
 from .loading.quantization import QuantizationConfig
-from .loading.streaming import Streamer, frozen_weights_on_host, plain_device, stream
+from .loading.streaming import Streamer, frozen_weights_on_host, plain_device
 from .state import Capture, CaptureDone, SkipMode, SpanResiduals
 from .utils.errors import UserError
 from .utils.norms import free_norm_dtypes, keep_norm_dtypes
@@ -74,7 +74,6 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
         super().__init__()
         self.transformer: ModelMixin = transformer
         self.is_sharded = isinstance(transformer, FSDPModule)
-        self._stacks = stacks
         self.spans: BlockSpans = split_blocks(list_blocks(transformer, stacks), config)
         self.recorded_layers = as_names(recorded_layers)
         self._streamer = Streamer(offload_device or "cpu")
@@ -82,7 +81,7 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
         if offload_device is not None:
             idle = idle_modules(transformer)
             for name, module in streamed.items():
-                stream(module, offload_device, streamer=self._streamer, idle=name in idle)
+                self._streamer.stream(module, idle=name in idle)
         keep_norm_dtypes(transformer)
         self.skip_state = apply_block_skip(transformer, config, stacks)
         # A forward that is broken off would leave gathered weights behind, and other processes waiting.
@@ -161,7 +160,7 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
         )
         streamer, idle = Streamer(device, stream_cache, sends_ahead=sends_ahead), idle_modules(transformer)
         for name, module in streamed.items():
-            stream(module, device, checkpoint.weights_of(f"{name}."), streamer, idle=name in idle)
+            streamer.stream(module, checkpoint.weights_of(f"{name}."), idle=name in idle)
         model = cls(transformer, config, stacks, recorded_layers=recorded_layers)
         model._streamer = streamer
         return model
@@ -195,7 +194,7 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
         if not self.skip_state._attached:
             return self.transformer
         remove_recorded_layers(self.transformer, self.skip_state)
-        remove_block_skip(self.transformer, self._stacks)
+        remove_block_skip(self.transformer)
         self.skip_state._detach()
         for module in self.streamed_modules.values():
             remove_hook_from_module(module)

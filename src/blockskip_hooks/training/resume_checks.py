@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..loading.checkpoint_index import tensor_shapes
+from ..loading.checks import lora_layers
 from ..loading.lora_files import WEIGHTS_NAME
 from ..utils.digests import component_digests, folder_digest
 from ..utils.errors import UserError, one_line
@@ -18,7 +18,6 @@ from .resume_flags import kept_flags
 from .run import Run
 
 
-_LORA_A = re.compile(r"transformer\.(.+)\.lora_A\.weight")
 _FIELDS: dict[str, type | tuple[type, ...]] = {
     "step": int,
     "seed": int,
@@ -172,7 +171,7 @@ def check_checkpoint(checkpoint: Path, run: Run, num_steps: int) -> None:
 
 def _check_lora(found: dict[str, tuple[int, ...]], run: Run, where: str) -> None:
     """Compare the layers and the rank of a checkpoint's LoRA to those of the run."""
-    layers = {match[1]: shape for name, shape in found.items() if (match := _LORA_A.fullmatch(name))}
+    layers = lora_layers(found)
     if layers.keys() != set(run.targets):
         differing = sorted(layers.keys() ^ set(run.targets))
         raise UserError(

@@ -27,7 +27,7 @@ from blockskip_hooks import DiTBlockSkipTransformer
 from blockskip_hooks.cli.arguments import build_parser, parse_args, printable_command
 from blockskip_hooks.cli.config_files import dump_config
 from blockskip_hooks.cli.errors import explain, in_full
-from blockskip_hooks.cli.first_screen import training_lines, training_warnings
+from blockskip_hooks.cli.first_screen import training_lines
 from blockskip_hooks.cli.preparation import known_defaults, prepare_run
 from blockskip_hooks.cli.run_plan import describe_plan, make_plan, planned_device
 from blockskip_hooks.families import PromptEmbeds
@@ -52,6 +52,7 @@ from blockskip_hooks.training.compiling import check_compiler, compile_kept_bloc
 from blockskip_hooks.training.context import Context, make_accelerator
 from blockskip_hooks.training.export import export_lora
 from blockskip_hooks.training.history import History
+from blockskip_hooks.training.learning_rate import warn_of_warmup
 from blockskip_hooks.training.lora_checks import describe_trainable
 from blockskip_hooks.training.optimizers import make_optimizer
 from blockskip_hooks.training.prompts import embed_prompts
@@ -141,8 +142,8 @@ def run_script(settings: TrainSettings, flags: str, stop: StopSignals, lock: Fol
             # A plan replaces nothing but the plan.
             if not settings.plan_only and (found := describe_output(run, checkpoint)):
                 print(found, flush=True)
-            for line in training_warnings(run, stretches.num_steps):
-                logger.warning(line)
+            if warning := warn_of_warmup(run.settings, stretches.num_steps):
+                logger.warning(warning)
             write_json(run.output_dir / "plan.json", plan)
         if not settings.plan_only:
             progress = Progress(monitor, shown=accelerator.is_main_process and settings.log_level != "error")

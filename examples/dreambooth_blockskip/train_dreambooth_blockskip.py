@@ -53,7 +53,7 @@ from blockskip_hooks.training.context import Context, make_accelerator
 from blockskip_hooks.training.export import export_lora
 from blockskip_hooks.training.history import History
 from blockskip_hooks.training.learning_rate import warn_of_warmup
-from blockskip_hooks.training.lora_checks import describe_trainable
+from blockskip_hooks.training.lora_checks import check_finite, check_gradients, describe_trainable, warn_unless_learned
 from blockskip_hooks.training.optimizers import make_optimizer
 from blockskip_hooks.training.prompts import embed_prompts
 from blockskip_hooks.training.record_plan import describe_records, plan_stretches, resolve_seed
@@ -335,7 +335,7 @@ def train_steps(
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     if history.step == 0:
-                        adapters.check_gradients()
+                        check_gradients(*adapters.modules)
                     norm = accelerator.clip_grad_norm_(adapters.parameters, settings.max_grad_norm)
                 optimizer.step()
                 lr_scheduler.step()
@@ -369,10 +369,10 @@ def finish(
     run, accelerator, settings = outputs.run, context.accelerator, outputs.run.settings
     # Every process must call this: it adds up what all of them made.
     made = records.count.together(accelerator)
-    learner.adapters.check_finite()
+    check_finite(*learner.adapters.modules)
     # A warmup's first step has rate zero.
     if history.step > 1 and accelerator.is_main_process:
-        learner.adapters.warn_unless_learned()
+        warn_unless_learned(*learner.adapters.modules)
     if accelerator.is_main_process:
         export_lora(run, learner.adapters, context.monitor, records.maker.dtype)
     before, after = validation.final(history.step)

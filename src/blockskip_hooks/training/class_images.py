@@ -23,7 +23,7 @@ from .run import Run
 _OWN_NAME = re.compile("([0-9]+)-[0-9a-f]{40}[.]jpg")
 
 
-def make_class_images(run: Run, context: Context, plan: dict[str, Any]) -> int:
+def make_class_images(run: Run, context: Context, plan: dict[str, Any]) -> None:
     """Fill ``--class_data_dir`` up to ``--num_class_images``, the work shared between processes.
 
     Works as the rest of the run does, and so within its memory: text encoders first and freed, then kept blocks in
@@ -33,9 +33,6 @@ def make_class_images(run: Run, context: Context, plan: dict[str, Any]) -> int:
         run: The run, its seed resolved.
         context: Its surroundings.
         plan: Its plan: how many images are made at a time, and how text encoders and VAE work.
-
-    Returns:
-        Number of images made by this process.
     """
     accelerator, batch_size = context.accelerator, planned_batch_size(plan, "class_images") or 1
     together = planned_together(plan, "class_images")
@@ -80,4 +77,3 @@ def make_class_images(run: Run, context: Context, plan: dict[str, Any]) -> int:
         del model, vae
         free_memory()
     accelerator.wait_for_everyone()
-    return len(numbers)

@@ -27,6 +27,13 @@ def no_tables_of_this_machine(tmp_path_factory: pytest.TempPathFactory, monkeypa
     monkeypatch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hf-home")))
 
 
+@pytest.fixture
+def no_launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A process that nobody launched, in a folder of its own."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put tests of all families but three, or those that ``fast_for`` names, into the slow tier.

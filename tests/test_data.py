@@ -14,13 +14,10 @@ from blockskip_hooks.data.dataset import load_dataset_photos
 from blockskip_hooks.data.photo import Photo
 from blockskip_hooks.data.photo_set import PhotoSet
 from blockskip_hooks.data.photos import scan_photos
+from tests.script import noise
 
 
 RED = (200, 40, 30)
-
-
-def noise(width, height, seed=0):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def photo_of(image, name="photo", caption=None):

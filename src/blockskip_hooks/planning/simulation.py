@@ -199,8 +199,10 @@ class FakeTransformer:
                 # Autocast has kept its copies of the LoRA weights until now.
                 meter.begin(ALL_BLOCKS)
             meter.begin(None)
-            velocity = family.prediction_to_latents(prediction, batch.latents).float()
-            prediction, target = batch.loss_terms(family, velocity)
+            # The velocity has no name of its own: it goes before backward, as it does in training.
+            prediction, target = batch.loss_terms(
+                family, family.prediction_to_latents(prediction, batch.latents).float()
+            )
             losses = flow_matching_loss(prediction, target, batch.sigmas, "none")
             combine_losses(losses, with_prior_preservation=False, prior_loss_weight=0.0).backward()
         for parameter in self._lora:

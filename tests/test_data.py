@@ -259,16 +259,10 @@ def test_empty_sets_and_sizes_are_refused():
         photo_set(noise(4, 4), max_size=0)
 
 
-def test_progress_is_given_every_photo():
-    seen = []
-
-    def progress(photos, title):
-        for photo in photos:
-            yield photo
-            seen.append((title, photo.name))
-
-    PhotoSet([photo_of(Image.new("RGB", (4, 4)), str(number)) for number in range(3)], 4, progress=progress)
-    assert seen == [("Loading photos", "0"), ("Loading photos", "1"), ("Loading photos", "2")]
+@pytest.mark.parametrize(("count", "shown"), [(50, ""), (51, "Loading photos: 51/51 photos (100%)")])
+def test_many_photos_are_loaded_under_a_display(count, shown, capsys):
+    PhotoSet([photo_of(Image.new("RGB", (4, 4)), str(number)) for number in range(count)], 4)
+    assert capsys.readouterr().err.partition(",")[0] == shown
 
 
 # Datasets

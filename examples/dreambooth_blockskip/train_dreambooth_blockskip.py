@@ -39,7 +39,7 @@ from blockskip_hooks.planning.plan import planned_batch_size, planned_together, 
 from blockskip_hooks.reporting.closing import closing_words, open_page
 from blockskip_hooks.reporting.hub import open_repository, push_to_hub
 from blockskip_hooks.reporting.outputs import RunOutputs, lora_size
-from blockskip_hooks.reporting.progress import Progress, photo_progress, set_log_level
+from blockskip_hooks.reporting.progress import Progress, set_log_level
 from blockskip_hooks.reporting.trackers import Tracking, start_trackers
 from blockskip_hooks.residuals.batches import SampleMaker
 from blockskip_hooks.residuals.store import ResidualStore
@@ -234,7 +234,7 @@ def load_data(run: Run, context: Context, streamed: bool) -> Data:
     accelerator, dtype = context.accelerator, weight_dtype(context.accelerator)
 
     # Everything else random is seeded from the same seed. Records of this sample plan may be there already.
-    sources, sample_plan = load_samples(run, photo_progress)
+    sources, sample_plan = load_samples(run)
     store = None
     if run.uses_store:
         with accelerator.main_process_first():

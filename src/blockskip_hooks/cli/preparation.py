@@ -27,7 +27,6 @@ from ..loading.download import has_weights, resolve_model
 from ..loading.model_defaults import model_defaults
 from ..loading.quantization import QuantizationConfig, read_quantization
 from ..planning.options import QUANTIZING_OPTIONS
-from ..reporting.progress import photo_progress
 from ..training.assistant import Assistant, find_assistant
 from ..training.chosen_blocks import choose_blocks
 from ..training.run import Run
@@ -231,7 +230,7 @@ def _find_model(settings: TrainSettings) -> Path:
 def _check_class_images(folder: Path) -> None:
     """Check the class images that are there already."""
     if folder.is_dir() and image_paths(folder):
-        scan_photos(folder, flag="--class_data_dir", progress=photo_progress)
+        scan_photos(folder, flag="--class_data_dir")
 
 
 def _find_photos(settings: TrainSettings, family: type[Family]) -> list[Photo]:
@@ -243,10 +242,9 @@ def _find_photos(settings: TrainSettings, family: type[Family]) -> list[Photo]:
             settings.caption_column,
             settings.cache_dir,
             cond_image_column=settings.family_flags["cond_image_column"],
-            progress=photo_progress,
         )
     folder, conditions = Path(settings.instance_data_dir or ""), settings.family_flags["cond_data_dir"]
-    photos = scan_photos(folder, conditions=conditions and Path(conditions), progress=photo_progress)
+    photos = scan_photos(folder, conditions=conditions and Path(conditions))
     if conditions is None and "cond_data_dir" in {flag.name for flag in family.own_flags}:
         for path in list(condition_paths(folder, [photo.path for photo in photos if photo.path]).values())[:1]:
             advice = f"--cond_data_dir {folder} makes condition images of them"

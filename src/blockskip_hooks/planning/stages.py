@@ -50,12 +50,11 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
         weights, with one streamed block and, on a CPU, the next one), ``lora_optimizer_bytes`` and
         ``activation_bytes`` (with gradients alive at the peak). ``peak_reserved_bytes`` is what CUDA's caching
         allocator reserves for them, on other devices the same, and ``needed_bytes`` is that with the context: what has
-        to be free on the device.
-        ``tflops_per_step`` counts matrix products of one forward (and backward) of ``batch_size``
-        samples, ``attention_tflops_per_step`` the attention beside them, ``vae_tflops`` what of both is the VAE's: of
-        the batch, or of one image that is decoded. ``seconds`` is always null: no time is
-        predicted. ``streamed`` of the stage "encode" says whether the layers of large text encoders are read from the
-        checkpoint one at a time, once per prompt.
+        to be free on the device. ``tflops_per_step`` counts matrix products of one forward (and backward) of
+        ``batch_size`` samples, ``attention_tflops_per_step`` the attention beside them, ``vae_tflops`` what of both is
+        the VAE's: of the batch, or of one image that is decoded. ``seconds`` is always null: no time is predicted.
+        ``streamed`` of the stage "encode" says whether the layers of large text encoders are read from the checkpoint
+        one at a time, once per prompt.
 
     Raises:
         ValueError: if the spans leave no block, or the config names no model class.
@@ -72,7 +71,7 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
         maker = (fake, vae.before_lora())
         stage, forwards["class_images"] = _make_images("class_images", *maker, wanted, of_all, side, 0)
         stages.append(stage)
-    if request.text_encoders or request.text_encoder_parameter_bytes:
+    if request.text_encoders:
         usage, streamed = _encode_text(request, train.peak_bytes)
         if request.validation and request.validation.text_encoders != request.text_encoders:
             second, second_streamed = _encode_text(request.validation, train.peak_bytes)
@@ -307,10 +306,10 @@ def _run_encoders(request: PlanRequest, streamed: Sequence[int]) -> Usage:
         for position, config in enumerate(request.text_encoders)
     ]
     total = Usage(0, 0)
-    parameter_bytes = request.text_encoder_parameter_bytes + sum(usage.parameter_bytes for usage in usages)
+    parameter_bytes = sum(usage.parameter_bytes for usage in usages)
     for usage in usages:
         total = total.then(usage.beside(parameter_bytes=parameter_bytes - usage.parameter_bytes))
-    return total if usages else Usage(parameter_bytes, parameter_bytes)
+    return total
 
 
 def _records(request: PlanRequest, residuals: SpanResiduals, shares_text: bool) -> dict[str, int]:

@@ -19,7 +19,7 @@ from .hooks import Bound, apply_block_skip, check_bare, record_layers, remove_bl
 from .loading.download import resolve_component
 from .loading.models import Checkpoint
 from .loading.quantization import QuantizationConfig
-from .loading.streaming import Streamer, frozen_weights_on_host, plain_device
+from .loading.streaming import Streamer, frozen_weights_on_host, plain_device, stream
 from .state import Capture, CaptureDone, SkipMode, SpanResiduals
 from .utils.errors import UserError
 from .utils.norms import free_norm_dtypes, keep_norm_dtypes
@@ -81,7 +81,7 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
         if offload_device is not None:
             idle = idle_modules(transformer)
             for name, module in streamed.items():
-                self._streamer.stream(module, idle=name in idle)
+                stream(module, self._streamer, idle=name in idle)
         keep_norm_dtypes(transformer)
         self.skip_state = apply_block_skip(transformer, config, stacks)
         # A forward that is broken off would leave gathered weights behind, and other processes waiting.
@@ -160,7 +160,7 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
         )
         streamer, idle = Streamer(device, stream_cache, sends_ahead=sends_ahead), idle_modules(transformer)
         for name, module in streamed.items():
-            streamer.stream(module, checkpoint.weights_of(f"{name}."), idle=name in idle)
+            stream(module, streamer, checkpoint.weights_of(f"{name}."), idle=name in idle)
         model = cls(transformer, config, stacks, recorded_layers=recorded_layers)
         model._streamer = streamer
         return model

@@ -134,16 +134,6 @@ class Streamer:
             self.release()
             self._cached, self._room, self._largest = {}, self._cache_bytes, None
 
-    def stream(self, module: torch.nn.Module, weights: Weights | None = None, *, idle: bool = False) -> None:
-        """Let a module hold its weights only while it runs.
-
-        Args:
-            module: A block, or a layer.
-            weights: Its tensors by name, read at every forward; by default a host copy of what the module holds now.
-            idle: Whether it hardly ever runs, so that it is not read ahead.
-        """
-        add_hook_to_module(module, StreamHook(self, weights, idle))
-
     def add(self, module: torch.nn.Module, weights: Weights, idle: bool) -> None:
         """Take up a module, which is expected to run after those before it or, if it is idle, not at all."""
         self._weights[module] = weights
@@ -342,6 +332,18 @@ class Streamer:
                 if buffer is not None:
                     views[name].copy_(pinned.pop(name), non_blocking=True)
             return Fetched(pinned) if buffer is None else Fetched(views, buffer, self._stream.record_event())
+
+
+def stream(module: torch.nn.Module, streamer: Streamer, weights: Weights | None = None, *, idle: bool = False) -> None:
+    """Let a module hold its weights only while it runs.
+
+    Args:
+        module: A block, or a layer.
+        streamer: Of this and other modules.
+        weights: Its tensors by name, read at every forward; by default a host copy of what the module holds now.
+        idle: Whether it hardly ever runs, so that it is not read ahead.
+    """
+    add_hook_to_module(module, StreamHook(streamer, weights, idle))
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from blockskip_hooks.families import Family
 from blockskip_hooks.lora import add_lora, lora_targets
 from blockskip_hooks.losses import flow_matching_loss
 from blockskip_hooks.planning.counters import LiveBytes
-from blockskip_hooks.planning.presets import load_preset
+from blockskip_hooks.planning.presets import preset_facts, preset_family
 from blockskip_hooks.planning.request import PlanRequest
 from blockskip_hooks.planning.stages import plan_run
 
@@ -148,10 +148,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tolerance", type=float, default=0.05, help="Largest relative error that passes.")
     args = parser.parse_args(argv)
 
-    preset = load_preset("flux.1-dev")
-    family = preset.family
+    family = preset_family("flux.1-dev")
     config = {
-        **preset.transformer_config,
+        **preset_facts("flux.1-dev")["transformer"],
         "num_layers": args.double_blocks,
         "num_single_layers": args.single_blocks,
         "attention_head_dim": 64,

@@ -25,10 +25,13 @@ from typing import Any
 from cells import SUBJECTS, evaluate, read_cells, run_cells, train
 from common import benchmark_parser, write_figures
 
+from blockskip_hooks import DiTBlockSkipTransformer, lora_targets
+from blockskip_hooks.blocks import modulation_layers
 from blockskip_hooks.config import BlockSkipConfig, PatchSamplingConfig
 from blockskip_hooks.embedded import embedded_subjects
 from blockskip_hooks.evaluation.statistics import bootstrap
-from blockskip_hooks.planning.presets import load_preset
+from blockskip_hooks.loading.models import empty_model
+from blockskip_hooks.planning.presets import preset_facts, preset_family
 from blockskip_hooks.planning.request import PlanRequest
 from blockskip_hooks.planning.stages import plan_run
 
@@ -183,24 +186,25 @@ def run_row(cell: tuple[str, str, int, Path]) -> dict[str, Any]:
 @cache
 def flux_memory(flux: tuple[int, int], patches: str, only_middle: bool) -> float:
     """Peak of a training step of the setting on FLUX.1-dev in GiB, simulated: bf16, batch 1, rank 16."""
-    preset = load_preset("flux.1-dev")
+    family, transformer = preset_family("flux.1-dev"), preset_facts("flux.1-dev")["transformer"]
     spans = BlockSkipConfig(leading=flux[0], trailing=flux[1])
-    targets = preset.lora_targets(spans, list(FLUX_LAYERS))
+    model = DiTBlockSkipTransformer(empty_model(transformer), spans)
+    targets = lora_targets(model, FLUX_LAYERS, family.text_stream_layers)
     config = BlockSkipConfig() if only_middle else spans
     size = {"none": FLUX_RESOLUTION, "large": FLUX_RESOLUTION * 3 // 4}.get(patches, FLUX_RESOLUTION // 2)
     request = PlanRequest(
-        family=preset.family,
-        transformer_config=preset.transformer_config,
+        family=family,
+        transformer_config=transformer,
         config=config,
         patch=PatchSamplingConfig(
             mode="none" if patches == "none" else "dynamic",
             min_size=size,
             max_size=FLUX_RESOLUTION,
-            multiple=preset.family.latent_token_size,
+            multiple=family.latent_token_size,
         ),
         rank=16,
         lora_targets=targets,
-        recorded_layers=preset.recorded_layers(config, targets),
+        recorded_layers=modulation_layers(model.spans, family.modulation_layers) if config.num_skipped else (),
         cache_latents=True,
         num_samples=1,
     )

@@ -11,10 +11,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from blockskip_hooks.planning.presets import Preset  # noqa: E402
 from tests import script  # noqa: E402
 from tests.pairs import save_pairs  # noqa: E402
-from tests.plans import tiny_preset  # noqa: E402
+from tests.plans import Preset, tiny_preset  # noqa: E402
 from tests.tiers import FAST_FAMILIES  # noqa: E402
 from tests.tiny import TINY_FAMILIES, TinyFamily, save_tiny_flux  # noqa: E402
 
@@ -26,6 +25,13 @@ torch.set_num_threads(1)
 def no_tables_of_this_machine(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which blocks are skipped must not depend on what was measured here before."""
     monkeypatch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hf-home")))
+
+
+@pytest.fixture
+def no_launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A process that nobody launched, in a folder of its own."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from blockskip_hooks import BlockSkipConfig, PatchSamplingConfig
-from blockskip_hooks.families import FAMILIES
-from blockskip_hooks.planning.presets import Preset, load_preset
+from blockskip_hooks import BlockSkipConfig, DiTBlockSkipTransformer, PatchSamplingConfig, lora_targets
+from blockskip_hooks.blocks import modulation_layers
+from blockskip_hooks.families import FAMILIES, Family
+from blockskip_hooks.loading.component_config import load_config
+from blockskip_hooks.loading.models import empty_model
+from blockskip_hooks.planning.presets import preset_family
 from blockskip_hooks.planning.request import PlanRequest
+from blockskip_hooks.planning.simulation import FakeTransformer
 from tests.tiny import TINY_FAMILIES
 
 
@@ -19,9 +25,43 @@ TEXT_TOKENS = 5
 LAYERS = ["attn.to_q", "attn.to_k", "attn.to_v"]
 
 
+@dataclass(frozen=True)
+class Preset:
+    """A model of public architecture, without its files."""
+
+    family: Family
+    transformer_config: dict[str, Any]
+    text_encoders: list[dict[str, Any]] = field(default_factory=list)
+
+    def skeleton(self, config: BlockSkipConfig) -> DiTBlockSkipTransformer:
+        """The transformer without weights, placeholders on."""
+        return DiTBlockSkipTransformer(
+            empty_model(self.transformer_config, self.family.transformer_class(self.transformer_config)),
+            config,
+            self.family.block_stacks,
+        )
+
+    def lora_targets(self, config: BlockSkipConfig, layers: Sequence[str] | None = None) -> list[str]:
+        """Full names of the layers that get LoRA, by default those that the family names."""
+        return lora_targets(self.skeleton(config), layers or self.family.lora_layers, self.family.text_stream_layers)
+
+    def recorded_layers(self, config: BlockSkipConfig, targets: Sequence[str]) -> tuple[str, ...]:
+        """Modulation layers of kept blocks without LoRA, whose outputs records hold; none if nothing is skipped."""
+        if not config.num_skipped:
+            return ()
+        names = modulation_layers(self.skeleton(config).spans, self.family.modulation_layers)
+        return tuple(name for name in names if name not in targets)
+
+
+def load_preset(name: str) -> Preset:
+    family = preset_family(name)
+    encoders = list(family.text_encoder_configs().values())
+    return Preset(family, load_config(family.model_path / "transformer"), encoders)
+
+
 def tiny_preset(folder: Path) -> Preset:
     """A tiny FLUX as a preset, with the scheduler of the real one, which is written to ``folder``."""
-    load_preset("flux.1-dev").family.scheduler.save_pretrained(folder / "scheduler")
+    preset_family("flux.1-dev").scheduler.save_pretrained(folder / "scheduler")
     vae = {
         "_class_name": "AutoencoderKL",
         "down_block_types": ["DownEncoderBlock2D"] * 2,
@@ -37,7 +77,16 @@ def tiny_preset(folder: Path) -> Preset:
     (folder / "vae" / "config.json").write_text(json.dumps(vae))
     transformer = TINY_FAMILIES[0].make_transformer()
     config = {**transformer.config, "_class_name": type(transformer).__name__}
-    return Preset("tiny", FAMILIES["FluxPipeline"](folder), config)
+    return Preset(FAMILIES["FluxPipeline"](folder), config)
+
+
+def fake_transformer(
+    family: Family, config: dict[str, Any], spans: BlockSkipConfig, **settings: Any
+) -> FakeTransformer:
+    """A simulated transformer, without LoRA unless ``settings`` name its targets."""
+    patch = PatchSamplingConfig(min_size=32, max_size=32, multiple=1)
+    given = {"patch": patch, "rank": 1, "lora_targets": (), "weight_dtype": torch.float32, **settings}
+    return FakeTransformer(PlanRequest(family=family, transformer_config=config, config=spans, **given))
 
 
 def request_for(preset: Preset, leading: int = 0, trailing: int = 0, side: int = 32, **changes: Any) -> PlanRequest:

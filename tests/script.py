@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
@@ -67,6 +68,10 @@ def train(model: Path, photos: Path, output: Path, *flags: str, resolution: int 
     code = load_script().main(settings(model, photos, output, *flags, resolution=resolution, text_tokens=text_tokens))
     assert code == 0, f"the script ended with {code}"
     return output
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def save_photos(folder: Path, sizes: list[tuple[int, int]]) -> Path:

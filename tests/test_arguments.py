@@ -23,10 +23,7 @@ NAMED = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def no_launcher(monkeypatch, tmp_path):
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("no_launcher")
 
 
 @pytest.fixture

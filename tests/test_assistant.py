@@ -11,11 +11,11 @@ from blockskip_hooks.cli import preparation
 from blockskip_hooks.config import BlockSkipConfig
 from blockskip_hooks.loading.component_config import load_config
 from blockskip_hooks.lora import ASSISTANT, TRAINED, add_lora, lora_targets, only_adapters
-from blockskip_hooks.planning.simulation import FakeTransformer
 from blockskip_hooks.residuals.precompute import frozen_model
 from blockskip_hooks.training.assistant import add_assistant, find_assistant
 from blockskip_hooks.training.validation import Validation
 from blockskip_hooks.transformer import DiTBlockSkipTransformer
+from tests.plans import fake_transformer
 from tests.script import PROMPT, assert_same_weights, load_script, losses, save_photos, settings, train, weights
 from tests.tiny import TINY_FAMILIES
 
@@ -210,15 +210,15 @@ def test_the_plan_counts_its_weights_where_they_are_in_memory(tmp_path):
     family, config = tiny.make_family(), load_config(tiny.folder / "transformer")
     assistant = find_assistant(str(save_assistant(tiny, tmp_path)), family, tiny.make_transformer(), None, None)
     spans = BlockSkipConfig(leading=1, trailing=2)
-    options = {"rank": 2, "lora_targets": ["transformer_blocks.1.attn.to_q"], "dtype": torch.float32, "device": "cpu"}
+    options = {"rank": 2, "lora_targets": ["transformer_blocks.1.attn.to_q"], "device": "cpu", "text_tokens": 12}
     model = skipping_model(tiny, assistant.file, spans)[0].transformer
     blocks = ("transformer_blocks.0.", "single_transformer_blocks.1.", "single_transformer_blocks.2.")
     ours = {name: p.nbytes for name, p in model.named_parameters() if f".{ASSISTANT}." in name}
     resident = sum(size for name, size in ours.items() if not name.startswith(blocks))
     largest = max(sum(size for name, size in ours.items() if name.startswith(block)) for block in blocks)
     before, after = (
-        FakeTransformer(family, config, spans, assistant_layers=layers, **options)
+        fake_transformer(family, config, spans, assistant_layers=layers, **options)
         for layers in ({}, assistant.layers())
     )
-    needed = [fake.infer(1, (32, 32), 12).parameter_bytes for fake in (before, after)]
+    needed = [fake.infer(1, (32, 32)).parameter_bytes for fake in (before, after)]
     assert needed[1] - needed[0] == resident + largest

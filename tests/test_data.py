@@ -14,13 +14,10 @@ from blockskip_hooks.data.dataset import load_dataset_photos
 from blockskip_hooks.data.photo import Photo
 from blockskip_hooks.data.photo_set import PhotoSet
 from blockskip_hooks.data.photos import scan_photos
+from tests.script import noise
 
 
 RED = (200, 40, 30)
-
-
-def noise(width, height, seed=0):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def photo_of(image, name="photo", caption=None):
@@ -262,16 +259,10 @@ def test_empty_sets_and_sizes_are_refused():
         photo_set(noise(4, 4), max_size=0)
 
 
-def test_progress_is_given_every_photo():
-    seen = []
-
-    def progress(photos, title):
-        for photo in photos:
-            yield photo
-            seen.append((title, photo.name))
-
-    PhotoSet([photo_of(Image.new("RGB", (4, 4)), str(number)) for number in range(3)], 4, progress=progress)
-    assert seen == [("Loading photos", "0"), ("Loading photos", "1"), ("Loading photos", "2")]
+@pytest.mark.parametrize(("count", "shown"), [(50, ""), (51, "Loading photos: 51/51 photos (100%)")])
+def test_many_photos_are_loaded_under_a_display(count, shown, capsys):
+    PhotoSet([photo_of(Image.new("RGB", (4, 4)), str(number)) for number in range(count)], 4)
+    assert capsys.readouterr().err.partition(",")[0] == shown
 
 
 # Datasets

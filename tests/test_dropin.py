@@ -11,7 +11,6 @@ import logging
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -49,8 +48,6 @@ LAYERS = {
     ("sd3", "1,1"): "transformer_blocks.2.attn.to_k",
 }
 OUTPUT_DIRS = {"flux-dev": "flux-dreambooth-lora", "sana": "sana-dreambooth-lora", "sd3": "sd3-dreambooth"}
-
-Launch = Callable[..., Path]
 
 
 @pytest.fixture(scope="module", params=fast_first(TINY))

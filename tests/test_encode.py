@@ -29,11 +29,11 @@ from blockskip_hooks.loading.text_encoders import (
 from blockskip_hooks.planning import stages as planner
 from blockskip_hooks.planning.components import simulate_text_encoder
 from blockskip_hooks.planning.description import format_plan
-from blockskip_hooks.planning.presets import load_preset
 from blockskip_hooks.planning.request import PlanRequest
 from blockskip_hooks.planning.stages import plan_run
 from blockskip_hooks.training import class_images, prompts
 from tests import script
+from tests.plans import load_preset, stage
 from tests.tiers import fast_first, fast_rows
 from tests.tiny import TINY_FAMILIES, TinyFamily
 
@@ -256,10 +256,6 @@ def request_for(name: str, skipped: tuple[int, int]) -> PlanRequest:
         num_samples=500,
         text_encoders=preset.text_encoders,
     )
-
-
-def stage(plan: dict[str, Any], name: str) -> dict[str, Any]:
-    return next(stage for stage in plan["stages"] if stage["name"] == name)
 
 
 @pytest.mark.parametrize(("name", "skipped"), fast_rows([("flux.1-dev", (19, 9)), ("sd3.5-medium", (8, 6))]))

@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from blockskip_hooks import BlockSkipConfig, DiTBlockSkipTransformer, SpanResiduals
-from blockskip_hooks.blocks import list_blocks, modulation_layers
+from blockskip_hooks import BlockSkipConfig, PatchSamplingConfig, SpanResiduals
+from blockskip_hooks.blocks import list_blocks
 from blockskip_hooks.families import Family
 from blockskip_hooks.loading.component_config import load_config
+from blockskip_hooks.loading.models import empty_model
 from blockskip_hooks.loading.quantization import QuantizationConfig
-from blockskip_hooks.lora import lora_targets
 from blockskip_hooks.planning import equal_blocks
 from blockskip_hooks.planning.components import simulate_text_encoder
 from blockskip_hooks.planning.counters import ALL_BLOCKS
-from blockskip_hooks.planning.presets import load_preset, preset_names
-from blockskip_hooks.planning.simulation import FakeTransformer, empty_model
+from blockskip_hooks.planning.presets import preset_names
+from tests.plans import Preset, fake_transformer, load_preset
 from tests.tiny import TinyFamily
 
 
@@ -48,32 +48,28 @@ def costs(family: Family, config: dict[str, Any], setting: Setting, side: int, t
     """Everything that the planner asks a simulated transformer for."""
     num_blocks = len(list_blocks(empty_model(config, family.transformer_class(config)), family.block_stacks))
     spans = BlockSkipConfig(leading=int(setting.leading * num_blocks), trailing=int(setting.trailing * num_blocks))
-    transformer = empty_model(config, family.transformer_class(config))
-    skeleton = DiTBlockSkipTransformer(transformer, spans, family.block_stacks)
-    targets = lora_targets(skeleton, family.lora_layers, family.text_stream_layers)
-    recorded = modulation_layers(skeleton.spans, family.modulation_layers) if spans.num_skipped else ()
-    fake = FakeTransformer(
+    preset = Preset(family, config)
+    targets = preset.lora_targets(spans)
+    fake = fake_transformer(
         family,
         config,
         spans,
+        patch=PatchSamplingConfig(min_size=side, max_size=side, multiple=1),
+        batch_size=2,
+        text_tokens=text_tokens,
         rank=setting.rank,
         lora_targets=targets,
-        dtype=setting.dtype,
-        recorded_layers=[name for name in recorded if name not in targets],
+        weight_dtype=setting.dtype,
+        recorded_layers=preset.recorded_layers(spans, targets),
         quantization=QuantizationConfig.named(setting.quantization),
-    )
-    size, residuals, capture = (side, side), SpanResiduals(), None
-    if spans.num_skipped:
-        capture, residuals = fake.capture(2, size, text_tokens)
-    train = fake.train(
-        2,
-        size,
-        text_tokens,
-        residuals,
         gradient_checkpointing=setting.checkpointing,
-        accumulated_gradients=setting.accumulates,
+        gradient_accumulation_steps=2 if setting.accumulates else 1,
     )
-    infer = fake.infer(1, size, text_tokens)
+    residuals, capture = SpanResiduals(), None
+    if spans.num_skipped:
+        capture, residuals = fake.capture(2)
+    train = fake.train(residuals)
+    infer = fake.infer(1, (side, side))
     return {
         "blocks": fake.num_blocks,
         "lora": sorted(fake.lora_sizes()),

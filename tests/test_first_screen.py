@@ -28,7 +28,7 @@ from blockskip_hooks.training.samples import expected_schedule
 from blockskip_hooks.training.used_flags import without_effect
 from blockskip_hooks.utils.errors import UserError
 from blockskip_hooks.utils.formatting import fit_lines
-from blockskip_hooks.utils.launcher import ENTRIES, FSDP_SWITCH, REFUSED_AS_A_WHOLE, check_launcher, use_all_cores
+from blockskip_hooks.utils.launcher import ENTRIES, FSDP_SWITCH, check_launcher, use_all_cores
 from tests import script
 from tests.tiny import TINY_FAMILIES, save_tiny_flux
 
@@ -157,6 +157,16 @@ def everything(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     for name in ("gradient_accumulation_steps", "gradient_clipping"):
         assert any(action.dest == name for action in launch_command_parser()._actions)
     return launched()
+
+
+# Beginnings of further variables, by the one whose refusal is theirs.
+REFUSED_AS_A_WHOLE = {
+    "ACCELERATE_FP8_": "ACCELERATE_MIXED_PRECISION",
+    "ACCELERATE_DEEPSPEED_": "ACCELERATE_USE_DEEPSPEED",
+    "ACCELERATE_CONFIG_DS_FIELDS": "ACCELERATE_USE_DEEPSPEED",
+    "MEGATRON_LM_": "ACCELERATE_USE_MEGATRON_LM",
+    "PARALLELISM_CONFIG_": "ACCELERATE_USE_PARALLELISM_CONFIG",
+}
 
 
 def test_every_entry_that_the_launcher_passes_on_is_classified(everything: dict[str, str]):

@@ -109,10 +109,7 @@ def args_of(family, argv=()):
     return apply_defaults(parse_args(argv), family.flag_defaults)
 
 
-@pytest.fixture(autouse=True)
-def no_launcher(monkeypatch, tmp_path):
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("no_launcher")
 
 
 # The contract

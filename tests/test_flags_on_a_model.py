@@ -12,10 +12,7 @@ from tests.script import save_photos
 from tests.tiny import TINY_FAMILIES
 
 
-@pytest.fixture(autouse=True)
-def no_launcher(monkeypatch, tmp_path):
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("no_launcher")
 
 
 @pytest.fixture(scope="module")

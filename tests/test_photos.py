@@ -19,15 +19,12 @@ from blockskip_hooks.data.photo import Photo
 from blockskip_hooks.data.photos import scan_photos
 from blockskip_hooks.data.summary import summarize_photos
 from tests.profiles import DISPLAY_P3, cmyk_profile, matrix_profile
+from tests.script import noise
 
 
 COLOUR = (200, 80, 60)
 IN_DISPLAY_P3 = (186, 88, 67)
 """What a Display P3 file stores for that sRGB colour."""
-
-
-def noise(width, height, seed=0):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def decoded(folder):

@@ -14,11 +14,10 @@ from blockskip_hooks.planning.allocator import MIB, Trace
 from blockskip_hooks.planning.components import simulate_vae
 from blockskip_hooks.planning.description import format_plan
 from blockskip_hooks.planning.plan import sends_ahead
-from blockskip_hooks.planning.presets import Preset, load_preset
 from blockskip_hooks.planning.request import PlanRequest
 from blockskip_hooks.planning.stages import _precompute_batch, plan_run
 from blockskip_hooks.planning.usage import Usage
-from tests.plans import request_for, stage
+from tests.plans import Preset, load_preset, request_for, stage
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
@@ -47,13 +46,13 @@ def test_gaps_of_a_large_batch_count_where_a_smaller_one_reads_no_block_oftener(
         traces = (Trace((live * MIB, gap * MIB)),) if device == "cuda" else ()
         return Usage(live * MIB, 190 * MIB, halted_bytes=halted * MIB, traces=traces)
 
-    def capture(batch_size: int, *_: Any) -> tuple[Usage, None]:
+    def capture(batch_size: int) -> tuple[Usage, None]:
         return usage(190 + 10 * batch_size, 2 * batch_size, 120 if batch_size > 4 else 0), None
 
-    fake: Any = SimpleNamespace(capture=capture, ahead_bytes=0)
+    fake: Any = SimpleNamespace(request=request, capture=capture, ahead_bytes=0)
     vae: Any = SimpleNamespace(encode=lambda batch_size: (usage(191), False))
     # Eight samples reserve 390 MiB, and 406 with another eight that wait.
-    *chosen, needed = _precompute_batch(request, fake, capture(1)[0], usage(400), vae, 0)
+    *chosen, needed = _precompute_batch(fake, capture(1)[0], usage(400), vae, 0)
     assert tuple(chosen) == expected
     assert needed.reserved_bytes <= (400 if budget is None else 420) * MIB
 

@@ -12,15 +12,14 @@ import torch
 
 from blockskip_hooks import BlockSkipConfig, DiTBlockSkipTransformer, SpanResiduals
 from blockskip_hooks.families import FAMILIES, Family
+from blockskip_hooks.loading.models import empty_model
 from blockskip_hooks.lora import add_lora, lora_targets
 from blockskip_hooks.losses import flow_matching_loss
-from blockskip_hooks.planning.counters import CountFlops, LiveBytes
+from blockskip_hooks.planning.counters import LiveBytes, Meter
 from blockskip_hooks.planning.description import format_plan
-from blockskip_hooks.planning.presets import Preset, load_preset
 from blockskip_hooks.planning.request import PlanRequest
-from blockskip_hooks.planning.simulation import FakeTransformer, empty_model
 from blockskip_hooks.planning.stages import RECORD_OVERHEAD, plan_run
-from tests.plans import LAYERS, TEXT_TOKENS, request_for, stage
+from tests.plans import LAYERS, TEXT_TOKENS, Preset, fake_transformer, load_preset, request_for, stage
 from tests.tiny import TINY_FAMILIES
 
 
@@ -101,22 +100,15 @@ def test_train_peak_is_that_of_real_tensors(
 def test_train_flops_are_those_of_real_tensors(preset: Preset) -> None:
     transformer = TINY_FAMILIES[0].make_transformer()
     inputs = TINY_FAMILIES[0].make_inputs(2)
-    with torch.no_grad(), CountFlops() as flops:
+    with torch.no_grad(), Meter() as meter:
         transformer(**inputs)
     # The tiny inputs are 4 image tokens: 2 latent tokens on a side.
     side = 2 * preset.family.latent_token_size
-    fake = FakeTransformer(
-        preset.family,
-        preset.transformer_config,
-        BlockSkipConfig(),
-        rank=4,
-        lora_targets=[],
-        dtype=torch.float32,
-        device="cpu",
-    )
-    usage = fake.infer(2, (side, side), TEXT_TOKENS)
-    assert usage.product_flops == flops.products > 0
-    assert usage.attention_flops == flops.attention > 0
+    settings = {"device": "cpu", "text_tokens": TEXT_TOKENS}
+    fake = fake_transformer(preset.family, preset.transformer_config, BlockSkipConfig(), **settings)
+    usage = fake.infer(2, (side, side))
+    assert usage.product_flops == meter.flops.products > 0
+    assert usage.attention_flops == meter.flops.attention > 0
 
 
 @pytest.fixture(scope="module")

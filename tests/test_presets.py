@@ -15,13 +15,14 @@ import transformers
 
 from blockskip_hooks.blocks import list_blocks
 from blockskip_hooks.config import BlockSkipConfig, PatchSamplingConfig
+from blockskip_hooks.loading.models import empty_model
 from blockskip_hooks.planning import presets
 from blockskip_hooks.planning.components import simulate_text_encoder
-from blockskip_hooks.planning.presets import Preset, load_preset, preset_names
+from blockskip_hooks.planning.presets import preset_names
 from blockskip_hooks.planning.request import PlanRequest
-from blockskip_hooks.planning.simulation import empty_model
 from blockskip_hooks.planning.stages import plan_run
 from blockskip_hooks.selection import select_blocks
+from tests.plans import Preset, load_preset
 from tests.tiers import fast_first
 
 

@@ -14,12 +14,12 @@ from safetensors import safe_open
 from blockskip_hooks import BlockSkipConfig, DiTBlockSkipTransformer, SpanResiduals
 from blockskip_hooks.cli.flags.types import parse_bytes
 from blockskip_hooks.config import PatchSamplingConfig
-from blockskip_hooks.planning.presets import load_preset
 from blockskip_hooks.planning.request import PlanRequest
 from blockskip_hooks.planning.stages import RECORD_OVERHEAD, plan_run
 from blockskip_hooks.residuals.dtype import PACKED, pack_record, packed_bytes, unpack_record
 from blockskip_hooks.residuals.store import ResidualStore
 from tests import script
+from tests.plans import load_preset
 from tests.tiers import fast_first
 from tests.tiny import TINY_FAMILIES, TinyFamily
 

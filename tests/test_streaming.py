@@ -22,7 +22,6 @@ from blockskip_hooks.loading.checkpoint_index import CheckpointWeights
 from blockskip_hooks.loading.component_config import load_config
 from blockskip_hooks.loading.quantization import QuantizationConfig, move_weight, quantize_layer
 from blockskip_hooks.loading.streaming import frozen_weights_on_host
-from blockskip_hooks.planning.simulation import FakeTransformer
 from blockskip_hooks.planning.stages import _send_ahead, _stage
 from blockskip_hooks.planning.usage import Usage
 from blockskip_hooks.residuals import precompute
@@ -30,6 +29,7 @@ from blockskip_hooks.residuals.precompute import _halving
 from blockskip_hooks.state import SkipMode
 from blockskip_hooks.utils.machine import cache_bytes
 from tests import script
+from tests.plans import fake_transformer
 from tests.tiny import TINY_FAMILIES
 
 
@@ -157,9 +157,7 @@ def test_no_more_is_in_memory_than_the_block_that_runs_and_as_much_ahead(
         run(model)
         run(model)
     assert largest < max(sizes) <= 2 * largest
-    planned = FakeTransformer(
-        FLUX.make_family(), model.config, CONFIG, rank=1, lora_targets=(), dtype=torch.float32, device="cpu"
-    )
+    planned = fake_transformer(FLUX.make_family(), model.config, CONFIG, device="cpu")
     # Beside it tensors begin at a multiple of some bytes.
     assert 0.8 * max(sizes) < planned.largest_streamed_bytes + planned.ahead_bytes <= max(sizes)
     del model
@@ -170,9 +168,7 @@ def test_what_is_read_ahead_is_planned_as_large_as_what_follows():
     """The first of these blocks has two attentions, the others have one."""
     tiny, config = next(tiny for tiny in TINY_FAMILIES if tiny.name == "sd3.5"), BlockSkipConfig(leading=1, trailing=2)
     family = tiny.make_family()
-    planned = FakeTransformer(
-        family, load_config(tiny.folder / "transformer"), config, rank=1, lora_targets=(), dtype=torch.float32
-    )
+    planned = fake_transformer(family, load_config(tiny.folder / "transformer"), config)
     model = DiTBlockSkipTransformer(tiny.make_transformer(), config, tiny.family.block_stacks)
     sizes = [sum(p.nbytes for p in module.parameters()) for module in model.streamed_modules.values()]
     assert sizes[0] > max(sizes[1:])

@@ -29,8 +29,8 @@ from blockskip_hooks.data.photos import scan_photos  # noqa: E402
 from blockskip_hooks.data.sample_plan import SamplePlan  # noqa: E402
 from blockskip_hooks.embedded import embedded_model, embedded_photos  # noqa: E402
 from blockskip_hooks.loading.model_defaults import model_defaults  # noqa: E402
-from blockskip_hooks.planning.presets import load_preset  # noqa: E402
-from blockskip_hooks.planning.simulation import empty_model  # noqa: E402
+from blockskip_hooks.loading.models import empty_model  # noqa: E402
+from blockskip_hooks.planning.presets import preset_facts  # noqa: E402
 
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
@@ -72,8 +72,7 @@ def draw_blocks(file: Path) -> None:
     shown = (("flux.1-dev", 7, 10), ("flux.1-dev", 19, 9), ("sana-1.6b", 5, 5))
     figure, rows = plt.subplots(len(shown), 1, figsize=(9, 4.6))
     for axes, (name, leading, trailing) in zip(rows, shown, strict=True):
-        preset = load_preset(name)
-        blocks = list_blocks(empty_model(preset.transformer_config), preset.family.block_stacks)
+        blocks = list_blocks(empty_model(preset_facts(name)["transformer"]))
         sizes = [size / 2**20 for size in block_bytes(blocks, torch.bfloat16)]
         kept = [leading <= n < len(sizes) - trailing for n in range(len(sizes))]
         axes.bar(range(len(sizes)), sizes, width=0.8, color=[KEPT if k else SKIPPED for k in kept])

@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 
 from blockskip_hooks.families import FAMILIES
-from blockskip_hooks.planning.presets import load_preset, preset_names
+from blockskip_hooks.planning.presets import preset_facts, preset_names
 from blockskip_hooks.utils.formatting import format_bytes
 
 
@@ -165,7 +165,7 @@ def make_page() -> str:
         modules.setdefault(cls.__module__.rpartition(".")[2], []).append(cls)
     presets: dict[str, list[str]] = {}
     for name in preset_names():
-        family = type(load_preset(name).family)
+        family = FAMILIES[preset_facts(name)["pipeline"]]
         presets.setdefault(family.__module__.rpartition(".")[2], []).append(name)
     lines = [HEAD]
     for module in sorted(modules):

@@ -27,7 +27,7 @@ from blockskip_hooks import DiTBlockSkipTransformer
 from blockskip_hooks.cli.arguments import build_parser, parse_args, printable_command
 from blockskip_hooks.cli.config_files import dump_config
 from blockskip_hooks.cli.errors import explain, in_full
-from blockskip_hooks.cli.first_screen import training_lines, training_warnings
+from blockskip_hooks.cli.first_screen import training_lines
 from blockskip_hooks.cli.preparation import known_defaults, prepare_run
 from blockskip_hooks.cli.run_plan import describe_plan, make_plan, planned_device
 from blockskip_hooks.families import PromptEmbeds
@@ -39,7 +39,7 @@ from blockskip_hooks.planning.plan import planned_batch_size, planned_together, 
 from blockskip_hooks.reporting.closing import closing_words, open_page
 from blockskip_hooks.reporting.hub import open_repository, push_to_hub
 from blockskip_hooks.reporting.outputs import RunOutputs, lora_size
-from blockskip_hooks.reporting.progress import Progress, photo_progress, set_log_level
+from blockskip_hooks.reporting.progress import Progress, set_log_level
 from blockskip_hooks.reporting.trackers import Tracking, start_trackers
 from blockskip_hooks.residuals.batches import SampleMaker
 from blockskip_hooks.residuals.store import ResidualStore
@@ -52,7 +52,8 @@ from blockskip_hooks.training.compiling import check_compiler, compile_kept_bloc
 from blockskip_hooks.training.context import Context, make_accelerator
 from blockskip_hooks.training.export import export_lora
 from blockskip_hooks.training.history import History
-from blockskip_hooks.training.lora_checks import describe_trainable
+from blockskip_hooks.training.learning_rate import warn_of_warmup
+from blockskip_hooks.training.lora_checks import check_finite, check_gradients, describe_trainable, warn_unless_learned
 from blockskip_hooks.training.optimizers import make_optimizer
 from blockskip_hooks.training.prompts import embed_prompts
 from blockskip_hooks.training.record_plan import describe_records, plan_stretches, resolve_seed
@@ -141,8 +142,8 @@ def run_script(settings: TrainSettings, flags: str, stop: StopSignals, lock: Fol
             # A plan replaces nothing but the plan.
             if not settings.plan_only and (found := describe_output(run, checkpoint)):
                 print(found, flush=True)
-            for line in training_warnings(run, stretches.num_steps):
-                logger.warning(line)
+            if warning := warn_of_warmup(run.settings, stretches.num_steps):
+                logger.warning(warning)
             write_json(run.output_dir / "plan.json", plan)
         if not settings.plan_only:
             progress = Progress(monitor, shown=accelerator.is_main_process and settings.log_level != "error")
@@ -233,7 +234,7 @@ def load_data(run: Run, context: Context, streamed: bool) -> Data:
     accelerator, dtype = context.accelerator, weight_dtype(context.accelerator)
 
     # Everything else random is seeded from the same seed. Records of this sample plan may be there already.
-    sources, sample_plan = load_samples(run, photo_progress)
+    sources, sample_plan = load_samples(run)
     store = None
     if run.uses_store:
         with accelerator.main_process_first():
@@ -334,7 +335,7 @@ def train_steps(
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     if history.step == 0:
-                        adapters.check_gradients()
+                        check_gradients(*adapters.modules)
                     norm = accelerator.clip_grad_norm_(adapters.parameters, settings.max_grad_norm)
                 optimizer.step()
                 lr_scheduler.step()
@@ -368,10 +369,10 @@ def finish(
     run, accelerator, settings = outputs.run, context.accelerator, outputs.run.settings
     # Every process must call this: it adds up what all of them made.
     made = records.count.together(accelerator)
-    learner.adapters.check_finite()
+    check_finite(*learner.adapters.modules)
     # A warmup's first step has rate zero.
     if history.step > 1 and accelerator.is_main_process:
-        learner.adapters.warn_unless_learned()
+        warn_unless_learned(*learner.adapters.modules)
     if accelerator.is_main_process:
         export_lora(run, learner.adapters, context.monitor, records.maker.dtype)
     before, after = validation.final(history.step)

@@ -74,7 +74,6 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
         super().__init__()
         self.transformer: ModelMixin = transformer
         self.is_sharded = isinstance(transformer, FSDPModule)
-        self._stacks = stacks
         self.spans: BlockSpans = split_blocks(list_blocks(transformer, stacks), config)
         self.recorded_layers = as_names(recorded_layers)
         self._streamer = Streamer(offload_device or "cpu")
@@ -82,7 +81,7 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
         if offload_device is not None:
             idle = idle_modules(transformer)
             for name, module in streamed.items():
-                stream(module, offload_device, streamer=self._streamer, idle=name in idle)
+                stream(module, self._streamer, idle=name in idle)
         keep_norm_dtypes(transformer)
         self.skip_state = apply_block_skip(transformer, config, stacks)
         # A forward that is broken off would leave gathered weights behind, and other processes waiting.
@@ -164,7 +163,7 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
         )
         streamer, idle = Streamer(device, stream_cache, sends_ahead=sends_ahead), idle_modules(transformer)
         for name, module in streamed.items():
-            stream(module, device, checkpoint.weights_of(f"{name}."), streamer, idle=name in idle)
+            stream(module, streamer, checkpoint.weights_of(f"{name}."), idle=name in idle)
         model = cls(transformer, config, stacks, recorded_layers=recorded_layers)
         model._streamer = streamer
         return model
@@ -198,7 +197,7 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
         if not self.skip_state._attached:
             return self.transformer
         remove_recorded_layers(self.transformer, self.skip_state)
-        remove_block_skip(self.transformer, self._stacks)
+        remove_block_skip(self.transformer)
         self.skip_state._detach()
         self._first_kept_hook.remove()
         for module in self.streamed_modules.values():

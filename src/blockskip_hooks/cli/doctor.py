@@ -7,7 +7,6 @@ import platform
 import re
 import shutil
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 
 import psutil
@@ -15,6 +14,7 @@ import torch
 from huggingface_hub import constants, get_token
 
 from ..utils.formatting import format_bytes
+from ..utils.machine import version_of
 from ..version import __version__
 from .console import shipped
 from .startup import make_parser
@@ -86,11 +86,11 @@ def package_lines() -> list[str]:
     """Versions here beside those that were tested, and what optional packages are for."""
     lines = [f"{'blockskip-hooks':<15} {__version__}"]
     for name, tested in TESTED.items():
-        here = platform.python_version() if name == "python" else _version(name) or "missing"
+        here = platform.python_version() if name == "python" else version_of(name) or "missing"
         same = re.match(rf"{re.escape(tested)}(\.|$|\+)", here)
         lines.append(f"{name:<15} {here:<12} {'as tested' if same else f'tested with {tested}'}")
     for name, use in OPTIONAL.items():
-        found = _version(name)
+        found = version_of(name)
         lines.append(f"{name:<15} {found or 'missing':<12} for {use}" + ("" if found else f": pip install {name}"))
     return lines
 
@@ -115,10 +115,3 @@ def fitting_lines(memory: int | None) -> list[str]:
         lines += [f"blockskip train --config {recipe}", f"  {what} Simulated."]
     card = f"{size or 12}GB"
     return [*lines, f"blockskip plan --preset flux.1-dev --gpu {card}  # other models: blockskip plan --help"]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

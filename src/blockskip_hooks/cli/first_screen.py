@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..training.learning_rate import describe_rate, warn_of_warmup
+from ..training.learning_rate import describe_rate
 from ..training.run import Run
 from ..training.samples import expected_schedule
 
@@ -20,12 +20,6 @@ def training_lines(run: Run, num_steps: int, num_processes: int) -> list[str]:
         f"Rate     {describe_rate(run.settings, num_steps, scale)}",
         f"Images   {_images(run, num_steps, num_processes)}",
     ]
-
-
-def training_warnings(run: Run, num_steps: int) -> list[str]:
-    """What of a run's length is likely a mistake: a line of each kind."""
-    warning = warn_of_warmup(run.settings, num_steps)
-    return [] if warning is None else [warning]
 
 
 def _images(run: Run, num_steps: int, num_processes: int) -> str:

@@ -30,11 +30,10 @@ from ..embedded import (
 )
 from ..families import Family, detect_family, unread_components
 from ..loading.checks import check_model
-from ..loading.download import check_weights, has_weights, resolve_model
+from ..loading.download import has_weights, resolve_model
 from ..loading.model_defaults import model_defaults
 from ..loading.quantization import QuantizationConfig, read_quantization
 from ..planning.options import QUANTIZING_OPTIONS
-from ..reporting.progress import photo_progress
 from ..training.assistant import Assistant, find_assistant
 from ..training.chosen_blocks import choose_blocks
 from ..training.run import Run
@@ -91,8 +90,6 @@ def prepare_run(settings: TrainSettings) -> Run:
 
     # A plan needs no weights; what is there is checked.
     configs_only = settings.plan_only and not has_weights(model_path)
-    if not configs_only:
-        check_weights(model_path, family_class.text_components, settings.variant)
     check_model(model_path, family_class, settings.variant, configs_only=configs_only)
     try:
         family = family_class(model_path, settings.variant, settings.flags())
@@ -248,7 +245,7 @@ def _check_folder(settings: TrainSettings) -> None:
 def _check_class_images(folder: Path) -> None:
     """Check the class images that are there already."""
     if folder.is_dir() and image_paths(folder):
-        scan_photos(folder, flag="--class_data_dir", progress=photo_progress)
+        scan_photos(folder, flag="--class_data_dir")
 
 
 def _find_photos(settings: TrainSettings, family: type[Family]) -> list[Photo]:
@@ -260,10 +257,9 @@ def _find_photos(settings: TrainSettings, family: type[Family]) -> list[Photo]:
             settings.caption_column,
             settings.cache_dir,
             cond_image_column=settings.family_flags["cond_image_column"],
-            progress=photo_progress,
         )
     folder, conditions = Path(settings.instance_data_dir or ""), settings.family_flags["cond_data_dir"]
-    photos = scan_photos(folder, conditions=conditions and Path(conditions), progress=photo_progress)
+    photos = scan_photos(folder, conditions=conditions and Path(conditions))
     if conditions is None and "cond_data_dir" in {flag.name for flag in family.own_flags}:
         for path in list(condition_paths(folder, [photo.path for photo in photos if photo.path]).values())[:1]:
             advice = f"--cond_data_dir {folder} makes condition images of them"

@@ -65,12 +65,9 @@ def plan_request(run: Run, dtype: torch.dtype, num_processes: int, device: Devic
     settings, family = run.settings, run.family
     steps = expected_schedule(run, num_processes)[1]
     samples_per_step = run.samples_per_step(num_processes) * len(run.kinds)
-    encoders = family.text_encoder_configs()
-    streamable = family.streamable_text_encoders(trains_text=settings.train_text_encoder)
-    trained = family.trained_text_components if settings.train_text_encoder else ()
+    encoders = family.text_encoder_configs() if settings.train_text_encoder else {}
     request = PlanRequest(
-        family=family,
-        transformer_config=run.transformer_config,
+        **_of_model(family, dtype, trains_text=settings.train_text_encoder),
         device=device,
         config=run.config,
         patch=run.patch,
@@ -81,7 +78,6 @@ def plan_request(run: Run, dtype: torch.dtype, num_processes: int, device: Devic
         recorded_layers=run.recorded_layers,
         quantization=run.quantization,
         batch_size=settings.train_batch_size * len(run.kinds),
-        text_tokens=settings.max_sequence_length,
         photo_prompts=_photo_prompts(run),
         weight_dtype=dtype,
         gradient_checkpointing=settings.gradient_checkpointing,
@@ -96,35 +92,35 @@ def plan_request(run: Run, dtype: torch.dtype, num_processes: int, device: Devic
         residual_budget_bytes=run.residual_budget() if run.uses_store else None,
         residual_dtype=settings.residual_dtype,
         has_condition=settings.condition_flag is not None,
-        text_encoders=list(encoders.values()),
-        trained_encoders={name: encoders[name] for name in trained},
-        streamable_encoders=[position for position, name in enumerate(encoders) if name in streamable],
+        trained_encoders={name: encoders[name] for name in encoders if name in family.trained_text_components},
         validation_batch_size=settings.num_validation_images,
         validation_prompts=len(set(run.prompts) | set(run.final_prompts)) or 1,
         validation_resolution=run.image_size if run.makes_images else None,
         class_batch_size=settings.sample_batch_size if settings.with_prior_preservation else None,
         class_images=settings.num_class_images,
         class_resolution=run.class_image_size,
-        validation_extra_bytes=_weights_bytes(family, dtype),
         memory_budget_bytes=settings.memory_budget,
         bytes_elsewhere=_bytes_elsewhere(run, dtype, num_processes),
         selection=run.selection,
     )
     if (other := run.validation_family) is None:
         return request
-    encoders = other.text_encoder_configs()
-    streamable = other.streamable_text_encoders(trains_text=False)
-    validation = replace(
-        request,
-        family=other,
-        transformer_config=load_config(other.model_path / "transformer"),
-        assistant_layers={},
-        text_tokens=other.flags["max_sequence_length"],
-        text_encoders=list(encoders.values()),
-        streamable_encoders=[position for position, name in enumerate(encoders) if name in streamable],
-        validation_extra_bytes=_weights_bytes(other, dtype),
-    )
+    validation = replace(request, **_of_model(other, dtype, trains_text=False), assistant_layers={})
     return replace(request, validation=validation)
+
+
+def _of_model(family: Family, dtype: torch.dtype, *, trains_text: bool) -> dict[str, Any]:
+    """What a plan depends on of a model that makes images, by field of ``PlanRequest``."""
+    encoders = family.text_encoder_configs()
+    streamable = family.streamable_text_encoders(trains_text=trains_text)
+    return {
+        "family": family,
+        "transformer_config": load_config(family.model_path / "transformer"),
+        "text_tokens": family.flags["max_sequence_length"],
+        "text_encoders": list(encoders.values()),
+        "streamable_encoders": [position for position, name in enumerate(encoders) if name in streamable],
+        "validation_extra_bytes": _weights_bytes(family, dtype),
+    }
 
 
 def _bytes_elsewhere(run: Run, dtype: torch.dtype, num_processes: int) -> int | None:
@@ -145,10 +141,7 @@ def plan_for(run: Run, dtype: torch.dtype, num_processes: int, device: DeviceTyp
     """Simulate the stages of ``run`` and return the contents of ``plan.json``.
 
     Args:
-        run: The prepared run.
-        dtype: Dtype of frozen weights.
-        num_processes: Processes that share the work.
-        device: Whose rules it is planned by.
+        run, dtype, num_processes, device: As for :func:`plan_request`.
 
     Raises:
         UserError: if a simulated step fails, because the parts of the model do not go together.
@@ -176,10 +169,7 @@ def make_plan(
     """The plan of ``run`` or, with ``--memory_budget``, of the run changed to fit.
 
     Args:
-        run: The prepared run.
-        dtype: Dtype of frozen weights.
-        num_processes: Processes that share the work.
-        device: Whose rules it is planned by.
+        run, dtype, num_processes, device: As for :func:`plan_request`.
 
     Returns:
         The run to carry out and its plan; which blocks the former skips may be another choice than the given run's.

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ..utils.errors import UserError, first_line, one_line
-from .photo import Photo, ShowProgress, names, without_progress
+from .photo import Photo, names, with_progress
 
 
 logger = logging.getLogger(__name__)
@@ -22,13 +22,12 @@ _BLACK = 16
 _SAME_SHAPE = 0.02
 
 
-def check_photos(photos: Sequence[Photo], where: str, progress: ShowProgress = without_progress) -> list[Photo]:
+def check_photos(photos: Sequence[Photo], where: str) -> list[Photo]:
     """Decode every photo and add its size and digest; warn of what is likely a mistake, in one line of each kind.
 
     Args:
         photos: Photos that have not been decoded.
         where: What names them in messages.
-        progress: Shows how far the work is.
 
     Raises:
         UserError: naming every photo that cannot be decoded.
@@ -51,7 +50,7 @@ def check_photos(photos: Sequence[Photo], where: str, progress: ShowProgress = w
             black.append(photo.name)
         return replace(photo, size=(image.height, image.width), digest=_digest(image))
 
-    for unchecked in progress(photos, "Checking photos"):
+    for unchecked in with_progress(photos, "Checking photos"):
         photo, condition = check(unchecked), unchecked.condition and check(unchecked.condition)
         if photo is None or (unchecked.condition and condition is None):
             continue

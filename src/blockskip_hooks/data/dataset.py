@@ -15,7 +15,7 @@ from PIL import Image
 
 from ..utils.errors import UserError, first_line, one_line
 from .checks import check_photos
-from .photo import Photo, ShowProgress, without_progress
+from .photo import Photo
 from .picture import open_picture
 
 
@@ -30,7 +30,6 @@ def load_dataset_photos(
     cache_dir: str | None = None,
     *,
     cond_image_column: str | None = None,
-    progress: ShowProgress = without_progress,
 ) -> list[Photo]:
     """Photos of the train split of a dataset, in its order.
 
@@ -42,7 +41,6 @@ def load_dataset_photos(
         caption_column: Column with one text per picture, or None: every picture gets the instance prompt.
         cache_dir: Where downloads are kept, or None for the usual place.
         cond_image_column: Column with the pictures' condition images, or None for none.
-        progress: Shows how far the check is.
 
     Raises:
         UserError: if the dataset cannot be loaded, a column is missing or of the wrong kind, or listing every row
@@ -89,7 +87,7 @@ def load_dataset_photos(
             condition = Photo(f"{row:06d} {cond_image_column}", None, partial(rows[cond_image_column].image, row))
         opener, source = partial(rows[image_column].image, row), text and f"column {caption_column}"
         photos.append(Photo(f"{row:06d}", text, opener, caption_source=source, condition=condition))
-    return check_photos(photos, where, progress)
+    return check_photos(photos, where)
 
 
 def _train_split(name: str, config_name: str | None, cache_dir: str | None, where: str) -> Any:

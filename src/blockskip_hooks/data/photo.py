@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
 
 from ..utils.errors import UserError, one_line
+from ..utils.progress import listed
 from .folder import check_inside
 from .picture import Picture, read_picture
 
@@ -17,8 +18,8 @@ from .picture import Picture, read_picture
 _MAX_ASPECT_RATIO = 16
 _NAMED = 5
 
-ShowProgress = Callable[[Sequence["Photo"], str], Iterable["Photo"]]
-"""Passes photos on and shows how many have been worked on, under a title."""
+PROGRESS_FROM = 51
+"""Fewer photos are checked and loaded before a display is read."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,6 @@ def names(items: Sequence[str]) -> str:
     return listed if len(items) <= _NAMED else f"{listed} and {len(items) - _NAMED} more"
 
 
-def without_progress(photos: Sequence[Photo], title: str) -> Iterable[Photo]:
-    """Show nothing."""
-    return photos
+def with_progress(photos: Sequence[Photo], title: str) -> Iterator[Photo]:
+    """The photos, with a display of how many of them the caller has worked on if there are many."""
+    return listed(photos, title, "photo", total=len(photos), shown=len(photos) >= PROGRESS_FROM)

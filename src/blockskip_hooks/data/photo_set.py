@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..utils.errors import UserError
 from .buckets import nearest_bucket
-from .photo import Photo, ShowProgress, without_progress
+from .photo import Photo, with_progress
 
 
 INTERPOLATION = {
@@ -39,7 +39,6 @@ class PhotoSet:
         buckets: Heights and widths of the largest crops, in place of that square; each photo belongs to the one whose
             aspect ratio is nearest to its own.
         interpolation: One of `INTERPOLATION`, for scaling photos and patches.
-        progress: Shows how far the loading is.
 
     Raises:
         UserError: if there is no photo or ``max_size`` is not positive.
@@ -52,7 +51,6 @@ class PhotoSet:
         *,
         buckets: Sequence[tuple[int, int]] = (),
         interpolation: str = "lanczos",
-        progress: ShowProgress = without_progress,
     ) -> None:
         if not photos:
             raise UserError("PhotoSet needs at least one photo.")
@@ -64,7 +62,7 @@ class PhotoSet:
         self._resampling = INTERPOLATION[interpolation]
         self._buckets: list[int] = []
         self._pixels: dict[tuple[int, int], list[np.ndarray]] = {}
-        for number, photo in enumerate(progress(photos, "Loading photos")):
+        for number, photo in enumerate(with_progress(photos, "Loading photos")):
             image = photo.decode()
             self._buckets.append(nearest_bucket((image.height, image.width), self.shapes))
             self._scale(image, number, self._buckets[number])

@@ -10,7 +10,7 @@ from ..utils.errors import UserError
 from .captions import add_captions
 from .checks import check_photos
 from .folder import CONDITION_ENDING, condition_paths, image_paths, left_out, no_photos
-from .photo import Photo, ShowProgress, names, without_progress
+from .photo import Photo, names
 from .picture import open_picture
 
 
@@ -22,7 +22,6 @@ def scan_photos(
     *,
     flag: str = "--instance_data_dir",
     conditions: Path | None = None,
-    progress: ShowProgress = without_progress,
 ) -> list[Photo]:
     """Find the photos of a folder and decode each once, so that a damaged file stops the run before it starts.
 
@@ -34,7 +33,6 @@ def scan_photos(
         flag: Command-line flag that named the folder, for the messages.
         conditions: Folder of the photos' condition images, see
             :func:`~blockskip_hooks.data.folder.condition_paths`.
-        progress: Shows how far the check is.
 
     Raises:
         UserError: if the folder is missing or holds no picture, or listing every picture or caption that cannot
@@ -49,7 +47,7 @@ def scan_photos(
     pairs = _pairs(paths, conditions) if conditions is not None else {}
     # What is a condition image is no photo.
     photos = [_photo(path, pairs.get(path)) for path in paths if path not in pairs.values()]
-    return add_captions(check_photos(photos, where, progress), folder, where)
+    return add_captions(check_photos(photos, where), folder, where)
 
 
 def _photo(path: Path, condition: Path | None) -> Photo:

@@ -15,10 +15,10 @@ from PIL import Image
 from ..inference.generate import generate_images
 from ..inference.lora_files import changes_text, with_adapter
 from ..inference.streamed_model import (
-    PIXELS_AT_ONCE,
     ImageSettings,
     describe_images,
     encode_for_images,
+    images_at_once,
     load_image_transformer,
 )
 from ..utils.digests import file_digest, fingerprint
@@ -28,7 +28,6 @@ from .prompt_lists import EvaluationPrompt
 
 
 BASE_NAME = "base"
-LARGEST_BATCH = 32
 _NAME_LENGTH = 60
 
 
@@ -51,14 +50,6 @@ class EvaluationRequest:
     loras: Mapping[str, Path | None]
     folder: Path
     batch_size: int | None = None
-
-    @property
-    def images_at_once(self) -> int:
-        """Images in one forward."""
-        if self.batch_size is not None:
-            return self.batch_size
-        pixels = self.settings.pipeline_kwargs["height"] * self.settings.pipeline_kwargs["width"]
-        return min(max(PIXELS_AT_ONCE // pixels, 1), LARGEST_BATCH)
 
     def image_files(self, name: str) -> dict[tuple[str, int], Path]:
         """The file of each prompt and seed; other settings, weights or another LoRA have another folder."""
@@ -114,12 +105,13 @@ def make_images(request: EvaluationRequest) -> None:
     takes_lora = any(request.loras[name] for name in missing)
     model = load_image_transformer(family, dtype=dtype, device=device, takes_lora=takes_lora)
     vae = family.load_vae(dtype, device)
+    at_once = images_at_once(settings.pipeline_kwargs, request.batch_size)
     with closing(progress_bar("Images", sum(map(len, missing.values())), "image")) as bar:
         for name, files in missing.items():
             embeds, negative = encoded[name]
             bar.set_postfix_str(name)
             with with_adapter(family, model, vae, request.loras[name]):
-                for text, seeds in _batches(list(files), request.images_at_once):
+                for text, seeds in _batches(list(files), at_once):
                     (images,) = generate_images(
                         [embeds[text]],
                         family=family,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +89,7 @@ def results_document(
         "family": settings.family.name,
         "settings": describe_images(settings.family, settings.pipeline_kwargs, settings.dtype),
         "photos": list(photos),
-        "prompts": [
-            {"text": prompt.text, "description": prompt.description, "kind": prompt.kind} for prompt in request.prompts
-        ],
+        "prompts": [asdict(prompt) for prompt in request.prompts],
         "seeds": list(request.seeds),
         "encoders": {label: encoder.name for label, encoder in encoders.items()},
         "encoder_quality": {label: encoder.quality for label, encoder in encoders.items() if encoder.quality},

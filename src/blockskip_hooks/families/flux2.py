@@ -4,14 +4,13 @@ encoder."""
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from ..layouts import BlockLayout
-from ..loading.component_config import load_config
+from ..loading.component_config import load_config, read_index
 from ..utils.errors import UserError
 from .base import CONDITION_FLAGS, VALIDATION_FLAGS, ComfyUIFormat, Config, Family, Flag, PromptEmbeds, split_batch
 
@@ -79,7 +78,7 @@ class Flux2(Family):
     comfyui: ClassVar[ComfyUIFormat | None] = ComfyUIFormat()
 
     def check(self) -> None:
-        index = json.loads((self.model_path / "model_index.json").read_text())
+        index = read_index(self.model_path)
         if index["tokenizer"][1] == "PixtralProcessor" and importlib.util.find_spec("torchvision") is None:
             raise UserError("FLUX.2's text processor needs a package that is missing; run: pip install torchvision")
         encoder = load_config(self.model_path / "text_encoder")
@@ -156,5 +155,5 @@ class Flux2Klein(Flux2):
     comfyui = ComfyUIFormat()
 
     def few_step_arguments(self) -> dict[str, Any]:
-        index = json.loads((self.model_path / "model_index.json").read_text())
+        index = read_index(self.model_path)
         return {"num_inference_steps": 4, "guidance_scale": 1.0} if index.get("is_distilled") else {}

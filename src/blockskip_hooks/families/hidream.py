@@ -103,7 +103,7 @@ class HiDream(Family):
         transformer.unpatchify = lambda tokens, sizes, is_training: unpatchify(tokens, sizes, is_training=True)
 
     def _hub_settings(self) -> dict[str, Any]:
-        return {name: self.flags.get(flag) for name, flag in (("cache_dir", "cache_dir"), ("token", "hub_token"))}
+        return {"cache_dir": self.flags.get("cache_dir"), "token": self.flags.get("hub_token")}
 
     def text_encoder_configs(self) -> dict[str, dict[str, Any]]:
         configs = super().text_encoder_configs()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from ..layouts import BlockLayout
+from ..loading.component_config import read_index
 from ..utils.errors import UserError
 from .base import CONDITION_FLAGS, VALIDATION_FLAGS, Config, PromptEmbeds, no_progress_bar
 from .qwen_image import VideoLatents
@@ -58,7 +58,7 @@ class QwenImage21(VideoLatents):
     tags = ("qwen-image", "qwen-image-2.1", "qwen-image-diffusers")
 
     def check(self) -> None:
-        index = json.loads((self.model_path / "model_index.json").read_text())
+        index = read_index(self.model_path)
         if index["processor"][1] == "Qwen3VLProcessor" and importlib.util.find_spec("torchvision") is None:
             raise UserError(
                 "Qwen-Image 2.1's text processor needs a package that is missing; run: pip install torchvision"

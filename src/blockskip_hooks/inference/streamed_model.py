@@ -18,20 +18,20 @@ from ..families import Family, PromptEmbeds, detect_family, unread_components
 from ..families.prompts import encode_prompts
 from ..loading.checks import check_lora_file, check_model
 from ..loading.component_config import load_config
-from ..loading.download import check_weights, resolve_model
+from ..loading.download import resolve_model
 from ..loading.model_defaults import model_defaults
 from ..loading.models import empty_model
 from ..transformer import DiTBlockSkipTransformer
 from ..utils.accelerator import start_accelerator, weight_dtype
 from ..utils.device_memory import free_memory_bytes
-from ..utils.digests import folder_digest
+from ..utils.digests import component_digests
 from ..utils.errors import UserError
 from ..utils.machine import cache_bytes
 from .lora_files import load_text_adapters
 
 
 GUIDANCE_FLAGS = ("guidance_scale", "true_cfg_scale")
-PIXELS_AT_ONCE = 16 * 256**2
+PIXELS_AT_ONCE, LARGEST_BATCH = 16 * 256**2, 32
 """Images in one forward hold about as many pixels as 16 of 256 px: one image of 1024 px."""
 
 
@@ -101,7 +101,6 @@ def image_settings(flags: ImageFlags, *, largest_side: int | None = None) -> Ima
         )
     )
     family_class: type[Family] = detect_family(model_path)
-    check_weights(model_path, family_class.text_components, flags.variant)
     check_model(model_path, family_class, flags.variant)
     defaults, pipeline_kwargs = model_defaults(model_path)
     length = flags.max_sequence_length or defaults.get("max_sequence_length")
@@ -153,14 +152,19 @@ def describe_images(family: Family, pipeline_kwargs: dict[str, Any], dtype: torc
     """Everything but prompt, seed and LoRA that an image depends on."""
     components = ("transformer", "vae", *family.text_components)
     return {
-        "weights": {
-            name: folder_digest(family.model_path / name) for name in components if (family.model_path / name).is_dir()
-        },
+        "weights": component_digests(family.model_path, components),
         "flags": {flag.name: family.flags.get(flag.name) for flag in family.own_flags},
         "max_sequence_length": family.flags["max_sequence_length"],
         "pipeline_kwargs": pipeline_kwargs,
         "dtype": str(dtype),
     }
+
+
+def images_at_once(pipeline_kwargs: dict[str, Any], wanted: int | None) -> int:
+    """Images in one forward: as many as are wanted, or as their size suggests."""
+    if wanted is not None:
+        return wanted
+    return min(max(PIXELS_AT_ONCE // (pipeline_kwargs["height"] * pipeline_kwargs["width"]), 1), LARGEST_BATCH)
 
 
 def block_parameters(family: Family, transformer_config: dict[str, Any]) -> list[int]:

@@ -15,6 +15,7 @@ import transformers
 from ..utils.errors import UserError, first_line
 from .checkpoint_index import tensor_shapes, weight_files
 from .component_config import load_config, model_class, read_index
+from .download import check_weights
 from .models import check_scales, check_surplus, empty_model
 from .text_encoders import empty_text_encoder
 
@@ -42,6 +43,8 @@ def check_model(model_path: Path, family: type[Family], variant: str | None, *, 
     Raises:
         UserError: naming the first component that is damaged, or no part of this model.
     """
+    if not configs_only:
+        check_weights(model_path, family.text_components, variant)
     where = f"--pretrained_model_name_or_path {model_path}"
     index = read_index(model_path)
     present = {name for name in family.text_components if (model_path / name).is_dir()}
@@ -62,6 +65,11 @@ def check_model(model_path: Path, family: type[Family], variant: str | None, *, 
             _check_tokenizer(model_path / name, index[name][1], where)
 
 
+def lora_layers(shapes: Shapes) -> Shapes:
+    """Shapes of the first matrices of a LoRA's file by the names of the transformer's layers that they adapt."""
+    return {match[1]: shape for name, shape in shapes.items() if (match := _LORA_A.fullmatch(name))}
+
+
 def check_lora_file(file: Path, transformer: torch.nn.Module, flag: str) -> None:
     """Check that a LoRA's file is whole and, if it has the layers' names of diffusers, that it is of this model.
 
@@ -79,7 +87,7 @@ def check_lora_file(file: Path, transformer: torch.nn.Module, flag: str) -> None
         found = tensor_shapes(file)
     except ValueError as error:
         raise UserError(f"{flag}: {error}") from error
-    layers = {match[1]: shape for name, shape in found.items() if (match := _LORA_A.fullmatch(name))}
+    layers = lora_layers(found)
     modules = dict(transformer.named_modules())
     for name, shape in layers.items():
         wanted = getattr(modules.get(name), "in_features", None)

@@ -36,7 +36,7 @@ class StreamHook(AlignDevicesHook):
     ``.to(device, dtype)`` of a model around the module is followed.
     """
 
-    def __init__(self, streamer: Streamer, weights: Weights | None, idle: bool = False) -> None:
+    def __init__(self, streamer: Streamer, weights: Weights | None, idle: bool) -> None:
         super().__init__(execution_device=streamer.device, offload=True, weights_map=weights, place_submodules=True)
         self.streamer, self.idle = streamer, idle
 
@@ -134,7 +134,7 @@ class Streamer:
             self.release()
             self._cached, self._room, self._largest = {}, self._cache_bytes, None
 
-    def add(self, module: torch.nn.Module, weights: Weights, idle: bool = False) -> None:
+    def add(self, module: torch.nn.Module, weights: Weights, idle: bool) -> None:
         """Take up a module, which is expected to run after those before it or, if it is idle, not at all."""
         self._weights[module] = weights
         if idle:
@@ -341,29 +341,19 @@ class Streamer:
                     part.copy_(weights[name])
                 if buffer is not None:
                     views[name].copy_(pinned.pop(name), non_blocking=True)
-            return (
-                Fetched(pinned, None, None) if buffer is None else Fetched(views, buffer, self._stream.record_event())
-            )
+            return Fetched(pinned) if buffer is None else Fetched(views, buffer, self._stream.record_event())
 
 
-def stream(
-    module: torch.nn.Module,
-    device: torch.device | str,
-    weights: Weights | None = None,
-    streamer: Streamer | None = None,
-    *,
-    idle: bool = False,
-) -> None:
+def stream(module: torch.nn.Module, streamer: Streamer, weights: Weights | None = None, *, idle: bool = False) -> None:
     """Let a module hold its weights only while it runs.
 
     Args:
         module: A block, or a layer.
-        device: Where it runs.
+        streamer: Of this and other modules.
         weights: Its tensors by name, read at every forward; by default a host copy of what the module holds now.
-        streamer: Of this and other modules, which it reads ahead; by default the module is read when it runs.
         idle: Whether it hardly ever runs, so that it is not read ahead.
     """
-    add_hook_to_module(module, StreamHook(streamer or Streamer(device, reads_ahead=False), weights, idle))
+    add_hook_to_module(module, StreamHook(streamer, weights, idle))
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from accelerate.utils import (
 )
 
 from ..utils.errors import UserError
-from .streaming import plain_device, stream
+from .streaming import Streamer, plain_device, stream
 
 
 LARGE_TABLE_BYTES = 2**28
@@ -145,7 +145,7 @@ def load_streamed_encoder(
     remove_hook_from_module(encoder, recurse=True)
     for stack in stacks:
         for number, layer in encoder.get_submodule(stack).named_children():
-            stream(layer, place, PrefixedDataset(weights, f"{stack}.{number}."))
+            stream(layer, Streamer(place, reads_ahead=False), PrefixedDataset(weights, f"{stack}.{number}."))
     for table in tables:
         hook = HostLookupHook(PrefixedDataset(weights, f"{table}."), place)
         add_hook_to_module(encoder.get_submodule(table), hook)

@@ -87,8 +87,9 @@ class LiveBytes(TorchDispatchMode):
         del self._finalizers[key]
 
 
-class CountFlops(TorchDispatchMode):
-    """Counts FLOPs with the formulas of torch's ``FlopCounterMode``, attention apart from other products.
+@dataclass
+class Flops:
+    """FLOPs by the formulas of torch's ``FlopCounterMode``, attention apart from other products.
 
     ``FlopCounterMode`` itself follows modules with autograd hooks, which is slow and holds tensors alive, and leaves
     out the CPU's attention.
@@ -98,16 +99,8 @@ class CountFlops(TorchDispatchMode):
         attention: FLOPs of scaled dot-product attention.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.products = 0
-        self.attention = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        output = func(*args, **kwargs)
-        self.count(func, args, kwargs, output)
-        return output
+    products: int = 0
+    attention: int = 0
 
     def count(self, func: Any, args: Any, kwargs: Any, output: Any) -> None:
         """Add one call of an operator."""
@@ -161,7 +154,7 @@ class Meter(LiveBytes):
     def __init__(self, device: DeviceType = "cpu") -> None:
         super().__init__()
         self._device = device
-        self.flops = CountFlops()
+        self.flops = Flops()
         self._start = 0
         self._phases: list[Phase] = []
         self._events: list[tuple[int, int]] = []
@@ -218,7 +211,7 @@ class Meter(LiveBytes):
         flops = self.flops
         made = self.peak, left, flops.products, flops.attention, self._freed, self._events
         self._phases.append(Phase(self._name, *made))
-        self.flops, self._start, self._freed, self._events = CountFlops(), self.current, {}, []
+        self.flops, self._start, self._freed, self._events = Flops(), self.current, {}, []
         self.reset_peak()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

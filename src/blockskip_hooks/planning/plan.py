@@ -12,14 +12,19 @@ def largest_stage(plan: dict[str, Any]) -> dict[str, Any]:
     return max(plan["stages"], key=lambda stage: stage["needed_bytes"])
 
 
+def _stage(plan: dict[str, Any], name: str) -> dict[str, Any]:
+    """A stage of the plan; empty where there is none."""
+    return next((stage for stage in plan["stages"] if stage["name"] == name), {})
+
+
 def planned_batch_size(plan: dict[str, Any], stage: str) -> int | None:
     """Samples or images per forward of a stage, which need no more memory than a training step, by the plan."""
-    return next((planned["batch_size"] for planned in plan["stages"] if planned["name"] == stage), None)
+    return _stage(plan, stage).get("batch_size")
 
 
 def planned_together(plan: dict[str, Any], stage: str) -> int:
     """Forwards of a stage in step, for which a skipped block is read once, by the plan."""
-    return next((planned.get("together", 1) for planned in plan["stages"] if planned["name"] == stage), 1)
+    return _stage(plan, stage).get("together", 1)
 
 
 def sends_ahead(plan: dict[str, Any]) -> bool:
@@ -29,7 +34,7 @@ def sends_ahead(plan: dict[str, Any]) -> bool:
 
 def planned_vae(plan: dict[str, Any], stage: str) -> VaePlacement:
     """How the VAE works in a stage, by the plan."""
-    planned: dict[str, Any] = next((planned for planned in plan["stages"] if planned["name"] == stage), {})
+    planned = _stage(plan, stage)
     return VaePlacement(alone=planned.get("vae_alone", False), tiled=planned.get("vae_tiled", False))
 
 

@@ -59,7 +59,6 @@ class PlanRequest:
         text_encoders: Configs of the text encoders.
         streamable_encoders: Positions of those that are streamed, if they are large and encoding would need more
             than training does; ``None`` for all.
-        text_encoder_parameter_bytes: Their weights, where their configs are not at hand.
         trained_encoders: Configs of the text encoders that train along, by component.
         resident_bytes: Parameters of other models that stay during training.
         bytes_elsewhere: Kept blocks' weights that other processes hold; ``None`` if nothing is shared.
@@ -104,7 +103,6 @@ class PlanRequest:
     has_condition: bool = False
     text_encoders: Sequence[Mapping[str, Any]] = ()
     streamable_encoders: Sequence[int] | None = None
-    text_encoder_parameter_bytes: int = 0
     trained_encoders: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     resident_bytes: int = 0
     bytes_elsewhere: int | None = None
@@ -131,12 +129,14 @@ class PlanRequest:
         return self.resident_bytes - (self.bytes_elsewhere or 0)
 
     @property
+    def step_samples(self) -> int:
+        """Samples that an optimiser step takes, over all processes."""
+        return self.samples_per_step or self.batch_size * self.gradient_accumulation_steps
+
+    @property
     def stretch_samples(self) -> int:
         """Samples that a stretch has records of, at most."""
-        if self.stretch_steps is None:
-            return max(self.num_samples, 1)
-        per_step = self.samples_per_step or self.batch_size * self.gradient_accumulation_steps
-        return self.stretch_steps * per_step
+        return max(self.num_samples, 1) if self.stretch_steps is None else self.stretch_steps * self.step_samples
 
     def limit(self, training: Usage, alone: Usage) -> int:
         """Bytes that forwards in step may reserve, from what a training step and one such forward need."""

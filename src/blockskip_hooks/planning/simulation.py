@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from itertools import accumulate, takewhile
 from typing import Any
 
@@ -20,12 +20,9 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch._subclasses import FakeTensorMode
 
 from ..blocks import idle_modules, list_blocks, split_blocks
-from ..config import BlockSkipConfig
-from ..families import Family
 from ..families.prompts import place_embeds
 from ..inference.lora_files import quiet_adapters
 from ..loading.models import cast_floating, empty_model
-from ..loading.quantization import QuantizationConfig
 from ..loading.text_encoders import empty_text_encoder
 from ..lora import ASSISTANT, TRAINED, add_lora, only_adapters, use_adapters
 from ..losses import combine_losses, flow_matching_loss
@@ -34,34 +31,24 @@ from ..residuals.precompute import frozen_model
 from ..state import SpanResiduals
 from ..transformer import DiTBlockSkipTransformer
 from .counters import ALL_BLOCKS, Meter
-from .devices import DeviceType
 from .equal_blocks import shorten_spans
 from .fake_modules import ValuesAsPlanned, materialise, num_bytes, quantize_layers, streamed_weights
 from .measure import Measure, halts_before
+from .request import PlanRequest
 from .usage import Usage
 
 
 class FakeTransformer:
-    """A transformer with block skipping, LoRA and no weights.
+    """The transformer of a planned run, with block skipping, LoRA and no weights.
 
-    Kept blocks have fake weights in ``dtype``, LoRA ones in float32. Skipped blocks have weights only while they run.
+    Kept blocks have fake weights in the run's dtype, LoRA ones in float32. Skipped blocks have weights only while they
+    run.
 
     Args:
-        family: The model's family.
-        transformer_config: Config of the transformer, with its ``_class_name``.
-        config: The spans to skip.
-        rank: Rank of the LoRA matrices.
-        lora_targets: Full names of the modules that get LoRA.
-        lora_dropout: Dropout in them, whose masks are kept for backward.
-        assistant_layers: Full names of the layers that a frozen LoRA adapts in training, by its rank there.
-        recorded_layers: See :class:`~blockskip_hooks.transformer.DiTBlockSkipTransformer`.
-        dtype: Dtype of the model's weights. In half precision the training step runs under autocast.
-        quantization: How the linear layers of kept blocks are held, if not in ``dtype``.
-        device: Whose rules it computes by.
-        trained_encoders: Configs of the text encoders that train along, by component.
-        has_condition: Whether a condition image of the size of the image is in the sequence.
+        request: What the plan depends on.
 
     Attributes:
+        request: As given.
         num_blocks: Blocks of the full model.
         text_bytes: Parameters of the text encoders that train along, their LoRA included.
 
@@ -69,66 +56,48 @@ class FakeTransformer:
         ValueError: if the config names no transformer of diffusers, or no block would be kept.
     """
 
-    def __init__(
-        self,
-        family: Family,
-        transformer_config: Mapping[str, Any],
-        config: BlockSkipConfig,
-        *,
-        rank: int,
-        lora_targets: Sequence[str],
-        dtype: torch.dtype,
-        lora_dropout: float = 0.0,
-        assistant_layers: Mapping[int, Sequence[str]] | None = None,
-        recorded_layers: Sequence[str] = (),
-        quantization: QuantizationConfig | None = None,
-        device: DeviceType = "cuda",
-        trained_encoders: Mapping[str, Mapping[str, Any]] | None = None,
-        has_condition: bool = False,
-    ) -> None:
-        self.family = family
-        self.has_condition = has_condition
-        self.transformer_config = transformer_config
-        self.dtype = dtype
-        self.device = device
+    def __init__(self, request: PlanRequest) -> None:
+        self.request, family, dtype = request, request.family, request.weight_dtype
         # Constants that a model keeps as ordinary tensors are not fake.
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-        transformer = empty_model(transformer_config, family.transformer_class(transformer_config))
+        transformer = empty_model(request.transformer_config, family.transformer_class(request.transformer_config))
         family.make_traceable(transformer)
         cast_floating(transformer, dtype)
         transformer.requires_grad_(False)
-        spans = split_blocks(list_blocks(transformer, family.block_stacks), config)
+        spans = split_blocks(list_blocks(transformer, family.block_stacks), request.config)
         kept = [block.name for block in spans.kept]
-        quantized = [] if quantization is None else quantization.layers(transformer, kept, recorded_layers)
+        quantization, recorded = request.quantization, request.recorded_layers
+        quantized = [] if quantization is None else quantization.layers(transformer, kept, recorded)
         blocks = [block.name for block in spans.leading + spans.kept + spans.trailing]
         self.num_blocks = len(blocks)
-        self._recorded_width = sum(int(transformer.get_submodule(name).out_features) for name in recorded_layers)
-        treated = {"lora": lora_targets, "recorded": recorded_layers, "quantized": quantized}
-        assistants = {f"assistant {rank}": names for rank, names in (assistant_layers or {}).items()}
-        self._depth, config = shorten_spans(transformer, family.block_stacks, config, treated | assistants)
+        self._recorded_width = sum(int(transformer.get_submodule(name).out_features) for name in recorded)
+        treated = {"lora": request.lora_targets, "recorded": recorded, "quantized": quantized}
+        assistants = {f"assistant {rank}": names for rank, names in request.assistant_layers.items()}
+        self._depth, config = shorten_spans(transformer, family.block_stacks, request.config, treated | assistants)
         if quantization is not None:
             quantize_layers(transformer, self._depth.renamed(quantized, blocks), quantization)
-        if lora_targets:
-            # Alpha and seed change neither memory nor FLOPs.
-            targets = self._depth.renamed(lora_targets, blocks)
-            add_lora(transformer, targets, rank=rank, alpha=rank, dropout=lora_dropout, seed=0)
+        rank, dropout = request.rank, request.lora_dropout
+        # Alpha and seed change neither memory nor FLOPs.
+        lora: dict[str, Any] = {"rank": rank, "alpha": rank, "dropout": dropout, "seed": 0}
+        if request.lora_targets:
+            add_lora(transformer, self._depth.renamed(request.lora_targets, blocks), **lora)
         self.model = DiTBlockSkipTransformer(
             transformer,
             config,
             family.block_stacks,
-            recorded_layers=self._depth.renamed(recorded_layers, blocks),
+            recorded_layers=self._depth.renamed(recorded, blocks),
         )
         streamed = self.model.streamed_modules
         self._streamed, self._streamed_names = list(streamed.values()), list(streamed)
         self._halting = [*self._streamed, self.model.spans.kept[0].module]
-        if assistant_layers:
+        if request.assistant_layers:
             # Once the modules that stream are known: its weights do not come with theirs.
-            ranks = {n: r for r, names in assistant_layers.items() for n in self._depth.renamed(names, blocks)}
+            ranks = {n: r for r, names in request.assistant_layers.items() for n in self._depth.renamed(names, blocks)}
             _add_assistant(transformer, ranks, dtype)
         skipped = {id(part) for module in self._streamed for part in module.modules()}
-        self._encoders = {name: empty_text_encoder(config, dtype) for name, config in (trained_encoders or {}).items()}
+        self._encoders = {name: empty_text_encoder(config, dtype) for name, config in request.trained_encoders.items()}
         for encoder in self._encoders.values():
-            add_lora(encoder, family.text_lora_layers, rank=rank, alpha=rank, dropout=lora_dropout, seed=0)
+            add_lora(encoder, family.text_lora_layers, **lora)
         models = [transformer, *self._encoders.values()]
         with self.fake_mode:
             for module in (module for model in models for module in model.modules()):
@@ -138,7 +107,7 @@ class FakeTransformer:
         self._lora = [parameter for model in models for parameter in model.parameters() if parameter.requires_grad]
         simulated = self.model.spans.leading + self.model.spans.kept + self.model.spans.trailing
         named = {block.name: block.module for block in simulated}
-        self._measure = Measure(transformer, named, self._depth, device, beside=list(self._encoders.values()))
+        self._measure = Measure(transformer, named, self._depth, request.device, beside=list(self._encoders.values()))
 
     def lora_sizes(self) -> list[int]:
         """Number of elements of every LoRA weight of the full model, and of text encoders that train."""
@@ -146,26 +115,22 @@ class FakeTransformer:
         sizes = [size for name, p in parameters if p.requires_grad for size in [p.numel()] * self._depth.times(name)]
         return sizes + [p.numel() for e in self._encoders.values() for p in e.parameters() if p.requires_grad]
 
-    def capture(
-        self, batch_size: int, size: tuple[int, int], text_tokens: int, *, with_adapters: bool = False
-    ) -> tuple[Usage, SpanResiduals]:
+    def capture(self, batch_size: int, *, with_adapters: bool = False) -> tuple[Usage, SpanResiduals]:
         """A precompute forward: no gradients, skipped blocks streamed one at a time.
 
         Args:
             batch_size: Samples per forward.
-            size: Height and width of the images in pixels.
-            text_tokens: Tokens of a prompt.
             with_adapters: Whether LoRA takes part, as in residuals computed online.
 
         Returns:
             What it needs, and fake residuals with the batch's shapes.
         """
         adapters = contextlib.nullcontext() if with_adapters else frozen_model(self.model.transformer)
-        with adapters, self._counted(text_tokens) as meter:
+        with adapters, self._counted() as meter:
             resident = meter.current
-            inputs = self._batch(batch_size, size, text_tokens).arguments(self.family, self.transformer_config)
+            inputs = self._arguments(self._batch(batch_size, self.request.training_size))
             with (
-                _autocast(self.dtype),
+                self._autocast(),
                 halts_before(self._halting, meter, resident) as halts,
                 streamed_weights(self._streamed),
             ):
@@ -181,15 +146,15 @@ class FakeTransformer:
         return self._measure.usage(meter, streamed_bytes=self.largest_streamed_bytes, halts=halts), residuals
 
     @torch.no_grad()
-    def infer(self, batch_size: int, size: tuple[int, int], text_tokens: int) -> Usage:
-        """A forward of the whole model without gradients, skipped blocks streamed one at a time."""
-        with self._counted(text_tokens) as meter:
+    def infer(self, batch_size: int, size: tuple[int, int]) -> Usage:
+        """A forward of the whole model on images of this height and width, skipped blocks streamed one at a time."""
+        with self._counted() as meter:
             resident = meter.current
-            inputs = self._batch(batch_size, size, text_tokens).arguments(self.family, self.transformer_config)
+            inputs = self._arguments(self._batch(batch_size, size))
             # Of the wrapper's forward alone.
             inputs.pop("condition_tokens", None)
             with (
-                _autocast(self.dtype),
+                self._autocast(),
                 halts_before(self._halting, meter, resident) as halts,
                 streamed_weights(self._streamed),
                 only_adapters(self.model.transformer, [TRAINED]),
@@ -198,68 +163,58 @@ class FakeTransformer:
                 transformer(**inputs, return_dict=False)
         return self._measure.usage(meter, streamed_bytes=self.largest_streamed_bytes, halts=halts)
 
-    def train(
-        self,
-        batch_size: int,
-        size: tuple[int, int],
-        text_tokens: int,
-        residuals: SpanResiduals,
-        *,
-        gradient_checkpointing: bool = False,
-        accumulated_gradients: bool = False,
-    ) -> Usage:
+    def train(self, residuals: SpanResiduals) -> Usage:
         """Forward, flow-matching loss and backward of one training step.
 
         Args:
-            batch_size: Samples per forward.
-            size: Height and width of the images in pixels.
-            text_tokens: Tokens of a prompt.
             residuals: With the shapes and dtypes of a sample's residuals; their batch size does not matter.
-            gradient_checkpointing: Whether blocks are computed again in backward.
-            accumulated_gradients: Whether gradients of earlier batches are there already.
 
         Returns:
             What it needs, without optimizer state.
         """
         transformer: Any = self.model.transformer
-        if gradient_checkpointing:
+        request, family = self.request, self.request.family
+        # Gradients of earlier batches are there already.
+        accumulates = request.gradient_accumulation_steps > 1
+        if request.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
             for encoder in self._encoders.values():
                 encoder.gradient_checkpointing_enable()
         for module in (self.model, *self._encoders.values()):
             module.train()
-        with self._counted(text_tokens) as meter, self._measure.backward_followed(meter):
-            if accumulated_gradients:
+        with self._counted() as meter, self._measure.backward_followed(meter):
+            if accumulates:
                 for parameter in self._lora:
                     parameter.grad = torch.zeros_like(parameter)
-            batch = self._batch(batch_size, size, text_tokens)
+            size = request.batch_size
+            batch = self._batch(size, request.training_size)
             batch.residuals = SpanResiduals(
-                **{n: torch.empty((batch_size, *t.shape[1:]), dtype=t.dtype) for n, t in residuals.tensors().items()}
+                **{n: torch.empty((size, *t.shape[1:]), dtype=t.dtype) for n, t in residuals.tensors().items()}
             )
             if self._encoders:
-                with _autocast(self.dtype):
-                    batch.embeds = self.family.refresh_embeds(
-                        self._encoders, _tokens(self._encoders, batch_size), batch.embeds
-                    )
-            inputs = batch.arguments(self.family, self.transformer_config)
-            with _autocast(self.dtype):
+                with self._autocast():
+                    batch.embeds = family.refresh_embeds(self._encoders, _tokens(self._encoders, size), batch.embeds)
+            inputs = self._arguments(batch)
+            with self._autocast():
                 prediction = self.model(**inputs, residuals=batch.residuals, return_dict=False)[0]
                 # Autocast has kept its copies of the LoRA weights until now.
                 meter.begin(ALL_BLOCKS)
             meter.begin(None)
+            # The velocity has no name of its own: it goes before backward, as it does in training.
             prediction, target = batch.loss_terms(
-                self.family, self.family.prediction_to_latents(prediction, batch.latents).float()
+                family, family.prediction_to_latents(prediction, batch.latents).float()
             )
             losses = flow_matching_loss(prediction, target, batch.sigmas, "none")
             combine_losses(losses, with_prior_preservation=False, prior_loss_weight=0.0).backward()
         for parameter in self._lora:
             parameter.grad = None
-        return self._measure.usage(meter, accumulates=accumulated_gradients)
+        return self._measure.usage(meter, accumulates=accumulates)
 
-    def _batch(self, batch_size: int, size: tuple[int, int], text_tokens: int) -> Batch:
-        latents = torch.empty((batch_size, *self.family.latent_shape(*size)), dtype=self.dtype)
-        noise, sigmas = torch.empty_like(latents), torch.empty((batch_size, 1, 1, 1), dtype=self.dtype)
-        prompt = self.family.empty_embeds(self.transformer_config, text_tokens, self.dtype)
+    def _batch(self, batch_size: int, size: tuple[int, int]) -> Batch:
+        request, family, dtype = self.request, self.request.family, self.request.weight_dtype
+        latents = torch.empty((batch_size, *family.latent_shape(*size)), dtype=dtype)
+        noise, sigmas = torch.empty_like(latents), torch.empty((batch_size, 1, 1, 1), dtype=dtype)
+        prompt = family.empty_embeds(request.transformer_config, request.text_tokens, dtype)
         return Batch(
             samples=[],
             latents=latents,
@@ -267,16 +222,24 @@ class FakeTransformer:
             noisy_latents=(1.0 - sigmas) * latents + sigmas * noise,
             timesteps=torch.empty(batch_size),
             sigmas=sigmas,
-            embeds=place_embeds(self.family.collate_embeds([prompt] * batch_size), "cpu", self.dtype),
+            embeds=place_embeds(family.collate_embeds([prompt] * batch_size), "cpu", dtype),
             prompts=[],
             residuals=None,
-            condition=torch.empty_like(latents) if self.has_condition else None,
+            condition=torch.empty_like(latents) if request.has_condition else None,
         )
 
+    def _arguments(self, batch: Batch) -> dict[str, Any]:
+        return batch.arguments(self.request.family, self.request.transformer_config)
+
     @contextlib.contextmanager
-    def _counted(self, text_tokens: int) -> Iterator[Meter]:
-        with self.fake_mode, self._measure.counted() as meter, ValuesAsPlanned(text_tokens):
+    def _counted(self) -> Iterator[Meter]:
+        with self.fake_mode, self._measure.counted() as meter, ValuesAsPlanned(self.request.text_tokens):
             yield meter
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        """Mixed precision as accelerate sets it up."""
+        dtype = self.request.weight_dtype
+        return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype)
 
     @property
     def largest_streamed_bytes(self) -> int:
@@ -305,13 +268,6 @@ class FakeTransformer:
             if name not in idle
             for size in [sum(map(num_bytes, module.parameters()))] * self._depth.times(name)
         ]
-
-
-def _autocast(dtype: torch.dtype) -> contextlib.AbstractContextManager:
-    """Mixed precision as accelerate sets it up."""
-    if dtype not in (torch.bfloat16, torch.float16):
-        return contextlib.nullcontext()
-    return torch.autocast("cpu", dtype)
 
 
 def _tokens(encoders: Mapping[str, Any], batch_size: int) -> dict[str, torch.Tensor]:

@@ -50,43 +50,41 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
         weights, with one streamed block and, on a CPU, the next one), ``lora_optimizer_bytes`` and
         ``activation_bytes`` (with gradients alive at the peak). ``peak_reserved_bytes`` is what CUDA's caching
         allocator reserves for them, on other devices the same, and ``needed_bytes`` is that with the context: what has
-        to be free on the device.
-        ``tflops_per_step`` counts matrix products of one forward (and backward) of ``batch_size``
-        samples, ``attention_tflops_per_step`` the attention beside them, ``vae_tflops`` what of both is the VAE's: of
-        the batch, or of one image that is decoded. ``seconds`` is always null: no time is
-        predicted. ``streamed`` of the stage "encode" says whether the layers of large text encoders are read from the
-        checkpoint one at a time, once per prompt.
+        to be free on the device. ``tflops_per_step`` counts matrix products of one forward (and backward) of
+        ``batch_size`` samples, ``attention_tflops_per_step`` the attention beside them, ``vae_tflops`` what of both is
+        the VAE's: of the batch, or of one image that is decoded. ``seconds`` is always null: no time is predicted.
+        ``streamed`` of the stage "encode" says whether the layers of large text encoders are read from the checkpoint
+        one at a time, once per prompt.
 
     Raises:
         ValueError: if the spans leave no block, or the config names no model class.
     """
-    fake = _fake_transformer(request)
+    fake = FakeTransformer(request)
     states = _optimizer_state_bytes(fake.lora_sizes(), request.use_8bit_adam, request.device)
-    train, capture, residuals = _training_step(request, fake, states)
+    train, capture, residuals = _training_step(fake, states)
     vae = Vae(request, train)
     stages: list[dict[str, Any]] = []
     forwards: dict[str, Usage] = {}
     if request.class_batch_size is not None:
         side, wanted = request.class_resolution, min(request.class_batch_size, request.class_images)
         of_all = -(-request.class_images // wanted)
-        stage, forwards["class_images"] = _make_images(
-            "class_images", request, fake, vae.before_lora(), wanted, of_all, side, 0
-        )
+        maker = (fake, vae.before_lora())
+        stage, forwards["class_images"] = _make_images("class_images", *maker, wanted, of_all, side, 0)
         stages.append(stage)
-    if request.text_encoders or request.text_encoder_parameter_bytes:
+    if request.text_encoders:
         usage, streamed = _encode_text(request, train.peak_bytes)
         if request.validation and request.validation.text_encoders != request.text_encoders:
             second, second_streamed = _encode_text(request.validation, train.peak_bytes)
             usage, streamed = usage.then(second), streamed or second_streamed
         stages.append({**_stage("encode", usage, 1), "streamed": streamed})
-    made, forward = _records_and_training(request, fake, vae, train, capture, states)
+    made, forward = _records_and_training(fake, vae, train, capture, states)
     stages += made
     if forward is not None:
         forwards["precompute"] = forward
     if request.validation_resolution is not None:
         side, wanted = request.validation_resolution, request.validation_batch_size
         of_all = request.validation_prompts
-        maker = (request, fake, vae) if request.validation is None else _in_place(request, fake, vae)
+        maker = (fake, vae) if request.validation is None else _in_place(request.validation, fake, vae)
         stage, forwards["validate"] = _make_images("validate", *maker, wanted, of_all, side, states)
         stages.append(stage)
 
@@ -115,75 +113,47 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
     }
 
 
-def _fake_transformer(request: PlanRequest) -> FakeTransformer:
-    return FakeTransformer(
-        request.family,
-        request.transformer_config,
-        request.config,
-        rank=request.rank,
-        lora_targets=request.lora_targets,
-        lora_dropout=request.lora_dropout,
-        assistant_layers=request.assistant_layers,
-        dtype=request.weight_dtype,
-        recorded_layers=request.recorded_layers,
-        quantization=request.quantization,
-        device=request.device,
-        trained_encoders=request.trained_encoders,
-        has_condition=request.has_condition,
-    )
-
-
-def _in_place(request: PlanRequest, fake: FakeTransformer, vae: Vae) -> tuple[PlanRequest, FakeTransformer, Vae]:
+def _in_place(validation: PlanRequest, fake: FakeTransformer, vae: Vae) -> tuple[FakeTransformer, Vae]:
     """The model that makes validation images in place of the trained one, and what of the latter stays beside it.
 
     That is its LoRA and, where every step encodes, its VAE. Its frozen weights make room in host memory, which is no
     other memory on a CPU.
     """
-    assert request.validation is not None
+    request = fake.request
     left = sum(rounded(4 * count, request.device) for count in fake.lora_sizes())
     left += 0 if request.stores_residuals or request.cache_latents else vae.parameter_bytes
-    left += vae._base.parameter_bytes if request.device == "cpu" else 0
-    other = replace(request.validation, resident_bytes=request.resident_bytes + left)
-    base = vae._base.beside(parameter_bytes=left)
-    return other, _fake_transformer(other), Vae(other, vae.training, base)
+    left += vae.base.parameter_bytes if request.device == "cpu" else 0
+    other = replace(validation, resident_bytes=request.resident_bytes + left)
+    return FakeTransformer(other), Vae(other, vae.training, vae.base.beside(parameter_bytes=left))
 
 
-def _training_step(
-    request: PlanRequest, fake: FakeTransformer, states: int
-) -> tuple[Usage, Usage | None, SpanResiduals]:
+def _training_step(fake: FakeTransformer, states: int) -> tuple[Usage, Usage | None, SpanResiduals]:
     """A training step, the forward that its residuals come from if there is one, and the residuals.
 
     Args:
-        request: The settings.
         fake: The transformer.
         states: Bytes of the optimizer's state.
     """
-    size, residuals, capture = request.training_size, SpanResiduals(), None
+    request, residuals, capture = fake.request, SpanResiduals(), None
     if request.config.num_skipped and request.config.residuals != "none":
         online = request.config.residuals == "online"
         first_batch = request.batch_size if online else request.precompute_batch_size or 1
-        capture, residuals = fake.capture(first_batch, size, request.text_tokens, with_adapters=online)
+        capture, residuals = fake.capture(first_batch, with_adapters=online)
         # LoRA and its optimizer are there from the start of training; a later stretch finds them in the way.
         capture = capture.beside(parameter_bytes=request.beside_bytes, lora_bytes=states)
-    train = fake.train(
-        request.batch_size,
-        size,
-        request.text_tokens,
-        residuals,
-        gradient_checkpointing=request.gradient_checkpointing,
-        accumulated_gradients=request.gradient_accumulation_steps > 1,
-    )
+    train = fake.train(residuals)
     return train.beside(parameter_bytes=request.beside_bytes, lora_bytes=states), capture, residuals
 
 
 def _records_and_training(
-    request: PlanRequest, fake: FakeTransformer, vae: Vae, train: Usage, capture: Usage | None, states: int
+    fake: FakeTransformer, vae: Vae, train: Usage, capture: Usage | None, states: int
 ) -> tuple[list[dict[str, Any]], Usage | None]:
     """The stages that make records, if there are any, and train; and what forwards of the first need."""
+    request = fake.request
     if request.stores_residuals:
         assert capture is not None
-        batch_size, together, capture = _precompute_batch(request, fake, capture, train, vae, states)
-        capture = capture.beside(parameter_bytes=_read_ahead_bytes(request, fake))
+        batch_size, together, capture = _precompute_batch(fake, capture, train, vae, states)
+        capture = capture.beside(parameter_bytes=_read_ahead_bytes(fake))
         # All photos of a stretch are encoded first; the VAE is gone when the transformer runs.
         encode, alone = vae.encode(batch_size)
         precompute = {**_stage("precompute", encode.then(capture), batch_size, encode), "vae_alone": alone}
@@ -195,36 +165,29 @@ def _records_and_training(
         return [precompute, _stage("train", train, request.batch_size)], None
     # Without records every step encodes its crops, so the VAE stays.
     if capture is not None:
-        train = capture.beside(parameter_bytes=_read_ahead_bytes(request, fake)).then(train)
+        train = capture.beside(parameter_bytes=_read_ahead_bytes(fake)).then(train)
     in_step = vae.beside_transformer(request.batch_size)
     train = in_step.then(train.beside(parameter_bytes=vae.parameter_bytes))
     return [_stage("train", train, request.batch_size, in_step)], None
 
 
 def _make_images(
-    name: str,
-    request: PlanRequest,
-    fake: FakeTransformer,
-    vae: Vae,
-    wanted: int,
-    groups: int,
-    side: int,
-    states: int,
+    name: str, fake: FakeTransformer, vae: Vae, wanted: int, groups: int, side: int, states: int
 ) -> tuple[dict[str, Any], Usage]:
     """The stage in which the pipeline makes images, LoRA and optimizer state resident; and what its forwards need.
 
     As many of a group at a time as need no more than training, and as many calls in step as fit; the VAE decodes the
     images one by one.
     """
-    images = max(wanted, 1)
+    request, images = fake.request, max(wanted, 1)
     while True:
         # A guided pipeline runs the prompt and the negative prompt in one batch, if not one after the other.
         batch_size = images if request.family.negative_prompt is None else 2 * images
-        infer = fake.infer(batch_size, (side, side), request.text_tokens)
+        infer = fake.infer(batch_size, (side, side))
         # Class images are made apart from each other, by processes that have all of the weights.
         alone = request.resident_bytes - fake.text_bytes
         others = alone if name == "class_images" else request.beside_bytes
-        infer = infer.beside(parameter_bytes=others + _read_ahead_bytes(request, fake), lora_bytes=states)
+        infer = infer.beside(parameter_bytes=others + _read_ahead_bytes(fake), lora_bytes=states)
         phases, placement = vae.decode_after(infer, (side, side))
         usage = phases.beside(parameter_bytes=request.validation_extra_bytes)
         if images == 1 or usage.peak_bytes <= vae.limit:
@@ -240,14 +203,15 @@ def _make_images(
 
 
 def _precompute_batch(
-    request: PlanRequest, fake: FakeTransformer, first: Usage, train: Usage, vae: Vae, states: int
+    fake: FakeTransformer, first: Usage, train: Usage, vae: Vae, states: int
 ) -> tuple[int, int, Usage]:
     """The batch of precompute forwards, how many of them go in step, and what they need.
 
     Weights are read once for all samples that go in step. Activations grow with the batch, hidden states with all of
     those samples; precompute should hardly need more than training does.
     """
-    limit = request.limit(train, first) - (_read_ahead_bytes(request, fake) if request.memory_budget_bytes else 0)
+    request = fake.request
+    limit = request.limit(train, first) - (_read_ahead_bytes(fake) if request.memory_budget_bytes else 0)
     samples = min(MOST_IN_STEP, max(request.num_samples, 1))
     at_once = min(samples, request.stretch_samples)
     if request.precompute_batch_size is not None:
@@ -269,7 +233,7 @@ def _precompute_batch(
     # The allocator's gaps grow with the batch: without a budget, what training reserves is enough if a smaller one is.
     avoidable = first.traces and not request.memory_budget_bytes and best[2].reserved_bytes <= train.reserved_bytes
     while batch_size > 1:
-        usage, _ = fake.capture(batch_size, request.training_size, request.text_tokens)
+        usage, _ = fake.capture(batch_size)
         usage = usage.beside(parameter_bytes=request.beside_bytes, lora_bytes=states)
         if usage.reserved_bytes <= train.reserved_bytes:
             chosen = batch_size, *usage.in_step(-(-at_once // batch_size), limit)
@@ -281,9 +245,9 @@ def _precompute_batch(
     return best
 
 
-def _read_ahead_bytes(request: PlanRequest, fake: FakeTransformer) -> int:
+def _read_ahead_bytes(fake: FakeTransformer) -> int:
     """Weights of the next block, which a thread reads while one runs, where that takes the device's memory."""
-    return fake.ahead_bytes if request.device == "cpu" else 0
+    return fake.ahead_bytes if fake.request.device == "cpu" else 0
 
 
 def _send_ahead(
@@ -342,10 +306,10 @@ def _run_encoders(request: PlanRequest, streamed: Sequence[int]) -> Usage:
         for position, config in enumerate(request.text_encoders)
     ]
     total = Usage(0, 0)
-    parameter_bytes = request.text_encoder_parameter_bytes + sum(usage.parameter_bytes for usage in usages)
+    parameter_bytes = sum(usage.parameter_bytes for usage in usages)
     for usage in usages:
         total = total.then(usage.beside(parameter_bytes=parameter_bytes - usage.parameter_bytes))
-    return total if usages else Usage(parameter_bytes, parameter_bytes)
+    return total
 
 
 def _records(request: PlanRequest, residuals: SpanResiduals, shares_text: bool) -> dict[str, int]:
@@ -366,15 +330,15 @@ def _records(request: PlanRequest, residuals: SpanResiduals, shares_text: bool) 
     record += sum(sizes.values())
     # Samples of the same prompt and timestep share their modulation; at most, each has its own.
     per_record = record + modulation + RECORD_OVERHEAD
-    samples_per_step = request.samples_per_step or request.batch_size * request.gradient_accumulation_steps
-    num_steps = max(-(-request.num_samples // samples_per_step), 1)
+    per_step = request.step_samples
+    num_steps = max(-(-request.num_samples // per_step), 1)
     length = request.stretch_steps or num_steps
     if request.residual_budget_bytes is not None:
         # A stretch holds whole steps.
-        fitting = max(1, (request.residual_budget_bytes - text) // (per_record * samples_per_step))
+        fitting = max(1, (request.residual_budget_bytes - text) // (per_record * per_step))
         length = min(length, fitting * request.record_repeats)
     stretches = Stretches(num_steps=num_steps, length=length, repeats=request.record_repeats)
-    records = min(stretches.num_recorded_steps * samples_per_step, request.num_samples)
+    records = min(stretches.num_recorded_steps * per_step, request.num_samples)
     return {
         "records": records,
         "bytes": records * per_record + text,

@@ -20,8 +20,8 @@ class Vae:
     def __init__(self, request: PlanRequest, training: Usage, base: Usage | None = None) -> None:
         self._request = request
         self.training = training
-        # What is on the device beside the VAE.
-        self._base = training if base is None else base
+        self.base = training if base is None else base
+        """What is on the device beside the VAE."""
         self.limit = training.peak_bytes
         self._encodes = {1: self._simulate(1, request.training_size, decode=False)}
         self._decodes: dict[tuple[tuple[int, int], bool], Usage] = {}
@@ -30,7 +30,7 @@ class Vae:
     def before_lora(self) -> Vae:
         """The same where LoRA and its optimizer are not there yet."""
         vae = copy(self)
-        vae._base = replace(self._base, lora_bytes=0, traces=())
+        vae.base = replace(self.base, lora_bytes=0, traces=())
         return vae
 
     def encode(self, batch_size: int) -> tuple[Usage, bool]:
@@ -43,20 +43,22 @@ class Vae:
         """Crops to latents with the transformer resident, as in training without records."""
         return self._beside(self._simulate(batch_size, self._request.training_size, decode=False))
 
-    def decode(self, size: tuple[int, int]) -> Usage:
+    def decode(self, size: tuple[int, int], *, tiled: bool = False) -> Usage:
         """Latents to one image, whatever is beside it."""
-        return self._decoded(size)
+        if (size, tiled) not in self._decodes:
+            self._decodes[size, tiled] = self._simulate(1, size, decode=True, tiled=tiled)
+        return self._decodes[size, tiled]
 
     def decode_after(self, denoising: Usage, size: tuple[int, int]) -> tuple[Usage, dict[str, bool]]:
         """The transformer's work, then latents to one image; whether they take turns, and whether in tiles."""
-        decode, alone = self._placed(self._decoded(size))
+        decode, alone = self._placed(self.decode(size))
         beside = denoising.beside(parameter_bytes=self.parameter_bytes)
         if not alone and beside.peak_bytes <= self.limit:
             return beside.then(decode), {"vae_alone": False, "vae_tiled": False}
         alone = not self._transformer_stays
         whole, tiled = (
             self._alone(decoded) if alone else self._beside(decoded)
-            for decoded in (self._decoded(size), self._decoded(size, tiled=True))
+            for decoded in (self.decode(size), self.decode(size, tiled=True))
         )
         # Tiles are blended where they meet, so they are for where nothing else helps.
         in_tiles = whole.peak_bytes > self.limit and tiled.peak_bytes < whole.peak_bytes
@@ -67,11 +69,6 @@ class Vae:
     def _transformer_stays(self) -> bool:
         return self._request.bytes_elsewhere is not None or self._request.device == "cpu"
 
-    def _decoded(self, size: tuple[int, int], tiled: bool = False) -> Usage:
-        if (size, tiled) not in self._decodes:
-            self._decodes[size, tiled] = self._simulate(1, size, decode=True, tiled=tiled)
-        return self._decodes[size, tiled]
-
     def _simulate(self, batch_size: int, size: tuple[int, int], *, decode: bool, tiled: bool = False) -> Usage:
         family, dtype, device = self._request.family, self._request.weight_dtype, self._request.device
         usage = simulate_vae(family, batch_size, size, dtype, decode=decode, tiled=tiled, device=device)
@@ -79,7 +76,7 @@ class Vae:
         return usage.then(usage) if self._request.has_condition and not decode else usage
 
     def _beside(self, usage: Usage) -> Usage:
-        base = self._base
+        base = self.base
         # Steps have some of them for a while only, such as streamed blocks; those make no difference here.
         return usage.beside(
             parameter_bytes=base.parameter_bytes, lora_bytes=base.lora_bytes, sizes=base.resident or None
@@ -92,4 +89,4 @@ class Vae:
         return self._alone(usage), True
 
     def _alone(self, usage: Usage) -> Usage:
-        return usage.beside(lora_bytes=self._base.lora_bytes)
+        return usage.beside(lora_bytes=self.base.lora_bytes)

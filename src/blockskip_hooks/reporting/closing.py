@@ -30,6 +30,7 @@ def closing_words(outputs: RunOutputs, report: Mapping[str, Any], before: Images
         after: The trained model's images of each final prompt.
     """
     run, losses, steps = outputs.run, report["train"]["loss"], report["train"]["steps"]
+    seconds = sum(stage["seconds"] for stage in report["stages"])
     loss = f", loss {losses[-1]:.4f}" if losses else ""
     files = {"LoRA": WEIGHTS_NAME}
     if run.settings.save_format == "comfyui":
@@ -43,7 +44,7 @@ def closing_words(outputs: RunOutputs, report: Mapping[str, Any], before: Images
     snippet = outputs.snippet(run.settings.hub_model_id or str(run.output_dir), str)
     return "\n".join(
         [
-            f"Trained {steps} steps in {format_seconds(_seconds(report))}{loss}, {_memory(report)}.",
+            f"Trained {steps} steps in {format_seconds(seconds)}{loss}, {_memory(report)}.",
             *(f"{name:<9}{run.output_dir / file}" for name, file in files.items()),
             *_alike(run, training_photos(outputs.maker), before, after),
             "Use it:",
@@ -57,10 +58,6 @@ def open_page(folder: Path) -> str | None:
     """Show a run's page in the browser of this machine; what to say where there is none."""
     page = (folder / "report.html").resolve()
     return None if webbrowser.open(page.as_uri()) else f"No browser could be started here; open {page}."
-
-
-def _seconds(report: Mapping[str, Any]) -> float:
-    return sum(stage["seconds"] for stage in report["stages"])
 
 
 def _memory(report: Mapping[str, Any]) -> str:

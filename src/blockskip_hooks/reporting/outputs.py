@@ -13,8 +13,8 @@ from diffusers import ModelMixin
 from PIL import Image
 
 from ..loading.lora_files import WEIGHTS_NAME
-from ..planning.simulation import empty_model
-from ..residuals.batches import SampleMaker
+from ..loading.models import empty_model
+from ..residuals.batches import SampleMaker, as_picture
 from ..residuals.stretches import Stretches
 from ..training.history import History
 from ..training.run import Run
@@ -304,6 +304,5 @@ def _settings(run: Run) -> dict[str, Any]:
 
 
 def _image(pixels: torch.Tensor) -> Image.Image:
-    """A tensor ``(3, h, w)`` in [-1, 1] as an image; pairs ``(2, 3, h, w)`` side by side."""
-    pixels = pixels if pixels.ndim == 3 else torch.cat(list(pixels), dim=-1)
-    return Image.fromarray(((pixels + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
+    """A crop ``(3, h, w)`` in [-1, 1] as an image; pairs ``(2, 3, h, w)`` side by side."""
+    return as_picture(pixels if pixels.ndim == 3 else torch.cat(list(pixels), dim=-1))

@@ -5,19 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Mapping
 
 from ..utils.formatting import format_bytes
 from ..utils.machine import is_first_process
 from ..utils.monitor import StageMonitor
-from ..utils.progress import RunProgress, StageProgress, listed, progress_bar
+from ..utils.progress import RunProgress, StageProgress, progress_bar
 
 
-T = TypeVar("T")
-
-PHOTOS_FROM = 51
-"""Fewer photos are checked and loaded before a display is read."""
 AVERAGED = 50
 """Steps whose mean loss is shown."""
 
@@ -32,11 +27,6 @@ def set_log_level(name: str) -> None:
         level = max(level, logging.ERROR)
     logging.getLogger("blockskip_hooks").setLevel(level)
     logging.getLogger().setLevel(max(level, logging.WARNING))
-
-
-def photo_progress(photos: Sequence[T], title: str) -> Iterator[T]:
-    """The photos, with a display if there are many."""
-    return listed(photos, title, "photo", total=len(photos), shown=len(photos) >= PHOTOS_FROM)
 
 
 class Progress(RunProgress):

@@ -7,6 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -100,7 +101,7 @@ class Tracking:
     @property
     def is_on_somewhere(self) -> bool:
         """Whether some process has trackers whose figures need this process, because weights are shared."""
-        return self.is_on or (self.model.is_sharded and bool(self.accelerator.log_with))
+        return self.is_on or (self.model.is_sharded and self.main_is_on)
 
     def log_step(
         self, step: int, samples: Sequence[Sample], figures: Mapping[str, float], quarters: Mapping[str, float]
@@ -241,15 +242,9 @@ def _log_pairs(
         tracker.log_images(named, step=step, dataformats="NHWC")
         # Its images have no captions.
         tracker.log({f"{name}/caption": "  \n".join(captions)}, step=step)
-    elif tracker.name == "wandb":
-        import wandb
-
-        images = [wandb.Image(pair, caption=caption) for pair, caption in zip(pairs, captions, strict=True)]
-        tracker.log({name: images}, step=step)
-    elif tracker.name == "swanlab":
-        import swanlab
-
-        images = [swanlab.Image(pair, caption=caption) for pair, caption in zip(pairs, captions, strict=True)]
+    elif tracker.name in ("wandb", "swanlab"):
+        service = import_module(tracker.name)
+        images = [service.Image(pair, caption=caption) for pair, caption in zip(pairs, captions, strict=True)]
         tracker.log({name: images}, step=step)
     elif tracker.name == "comet_ml":
         for pair, caption in zip(pairs, captions, strict=True):

@@ -122,10 +122,7 @@ class ResidualStore:
         """
         self.fingerprint = fingerprint({"run": self._run_fingerprint, "lora": lora})
         self._records, self._open_files = {}, {}
-        for path in self._own_files(".safetensors"):
-            if _shard_fingerprint(path) != self.fingerprint:
-                path.unlink(missing_ok=True)
-        self._scan()
+        self._scan(drops_others=True)
 
     def __getstate__(self) -> dict[str, Any]:
         # Data-loading workers that are started anew open the shards themselves.
@@ -138,7 +135,8 @@ class ResidualStore:
     def _new_file(self, suffix: str) -> Path:
         return self.directory / f"records-{uuid.uuid4().hex}{suffix}"
 
-    def _scan(self) -> None:
+    def _scan(self, *, drops_others: bool = False) -> None:
+        """Find the records that are there, and delete what is none of them any more."""
         for path in self._own_files(".tmp"):
             try:
                 stale = time.time() - path.stat().st_mtime > STALE_SECONDS
@@ -150,13 +148,17 @@ class ResidualStore:
             try:
                 with _open(path) as file:
                     metadata = file.metadata() or {}
-                    if metadata.get("fingerprint") == self.fingerprint:
+                    is_wanted = metadata.get("fingerprint") == self.fingerprint
+                    if is_wanted:
                         self._index(path, list(file.keys()), json.loads(metadata["checksums"]))
             except FileNotFoundError:
                 continue  # Another process dropped it.
             except (SafetensorError, KeyError, ValueError):
                 # A shard that a full disk or a crash cut short holds no record; its samples are computed again.
                 path.unlink(missing_ok=True)
+            else:
+                if drops_others and not is_wanted:
+                    path.unlink(missing_ok=True)
 
     def _index(self, path: Path, keys: Iterable[str], checksums: Mapping[str, int]) -> None:
         names: dict[str, list[str]] = {}
@@ -210,7 +212,7 @@ class ResidualStore:
                 raise DamagedRecord(f"{path} has another size than when it was written")
             file = self._open_files.get(path)
             if file is None:
-                file = self._open_files[path] = _open(path).__enter__()
+                file = self._open_files[path] = _open(path)
             record = {name: file.get_tensor(f"{sample_id}/{name}") for name in names}
         except (OSError, SafetensorError, KeyError) as error:
             raise DamagedRecord(f"{path} cannot be read ({error})") from error
@@ -289,15 +291,6 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
     if not isinstance(manifest, dict) or not isinstance(manifest.get("description"), dict):
         return None
     return manifest if "fingerprint" in manifest else None
-
-
-def _shard_fingerprint(path: Path) -> str | None:
-    """What a shard's records depend on; ``None`` if it cannot be read."""
-    try:
-        with _open(path) as file:
-            return (file.metadata() or {}).get("fingerprint")
-    except (SafetensorError, FileNotFoundError):
-        return None
 
 
 def recorded_seed(directory: Path) -> int | None:

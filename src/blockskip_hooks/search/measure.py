@@ -16,10 +16,10 @@ from ..embedded import embedded_subjects
 from ..families import Family
 from ..inference.image_encoders import load_image_encoder
 from ..inference.streamed_model import (
-    PIXELS_AT_ONCE,
     block_parameters,
     describe_images,
     encode_for_images,
+    images_at_once,
     load_image_transformer,
 )
 from ..loading.component_config import load_config
@@ -40,7 +40,6 @@ from .masking_search import (
 
 DEFAULT_STEPS = 6
 DEFAULT_SEEDS = (0, 1)
-LARGEST_BATCH = 32
 
 CLASS_PROMPTS = {
     name: f"a photo of a {name}"
@@ -90,10 +89,7 @@ class SearchRequest:
     @property
     def images_at_once(self) -> int:
         """Images in one forward."""
-        if self.batch_size is not None:
-            return self.batch_size
-        pixels = self.pipeline_kwargs["height"] * self.pipeline_kwargs["width"]
-        return min(max(PIXELS_AT_ONCE // pixels, 1), LARGEST_BATCH)
+        return images_at_once(self.pipeline_kwargs, self.batch_size)
 
     def describe(self) -> dict[str, Any]:
         """Everything that the images depend on."""

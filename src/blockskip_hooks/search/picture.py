@@ -14,12 +14,12 @@ from PIL import Image
 
 from ..utils.files import replacing
 from ..utils.pictures import SheetRow, contact_sheet
+from .masking_search import RATIOS
 from .tables import SelectionTable
 
 
 GIB = 2**30
 BYTES_PER_PARAMETER = 2
-MARKED_RATIOS = (0.3, 0.4, 0.5)
 
 
 def draw_table(contents: Mapping[str, Any], table: SelectionTable, file: Path) -> None:
@@ -77,7 +77,7 @@ def _draw_trade_off(axes: Axes, table: SelectionTable, block_parameters: Sequenc
     freed = np.array([point.freed_bytes for point in points]) / GIB
     unit, factor = ("GiB", 1) if freed[-1] >= 0.1 else ("MiB", 1024)
     axes.plot(freed * factor, [point.harm for point in points], ".-", color="tab:green")
-    for number, ratio in enumerate(MARKED_RATIOS):
+    for number, ratio in enumerate(RATIOS):
         near = min(points, key=lambda point: abs(point.leading + point.trailing - ratio * table.num_blocks))
         axes.annotate(
             f"{ratio:.0%}: {near.leading}, {near.trailing}",
@@ -101,7 +101,7 @@ def masked_variants(num_blocks: int, pairs: Mapping[str, Sequence[int]]) -> dict
     third = max(num_blocks // 3, 1)
     leading, trailing = pairs[str(min(max(round(0.5 * num_blocks), 1), num_blocks - 1))]
     middle = (num_blocks - third) // 2
-    columns = {
+    return {
         "nothing masked": (0, 0),
         f"first {third}": (0, third),
         f"middle {third}": (middle, middle + third),
@@ -109,7 +109,6 @@ def masked_variants(num_blocks: int, pairs: Mapping[str, Sequence[int]]) -> dict
         f"50 %: first {leading}": (0, leading),
         f"50 %: last {trailing}": (num_blocks - trailing, num_blocks) if trailing else (0, 0),
     }
-    return columns
 
 
 def draw_images(rows: Mapping[str, Sequence[Image.Image]], labels: Sequence[str], file: Path) -> None:

@@ -12,7 +12,6 @@ from ..families import Family, PromptEmbeds
 from ..families.prompts import TrainedText
 from ..loading.lora_files import load_lora, save_lora
 from ..residuals.batches import Batch
-from .lora_checks import check_finite, check_gradients, warn_unless_learned
 
 
 class Adapters:
@@ -110,26 +109,3 @@ class Adapters:
             UserError: if the file is of other layers.
         """
         load_lora(folder, type(self._family), self._transformer, self.text_encoders)
-
-    def check_gradients(self) -> None:
-        """Check after the first backward that every LoRA has a gradient.
-
-        Raises:
-            UserError: naming the first layer without one.
-        """
-        for module in self.modules:
-            check_gradients(module)
-
-    def check_finite(self) -> None:
-        """Check before anything is saved that every value is finite.
-
-        Raises:
-            UserError: naming the first layer with one that is not.
-        """
-        for module in self.modules:
-            check_finite(module)
-
-    def warn_unless_learned(self) -> None:
-        """Warn before the final export of LoRA that has learnt nothing."""
-        for module in self.modules:
-            warn_unless_learned(module)

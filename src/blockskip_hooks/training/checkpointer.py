@@ -24,6 +24,7 @@ from .checkpoints import (
 )
 from .context import Context
 from .history import History
+from .lora_checks import check_finite
 from .records import RecordSource
 from .resume_checks import ADVICE, made_with
 from .resume_flags import changing_flags
@@ -77,7 +78,7 @@ class Checkpointer:
         accelerator = self._context.accelerator
         if not accelerator.is_main_process:
             return
-        self._adapters.check_finite()
+        check_finite(*self._adapters.modules)
         with new_checkpoint(run.output_dir, history.step, run.settings.checkpoints_total_limit) as folder:
             self._adapters.save(folder)
             numbers = {

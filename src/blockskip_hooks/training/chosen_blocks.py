@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 
 from ..blocks import block_bytes, list_blocks
 from ..config import BlockSkipConfig, PatchMode, PatchSamplingConfig
 from ..data.buckets import standard_buckets
 from ..families import Family
 from ..loading.component_config import load_config
+from ..loading.models import empty_model
 from ..lora import lora_targets
 from ..planning.selections import select_by_bytes
 from ..search.tables import SelectionTable, find_table, read_table
 from ..selection import Selection, select_blocks
 from ..transformer import DiTBlockSkipTransformer
+from ..utils.accelerator import PRECISIONS
 from ..utils.digests import folder_digest
 from ..utils.errors import UserError
 from .settings import TrainSettings
@@ -41,8 +42,7 @@ def choose_blocks(
         OSError: if the transformer's config cannot be read.
     """
     transformer_config = load_config(family.model_path / "transformer")
-    with init_empty_weights():
-        transformer = family.transformer_class(transformer_config).from_config(transformer_config)
+    transformer = empty_model(transformer_config, family.transformer_class(transformer_config))
     if table is None and settings.looks_up_blocks:
         names = (model_name, transformer_config.get("_name_or_path"))
         table = _look_up(settings, family, names, len(list_blocks(transformer, family.block_stacks)))
@@ -121,7 +121,7 @@ def _select(
 def planned_dtype(settings: TrainSettings) -> torch.dtype:
     """Dtype that frozen weights will have, before there is an accelerator to ask."""
     precision = settings.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
+    return PRECISIONS.get(precision, torch.float32)
 
 
 def _patch_sampling(settings: TrainSettings, family: Family, skips: bool) -> PatchSamplingConfig:

@@ -6,7 +6,6 @@ import hashlib
 import re
 from typing import Any
 
-import torch
 from diffusers.training_utils import free_memory
 
 from ..data.folder import image_paths
@@ -14,7 +13,7 @@ from ..families.prompts import encode_prompts
 from ..inference.generate import generate_images
 from ..planning.plan import planned_batch_size, planned_together, planned_vae, sends_ahead, streams_text
 from ..transformer import DiTBlockSkipTransformer
-from ..utils.accelerator import weight_dtype
+from ..utils.accelerator import PRECISIONS, weight_dtype
 from ..utils.files import replacing
 from ..utils.seeds import derived_seed
 from .context import Context
@@ -23,10 +22,8 @@ from .run import Run
 
 _OWN_NAME = re.compile("([0-9]+)-[0-9a-f]{40}[.]jpg")
 
-PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-
-def make_class_images(run: Run, context: Context, plan: dict[str, Any]) -> int:
+def make_class_images(run: Run, context: Context, plan: dict[str, Any]) -> None:
     """Fill ``--class_data_dir`` up to ``--num_class_images``, the work shared between processes.
 
     Works as the rest of the run does, and so within its memory: text encoders first and freed, then kept blocks in
@@ -36,9 +33,6 @@ def make_class_images(run: Run, context: Context, plan: dict[str, Any]) -> int:
         run: The run, its seed resolved.
         context: Its surroundings.
         plan: Its plan: how many images are made at a time, and how text encoders and VAE work.
-
-    Returns:
-        Number of images made by this process.
     """
     accelerator, batch_size = context.accelerator, planned_batch_size(plan, "class_images") or 1
     together = planned_together(plan, "class_images")
@@ -83,4 +77,3 @@ def make_class_images(run: Run, context: Context, plan: dict[str, Any]) -> int:
         del model, vae
         free_memory()
     accelerator.wait_for_everyone()
-    return len(numbers)

@@ -45,15 +45,12 @@ def check_comfyui(family: type[Family], *, trains_text: bool) -> ComfyUIFormat:
     return family.comfyui
 
 
-def write_comfyui(folder: Path, family: type[Family]) -> Path:
+def write_comfyui(folder: Path, family: type[Family]) -> None:
     """Write ``comfyui_lora_weights.safetensors`` beside ``pytorch_lora_weights.safetensors``.
 
     Args:
         folder: The folder of the latter, as :func:`~blockskip_hooks.loading.lora_files.save_lora` wrote it.
         family: The model's family.
-
-    Returns:
-        The file.
 
     Raises:
         UserError: if the family has no such format.
@@ -72,4 +69,3 @@ def write_comfyui(folder: Path, family: type[Family]) -> Path:
                     tensor = (tensor.float() * (alpha / rank)).to(tensor.dtype)
             tensors[renamed] = tensor
     save_tensors(tensors, folder / COMFYUI_NAME, metadata={"format": "pt"})
-    return folder / COMFYUI_NAME

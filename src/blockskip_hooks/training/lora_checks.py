@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -14,15 +14,15 @@ from ..utils.errors import UserError
 logger = logging.getLogger(__name__)
 
 
-def check_gradients(model: torch.nn.Module) -> None:
+def check_gradients(*models: torch.nn.Module) -> None:
     """After the first backward: every LoRA must be reached (its B has a gradient; A's is zero while B is).
 
     Raises:
         UserError: naming the first layer that is not.
     """
-    gradients = {name: parameter.grad for name, parameter in _lora_b(model).items()}
-    reached = _any([gradient for gradient in gradients.values() if gradient is not None])
-    for name, gradient in gradients.items():
+    gradients = [(name, parameter.grad) for name, parameter in _trained(models) if "lora_B" in name]
+    reached = _any([gradient for _, gradient in gradients if gradient is not None])
+    for name, gradient in gradients:
         if gradient is None or not reached.pop(0):
             raise UserError(
                 f"The LoRA of {_layer(name)} receives no gradient, so it would never learn; leave the layer out of "
@@ -30,34 +30,37 @@ def check_gradients(model: torch.nn.Module) -> None:
             )
 
 
-def warn_unless_learned(model: torch.nn.Module) -> None:
+def warn_unless_learned(*models: torch.nn.Module) -> None:
     """After training: warn of LoRA that is still at zero. All of it is saved; what the rest learnt is not lost."""
-    zero = [_layer(name) for name, parameter in _lora_b(model).items() if not bool(parameter.any())]
-    if zero:
-        logger.warning(
-            "The LoRA of %s%s is still zero after training: nothing was learnt there. Raise --learning_rate, or leave "
-            "these layers out of --lora_layers.",
-            zero[0],
-            f" and {len(zero) - 1} other layers" if len(zero) > 1 else "",
-        )
+    for model in models:
+        zero = [_layer(name) for name, p in _trained([model]) if "lora_B" in name and not bool(p.any())]
+        if zero:
+            logger.warning(
+                "The LoRA of %s%s is still zero after training: nothing was learnt there. Raise --learning_rate, or "
+                "leave these layers out of --lora_layers.",
+                zero[0],
+                f" and {len(zero) - 1} other layers" if len(zero) > 1 else "",
+            )
 
 
-def check_finite(model: torch.nn.Module) -> None:
+def check_finite(*models: torch.nn.Module) -> None:
     """Before anything is saved: no LoRA may hold a value that is not finite.
 
     Raises:
         UserError: naming the first layer.
     """
-    for name, parameter in model.named_parameters():
-        if "lora_" in name and parameter.requires_grad and not bool(parameter.isfinite().all()):
+    for name, parameter in _trained(models):
+        if not bool(parameter.isfinite().all()):
             raise UserError(
                 f"The LoRA of {_layer(name)} is not finite; lower --learning_rate. Checkpoints written so far are "
                 "intact."
             )
 
 
-def _lora_b(model: torch.nn.Module) -> Mapping[str, torch.nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if "lora_B" in name and p.requires_grad}
+def _trained(models: Iterable[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """The LoRA that trains, of all models, with its parameters' names."""
+    for model in models:
+        yield from ((name, p) for name, p in model.named_parameters() if "lora_" in name and p.requires_grad)
 
 
 def _any(tensors: Sequence[torch.Tensor]) -> list[bool]:

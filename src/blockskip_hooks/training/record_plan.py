@@ -15,7 +15,7 @@ from ..data.sample_plan import SampleKind, SamplePlan
 from ..residuals.batches import PhotoSource
 from ..residuals.store import recorded_seed
 from ..residuals.stretches import Stretches
-from ..utils.digests import folder_digest
+from ..utils.digests import component_digests
 from ..utils.errors import UserError
 from ..utils.machine import versions
 from ..version import __version__
@@ -50,7 +50,7 @@ def describe_records(
     components = ("transformer", "vae", *run.family.text_components)
     return {
         "version": __version__,
-        "weights": {name: folder_digest(path / name) for name in components if (path / name).is_dir()},
+        "weights": component_digests(path, components),
         "variant": settings.variant,
         "libraries": {name: versions()[name] for name in ("torch", "diffusers", "transformers")},
         "modulation": list(run.recorded_layers),

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..loading.checkpoint_index import tensor_shapes
+from ..loading.checks import lora_layers
 from ..loading.lora_files import WEIGHTS_NAME
-from ..utils.digests import folder_digest
+from ..utils.digests import component_digests, folder_digest
 from ..utils.errors import UserError, one_line
 from ..utils.formatting import fit_lines
 from .checkpoints import OPTIMIZER_NAME, SCHEMA, find_checkpoint, list_checkpoints, read_state, summary
@@ -18,7 +18,6 @@ from .resume_flags import kept_flags
 from .run import Run
 
 
-_LORA_A = re.compile(r"transformer\.(.+)\.lora_A\.weight")
 _FIELDS: dict[str, type | tuple[type, ...]] = {
     "step": int,
     "seed": int,
@@ -35,14 +34,13 @@ ADVICE = "use the settings it was made with, or start anew in another --output_d
 def made_with(run: Run) -> dict[str, Any]:
     """What decides a run's weights, and so what it must share with a checkpoint that it goes on from."""
     path = run.family.model_path
-    others = [name for name in ("vae", *run.family.text_components) if (path / name).is_dir()]
     return {
         "skip": [run.config.leading, run.config.trailing],
         "layers": hashlib.sha256("\n".join(run.targets).encode()).hexdigest(),
         "optimizer": run.settings.optimizer.lower() + (" of 8 bits" if run.settings.use_8bit_adam else ""),
         # Checkpoints of before have a digest under "weights" that most tensors were no part of.
         "base_weights": folder_digest(path / "transformer"),
-        "components": {name: folder_digest(path / name) for name in others},
+        "components": component_digests(path, ("vae", *run.family.text_components)),
         "assistant": run.assistant and run.assistant.digest,
         "photos": [photo.digest for photo in run.photos],
         "prompts": [photo.caption or run.settings.instance_prompt or "" for photo in run.photos],
@@ -173,7 +171,7 @@ def check_checkpoint(checkpoint: Path, run: Run, num_steps: int) -> None:
 
 def _check_lora(found: dict[str, tuple[int, ...]], run: Run, where: str) -> None:
     """Compare the layers and the rank of a checkpoint's LoRA to those of the run."""
-    layers = {match[1]: shape for name, shape in found.items() if (match := _LORA_A.fullmatch(name))}
+    layers = lora_layers(found)
     if layers.keys() != set(run.targets):
         differing = sorted(layers.keys() ^ set(run.targets))
         raise UserError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from ..data.buckets import nearest_bucket
-from ..data.photo import Photo, ShowProgress, without_progress
+from ..data.photo import Photo
 from ..data.photo_set import PhotoSet
 from ..data.photos import scan_photos
 from ..data.sample_plan import SampleKind, SamplePlan
@@ -13,26 +13,22 @@ from ..residuals.batches import PhotoSource
 from .run import Run
 
 
-def load_samples(
-    run: Run, progress: ShowProgress = without_progress
-) -> tuple[dict[SampleKind, PhotoSource], SamplePlan]:
-    """Decode the photos, with ``progress`` shown, and plan the samples; class images and the seed must be there."""
+def load_samples(run: Run) -> tuple[dict[SampleKind, PhotoSource], SamplePlan]:
+    """Decode the photos and plan the samples; class images and the seed must be there."""
     settings = run.settings
     sources: dict[SampleKind, PhotoSource] = {
-        "instance": PhotoSource(_photo_set(run, run.photos, progress), settings.instance_prompt or "")
+        "instance": PhotoSource(_photo_set(run, run.photos), settings.instance_prompt or "")
     }
     if settings.with_prior_preservation:
-        photos = scan_photos(settings.class_folder, flag="--class_data_dir", progress=progress)
-        photo_set = _photo_set(run, photos[: settings.num_class_images], progress)
+        photos = scan_photos(settings.class_folder, flag="--class_data_dir")
+        photo_set = _photo_set(run, photos[: settings.num_class_images])
         sources["class"] = PhotoSource(photo_set, settings.class_prompt or "", use_captions=False)
     return sources, _sample_plan(run, run.seed, {kind: len(source.photos) for kind, source in sources.items()})
 
 
-def _photo_set(run: Run, photos: list[Photo], progress: ShowProgress) -> PhotoSet:
+def _photo_set(run: Run, photos: list[Photo]) -> PhotoSet:
     interpolation = run.settings.image_interpolation_mode
-    return PhotoSet(
-        photos, run.patch.max_size, buckets=run.patch.buckets, interpolation=interpolation, progress=progress
-    )
+    return PhotoSet(photos, run.patch.max_size, buckets=run.patch.buckets, interpolation=interpolation)
 
 
 def _sample_plan(run: Run, seed: int, num_images: dict[SampleKind, int]) -> SamplePlan:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, patch_environment
 
 from .errors import UserError
 from .launcher import FSDP_SWITCH, check_launcher, use_all_cores
@@ -20,17 +17,8 @@ PATIENCE = timedelta(days=1)
 """How long processes wait for one that works alone: it merges, writes and uploads at the speed of a disk and a
 network, which no plan knows, and backends give up after ten to thirty minutes. A process that died is noticed without
 it: gloo's connection breaks, and launchers end the others."""
-
-
-@contextmanager
-def _without_fsdp() -> Iterator[None]:
-    """Within this context an accelerator is made as if no weights were divided: what it prepares is the LoRA alone."""
-    asked = os.environ.pop(FSDP_SWITCH, None)
-    try:
-        yield
-    finally:
-        if asked is not None:
-            os.environ[FSDP_SWITCH] = asked
+PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""Number formats by the names that flags have for them."""
 
 
 def start_accelerator(mixed_precision: str | None, *, plan_only: bool = False, **settings: Any) -> Accelerator:
@@ -46,7 +34,8 @@ def start_accelerator(mixed_precision: str | None, *, plan_only: bool = False, *
     """
     check_launcher(mixed_precision)
     try:
-        with _without_fsdp():
+        # As if no weights were divided: what it prepares is the LoRA alone.
+        with patch_environment(**{FSDP_SWITCH: "false"}):
             handlers = [InitProcessGroupKwargs(timeout=PATIENCE)]
             accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=handlers, **settings)
     except ValueError as error:
@@ -61,4 +50,4 @@ def start_accelerator(mixed_precision: str | None, *, plan_only: bool = False, *
 
 def weight_dtype(accelerator: Accelerator) -> torch.dtype:
     """Dtype of frozen weights under the accelerator's mixed precision."""
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    return PRECISIONS.get(accelerator.mixed_precision, torch.float32)

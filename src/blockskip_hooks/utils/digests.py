@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,6 +31,11 @@ def folder_digest(folder: Path) -> str:
     """A digest of a model component: its config and weight files."""
     files = sorted(path for path in folder.rglob("*") if path.suffix in _MODEL_FILES)
     return hashlib.sha256("".join(f"{path.name}:{file_digest(path)}" for path in files).encode()).hexdigest()
+
+
+def component_digests(model: Path, components: Iterable[str]) -> dict[str, str]:
+    """Digests of those of a model's components that it has, by name."""
+    return {name: folder_digest(model / name) for name in components if (model / name).is_dir()}
 
 
 def fingerprint(description: Mapping[str, Any]) -> str:

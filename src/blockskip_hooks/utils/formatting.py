@@ -7,16 +7,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-LABEL_WIDTH = 9
-"""Columns of the label that a line of a run's first screen begins with."""
+COLUMNS, LABEL_WIDTH = 80, 9
+"""Columns of a run's first screen, and of the label that a line of it begins with."""
 
 
-def fit_lines(text: str, width: int = 80) -> str:
-    """Lines of a first screen broken to ``width`` columns, what goes on below the text and not below the label."""
+def fit_lines(text: str) -> str:
+    """Lines of a first screen broken to 80 columns, what goes on below the text and not below the label."""
     indent = " " * LABEL_WIDTH
     return "\n".join(
-        textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
-        if len(line) > width
+        textwrap.fill(line, COLUMNS, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+        if len(line) > COLUMNS
         else line
         for line in text.splitlines()
     )

@@ -112,14 +112,6 @@ ENTRIES: Mapping[str, Entry] = {
     "FSDP_CPU_RAM_EFFICIENT_LOADING": Entry("fsdp_cpu_ram_efficient_loading", switch=FSDP_SWITCH),
 }
 """Every entry by the variable that the launcher of accelerate 1.15 passes it in."""
-REFUSED_AS_A_WHOLE = {
-    "ACCELERATE_FP8_": "ACCELERATE_MIXED_PRECISION",
-    "ACCELERATE_DEEPSPEED_": "ACCELERATE_USE_DEEPSPEED",
-    "ACCELERATE_CONFIG_DS_FIELDS": "ACCELERATE_USE_DEEPSPEED",
-    "MEGATRON_LM_": "ACCELERATE_USE_MEGATRON_LM",
-    "PARALLELISM_CONFIG_": "ACCELERATE_USE_PARALLELISM_CONFIG",
-}
-"""Beginnings of further variables, by the one whose refusal is theirs."""
 
 
 def check_launcher(mixed_precision: str | None = None) -> None:

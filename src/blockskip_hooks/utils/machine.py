@@ -39,7 +39,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "system": {part: getattr(platform, part)() for part in SYSTEM},
         "pytorch": torch.__config__.show(),
-        "datasets": _version("datasets"),
+        "datasets": version_of("datasets"),
         "sources": {library: library_source(library) for library in LIBRARIES},
     }
 
@@ -62,7 +62,7 @@ def cache_bytes(wanted: str | int, device: torch.device) -> int:
 def versions() -> dict[str, str | None]:
     """Versions of Python and of the libraries whose change can change a result; None for one not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
-    found |= {name: _version(name) for name in ("torch", "diffusers", "peft", "accelerate", "transformers")}
+    found |= {name: version_of(name) for name in ("torch", "diffusers", "peft", "accelerate", "transformers")}
     # A source tree on PYTHONPATH has no metadata, and an editable install may carry that of an older version.
     found["blockskip_hooks"] = __version__
     return found
@@ -81,7 +81,8 @@ def library_source(library: str) -> dict[str, str | None] | None:
     return source and {"commit": source.get("commit_id"), "branch": source.get("requested_revision")}
 
 
-def _version(library: str) -> str | None:
+def version_of(library: str) -> str | None:
+    """Version of an installed library; ``None`` for one that is not."""
     try:
         return metadata.version(library)
     except metadata.PackageNotFoundError:

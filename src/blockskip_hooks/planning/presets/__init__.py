@@ -6,73 +6,17 @@ import json
 import shutil
 import tempfile
 import weakref
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ...blocks import modulation_layers
-from ...config import BlockSkipConfig
-from ...families import FAMILIES, Family, detect_family
-from ...loading.component_config import load_config
-from ...lora import lora_targets
-from ...transformer import DiTBlockSkipTransformer
+from ...families import FAMILIES, Family
 from ...utils.errors import UserError
-from ..simulation import empty_model
-
-
-@dataclass(frozen=True)
-class Preset:
-    """The public architecture of a model, enough for a plan without its files.
-
-    Attributes:
-        name: Name of the model.
-        family: Its family, on configs alone.
-        transformer_config: Config of its transformer.
-        text_encoders: Configs of its text encoders.
-    """
-
-    name: str
-    family: Family
-    transformer_config: dict[str, Any]
-    text_encoders: list[dict[str, Any]] = field(default_factory=list)
-
-    def skeleton(self, config: BlockSkipConfig) -> DiTBlockSkipTransformer:
-        """The transformer without weights, placeholders on."""
-        return DiTBlockSkipTransformer(
-            empty_model(self.transformer_config, self.family.transformer_class(self.transformer_config)),
-            config,
-            self.family.block_stacks,
-        )
-
-    def lora_targets(self, config: BlockSkipConfig, layers: Sequence[str] | None = None) -> list[str]:
-        """Full names of the layers that get LoRA; see :func:`~blockskip_hooks.lora.lora_targets`.
-
-        Args:
-            config: The spans to skip.
-            layers: Names or name endings; by default the family's.
-
-        Raises:
-            ValueError: if nothing in the kept blocks matches, or a name matches nothing at all.
-        """
-        return lora_targets(self.skeleton(config), layers or self.family.lora_layers, self.family.text_stream_layers)
-
-    def recorded_layers(self, config: BlockSkipConfig, targets: Sequence[str]) -> tuple[str, ...]:
-        """Modulation layers of kept blocks, whose outputs records hold; none if nothing is skipped.
-
-        Args:
-            config: The spans to skip.
-            targets: Layers with LoRA, which stay.
-        """
-        if not config.num_skipped:
-            return ()
-        names = modulation_layers(self.skeleton(config).spans, self.family.modulation_layers)
-        return tuple(name for name in names if name not in set(targets))
 
 
 def preset_names() -> list[str]:
-    """Names that :func:`load_preset` knows."""
+    """Names of the presets."""
     folder = resources.files(__name__)
     return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
 
@@ -125,16 +69,15 @@ def write_preset(name: str, folder: Path, pipeline_settings: Mapping[str, Any] |
     return data["name"]
 
 
-def load_preset(name: str) -> Preset:
-    """Read a preset.
+def preset_family(name: str) -> Family:
+    """A preset's family, on configs alone.
 
     Raises:
-        UserError: if there is none of this name.
+        UserError: if there is no preset of this name.
     """
     # A family reads its configs from a model folder, at any time: the folder lives as long as the family.
     folder = Path(tempfile.mkdtemp(prefix="blockskip_preset_"))
-    model = write_preset(name, folder)
-    family = detect_family(folder)(folder)
+    write_preset(name, folder)
+    family = FAMILIES[preset_facts(name)["pipeline"]](folder)
     weakref.finalize(family, shutil.rmtree, folder, ignore_errors=True)
-    encoders = list(family.text_encoder_configs().values())
-    return Preset(model, family, load_config(folder / "transformer"), encoders)
+    return family

@@ -30,7 +30,7 @@ from ..embedded import (
 )
 from ..families import Family, detect_family, unread_components
 from ..loading.checks import check_model
-from ..loading.download import has_weights, resolve_model
+from ..loading.download import check_weights, has_weights, resolve_model
 from ..loading.model_defaults import model_defaults
 from ..loading.quantization import QuantizationConfig, read_quantization
 from ..planning.options import QUANTIZING_OPTIONS
@@ -90,6 +90,8 @@ def prepare_run(settings: TrainSettings) -> Run:
 
     # A plan needs no weights; what is there is checked.
     configs_only = settings.plan_only and not has_weights(model_path)
+    if not configs_only:
+        check_weights(model_path, family_class.text_components, settings.variant)
     check_model(model_path, family_class, settings.variant, configs_only=configs_only)
     try:
         family = family_class(model_path, settings.variant, settings.flags())
@@ -223,7 +225,9 @@ def _embedded_defaults(settings: TrainSettings) -> dict[str, Any]:
 def _find_model(settings: TrainSettings) -> Path:
     if settings.pretrained_model_name_or_path is None:
         return embedded_model()
-    _check_folder(settings)
+    if not Path(settings.pretrained_model_name_or_path).is_dir():
+        # Before a download.
+        _check_folder(settings)
     return resolve_model(
         settings.pretrained_model_name_or_path,
         revision=settings.revision,

@@ -15,7 +15,6 @@ import transformers
 from ..utils.errors import UserError, first_line
 from .checkpoint_index import tensor_shapes, weight_files
 from .component_config import load_config, model_class, read_index
-from .download import check_weights
 from .models import check_scales, check_surplus, empty_model
 from .text_encoders import empty_text_encoder
 
@@ -43,8 +42,6 @@ def check_model(model_path: Path, family: type[Family], variant: str | None, *, 
     Raises:
         UserError: naming the first component that is damaged, or no part of this model.
     """
-    if not configs_only:
-        check_weights(model_path, family.text_components, variant)
     where = f"--pretrained_model_name_or_path {model_path}"
     index = read_index(model_path)
     present = {name for name in family.text_components if (model_path / name).is_dir()}

@@ -125,6 +125,7 @@ def test_the_script_skips_as_few_blocks_as_fit(photos: Path, tmp_path: Path, cap
     assert f"{fewest} of 5" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_more_memory_never_costs_a_run_more(photos: Path, tmp_path: Path):
     """From all that the model needs to the least there is."""
     options = ("--memory_options", "checkpointing", "8bit_adam", "int8", "patches", "nf4")

@@ -39,6 +39,7 @@ def test_script(as_json: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         assert "plain LoRA at 64 px: " in said and max(map(len, said.splitlines())) <= 80
 
 
+@pytest.mark.slow
 def test_a_preset_is_planned_as_the_training_script_plans_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -141,6 +141,7 @@ def test_the_planner_needs_neither_library(mid_flux: Path, monkeypatch: pytest.M
         assert peaks["fp4-double"][stage] < peaks["nf4"][stage]
 
 
+@pytest.mark.slow
 def test_plan_memory_compares_with_plain_lora_that_is_not_quantised(capsys: pytest.CaptureFixture[str]):
     plans = {}
     for method in ("nf4", "int8", "none"):

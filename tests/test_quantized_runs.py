@@ -26,7 +26,7 @@ RUNS = pytest.mark.parametrize(
     ("tiny", "method"),
     [
         pytest.param(FLUX, "nf4", id="flux-nf4", marks=needs("bitsandbytes")),
-        pytest.param(SANA, "int8", id="sana-int8", marks=needs("torchao")),
+        pytest.param(SANA, "int8", id="sana-int8", marks=[needs("torchao"), pytest.mark.slow]),
     ],
 )
 _finished: dict[str, Path] = {}

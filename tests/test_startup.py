@@ -12,6 +12,7 @@ import pytest
 from blockskip_hooks.cli import startup
 from blockskip_hooks.cli.arguments import parse_args
 from blockskip_hooks.cli.startup import errors_in_one_line, make_parser, returns_exit_code
+from tests.tiers import fast_first
 
 
 ROOT = Path(__file__).parents[1]
@@ -26,7 +27,7 @@ FIRST_WORDS = {
 }
 
 
-@pytest.mark.parametrize("script", FIRST_WORDS)
+@pytest.mark.parametrize("script", fast_first(FIRST_WORDS))
 def test_the_first_word_is_ours(script: str, tmp_path: Path):
     """As a new user runs it: warnings of packages that are missing, or there, come from imports in a new process."""
     flags, first = FIRST_WORDS[script]

@@ -139,6 +139,7 @@ def test_a_prompt_without_images_is_no_validation(photos, tmp_path):
     assert (output / "pytorch_lora_weights.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_images_of_the_base_model_know_nothing_of_text_encoders_that_train(photos, tmp_path, monkeypatch):
     made, final = [], Validation.final
     monkeypatch.setattr(Validation, "final", lambda *args: made.append(final(*args)) or made[-1])

@@ -76,6 +76,14 @@ def test_help_is_that_of_the_script_by_the_name_that_was_typed(name: str, capsys
     assert CALLED_AS.get() is None
 
 
+def test_an_example_over_several_lines_reads_as_meant(capsys: pytest.CaptureFixture[str]):
+    assert console.main(["evaluate", "--help"]) == 0
+    (example,) = re.findall(r"^Example:\n((?:    .*\n)+)", capsys.readouterr().out, re.MULTILINE)
+    assert example.count("\\\n") >= 1
+    args = load_script("evaluate").build_parser().parse_args(shlex.split(example.replace("\\\n", " "))[2:])
+    assert args.class_phrase == "a dog" and str(args.output_dir) == "flux-dog-evaluation"
+
+
 def test_help_of_a_script_has_its_own_name():
     said = load_script("plan_memory").build_parser().format_help()
     assert "\n    python plan_memory.py --gpu 12GB\n" in said and "blockskip plan" not in said

@@ -133,6 +133,12 @@ def test_charts_of_nothing_are_empty():
     assert loss_curve([]) is None and loss_curve([1.0, None, float("nan")]) is None
     assert draw_harm({}, {}) == "" and draw_harm({"leading": (), "trailing": ()}, {"leading": 1}) == ""
     assert draw_losses_by_timestep({"0-1": [(3, 0.5)]}) == ("", {})
+    of_two = [(1, 0.5), (2, 0.4)]
+    assert list(draw_losses_by_timestep({"500-750": of_two, "1000-2000": of_two, "0-250": of_two})[1]) == [
+        "0-250",
+        "500-750",
+        "1000-2000",
+    ]
 
 
 def test_the_moving_average_is_over_the_last_steps():

@@ -74,7 +74,9 @@ def draw_losses_by_timestep(losses: Mapping[str, Sequence[tuple[int, float]]]) -
         The SVG, and the colour of each range that has a line; both empty where no range has two finite losses.
     """
     lines = {}
-    for (name, points), colour in zip(losses.items(), RANGES):
+    # From low to high, whichever a run saw first.
+    for name, colour in zip(sorted(losses, key=lambda name: (name.find("-"), name)), RANGES):
+        points = losses[name]
         finite = _finite(points)
         if len(finite) > 1:
             _, average = _moving_average([loss for _, loss in finite])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 
@@ -15,16 +17,22 @@ from tests import script  # noqa: E402
 from tests.pairs import save_pairs  # noqa: E402
 from tests.plans import Preset, tiny_preset  # noqa: E402
 from tests.tiers import FAST_FAMILIES  # noqa: E402
-from tests.tiny import TINY_FAMILIES, TinyFamily, save_tiny_flux  # noqa: E402
+from tests.tiny import TINY_FAMILIES, TinyFamily  # noqa: E402
 
 
 torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session")
+def hf_homes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where folders are made without a number: to find a free one takes the longer the more there are."""
+    return tmp_path_factory.mktemp("hf-homes")
+
+
 @pytest.fixture(autouse=True)
-def no_tables_of_this_machine(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def no_tables_of_this_machine(hf_homes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which blocks are skipped must not depend on what was measured here before."""
-    monkeypatch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hf-home")))
+    monkeypatch.setenv("HF_HOME", tempfile.mkdtemp(dir=hf_homes))
 
 
 @pytest.fixture
@@ -59,7 +67,7 @@ def tiny(request: pytest.FixtureRequest) -> TinyFamily:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny FLUX pipeline, for tests that need one family only."""
-    return save_tiny_flux(tmp_path_factory.mktemp("model"))
+    return shutil.copytree(TINY_FAMILIES[0].folder, tmp_path_factory.mktemp("model"), dirs_exist_ok=True)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import re
 import shlex
@@ -149,6 +150,7 @@ def _with_near_paths(command: str) -> str:
     return shlex.join(words)
 
 
+@functools.cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         # Not PackageLoader: importlib.resources also finds the templates of a zipped package.

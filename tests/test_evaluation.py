@@ -388,7 +388,7 @@ def test_script_evaluates_the_embedded_model_without_any_flag_about_it(
     assert [prompt["text"] for prompt in results["prompts"]] == embedded_subjects()["robot"]["validation_prompts"]
     assert results["measures"].keys() == {"subject", "retrieved", "background_right", "class_right"}
     assert (
-        "96.2%" in results["encoder_quality"]["subject"] and "MODEL_CARD.md" in results["encoder_quality"]["subject"]
+        "99.2%" in results["encoder_quality"]["subject"] and "MODEL_CARD.md" in results["encoder_quality"]["subject"]
     )
     assert "encoder_quality: subject finds" in (tmp_path / "results.md").read_text()
 

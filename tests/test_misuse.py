@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +23,13 @@ from blockskip_hooks import (
     lora_targets,
     remove_block_skip,
 )
+from blockskip_hooks.lora import add_lora
 from tests.tiny import TINY_FAMILIES
 
 
 TINY = TINY_FAMILIES[0]
 CONFIG = BlockSkipConfig(leading=1, trailing=1)
+RECORDED = "transformer_blocks.1.norm1.linear"
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +168,35 @@ def test_residuals_of_another_type_are_refused(residuals):
         predict(model, residuals=residuals)
 
 
+def test_recorded_outputs_are_checked_and_cast_as_residuals_are():
+    model = DiTBlockSkipTransformer(TINY.make_transformer().bfloat16(), CONFIG, recorded_layers=RECORDED)
+    inputs = cast(TINY.make_inputs(2), torch.bfloat16)
+    residuals = model.capture_residuals(**inputs)
+    recorded, expected = residuals.modulation, predict(model, inputs, residuals=residuals)
+    residuals.modulation = recorded.float()
+    assert torch.equal(predict(model, inputs, residuals=residuals), expected)
+    wide = torch.cat([recorded, recorded], dim=1)  # Of more layers.
+    for wrong in (recorded[:1], recorded[:, :-8], wide):
+        residuals.modulation = wrong
+        with pytest.raises(
+            UserError, match=r"^The recorded output has shape .* but .*norm1\.linear needs .* another batch"
+        ):
+            predict(model, inputs, residuals=residuals)
+
+
+@pytest.mark.parametrize("count", [-1, 4, 1000])
+def test_condition_tokens_are_part_of_the_images(count: int):
+    model = DiTBlockSkipTransformer(TINY.make_transformer(), CONFIG)
+    residuals = model.capture_residuals(**TINY.make_inputs(2))
+    for call in (model.capture_residuals, partial(model, residuals=residuals)):
+        with (
+            torch.no_grad(),
+            pytest.raises(UserError, match=rf"^condition_tokens is {count}, but .* receives . tokens"),
+        ):
+            call(**TINY.make_inputs(2), condition_tokens=count)
+    assert torch.equal(predict(model, residuals=residuals), predict(model, residuals=residuals))
+
+
 def test_the_transformer_called_by_itself_never_gets_residuals_of_before():
     """A pipeline around it would make images of stale records."""
     model = DiTBlockSkipTransformer(TINY.make_transformer(), CONFIG)
@@ -189,6 +222,28 @@ def test_a_second_removal_does_nothing():
     first.remove()
     residuals = second.capture_residuals(**TINY.make_inputs(2))
     assert (predict(second, residuals=residuals) - expected).abs().max() <= 1e-5
+
+
+def test_placeholders_taken_off_by_either_way_are_off():
+    transformer = TINY.make_transformer()
+    expected = predict(transformer)
+    for skips in (CONFIG, BlockSkipConfig()):
+        model = DiTBlockSkipTransformer(transformer, skips, offload_device="cpu", recorded_layers=RECORDED)
+        with pytest.raises(UserError, match="applied to this transformer already"):
+            apply_block_skip(transformer, CONFIG)
+        remove_block_skip(transformer)
+        assert model.remove() is transformer and not any(p.is_meta for p in transformer.parameters())
+        assert torch.equal(predict(copy.deepcopy(transformer)), expected)
+        assert not any(module._forward_pre_hooks for module in transformer.modules())
+
+
+def test_a_model_may_be_taken_apart_within_full_model():
+    model = DiTBlockSkipTransformer(TINY.make_transformer(), CONFIG)
+    expected = predict(model)
+    predict(model, residuals=model.capture_residuals(**TINY.make_inputs(2)))
+    with model.full_model() as transformer:
+        model.remove()
+    assert torch.equal(predict(transformer), expected) and torch.equal(predict(model), expected)
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps], ids=lambda function: function.__name__)
@@ -282,3 +337,82 @@ def test_a_model_that_is_not_there_is_named(folder: Path, tmp_path: Path):
         DiTBlockSkipTransformer.from_pretrained(folder / "transformer", CONFIG)
     with pytest.raises(UserError, match="^torch_dtype is 'bf16'; give a dtype of torch"):
         DiTBlockSkipTransformer.from_pretrained(folder, CONFIG, torch_dtype="bf16")
+
+
+# One call after the other
+
+
+def recording_model(checkpointing: bool) -> DiTBlockSkipTransformer:
+    """A model that trains, with a recorded layer: what gradient checkpointing reads again in backward."""
+    model = DiTBlockSkipTransformer(TINY.make_transformer(), CONFIG, recorded_layers=RECORDED)
+    add_lora(model.transformer, lora_targets(model, "to_q"), rank=2, alpha=2, dropout=0.0, seed=0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.ones_(parameter)
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    return model.train()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_are_those_of_the_forwards_own_residuals(checkpointing: bool):
+    """However many forwards there are before their backward."""
+    samples = [TINY.make_inputs(2), {**TINY.make_inputs(2), "timestep": torch.full((2,), 0.1)}]
+
+    def gradients(at_once: bool) -> list[torch.Tensor]:
+        model = recording_model(checkpointing)
+        losses = []
+        for sample, residuals in [(sample, model.capture_residuals(**sample)) for sample in samples]:
+            losses.append(model(**sample, residuals=residuals, return_dict=False)[0].square().mean())
+            if not at_once:
+                losses.pop().backward()
+        if at_once:
+            sum(losses).backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    assert all(map(torch.equal, gradients(at_once=True), gradients(at_once=False)))
+
+
+def test_a_second_thread_is_refused_and_changes_nothing():
+    model = DiTBlockSkipTransformer(TINY.make_transformer(), CONFIG)
+    residuals = model.capture_residuals(**TINY.make_inputs(2))
+    expected, refused = predict(model, residuals=residuals), []
+
+    def call_elsewhere(*_) -> None:
+        hook.remove()
+        for call in (
+            lambda: predict(model),
+            lambda: model.capture_residuals(**TINY.make_inputs(2)),
+            lambda: model.full_model().__enter__(),
+        ):
+            with ThreadPoolExecutor(1) as pool:
+                refused.append(str(pool.submit(call).exception()))
+
+    hook = model.spans.kept[0].module.register_forward_hook(call_elsewhere)
+    assert torch.equal(predict(model, residuals=residuals), expected)
+    assert len(refused) == 3 and all(line.startswith("Another call of this model is running") for line in refused)
+    assert torch.equal(predict(model, residuals=residuals), expected)
+
+
+def test_an_error_in_a_forward_is_over_with_it():
+    model = DiTBlockSkipTransformer(TINY.make_transformer(), CONFIG)
+    residuals, expected = model.capture_residuals(**TINY.make_inputs(2)), predict(model)
+    wrong = {**TINY.make_inputs(2), "img_ids": torch.zeros(1, 3)}
+    for kwargs in ({}, {"residuals": residuals}):
+        with pytest.raises(RuntimeError):
+            predict(model, wrong, **kwargs)
+        assert torch.equal(predict(model), expected)
+
+
+def test_residuals_that_nothing_reads_are_refused():
+    transformer = TINY.make_transformer()
+    residuals = DiTBlockSkipTransformer(transformer, CONFIG).capture_residuals(**TINY.make_inputs(2))
+    remove_block_skip(transformer)
+    for config, name in ((BlockSkipConfig(leading=1), "trailing_hidden"), (BlockSkipConfig(), "leading_hidden")):
+        model = DiTBlockSkipTransformer(transformer, config)
+        with pytest.raises(UserError, match=f"^The residuals have {name}.* of another config; capture them again"):
+            predict(model, residuals=residuals)
+        model.remove()
+    state = apply_block_skip(transformer, CONFIG)
+    with pytest.raises(UserError, match=r"^`residuals=` is a dict; give what capture_residuals returned"):
+        state.residuals = residuals.tensors()

@@ -63,11 +63,13 @@ class SpanResiduals:
         """Join the residuals of several samples or batches to those of one batch, in their order.
 
         Raises:
-            ValueError: if they are of different spans, or of other shapes than another's.
+            ValueError: if they are no list of residuals, of different spans, or of other shapes than another's.
 
         Example:
             >>> residuals = SpanResiduals.cat([records[3], records[7]])
         """
+        if isinstance(records, SpanResiduals) or not all(isinstance(one, SpanResiduals) for one in records):
+            raise UserError("SpanResiduals.cat takes a list of SpanResiduals, such as capture_residuals returns.")
         tensors = [record.tensors() for record in records]
         if not tensors or any(one.keys() != tensors[0].keys() for one in tensors):
             raise UserError("Residuals of one batch must be some, and of the same spans; capture them with one model.")
@@ -82,7 +84,9 @@ class SpanResiduals:
 
     def to(self, device: torch.device | str) -> SpanResiduals:
         """Copy to ``device``; dtypes are kept."""
-        return SpanResiduals(**{name: t.to(device, non_blocking=True) for name, t in self.tensors().items()})
+        # A host would read what has not arrived yet.
+        waits = str(device).startswith("cpu")
+        return SpanResiduals(**{name: t.to(device, non_blocking=not waits) for name, t in self.tensors().items()})
 
 
 class CaptureDone(Exception):
@@ -264,6 +268,7 @@ class BlockSkipState:
         capture = self._capture
         if (
             self.stops_early
+            and not torch.compiler.is_compiling()  # No exception leaves what is compiled.
             and (capture.has_leading or not self.config.leading)
             and (not self.config.trailing or capture.residuals.trailing_hidden_states is not None)
             and len(capture.recorded) == len(self._recorded_layers)

@@ -18,7 +18,7 @@ from .hooks import Bound, apply_block_skip, check_bare, record_layers, remove_bl
 from .loading.download import resolve_component
 from .loading.models import Checkpoint
 from .loading.quantization import QuantizationConfig
-from .loading.streaming import Streamer, frozen_weights_on_host, plain_device, stream
+from .loading.streaming import Streamer, check_plain, frozen_weights_on_host, plain_device, stream
 from .state import Capture, CaptureDone, SkipMode, SpanResiduals
 from .utils.errors import UserError
 from .utils.norms import keep_norm_dtypes
@@ -78,6 +78,7 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
         self._streamer = Streamer(offload_device or "cpu")
         streamed = self.streamed_modules
         if offload_device is not None:
+            check_plain(streamed)
             idle = idle_modules(transformer)
             for name, module in streamed.items():
                 stream(module, self._streamer, idle=name in idle)
@@ -89,6 +90,7 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
         # Kept blocks run without the last block of the leading span beside them.
         self.skip_state._watch(self.spans.kept[0].module, lambda *_: self._streamer.make_room())
         record_layers(transformer, self.recorded_layers, self.skip_state)
+        self.skip_state._handles.append(transformer.register_load_state_dict_pre_hook(_check_loaded))
 
     @property
     def streamed_modules(self) -> dict[str, torch.nn.Module]:
@@ -144,6 +146,10 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
         """
         if not isinstance(torch_dtype, torch.dtype):
             raise UserError(f"torch_dtype is {torch_dtype!r}; give a dtype of torch, such as torch.bfloat16.")
+        if not isinstance(quantization, QuantizationConfig | None):
+            raise UserError(
+                f"quantization is {quantization!r}; give a config, such as QuantizationConfig.named('nf4')."
+            )
         device, recorded_layers = plain_device(device), as_names(recorded_layers)
         folder = resolve_component(pretrained_model_path, subfolder, variant=variant, revision=revision)
         checkpoint = Checkpoint(folder, torch_dtype, variant, transformer_class)
@@ -214,8 +220,8 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
             **kwargs: As for the wrapped model.
 
         Raises:
-            ValueError: if ``residuals`` is something else, is not what the spans need, or has what nothing reads; if there
-                are none at all in training mode with gradients; if a skipped block has LoRA that trains; if the
+            ValueError: if ``residuals`` is something else, is not what the spans need, or has what nothing reads; if
+                there are none at all in training mode with gradients; if a skipped block has LoRA that trains; if the
                 placeholders were removed; if another call is running.
         """
         whole = residuals is None and self.skip_state.config.residuals != "none"
@@ -229,7 +235,11 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
             self.skip_state.residuals = residuals
             self.skip_state.mode = SkipMode.RUN if whole else SkipMode.INJECT
             self.skip_state.condition_tokens = condition_tokens
-            output = self.transformer(*args, **kwargs)
+            try:
+                output = self.transformer(*args, **kwargs)
+            except BaseException:
+                self._streamer.end_pass()
+                raise
         if torch.is_grad_enabled() and getattr(self.transformer, "is_gradient_checkpointing", False):
             self.skip_state._keep_for_backward(output)
         return output
@@ -336,6 +346,9 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
         """Names, in this module's state dict, of the parameters that do not train, whether they are there or not."""
         return [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
 
+    # torch's DDP reads it: every process has these weights, and those of skipped blocks cannot be sent.
+    _ddp_params_and_buffers_to_ignore = frozen_parameter_names
+
     def __getattr__(self, name: str) -> Any:
         # Only called for what torch.nn.Module and this class do not have.
         try:
@@ -355,6 +368,15 @@ def _streamed_modules(
     # In the model's order, which is about the one that they run in.
     names = {block.name for block in spans.skipped} | set(recorded_layers) | set(idle_modules(transformer))
     return {name: module for name, module in modules.items() if name in names}
+
+
+def _check_loaded(transformer: torch.nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    absent = [name for name, p in transformer.named_parameters() if p.is_meta and ".lora_" not in name]
+    if given := [name for name in absent if f"{prefix}{name}" in state_dict]:
+        raise UserError(
+            f"{given[0]} is streamed whenever its block runs, so load_state_dict cannot change it; load the weights "
+            "into the model before it is wrapped, or save them as the checkpoint that it is read from."
+        )
 
 
 def _check_weights(transformer: torch.nn.Module) -> None:

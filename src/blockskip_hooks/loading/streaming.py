@@ -19,6 +19,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate.utils import set_module_tensor_to_device
 from greenlet import getcurrent, greenlet
 
+from ..utils.errors import UserError
 from .checkpoint_index import CheckpointWeights
 from .quantization import follow_weight, move_weight
 
@@ -162,8 +163,11 @@ class Streamer:
         if self._takes_turns and self._present is not module:
             # The others come to where they need it too, before it is there.
             self._halt()
-        if self._present is module:
-            return
+        if self._present is not module:
+            self._load(module)
+
+    @torch.inference_mode(False)  # What is loaded serves forwards of other modes too.
+    def _load(self, module: torch.nn.Module) -> None:
         self._unload()
         self._note(module)
         if module not in self._ahead:
@@ -175,13 +179,18 @@ class Streamer:
             current.wait_event(fetched.arrival)
             # Its memory is not given to another before what runs on it now has been computed.
             fetched.buffer.record_stream(current)
-        of_adapter = self._adapters.get(module, {})
-        for name, _ in module.named_parameters():
-            tensor = of_adapter[name] if name in of_adapter else fetched.tensors[_name_in_checkpoint(name)]
-            value = tensor.to(self.device, non_blocking=self._pins)
+        weights = {**fetched.tensors, **self._adapters.get(module, {})}
+        names = {name: _name_in_checkpoint(name) for name, _ in module.named_parameters()}
+        if absent := [name for name, source in names.items() if source not in weights]:
+            raise UserError(
+                f"{absent[0]} of a skipped block has no weights to stream; add adapters to the layers of lora_targets "
+                "only, or load them before the model is wrapped and leave offload_device out."
+            )
+        for name, source in names.items():
+            value = weights[source].to(self.device, non_blocking=self._pins)
             set_module_tensor_to_device(module, name, self.device, value=value, clear_cache=False)
         self._present = module
-        del fetched
+        del fetched, weights
         if self._reads_ahead:
             self._look_ahead(module)
 
@@ -256,6 +265,7 @@ class Streamer:
                 lane.throw()
             self._takes_turns = False
             self._unload()
+            self.end_pass()
         return [results[lane] for lane in lanes]
 
     def _halt(self) -> None:
@@ -290,6 +300,7 @@ class Streamer:
         futures, self._ahead = list(self._ahead.values()), {}
         wait([future for future in futures if not future.cancel()])
 
+    @torch.inference_mode(False)
     def _unload(self) -> None:
         module, self._present = self._present, None
         if module is None:
@@ -354,6 +365,22 @@ def stream(module: torch.nn.Module, streamer: Streamer, weights: Weights | None 
         idle: Whether it hardly ever runs, so that it is not read ahead.
     """
     add_hook_to_module(module, StreamHook(streamer, weights, idle))
+
+
+def check_plain(modules: Mapping[str, torch.nn.Module]) -> None:
+    """Check that modules, by name, hold weights that can be in host memory and come one module at a time.
+
+    Raises:
+        UserError: naming the first weight that cannot.
+    """
+    for name, parameter in (item for prefix, module in modules.items() for item in module.named_parameters(prefix)):
+        is_quantized = type(parameter).__module__.startswith("bitsandbytes")
+        if parameter.is_meta or ".lora_" in name or is_quantized:
+            what = "not in memory" if parameter.is_meta else "bitsandbytes' own" if is_quantized else "an adapter's"
+            raise UserError(
+                f"offload_device takes plain weights, but {name} is {what}; leave offload_device out, or wrap the "
+                "model before."
+            )
 
 
 @contextmanager

@@ -20,7 +20,7 @@ import torch
 from common import benchmark_parser, print_targets, target, write_figures
 
 from blockskip_hooks.residuals import store as residual_store
-from blockskip_hooks.residuals.batches import read_ahead
+from blockskip_hooks.residuals.loader import read_ahead
 from blockskip_hooks.residuals.store import Record, ResidualStore
 from blockskip_hooks.utils.formatting import format_bytes
 

@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from blockskip_hooks.residuals.batches import read_ahead
+from blockskip_hooks.residuals.loader import read_ahead
 from blockskip_hooks.residuals.store import DamagedRecord, ResidualStore, recorded_seed
 from blockskip_hooks.training.history import History
 from blockskip_hooks.training.records import RecordSource

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from blockskip_hooks import BlockSkipConfig, DiTBlockSkipTransformer
+from blockskip_hooks import BlockSkipConfig, DiTBlockSkipTransformer, UserError
 from blockskip_hooks.inference.generate import VaePlacement, generate_images
 from blockskip_hooks.inference.lora_files import with_adapter
 from blockskip_hooks.loading import checkpoint_index
@@ -50,6 +50,11 @@ def test_images_come_in_batches_and_alone_without_a_difference() -> None:
         difference = torch.from_numpy(np.asarray(one).astype(int) - np.asarray(other).astype(int))
         assert difference.abs().max() <= 1
     assert "decode" not in vars(vae) and not vae.use_slicing and not hasattr(vae, "_hf_hook")
+    kwargs["callback_on_step_end_tensor_inputs"] = ["nothing"]
+    model.train()
+    with pytest.raises(UserError, match="^FluxPipeline makes no images with these settings"):
+        generate_images(prompt, family=family, model=model, vae=vae, seeds=[1], pipeline_kwargs=kwargs)
+    assert model.transformer.training and "decode" not in vars(vae)
 
 
 def test_images_in_step_read_each_block_once_and_stay_the_same(

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
+from peft import LoraConfig, get_peft_model
 
 from blockskip_hooks import (
     BlockSkipConfig,
     DiTBlockSkipTransformer,
     PatchSamplingConfig,
+    QuantizationConfig,
     SpanResiduals,
     UserError,
     apply_block_skip,
@@ -21,11 +27,14 @@ from blockskip_hooks import (
     lora_targets,
     remove_block_skip,
 )
+from blockskip_hooks.loading.quantization import quantize_layer
+from blockskip_hooks.lora import add_lora
 from tests.tiny import TINY_FAMILIES
 
 
 TINY = TINY_FAMILIES[0]
 CONFIG = BlockSkipConfig(leading=1, trailing=1)
+RECORDED = "transformer_blocks.1.norm1.linear"
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +114,9 @@ def test_a_wrapper_around_a_wrapper_is_refused():
                 wrap(wrapped, CONFIG)
     with pytest.raises(UserError, match=r"^DiTBlockSkipTransformer is a wrapper .* its `\.transformer`"):
         list_blocks(model)
+    adapted = get_peft_model(TINY.make_transformer(), LoraConfig(target_modules=["to_q"]))
+    with pytest.raises(UserError, match=r"^PeftModel is a wrapper .* its `\.base_model\.model`"):
+        DiTBlockSkipTransformer(adapted, CONFIG)
 
 
 def test_a_model_that_could_not_be_wrapped_is_left_alone():
@@ -116,6 +128,44 @@ def test_a_model_that_could_not_be_wrapped_is_left_alone():
     with pytest.raises(UserError, match="applied to this transformer already"):
         DiTBlockSkipTransformer(transformer, CONFIG, offload_device="cpu")
     assert not any(p.is_meta for p in model.parameters())
+
+
+def test_weights_that_cannot_come_and_go_are_named_before_any_moves():
+    with_adapter, without_weights, quantized = (TINY.make_transformer() for _ in range(3))
+    with_adapter.add_adapter(LoraConfig(target_modules=["to_q"]))
+    cpu_offload(without_weights, execution_device="cpu")
+    block = quantized.transformer_blocks[0]
+    layer = torch.nn.Linear(64, 64)
+    block.attn.to_q = quantize_layer(layer, QuantizationConfig(library="bitsandbytes", bits=4), "cpu")
+    for transformer, what in (
+        (with_adapter, "an adapter's"),
+        (without_weights, "not in memory"),
+        (quantized, "bitsandbytes' own"),
+    ):
+        places = [parameter.device for parameter in transformer.parameters()]
+        with pytest.raises(UserError, match=f"^offload_device takes plain weights, but .* is {what}; leave"):
+            DiTBlockSkipTransformer(transformer, CONFIG, offload_device="cpu")
+        assert places == [parameter.device for parameter in transformer.parameters()]
+    # Where nothing is to move, they may be what they are, and others' hooks stay.
+    for transformer in (with_adapter, without_weights):
+        expected = predict(transformer)
+        hooks = [hasattr(module, "_hf_hook") for module in transformer.modules()]
+        model = DiTBlockSkipTransformer(transformer, CONFIG)
+        residuals = model.capture_residuals(**TINY.make_inputs(2))
+        assert (predict(model, residuals=residuals) - expected).abs().max() <= 1e-5
+        assert torch.equal(predict(model.remove()), expected)
+        assert hooks == [hasattr(module, "_hf_hook") for module in transformer.modules()]
+
+
+def test_a_model_whose_blocks_are_compiled_computes_the_same():
+    transformer = TINY.make_transformer()
+    expected = predict(transformer)
+    torch._dynamo.reset()
+    transformer.compile_repeated_blocks(backend="eager", fullgraph=True)
+    model = DiTBlockSkipTransformer(transformer, CONFIG)
+    residuals = model.capture_residuals(**TINY.make_inputs(2))
+    assert (predict(model, residuals=residuals) - expected).abs().max() <= 1e-5
+    torch._dynamo.reset()
 
 
 def test_one_name_is_a_name_and_not_its_letters():
@@ -147,12 +197,28 @@ def test_records_of_several_samples_become_one_batch():
     assert (predict(model, inputs, residuals=joined) - predict(model, inputs)).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), "cpu:0"], ids=str)
+def test_what_is_copied_to_the_host_has_arrived(device, monkeypatch: pytest.MonkeyPatch):
+    """A copy from an accelerator that does not wait is garbage for whoever reads it at once; no CPU shows it."""
+    waited = []
+    to = torch.Tensor.to
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda t, *a, non_blocking=False: waited.append(not non_blocking) or to(t, *a)
+    )
+    SpanResiduals(trailing_hidden_states=torch.zeros(1, 4, 8)).to(device)
+    SpanResiduals(trailing_hidden_states=torch.zeros(1, 4, 8)).to("meta")
+    assert waited == [True, False]
+
+
 def test_records_that_are_no_batch_are_refused():
     one = SpanResiduals(trailing_hidden_states=torch.zeros(1, 4, 8))
     with pytest.raises(UserError, match="of the same spans"):
         SpanResiduals.cat([one, SpanResiduals(leading_hidden_states=torch.zeros(1, 4, 8))])
     with pytest.raises(UserError, match="must be some"):
         SpanResiduals.cat([])
+    for records in (one, [one.tensors()], [None]):
+        with pytest.raises(UserError, match="^SpanResiduals.cat takes a list of SpanResiduals"):
+            SpanResiduals.cat(records)
     with pytest.raises(UserError, match=r"trailing_hidden_states .* \(4, 8\) and \(6, 8\) behind the batch"):
         SpanResiduals.cat([one, SpanResiduals(trailing_hidden_states=torch.zeros(1, 6, 8))])
 
@@ -162,6 +228,35 @@ def test_residuals_of_another_type_are_refused(residuals):
     model = DiTBlockSkipTransformer(TINY.make_transformer(), CONFIG)
     with pytest.raises(UserError, match=r"is a \w+; give what capture_residuals returned, .*SpanResiduals\.cat"):
         predict(model, residuals=residuals)
+
+
+def test_recorded_outputs_are_checked_and_cast_as_residuals_are():
+    model = DiTBlockSkipTransformer(TINY.make_transformer().bfloat16(), CONFIG, recorded_layers=RECORDED)
+    inputs = cast(TINY.make_inputs(2), torch.bfloat16)
+    residuals = model.capture_residuals(**inputs)
+    recorded, expected = residuals.modulation, predict(model, inputs, residuals=residuals)
+    residuals.modulation = recorded.float()
+    assert torch.equal(predict(model, inputs, residuals=residuals), expected)
+    wide = torch.cat([recorded, recorded], dim=1)  # Of more layers.
+    for wrong in (recorded[:1], recorded[:, :-8], wide):
+        residuals.modulation = wrong
+        with pytest.raises(
+            UserError, match=r"^The recorded output has shape .* but .*norm1\.linear needs .* another batch"
+        ):
+            predict(model, inputs, residuals=residuals)
+
+
+@pytest.mark.parametrize("count", [-1, 4, 1000])
+def test_condition_tokens_are_part_of_the_images(count: int):
+    model = DiTBlockSkipTransformer(TINY.make_transformer(), CONFIG)
+    residuals = model.capture_residuals(**TINY.make_inputs(2))
+    for call in (model.capture_residuals, partial(model, residuals=residuals)):
+        with (
+            torch.no_grad(),
+            pytest.raises(UserError, match=rf"^condition_tokens is {count}, but .* receives . tokens"),
+        ):
+            call(**TINY.make_inputs(2), condition_tokens=count)
+    assert torch.equal(predict(model, residuals=residuals), predict(model, residuals=residuals))
 
 
 def test_the_transformer_called_by_itself_never_gets_residuals_of_before():
@@ -189,6 +284,28 @@ def test_a_second_removal_does_nothing():
     first.remove()
     residuals = second.capture_residuals(**TINY.make_inputs(2))
     assert (predict(second, residuals=residuals) - expected).abs().max() <= 1e-5
+
+
+def test_placeholders_taken_off_by_either_way_are_off():
+    transformer = TINY.make_transformer()
+    expected = predict(transformer)
+    for skips in (CONFIG, BlockSkipConfig()):
+        model = DiTBlockSkipTransformer(transformer, skips, offload_device="cpu", recorded_layers=RECORDED)
+        with pytest.raises(UserError, match="applied to this transformer already"):
+            apply_block_skip(transformer, CONFIG)
+        remove_block_skip(transformer)
+        assert model.remove() is transformer and not any(p.is_meta for p in transformer.parameters())
+        assert torch.equal(predict(copy.deepcopy(transformer)), expected)
+        assert not any(module._forward_pre_hooks for module in transformer.modules())
+
+
+def test_a_model_may_be_taken_apart_within_full_model():
+    model = DiTBlockSkipTransformer(TINY.make_transformer(), CONFIG)
+    expected = predict(model)
+    predict(model, residuals=model.capture_residuals(**TINY.make_inputs(2)))
+    with model.full_model() as transformer:
+        model.remove()
+    assert torch.equal(predict(transformer), expected) and torch.equal(predict(model), expected)
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps], ids=lambda function: function.__name__)
@@ -234,6 +351,79 @@ def test_what_is_saved_is_whole_or_refused(folder: Path, tmp_path: Path):
     for save in (streamed.state_dict, lambda: streamed.save_pretrained(tmp_path)):
         with pytest.raises(UserError, match=r"not in memory .*save_lora_adapter\(folder\)"):
             save()
+
+
+def test_an_adapter_on_every_block_is_refused_where_some_have_no_weights(folder: Path):
+    for model in (
+        DiTBlockSkipTransformer(TINY.make_transformer(), CONFIG, offload_device="cpu"),
+        DiTBlockSkipTransformer.from_pretrained(folder, CONFIG),
+    ):
+        model.add_adapter(LoraConfig(target_modules=["to_q"]))
+        with pytest.raises(
+            UserError, match=r"^attn\.to_q\.lora_A.* no weights to stream; add adapters to .*lora_targets"
+        ):
+            predict(model)
+
+
+def test_weights_that_are_streamed_are_not_loaded_into(folder: Path):
+    model = DiTBlockSkipTransformer.from_pretrained(folder, CONFIG)
+    expected = predict(model)
+    weights = {name: 2 * tensor for name, tensor in TINY.make_transformer().state_dict().items()}
+    prefixed = {f"transformer.{name}": tensor for name, tensor in weights.items()}
+    for module, given in ((model.transformer, weights), (model, prefixed)):
+        with pytest.raises(UserError, match=r"^transformer_blocks\.0\..* so load_state_dict cannot change it"):
+            module.load_state_dict(given)
+    assert torch.equal(predict(model), expected)
+    kept = {name: tensor for name, tensor in weights.items() if name.startswith("transformer_blocks.1.")}
+    model.transformer.load_state_dict(kept, strict=False)
+    assert not torch.equal(predict(model), expected)
+
+
+def test_a_forward_in_inference_mode_changes_no_later_one(folder: Path):
+    model = DiTBlockSkipTransformer.from_pretrained(folder, CONFIG, stream_cache=2**30)
+    with torch.inference_mode():
+        residuals = model.capture_residuals(**TINY.make_inputs(2))
+    add_lora(model.transformer, lora_targets(model, "to_q"), rank=2, alpha=2, dropout=0.0, seed=0)
+    model(**TINY.make_inputs(2), residuals=residuals, return_dict=False)[0].sum().backward()
+    with model.full_model() as transformer:
+        transformer(**TINY.make_inputs(2), return_dict=False)[0].sum().backward()
+    with torch.inference_mode():
+        predict(model)
+    inputs = cast(TINY.make_inputs(2), torch.bfloat16)
+    assert torch.equal(predict(model.to(torch.bfloat16), inputs), predict(TINY.make_transformer().bfloat16(), inputs))
+
+
+def test_a_forward_that_fails_holds_no_streamed_weights(folder: Path):
+    model = DiTBlockSkipTransformer.from_pretrained(folder, CONFIG)
+    expected = predict(model)
+
+    def fail(*_) -> None:
+        handle.remove()
+        raise RuntimeError("out of memory")
+
+    handle = model.spans.leading[0].module.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        predict(model)
+    assert all(p.is_meta for p in model.spans.skipped[0].module.parameters()) and not model._streamer._ahead
+    assert torch.equal(predict(model), expected)
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/init", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_ddp_takes_a_model_whose_skipped_blocks_have_no_weights(folder: Path, one_process: None):
+    gradients = []
+    for wrap in (lambda model: model, torch.nn.parallel.DistributedDataParallel):
+        model = DiTBlockSkipTransformer.from_pretrained(folder, CONFIG)
+        parameters = add_lora(model.transformer, lora_targets(model, "to_q"), rank=2, alpha=2, dropout=0.0, seed=0)
+        residuals = model.capture_residuals(**TINY.make_inputs(2))
+        wrap(model)(**TINY.make_inputs(2), residuals=residuals, return_dict=False)[0].sum().backward()
+        gradients.append([parameter.grad for parameter in parameters])
+    assert all(map(torch.equal, *gradients)) and any(gradient.any() for gradient in gradients[0])
 
 
 def test_eval_and_train_reach_the_transformer():
@@ -282,3 +472,84 @@ def test_a_model_that_is_not_there_is_named(folder: Path, tmp_path: Path):
         DiTBlockSkipTransformer.from_pretrained(folder / "transformer", CONFIG)
     with pytest.raises(UserError, match="^torch_dtype is 'bf16'; give a dtype of torch"):
         DiTBlockSkipTransformer.from_pretrained(folder, CONFIG, torch_dtype="bf16")
+    with pytest.raises(UserError, match="^quantization is 'nf4'; give a config, such as QuantizationConfig"):
+        DiTBlockSkipTransformer.from_pretrained(folder, CONFIG, quantization="nf4")
+
+
+# One call after the other
+
+
+def recording_model(checkpointing: bool) -> DiTBlockSkipTransformer:
+    """A model that trains, with a recorded layer: what gradient checkpointing reads again in backward."""
+    model = DiTBlockSkipTransformer(TINY.make_transformer(), CONFIG, recorded_layers=RECORDED)
+    add_lora(model.transformer, lora_targets(model, "to_q"), rank=2, alpha=2, dropout=0.0, seed=0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.ones_(parameter)
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    return model.train()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_are_those_of_the_forwards_own_residuals(checkpointing: bool):
+    """However many forwards there are before their backward."""
+    samples = [TINY.make_inputs(2), {**TINY.make_inputs(2), "timestep": torch.full((2,), 0.1)}]
+
+    def gradients(at_once: bool) -> list[torch.Tensor]:
+        model = recording_model(checkpointing)
+        losses = []
+        for sample, residuals in [(sample, model.capture_residuals(**sample)) for sample in samples]:
+            losses.append(model(**sample, residuals=residuals, return_dict=False)[0].square().mean())
+            if not at_once:
+                losses.pop().backward()
+        if at_once:
+            sum(losses).backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    assert all(map(torch.equal, gradients(at_once=True), gradients(at_once=False)))
+
+
+def test_a_second_thread_is_refused_and_changes_nothing():
+    model = DiTBlockSkipTransformer(TINY.make_transformer(), CONFIG)
+    residuals = model.capture_residuals(**TINY.make_inputs(2))
+    expected, refused = predict(model, residuals=residuals), []
+
+    def call_elsewhere(*_) -> None:
+        hook.remove()
+        for call in (
+            lambda: predict(model),
+            lambda: model.capture_residuals(**TINY.make_inputs(2)),
+            lambda: model.full_model().__enter__(),
+        ):
+            with ThreadPoolExecutor(1) as pool:
+                refused.append(str(pool.submit(call).exception()))
+
+    hook = model.spans.kept[0].module.register_forward_hook(call_elsewhere)
+    assert torch.equal(predict(model, residuals=residuals), expected)
+    assert len(refused) == 3 and all(line.startswith("Another call of this model is running") for line in refused)
+    assert torch.equal(predict(model, residuals=residuals), expected)
+
+
+def test_an_error_in_a_forward_is_over_with_it():
+    model = DiTBlockSkipTransformer(TINY.make_transformer(), CONFIG)
+    residuals, expected = model.capture_residuals(**TINY.make_inputs(2)), predict(model)
+    wrong = {**TINY.make_inputs(2), "img_ids": torch.zeros(1, 3)}
+    for kwargs in ({}, {"residuals": residuals}):
+        with pytest.raises(RuntimeError):
+            predict(model, wrong, **kwargs)
+        assert torch.equal(predict(model), expected)
+
+
+def test_residuals_that_nothing_reads_are_refused():
+    transformer = TINY.make_transformer()
+    residuals = DiTBlockSkipTransformer(transformer, CONFIG).capture_residuals(**TINY.make_inputs(2))
+    remove_block_skip(transformer)
+    for config, name in ((BlockSkipConfig(leading=1), "trailing_hidden"), (BlockSkipConfig(), "leading_hidden")):
+        model = DiTBlockSkipTransformer(transformer, config)
+        with pytest.raises(UserError, match=f"^The residuals have {name}.* of another config; capture them again"):
+            predict(model, residuals=residuals)
+        model.remove()
+    state = apply_block_skip(transformer, CONFIG)
+    with pytest.raises(UserError, match=r"^`residuals=` is a dict; give what capture_residuals returned"):
+        state.residuals = residuals.tensors()

@@ -248,6 +248,14 @@ def test_dropping_all_leaves_an_empty_store_that_can_be_written(store, folder):
     assert same(store.read("instance-0"), make_record(3))
 
 
+def test_records_of_another_lora_are_gone_and_not_counted(store, folder):
+    store.begin_stretch("a LoRA")
+    assert len(store) == 0 and store.num_bytes == 0 and not shards(folder)
+    store.write({"instance-0": make_record(1)})
+    store.begin_stretch("a LoRA")
+    assert len(store) == 1 and store.num_bytes == shards(folder)[0].stat().st_size
+
+
 def test_dropping_twice_or_what_another_process_dropped_is_fine(folder):
     store = ResidualStore(folder, RUN)
     store.write({"a": make_record()})

@@ -218,6 +218,15 @@ def test_what_may_change_is_honoured_and_reported(go_on, begun: Path):
     assert report["train"]["loss"][:2] == state_of(begun / "checkpoint-2")["loss"]
 
 
+def test_another_seed_draws_the_remaining_samples(go_on, begun: Path):
+    """Step 3 has the LoRA of before and other samples: its loss alone shows which."""
+    same, other = (
+        script.losses(go_on(*flags, name=name)) for name, flags in {"same": (), "other": ("--seed", "7")}.items()
+    )
+    assert same[:2] == other[:2] == state_of(begun / "checkpoint-2")["loss"]
+    assert same[2] != other[2] and same[3] != other[3]
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

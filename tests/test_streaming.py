@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from blockskip_hooks import BlockSkipConfig, DiTBlockSkipTransformer
-from blockskip_hooks.loading import checkpoint_index, streaming
+from blockskip_hooks.loading import checkpoint_index, host_buffers, streaming
 from blockskip_hooks.loading.checkpoint_index import CheckpointWeights
 from blockskip_hooks.loading.component_config import load_config
 from blockskip_hooks.loading.quantization import QuantizationConfig, move_weight, quantize_layer
@@ -144,7 +144,7 @@ def test_no_more_is_in_memory_than_the_block_that_runs_and_as_much_ahead(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     model, alive = load(folder), weakref.WeakSet[np.ndarray]()
-    largest = max(map(streaming._num_bytes, model.streamed_modules.values()))
+    largest = max(map(host_buffers.num_bytes, model.streamed_modules.values()))
     sizes: list[int] = []
 
     def noted(size: int, device: torch.device) -> torch.Tensor:
@@ -160,7 +160,7 @@ def test_no_more_is_in_memory_than_the_block_that_runs_and_as_much_ahead(
         wait(streamer._ahead.values())
         leave(streamer, module)
 
-    monkeypatch.setattr(streaming, "_allocate", noted)
+    monkeypatch.setattr(host_buffers, "_allocate", noted)
     monkeypatch.setattr(streaming.Streamer, "leave", patient)
     with model.full_model():
         run(model)
@@ -205,7 +205,7 @@ def test_a_block_that_is_sent_ahead_is_planned_beside_forwards_not_beside_the_va
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_cached_blocks_are_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch, share: float):
-    size = sum(map(streaming._num_bytes, load(folder).streamed_modules.values()))
+    size = sum(map(host_buffers.num_bytes, load(folder).streamed_modules.values()))
     expected, reads = run(FLUX_model(folder)), Reads(monkeypatch)
     model = load(folder, stream_cache=int(share * size))
     tensors = skipped_tensors(model)

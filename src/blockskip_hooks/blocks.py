@@ -142,7 +142,7 @@ def list_blocks(transformer: torch.nn.Module, stacks: str | Sequence[str] | None
                 )
             blocks.append(block)
     if not blocks:
-        inside = [name for name, child in transformer.named_children() if _lists(child)]
+        inside = [name for name, child in transformer.named_modules() if name and _lists(child)]
         if inside:
             raise UserError(
                 f"{type(transformer).__name__} is a wrapper without blocks of its own; give what it wraps, "

@@ -24,12 +24,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from accelerate.hooks import remove_hook_from_module
 from diffusers.hooks import HookRegistry, ModelHook
 
 from .blocks import Block, list_blocks, split_blocks
 from .config import BlockSkipConfig
+from .loading.streaming import StreamHook
 from .state import BlockSkipState, SkipMode
 from .utils.errors import UserError
+from .utils.norms import free_norm_dtypes
 
 
 PLACEHOLDER_HOOK = "blockskip_placeholder"
@@ -116,10 +119,20 @@ class PlaceholderHook(Bound, ModelHook):
 
     def _with_residual(self, hidden_states: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         """Add a trailing residual to the tokens that it has; those of a condition image are behind them."""
-        condition_tokens = self.state.condition_tokens
-        image, condition = hidden_states.split([hidden_states.shape[1] - condition_tokens, condition_tokens], dim=1)
+        sizes = [self._own_tokens(hidden_states), self.state.condition_tokens]
+        image, condition = hidden_states.split(sizes, dim=1)
         image = image + self._checked(residual, image).to(image.dtype)
-        return torch.cat([image, condition], dim=1) if condition_tokens else image
+        return torch.cat([image, condition], dim=1) if self.state.condition_tokens else image
+
+    def _own_tokens(self, hidden_states: torch.Tensor) -> int:
+        """How many tokens a trailing residual has: those of a condition image are behind them."""
+        tokens = hidden_states.shape[1]
+        if not 0 <= self.state.condition_tokens < tokens:
+            raise UserError(
+                f"condition_tokens is {self.state.condition_tokens}, but {self.block_name} receives {tokens} tokens; "
+                "give how many of these are the condition image's."
+            )
+        return tokens - self.state.condition_tokens
 
     def _check_lora(self, module: torch.nn.Module) -> None:
         if torch.is_grad_enabled() and any(p.requires_grad for n, p in module.named_parameters() if ".lora_" in n):
@@ -130,18 +143,7 @@ class PlaceholderHook(Bound, ModelHook):
 
     def _checked(self, residual: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
         span = "leading" if self.is_leading else "trailing"
-        if residual is None:
-            raise UserError(f"No residual of the {span} span at {self.block_name}: pass `residuals=` to the forward.")
-        if residual.shape != like.shape:
-            raise UserError(
-                f"The residual of the {span} span has shape {tuple(residual.shape)} but {self.block_name} receives "
-                f"{tuple(like.shape)}: it belongs to another batch."
-            )
-        if not residual.is_floating_point():
-            raise UserError(f"The residual of the {span} span has the dtype {residual.dtype}; give floating point.")
-        # Under autocast layers cast what they read; a leading span's output may be wider than its input there.
-        autocast = torch.is_autocast_enabled(like.device.type)
-        return residual.to(like.device, residual.dtype if autocast else like.dtype)
+        return checked(residual, f"residual of the {span} span", self.block_name, like.shape, like)
 
     def _capture(self, *args: Any, **kwargs: Any) -> Any:
         span_input, span_text = self._inputs(args, kwargs)
@@ -171,7 +173,7 @@ class PlaceholderHook(Bound, ModelHook):
         if self.is_last:
             assert capture.span_input is not None
             residual = output[:, capture.span_tokens].float() - capture.span_input.float()
-            residual = residual[:, : residual.shape[1] - capture.condition_tokens]
+            residual = residual[:, : self._own_tokens(residual)]
             capture.residuals.trailing_hidden_states = residual.to(output.dtype).detach()
             capture.span_input = capture.span_output = None
 
@@ -187,6 +189,28 @@ class PlaceholderHook(Bound, ModelHook):
         )
 
 
+def checked(
+    residual: torch.Tensor | None, what: str, where: str, shape: Sequence[int], like: torch.Tensor
+) -> torch.Tensor:
+    """A recorded tensor as it is needed, with the device and dtype of ``like``.
+
+    Raises:
+        ValueError: if it is missing, or is not of this shape and floating point.
+    """
+    if residual is None:
+        raise UserError(f"No {what} at {where}: pass `residuals=` to the forward.")
+    if residual.shape != torch.Size(shape):
+        raise UserError(
+            f"The {what} has shape {tuple(residual.shape)} but {where} needs {tuple(shape)}: it belongs to another "
+            "batch, or was captured with another config."
+        )
+    if not residual.is_floating_point():
+        raise UserError(f"The {what} has the dtype {residual.dtype}; give floating point.")
+    # Under autocast layers cast what they read; a leading span's output may be wider than its input there.
+    autocast = torch.is_autocast_enabled(like.device.type)
+    return residual.to(like.device, residual.dtype if autocast else like.dtype)
+
+
 class RecordedLayerHook(Bound, ModelHook):
     """Replaces the forward of a linear layer of a kept block whose input no LoRA can change.
 
@@ -196,22 +220,22 @@ class RecordedLayerHook(Bound, ModelHook):
     Args:
         name: Qualified name of the layer.
         place: Where its output lies in :attr:`SpanResiduals.modulation`.
+        width: How wide that is.
         state: The transformer's shared state.
     """
 
-    def __init__(self, name: str, place: slice, state: BlockSkipState) -> None:
+    def __init__(self, name: str, place: slice, width: int, state: BlockSkipState) -> None:
         super().__init__()
         self.name = name
         self.place = place
+        self.width = width
         self.state = state
 
     def new_forward(self, module: torch.nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.state.mode is SkipMode.INJECT:
-            modulation = self.state.residuals.modulation
-            if modulation is None:
-                raise UserError(f"No recorded output of {self.name}: pass `residuals=` to the forward.")
-            recorded = modulation[:, self.place].to(hidden_states.device)
-            return recorded.reshape(*hidden_states.shape[:-1], -1)
+            shape = (hidden_states.shape[0], self.width)
+            recorded = checked(self.state.residuals.modulation, "recorded output", self.name, shape, hidden_states)
+            return recorded[:, self.place].reshape(*hidden_states.shape[:-1], -1)
         output = self.fn_ref.original_forward(hidden_states)
         if self.state.mode is SkipMode.CAPTURE:
             self.state._capture.recorded[self.name] = output.flatten(1).detach()
@@ -222,21 +246,12 @@ class RecordedLayerHook(Bound, ModelHook):
 def record_layers(transformer: torch.nn.Module, names: Sequence[str], state: BlockSkipState) -> None:
     """Record the outputs of linear layers with the residuals; see :class:`RecordedLayerHook`."""
     state._recorded_layers = tuple(names)
-    start = 0
-    for name in names:
-        layer = transformer.get_submodule(name)
-        stop = start + int(layer.out_features)  # type: ignore[arg-type]
-        hook = RecordedLayerHook(name, slice(start, stop), state)
+    layers: list[Any] = [transformer.get_submodule(name) for name in names]
+    width, start = sum(layer.out_features for layer in layers), 0
+    for name, layer in zip(names, layers, strict=True):
+        hook = RecordedLayerHook(name, slice(start, start + layer.out_features), width, state)
         HookRegistry.check_if_exists_or_initialize(layer).register_hook(hook, RECORDED_HOOK)
-        start = stop
-
-
-def remove_recorded_layers(transformer: torch.nn.Module, state: BlockSkipState) -> None:
-    """Undo :func:`record_layers`."""
-    for name in state._recorded_layers:
-        layer = transformer.get_submodule(name)
-        HookRegistry.check_if_exists_or_initialize(layer).remove_hook(RECORDED_HOOK, recurse=False)
-    state._recorded_layers = ()
+        start += layer.out_features
 
 
 def apply_block_skip(
@@ -277,7 +292,7 @@ def apply_block_skip(
             registry = HookRegistry.check_if_exists_or_initialize(block.module)
             registry.register_hook(PlaceholderHook(block, span, is_leading, state), PLACEHOLDER_HOOK)
     if spans.skipped:
-        state._watch(transformer)
+        state._watch(transformer, state._begin_forward)
     return state
 
 
@@ -288,23 +303,31 @@ def check_bare(transformer: torch.nn.Module) -> None:
         ValueError: if there are some.
     """
     modules = transformer.modules() if isinstance(transformer, torch.nn.Module) else ()
-    if any(_placeholder(module) is not None for module in modules):
+    if any(_hooks(module) for module in modules):
         raise UserError("Block skipping is applied to this transformer already; call remove_block_skip first.")
 
 
 def remove_block_skip(transformer: torch.nn.Module, stacks: Sequence[str] | None = None) -> None:
     """Take every placeholder off ``transformer``; its blocks run as before, bit for bit.
 
+    What a wrapper put on beside them goes too, as by its
+    :meth:`~blockskip_hooks.transformer.DiTBlockSkipTransformer.remove`.
+
     Args:
         transformer: The transformer.
         stacks: Has no effect: placeholders are found wherever they are.
     """
     for module in transformer.modules():
-        if (placeholder := _placeholder(module)) is not None:
-            placeholder.state._detach()
-            HookRegistry.check_if_exists_or_initialize(module).remove_hook(PLACEHOLDER_HOOK, recurse=False)
+        for name, hook in _hooks(module):
+            hook.state._detach()
+            module._diffusers_hook.remove_hook(name, recurse=False)  # type: ignore[union-attr, operator]
+        if isinstance(getattr(module, "_hf_hook", None), StreamHook):
+            remove_hook_from_module(module)
+    free_norm_dtypes(transformer)
 
 
-def _placeholder(module: torch.nn.Module) -> PlaceholderHook | None:
+def _hooks(module: torch.nn.Module) -> list[tuple[str, Any]]:
+    """The hooks of this file that are on a module, by name."""
     registry = getattr(module, "_diffusers_hook", None)
-    return None if registry is None else registry.get_hook(PLACEHOLDER_HOOK)
+    names = (PLACEHOLDER_HOOK, RECORDED_HOOK) if registry is not None else ()
+    return [(name, hook) for name in names if (hook := registry.get_hook(name)) is not None]

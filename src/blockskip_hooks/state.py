@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from .config import BlockSkipConfig
@@ -61,11 +63,13 @@ class SpanResiduals:
         """Join the residuals of several samples or batches to those of one batch, in their order.
 
         Raises:
-            ValueError: if they are of different spans, or of other shapes than another's.
+            ValueError: if they are no list of residuals, of different spans, or of other shapes than another's.
 
         Example:
             >>> residuals = SpanResiduals.cat([records[3], records[7]])
         """
+        if isinstance(records, SpanResiduals) or not all(isinstance(one, SpanResiduals) for one in records):
+            raise UserError("SpanResiduals.cat takes a list of SpanResiduals, such as capture_residuals returns.")
         tensors = [record.tensors() for record in records]
         if not tensors or any(one.keys() != tensors[0].keys() for one in tensors):
             raise UserError("Residuals of one batch must be some, and of the same spans; capture them with one model.")
@@ -80,7 +84,9 @@ class SpanResiduals:
 
     def to(self, device: torch.device | str) -> SpanResiduals:
         """Copy to ``device``; dtypes are kept."""
-        return SpanResiduals(**{name: t.to(device, non_blocking=True) for name, t in self.tensors().items()})
+        # A host would read what has not arrived yet.
+        waits = str(device).startswith("cpu")
+        return SpanResiduals(**{name: t.to(device, non_blocking=not waits) for name, t in self.tensors().items()})
 
 
 class CaptureDone(Exception):
@@ -101,7 +107,6 @@ class Capture:
         span_input: Image tokens that the trailing span received.
         span_output: Image tokens, or all, after the last of its blocks that ran.
         span_tokens: Where the tokens of the span's input are in ``span_output``.
-        condition_tokens: Tokens at the end of the image's that belong to a condition image.
     """
 
     residuals: SpanResiduals = field(default_factory=SpanResiduals)
@@ -110,7 +115,6 @@ class Capture:
     span_input: torch.Tensor | None = None
     span_output: torch.Tensor | None = None
     span_tokens: slice = field(default_factory=lambda: slice(None))
-    condition_tokens: int = 0
 
 
 class BlockSkipState:
@@ -121,7 +125,6 @@ class BlockSkipState:
 
     Attributes:
         config: The spans.
-        residuals: What placeholders inject.
         condition_tokens: Tokens at the end of the image's that belong to a condition image, in the next forward.
         stops_early: Whether a capture forward ends with :class:`CaptureDone` once everything is captured.
         is_driven: Whether a wrapper begins all forwards in *inject* mode, so that one begun otherwise is a mistake.
@@ -129,16 +132,16 @@ class BlockSkipState:
 
     def __init__(self, config: BlockSkipConfig) -> None:
         self.config = config
-        self.residuals = SpanResiduals()
         self.condition_tokens = 0
         self.stops_early = False
         self.is_driven = False
         self._mode = SkipMode.RUN
+        self._residuals = SpanResiduals()
         self._capture = Capture()
         self._recorded_layers: tuple[str, ...] = ()
         self._attached = True
         self._in_wrapper = False
-        self._handle: RemovableHandle | None = None
+        self._handles: list[RemovableHandle] = []
 
     @property
     def mode(self) -> SkipMode:
@@ -160,17 +163,65 @@ class BlockSkipState:
             self._capture = Capture()
 
     @property
+    def residuals(self) -> SpanResiduals:
+        """What placeholders inject; ``None`` stands for nothing.
+
+        Raises:
+            ValueError: if it is set to what is no residuals, or to some that nothing of this config reads.
+        """
+        return self._residuals
+
+    @residuals.setter
+    def residuals(self, residuals: SpanResiduals | None) -> None:
+        if not isinstance(residuals, SpanResiduals | None):
+            raise UserError(
+                f"`residuals=` is a {type(residuals).__name__}; give what capture_residuals returned, and for records "
+                "of several samples SpanResiduals.cat(records)."
+            )
+        residuals = residuals or SpanResiduals()
+        read = {"leading": self.config.leading, "trailing": self.config.trailing, "modulation": self._recorded_layers}
+        surplus = [name for name in residuals.tensors() if not read[name.partition("_")[0]]]
+        if surplus and self._attached:
+            raise UserError(
+                f"The residuals have {surplus[0]}, which nothing reads with leading={self.config.leading}, "
+                f"trailing={self.config.trailing}: they are of another config; capture them again."
+            )
+        self._residuals = residuals
+
+    @property
     def captured(self) -> SpanResiduals:
         """What the last forward in capture mode captured; every such forward makes a new object."""
         return self._capture.residuals
 
-    def _watch(self, transformer: torch.nn.Module) -> None:
-        """Look at every forward of ``transformer`` before it begins."""
-        self._handle = transformer.register_forward_pre_hook(self._begin_forward)
+    def _check_free(self) -> None:
+        """Check that no call of the wrapper is running: what placeholders read here is for one at a time.
+
+        Raises:
+            ValueError: if one is.
+        """
+        if self._in_wrapper:
+            raise UserError(
+                "Another call of this model is running, in another thread say, and its placeholders serve one at a "
+                "time; let calls wait for each other."
+            )
+
+    @contextmanager
+    def _one_call(self) -> Iterator[None]:
+        """Around a call of the wrapper, which is the only one."""
+        self._check_free()
+        self._in_wrapper = True
+        try:
+            yield
+        finally:
+            self._in_wrapper = False
+
+    def _watch(self, module: torch.nn.Module, look: Callable[..., None]) -> None:
+        """Call something before every forward of ``module`` until the placeholders are removed."""
+        self._handles.append(module.register_forward_pre_hook(look))
 
     def _begin_forward(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
         if self._mode is SkipMode.CAPTURE:
-            self._capture = Capture(condition_tokens=self.condition_tokens)
+            self._capture = Capture()
         elif self._mode is SkipMode.INJECT and self.is_driven and not self._in_wrapper:
             raise UserError(
                 "The transformer was called without the model around it, whose last call left residuals of its own in "
@@ -178,19 +229,35 @@ class BlockSkipState:
             )
 
     def _keep(self) -> Callable[[], None]:
-        """Keep the state of a forward that is halted; returns what restores it."""
-        mode, capture = self._mode, self._capture
+        """Keep the state of a forward that is halted, or comes again; returns what restores it."""
+        kept = self._mode, self._capture, self._residuals, self.condition_tokens, self._in_wrapper
+        self._in_wrapper = False
 
         def restore() -> None:
-            self._mode, self._capture = mode, capture
+            if self._attached:
+                self._mode, self._capture, self._residuals, self.condition_tokens, self._in_wrapper = kept
 
         return restore
 
+    def _keep_for_backward(self, output: Any) -> None:
+        """Let the backward of a forward meet its state, whatever came between: checkpointing runs blocks again."""
+        restore = self._keep()
+
+        def begin(gradient: torch.Tensor) -> None:
+            restore()
+            for handle in handles:
+                # The residuals are not held any longer: the loss may be, until the next batch is there.
+                handle.remove()
+
+        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+        handles = [tensor.register_hook(begin) for tensor in tensors]
+
     def _detach(self) -> None:
         """Note that the placeholders were removed."""
-        self._mode, self._attached = SkipMode.RUN, False
-        if self._handle is not None:
-            self._handle.remove()
+        self._mode, self._residuals, self._attached = SkipMode.RUN, SpanResiduals(), False
+        self._recorded_layers = ()
+        for handle in self._handles:
+            handle.remove()
 
     def _end_capture(self) -> None:
         """End a capture forward early that has everything it is for, if ``stops_early``.
@@ -201,6 +268,7 @@ class BlockSkipState:
         capture = self._capture
         if (
             self.stops_early
+            and not torch.compiler.is_compiling()  # No exception leaves what is compiled.
             and (capture.has_leading or not self.config.leading)
             and (not self.config.trailing or capture.residuals.trailing_hidden_states is not None)
             and len(capture.recorded) == len(self._recorded_layers)

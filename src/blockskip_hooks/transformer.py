@@ -8,21 +8,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate.hooks import remove_hook_from_module
 from accelerate.utils import set_module_tensor_to_device
 from diffusers import ModelMixin
 from torch.distributed.fsdp import FSDPModule
 
 from .blocks import BlockSpans, as_names, idle_modules, list_blocks, split_blocks
 from .config import BlockSkipConfig
-from .hooks import Bound, apply_block_skip, check_bare, record_layers, remove_block_skip, remove_recorded_layers
+from .hooks import Bound, apply_block_skip, check_bare, record_layers, remove_block_skip
 from .loading.download import resolve_component
 from .loading.models import Checkpoint
 from .loading.quantization import QuantizationConfig
-from .loading.streaming import Streamer, frozen_weights_on_host, plain_device, stream
+from .loading.streaming import Streamer, check_plain, frozen_weights_on_host, plain_device, stream
 from .state import Capture, CaptureDone, SkipMode, SpanResiduals
 from .utils.errors import UserError
-from .utils.norms import free_norm_dtypes, keep_norm_dtypes
+from .utils.norms import keep_norm_dtypes
 
 
 T = TypeVar("T")
@@ -79,6 +78,7 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
         self._streamer = Streamer(offload_device or "cpu")
         streamed = self.streamed_modules
         if offload_device is not None:
+            check_plain(streamed)
             idle = idle_modules(transformer)
             for name, module in streamed.items():
                 stream(module, self._streamer, idle=name in idle)
@@ -88,9 +88,9 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
         self.skip_state.stops_early = not self.is_sharded
         self.skip_state.is_driven = True
         # Kept blocks run without the last block of the leading span beside them.
-        first_kept = self.spans.kept[0].module
-        self._first_kept_hook = first_kept.register_forward_pre_hook(lambda *_: self._streamer.make_room())
+        self.skip_state._watch(self.spans.kept[0].module, lambda *_: self._streamer.make_room())
         record_layers(transformer, self.recorded_layers, self.skip_state)
+        self.skip_state._handles.append(transformer.register_load_state_dict_pre_hook(_check_loaded))
 
     @property
     def streamed_modules(self) -> dict[str, torch.nn.Module]:
@@ -146,6 +146,10 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
         """
         if not isinstance(torch_dtype, torch.dtype):
             raise UserError(f"torch_dtype is {torch_dtype!r}; give a dtype of torch, such as torch.bfloat16.")
+        if not isinstance(quantization, QuantizationConfig | None):
+            raise UserError(
+                f"quantization is {quantization!r}; give a config, such as QuantizationConfig.named('nf4')."
+            )
         device, recorded_layers = plain_device(device), as_names(recorded_layers)
         folder = resolve_component(pretrained_model_path, subfolder, variant=variant, revision=revision)
         checkpoint = Checkpoint(folder, torch_dtype, variant, transformer_class)
@@ -194,15 +198,9 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
         Weights that were in memory are put back; blocks read from a checkpoint by :meth:`from_pretrained` are left
         without weights. A second call does nothing.
         """
-        if not self.skip_state._attached:
-            return self.transformer
-        remove_recorded_layers(self.transformer, self.skip_state)
-        remove_block_skip(self.transformer)
-        self.skip_state._detach()
-        self._first_kept_hook.remove()
-        for module in self.streamed_modules.values():
-            remove_hook_from_module(module)
-        free_norm_dtypes(self.transformer)
+        if self.skip_state._attached:
+            remove_block_skip(self.transformer)
+            self.skip_state._detach()
         return self.transformer
 
     def forward(
@@ -210,9 +208,9 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
     ) -> Any:
         """Run the transformer with the spans replaced by ``residuals``, or whole without them.
 
-        Arguments and result are the wrapped model's. The residuals stay in use until the next call, because gradient
-        checkpointing runs placeholders again during backward. With ``residuals="none"`` in the config skipped spans
-        are the identity in every call; :meth:`full_model` runs them.
+        Arguments and result are the wrapped model's. Gradient checkpointing, which runs blocks again during backward,
+        meets these residuals again, also after other calls. With ``residuals="none"`` in the config skipped spans are
+        the identity in every call; :meth:`full_model` runs them. One call runs at a time.
 
         Args:
             *args: As for the wrapped model.
@@ -222,11 +220,10 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
             **kwargs: As for the wrapped model.
 
         Raises:
-            ValueError: if ``residuals`` is something else; if a span has none, or one of another shape; if there are
-                none at all in training mode with gradients; if a skipped block has LoRA that trains; if the
-                placeholders were removed.
+            ValueError: if ``residuals`` is something else, is not what the spans need, or has what nothing reads; if
+                there are none at all in training mode with gradients; if a skipped block has LoRA that trains; if the
+                placeholders were removed; if another call is running.
         """
-        _check_type(residuals)
         whole = residuals is None and self.skip_state.config.residuals != "none"
         skips = self.skip_state._attached and bool(self.spans.skipped or self.recorded_layers)
         if whole and skips and self.training and torch.is_grad_enabled():
@@ -234,14 +231,18 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
                 "A training step got no residuals, so it would run and differentiate the whole model; pass "
                 "`residuals=`, or call the model under torch.no_grad() or, to train the whole of it, in full_model()."
             )
-        self.skip_state.mode = SkipMode.RUN if whole else SkipMode.INJECT
-        self.skip_state.residuals = residuals or SpanResiduals()
-        self.skip_state.condition_tokens = condition_tokens
-        self.skip_state._in_wrapper = True
-        try:
-            return self.transformer(*args, **kwargs)
-        finally:
-            self.skip_state._in_wrapper = False
+        with self.skip_state._one_call():
+            self.skip_state.residuals = residuals
+            self.skip_state.mode = SkipMode.RUN if whole else SkipMode.INJECT
+            self.skip_state.condition_tokens = condition_tokens
+            try:
+                output = self.transformer(*args, **kwargs)
+            except BaseException:
+                self._streamer.end_pass()
+                raise
+        if torch.is_grad_enabled() and getattr(self.transformer, "is_gradient_checkpointing", False):
+            self.skip_state._keep_for_backward(output)
+        return output
 
     @torch.no_grad()
     def capture_residuals(self, *args: Any, condition_tokens: int = 0, **kwargs: Any) -> SpanResiduals:
@@ -258,21 +259,22 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
             The batch's residuals, in the dtype of the hidden states.
 
         Raises:
-            ValueError: if the placeholders were removed.
+            ValueError: if the placeholders were removed, or another call is running.
         """
         state = self.skip_state
         if not self.spans.skipped and not self.recorded_layers:
             return SpanResiduals()
-        state.mode, state.condition_tokens = SkipMode.CAPTURE, condition_tokens
-        try:
-            self.transformer(*args, **kwargs)
-        except CaptureDone:
-            pass
-        finally:
-            # Nothing of it stays in memory with the state.
-            capture, state._capture = state._capture, Capture()
-            state.mode = SkipMode.RUN
-            self._streamer.end_pass()
+        with state._one_call():
+            state.mode, state.condition_tokens = SkipMode.CAPTURE, condition_tokens
+            try:
+                self.transformer(*args, **kwargs)
+            except CaptureDone:
+                pass
+            finally:
+                # Nothing of it stays in memory with the state.
+                capture, state._capture = state._capture, Capture()
+                state.mode = SkipMode.RUN
+                self._streamer.end_pass()
         if self.recorded_layers:
             outputs = [capture.recorded[name] for name in self.recorded_layers]
             capture.residuals.modulation = torch.cat(outputs, dim=1)
@@ -311,13 +313,14 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
     @contextmanager
     def full_model(self) -> Iterator[ModelMixin]:
         """Let the wrapped model compute every block, streamed where needed; for forwards that follow each other."""
-        previous = self.skip_state.mode
+        self.skip_state._check_free()
+        restore = self.skip_state._keep()
         self.skip_state.mode = SkipMode.RUN
         try:
             with self._streamer.repeated():
                 yield self.transformer
         finally:
-            self.skip_state.mode = previous
+            restore()
 
     def together(self, tasks: Sequence[Callable[[], T]], between: Callable[[], None] | None = None) -> list[T]:
         """Call functions that each run this model, in step: a skipped block is read once for all of them.
@@ -343,6 +346,9 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
         """Names, in this module's state dict, of the parameters that do not train, whether they are there or not."""
         return [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
 
+    # torch's DDP reads it: every process has these weights, and those of skipped blocks cannot be sent.
+    _ddp_params_and_buffers_to_ignore = frozen_parameter_names
+
     def __getattr__(self, name: str) -> Any:
         # Only called for what torch.nn.Module and this class do not have.
         try:
@@ -364,11 +370,12 @@ def _streamed_modules(
     return {name: module for name, module in modules.items() if name in names}
 
 
-def _check_type(residuals: Any) -> None:
-    if not isinstance(residuals, SpanResiduals | None):
+def _check_loaded(transformer: torch.nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    absent = [name for name, p in transformer.named_parameters() if p.is_meta and ".lora_" not in name]
+    if given := [name for name in absent if f"{prefix}{name}" in state_dict]:
         raise UserError(
-            f"`residuals=` is a {type(residuals).__name__}; give what capture_residuals returned, and for records of "
-            "several samples SpanResiduals.cat(records)."
+            f"{given[0]} is streamed whenever its block runs, so load_state_dict cannot change it; load the weights "
+            "into the model before it is wrapped, or save them as the checkpoint that it is read from."
         )
 
 

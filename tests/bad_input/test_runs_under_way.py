@@ -42,6 +42,14 @@ def test_latents_that_are_not_numbers_stop_the_run_and_name_the_photo(begin, tmp
     assert not (tmp_path / "out" / WEIGHTS_NAME).exists()
 
 
+def test_residuals_that_are_not_numbers_stop_the_run_before_it_trains(begin, tmp_path):
+    model = fresh_model(tmp_path)
+    with_nan(model / "transformer" / "diffusion_pytorch_model.safetensors", "transformer_blocks.0.attn.to_q.weight")
+    changes = {"--pretrained_model_name_or_path": str(model), "--skip_blocks": "1,1"}
+    result = begin(command(tmp_path / "out", changes))
+    assert_stopped(result, ["The transformer makes residuals that are not finite", "sample 0 (", ".png)"])
+
+
 def test_embeddings_that_are_not_numbers_stop_the_run_and_name_the_prompt(begin, tmp_path):
     model = fresh_model(tmp_path)
     with_nan(model / "text_encoder_2" / "model.safetensors", "encoder.final_layer_norm.weight")

@@ -103,16 +103,18 @@ def generate_images(
     images: list[list[Image.Image]] = [[] for _ in prompts]
     was_training = model.training
     model.eval()
-    with model.full_model(), _decoding(vae, model, placement or VaePlacement()):
-        for start in range(0, len(chosen), together):
-            group = chosen[start : start + together]
-            tasks = [partial(make, pipeline, *call) for pipeline, call in zip(pipelines, group)]
-            for (prompt, _), made in zip(group, model.together(tasks), strict=True):
-                images[prompt] += made
-            if progress is not None:
-                # Those that go in step are done together: one after the other would tell a wrong rate.
-                progress(sum(len(part) for _, part in group))
-    model.train(was_training)
+    try:
+        with model.full_model(), _decoding(vae, model, placement or VaePlacement()):
+            for start in range(0, len(chosen), together):
+                group = chosen[start : start + together]
+                tasks = [partial(make, pipeline, *call) for pipeline, call in zip(pipelines, group)]
+                for (prompt, _), made in zip(group, model.together(tasks), strict=True):
+                    images[prompt] += made
+                if progress is not None:
+                    # Those that go in step are done together: one after the other would tell a wrong rate.
+                    progress(sum(len(part) for _, part in group))
+    finally:
+        model.train(was_training)
     return images
 
 

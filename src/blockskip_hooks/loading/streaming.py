@@ -19,15 +19,14 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate.utils import set_module_tensor_to_device
 from greenlet import getcurrent, greenlet
 
+from ..utils.errors import UserError
 from .checkpoint_index import CheckpointWeights
+from .host_buffers import buffer_for, name_in_checkpoint, num_bytes, own_parameters, read_buffer
 from .quantization import follow_weight, move_weight
 
 
 T = TypeVar("T")
 Weights = Mapping[str, torch.Tensor]
-
-ALIGNMENT = 64
-"""Bytes that tensors in a buffer begin at a multiple of, as torch's own allocations do."""
 
 
 class StreamHook(AlignDevicesHook):
@@ -162,8 +161,11 @@ class Streamer:
         if self._takes_turns and self._present is not module:
             # The others come to where they need it too, before it is there.
             self._halt()
-        if self._present is module:
-            return
+        if self._present is not module:
+            self._load(module)
+
+    @torch.inference_mode(False)  # What is loaded serves forwards of other modes too.
+    def _load(self, module: torch.nn.Module) -> None:
         self._unload()
         self._note(module)
         if module not in self._ahead:
@@ -175,13 +177,18 @@ class Streamer:
             current.wait_event(fetched.arrival)
             # Its memory is not given to another before what runs on it now has been computed.
             fetched.buffer.record_stream(current)
-        of_adapter = self._adapters.get(module, {})
-        for name, _ in module.named_parameters():
-            tensor = of_adapter[name] if name in of_adapter else fetched.tensors[_name_in_checkpoint(name)]
-            value = tensor.to(self.device, non_blocking=self._pins)
+        weights = {**fetched.tensors, **self._adapters.get(module, {})}
+        names = {name: name_in_checkpoint(name) for name, _ in module.named_parameters()}
+        if absent := [name for name, source in names.items() if source not in weights]:
+            raise UserError(
+                f"{absent[0]} of a skipped block has no weights to stream; add adapters to the layers of lora_targets "
+                "only, or load them before the model is wrapped and leave offload_device out."
+            )
+        for name, source in names.items():
+            value = weights[source].to(self.device, non_blocking=self._pins)
             set_module_tensor_to_device(module, name, self.device, value=value, clear_cache=False)
         self._present = module
-        del fetched
+        del fetched, weights
         if self._reads_ahead:
             self._look_ahead(module)
 
@@ -256,6 +263,7 @@ class Streamer:
                 lane.throw()
             self._takes_turns = False
             self._unload()
+            self.end_pass()
         return [results[lane] for lane in lanes]
 
     def _halt(self) -> None:
@@ -275,10 +283,10 @@ class Streamer:
         place = self._order.index(module) + 1 if module in self._order else len(self._order)
         following = self._order[place:] + (self._order[: place - 1] if self._repeats else [])
         if self._largest is None:
-            self._largest = max(map(_num_bytes, self._weights.keys() - self._idle), default=0)
+            self._largest = max(map(num_bytes, self._weights.keys() - self._idle), default=0)
         room = self._largest
         for other in following:
-            room -= _num_bytes(other)
+            room -= num_bytes(other)
             if room < 0:
                 return
             if other not in self._ahead:
@@ -290,6 +298,7 @@ class Streamer:
         futures, self._ahead = list(self._ahead.values()), {}
         wait([future for future in futures if not future.cancel()])
 
+    @torch.inference_mode(False)
     def _unload(self) -> None:
         module, self._present = self._present, None
         if module is None:
@@ -309,13 +318,13 @@ class Streamer:
         weights = self._cached.get(module, self._weights[module])
         if not isinstance(weights, CheckpointWeights):
             # Those of text encoders are read here, the others are in memory.
-            weights = {name: weights[name] for name, _ in _own_parameters(module)}
-        elif (size := _num_bytes(module)) <= self._room:
+            weights = {name: weights[name] for name, _ in own_parameters(module)}
+        elif (size := num_bytes(module)) <= self._room:
             self._room -= size
-            self._cached[module] = weights = _read(module, weights)
+            self._cached[module] = weights = read_buffer(module, weights)
         if self._pins:
             return self._pin(module, weights, left)
-        return Fetched(_read(module, weights) if isinstance(weights, CheckpointWeights) else weights)
+        return Fetched(read_buffer(module, weights) if isinstance(weights, CheckpointWeights) else weights)
 
     def _pin(self, module: torch.nn.Module, weights: Weights, left: torch.Event | None) -> Fetched:
         """Bring weights into pinned memory tensor by tensor and, if they are sent ahead, from there to the device.
@@ -331,9 +340,9 @@ class Streamer:
         if self._stream is None:
             self._stream = torch.Stream(self.device)
         with self._stream:
-            buffer, views = _buffer(module, self.device, {}) if self._sends_ahead else (None, {})
+            buffer, views = buffer_for(module, self.device, {}) if self._sends_ahead else (None, {})
             pinned: dict[str, torch.Tensor] = {}
-            for name, parameter in _own_parameters(module):
+            for name, parameter in own_parameters(module):
                 part = pinned[name] = torch.empty(parameter.shape, dtype=parameter.dtype, pin_memory=True)
                 if isinstance(weights, CheckpointWeights):
                     weights.read(name, part)
@@ -354,6 +363,22 @@ def stream(module: torch.nn.Module, streamer: Streamer, weights: Weights | None 
         idle: Whether it hardly ever runs, so that it is not read ahead.
     """
     add_hook_to_module(module, StreamHook(streamer, weights, idle))
+
+
+def check_plain(modules: Mapping[str, torch.nn.Module]) -> None:
+    """Check that modules, by name, hold weights that can be in host memory and come one module at a time.
+
+    Raises:
+        UserError: naming the first weight that cannot.
+    """
+    for name, parameter in (item for prefix, module in modules.items() for item in module.named_parameters(prefix)):
+        is_quantized = type(parameter).__module__.startswith("bitsandbytes")
+        if parameter.is_meta or ".lora_" in name or is_quantized:
+            what = "not in memory" if parameter.is_meta else "bitsandbytes' own" if is_quantized else "an adapter's"
+            raise UserError(
+                f"offload_device takes plain weights, but {name} is {what}; leave offload_device out, or wrap the "
+                "model before."
+            )
 
 
 @contextmanager
@@ -379,58 +404,3 @@ def plain_device(device: torch.device | str) -> torch.device:
     """``device``, without the number that processes on the CPU are given: ``.to("cpu:0")`` would copy parameters."""
     device = torch.device(device)
     return torch.device("cpu") if device.type == "cpu" else device
-
-
-def _num_bytes(module: torch.nn.Module) -> int:
-    """Size of a buffer that holds a module's parameters wherever in it they have to begin."""
-    return sum(_padded(parameter.nbytes) + ALIGNMENT for _, parameter in _own_parameters(module))
-
-
-def _own_parameters(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """A module's parameters by their names in the checkpoint, without those of adapters that it has got since."""
-    for name, parameter in module.named_parameters():
-        if ".lora_" not in name:
-            yield _name_in_checkpoint(name), parameter
-
-
-def _name_in_checkpoint(name: str) -> str:
-    # An adapter's layer holds the one that it stands for.
-    return name.replace(".base_layer.", ".")
-
-
-def _padded(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-def _allocate(size: int, device: torch.device) -> torch.Tensor:
-    return torch.empty(size, dtype=torch.uint8, device=device)
-
-
-def _buffer(
-    module: torch.nn.Module, device: torch.device, offsets: Mapping[str, int]
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """One buffer for all parameters of a module, and its parts by name.
-
-    Args:
-        module: The module.
-        device: Where the buffer is.
-        offsets: Bytes behind a multiple of :data:`ALIGNMENT` that parameters begin at, by name.
-    """
-    buffer, start, views = _allocate(_num_bytes(module), device), 0, {}
-    for name, parameter in _own_parameters(module):
-        first = start + offsets.get(name, 0)
-        views[name] = buffer[first : first + parameter.nbytes].view(parameter.dtype).view(parameter.shape)
-        start += _padded(parameter.nbytes) + ALIGNMENT
-    return buffer, views
-
-
-def _read(module: torch.nn.Module, weights: CheckpointWeights) -> dict[str, torch.Tensor]:
-    """The weights of a module in one buffer of host memory.
-
-    They are aligned as in a mapped file, as resident weights are: a processor's products depend on it in the last bit.
-    """
-    offsets = {name: weights.offset(name, p.dtype) % ALIGNMENT for name, p in _own_parameters(module)}
-    _, views = _buffer(module, torch.device("cpu"), offsets)
-    for name, view in views.items():
-        weights.read(name, view)
-    return views

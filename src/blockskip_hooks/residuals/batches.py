@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from diffusers import ModelMixin
@@ -20,10 +19,8 @@ from ..families.prompts import Pair, place_embeds
 from ..state import SpanResiduals
 from ..utils.seeds import derived_seed
 from .dtype import ResidualDtype, unpack_record
-from .store import DamagedRecord, Record, ResidualStore
+from .store import Record, ResidualStore
 
-
-T = TypeVar("T")
 
 SHARED_TEXT = "leading_encoder_hidden_states"
 """The tensor that the samples of a prompt share where the leading span sees the text alone."""
@@ -310,50 +307,3 @@ class SampleMaker:
 def as_picture(crop: torch.Tensor) -> Image.Image:
     """A crop ``(3, h, w)`` in [-1, 1] as the picture that it was cut from."""
     return Image.fromarray((crop * 127.5 + 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy())
-
-
-class RecordDataset(torch.utils.data.Dataset):
-    """Map-style view of part of the sample plan: one item for each index, of every kind.
-
-    Items are ``(samples, payloads)`` with one entry per kind; a payload is the sample's record, or its crop when
-    there is no store. ``None`` stands for a record that is damaged.
-    """
-
-    def __init__(self, maker: SampleMaker, store: ResidualStore | None, indices: Sequence[int]) -> None:
-        self.maker = maker
-        self.store = store
-        self.indices = indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, item: int) -> tuple[list[Sample], list[Record | None]]:
-        samples = self.maker.samples([self.indices[item]])
-        if self.store is None:
-            return samples, [{"pixels": self.maker.crop(sample)} for sample in samples]
-        return samples, [self._read(sample, self.store) for sample in samples]
-
-    def _read(self, sample: Sample, store: ResidualStore) -> Record | None:
-        try:
-            return self.maker.read_record(sample, store)
-        except (DamagedRecord, KeyError):
-            return None
-
-
-def read_ahead(batches: Iterable[T]) -> Iterator[T]:
-    """The batches, each made in a thread while the one before is trained on."""
-    upcoming = iter(batches)
-    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
-        made = pool.submit(next, upcoming, None)
-        while (batch := made.result()) is not None:
-            made = pool.submit(next, upcoming, None)
-            yield batch
-
-
-def collate_by_kind(
-    items: Sequence[tuple[list[Sample], list[Record | None]]],
-) -> tuple[list[Sample], list[Record | None]]:
-    """Join items so that all instance samples come before all class samples."""
-    samples = [sample for of_kind in zip(*(item[0] for item in items), strict=True) for sample in of_kind]
-    payloads = [payload for of_kind in zip(*(item[1] for item in items), strict=True) for payload in of_kind]
-    return samples, payloads

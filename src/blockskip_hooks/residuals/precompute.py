@@ -94,7 +94,7 @@ def encode_latents(
             between_batches()
             if part[0].id not in latents:
                 encoded = maker.encode(vae, part).cpu()
-                _check_latents(part, encoded, maker)
+                _check_finite(part, encoded, maker, "The VAE makes latents")
                 latents.update(zip((sample.id for sample in part), encoded, strict=True))
                 progress.update(sum(sample.id not in store for sample in part))
 
@@ -102,18 +102,18 @@ def encode_latents(
     return latents
 
 
-def _check_latents(samples: Sequence[Sample], latents: torch.Tensor, maker: SampleMaker) -> None:
-    """Check latents ``(B, ...)``, so that no record holds what would only show as a loss that is not a number.
+def _check_finite(samples: Sequence[Sample], tensor: torch.Tensor, maker: SampleMaker, maker_of: str) -> None:
+    """Check a tensor ``(B, ...)``, so that no record holds what would only show as a loss that is not a number.
 
     Raises:
-        UserError: naming the samples whose latents are not finite.
+        UserError: naming the samples whose part of it is not finite.
     """
-    finite = latents.flatten(1).isfinite().all(1).tolist()
+    finite = tensor.flatten(1).isfinite().all(1).tolist()
     broken = [maker.describe(sample) for sample, fine in zip(samples, finite, strict=True) if not fine]
     if broken:
         raise UserError(
-            f"The VAE makes latents that are not finite of {broken[0]}, one of {len(broken)} in a batch; give another "
-            "--mixed_precision, or check the photo and the VAE's files."
+            f"{maker_of} that are not finite of {broken[0]}, one of {len(broken)} in a batch; give another "
+            "--mixed_precision, or check the photo and the model's files."
         )
 
 
@@ -164,9 +164,10 @@ def precompute_records(
         of_part = [latents[sample.id] if sample.id in latents else store.read(sample.id)["latents"] for sample in part]
         batch = maker.batch(part, torch.stack(of_part))
         residuals = capture(model, maker, batch) if captures else SpanResiduals()
-        return {
-            name: tensor.cpu() for name, tensor in {"latents": batch.recorded_latents, **residuals.tensors()}.items()
-        }
+        made = {name: t.cpu() for name, t in {"latents": batch.recorded_latents, **residuals.tensors()}.items()}
+        for tensor in made.values():
+            _check_finite(part, tensor, maker, "The transformer makes residuals")
+        return made
 
     def run(size: int) -> int:
         # Called again when memory runs out, with half the size and then one forward at a time; what is written stays.

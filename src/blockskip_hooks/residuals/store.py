@@ -121,7 +121,7 @@ class ResidualStore:
             lora: Digest of the LoRA that the stretch's residuals are computed with.
         """
         self.fingerprint = fingerprint({"run": self._run_fingerprint, "lora": lora})
-        self._records, self._open_files = {}, {}
+        self._records, self._shards, self._open_files = {}, {}, {}
         self._scan(drops_others=True)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from diffusers.training_utils import free_memory
 from torch.utils.data import DataLoader
 
 from ..data.sample_plan import Sample
-from ..residuals.batches import SHARED_TEXT, Batch, RecordDataset, SampleMaker, collate_by_kind, read_ahead
+from ..residuals.batches import SHARED_TEXT, Batch, SampleMaker
+from ..residuals.loader import RecordDataset, collate_by_kind, read_ahead
 from ..residuals.precompute import capture, encode_latents, only_new_garbage, precompute_records
 from ..residuals.store import DamagedRecord, Record, ResidualStore, tensors_digest
 from ..residuals.stretches import Stretches

@@ -57,7 +57,6 @@ def prepare_model(accelerator: Accelerator, model: DiTBlockSkipTransformer) -> t
         accelerator: Gives autocast, and DDP where there are several processes.
         model: With its kept blocks in place.
     """
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, model.frozen_parameter_names)
     if not model.is_sharded:
         return accelerator.prepare(model, device_placement=[False])
     # accelerate lets no model with any divided weight train by DDP, also where DDP is told to leave those alone.

@@ -14,10 +14,10 @@ from typing import Any
 
 import yaml
 
+from ..training.flags.types import parse_bool
 from ..training.settings import TrainSettings
 from ..utils.errors import UserError
 from .console import shipped
-from .flags.types import parse_bool
 
 
 # A file says how to train. It cannot lead to other files, and what a launcher sets is not a setting.

@@ -30,7 +30,7 @@ class PlannedStage(NamedTuple):
 
 def planned_stage(plan: Mapping[str, Any], name: str) -> PlannedStage:
     """What a plan says to the stage of this name."""
-    stage = next((stage for stage in plan["stages"] if stage["name"] == name), {})
+    stage: dict[str, Any] = next((stage for stage in plan["stages"] if stage["name"] == name), {})
     vae = VaePlacement(alone=stage.get("vae_alone", False), tiled=stage.get("vae_tiled", False))
     return PlannedStage(stage.get("batch_size"), stage.get("together", 1), vae)
 

@@ -28,7 +28,6 @@ from ..planning.stages import plan_run
 from ..selection import Selection
 from ..training.run import Run
 from ..training.samples import expected_schedule
-from ..training.sharding import bytes_elsewhere
 from ..utils.device_memory import total_memory_bytes
 from ..utils.errors import UserError, first_line
 from ..utils.formatting import fit_lines, format_bytes
@@ -124,11 +123,20 @@ def _of_model(family: Family, dtype: torch.dtype, *, trains_text: bool) -> dict[
 
 
 def _bytes_elsewhere(run: Run, dtype: torch.dtype, num_processes: int) -> int | None:
-    """Bytes of kept blocks' weights that other processes hold; ``None`` where they are not shared."""
+    """Bytes of kept blocks' weights that other processes hold at a process's peak; ``None`` if none are shared.
+
+    One block runs and the next is gathered meanwhile. What is outside of blocks stays gathered and counts as whole.
+    """
     if not run.shares_weights:
         return None
-    skeleton = run.skeleton
-    return bytes_elsewhere(skeleton.transformer, skeleton.spans.kept, run.recorded_layers, dtype, num_processes)
+    recorded = [run.skeleton.transformer.get_submodule(name) for name in run.recorded_layers]
+    absent = {id(parameter) for layer in recorded for parameter in layer.parameters()}
+    resident = [
+        sum(p.numel() for p in block.module.parameters() if id(p) not in absent) * dtype.itemsize
+        for block in run.skeleton.spans.kept
+    ]
+    whole = sum(resident)
+    return max(whole - whole // num_processes - sum(sorted(resident)[-2:]), 0)
 
 
 def _photo_prompts(run: Run) -> int:

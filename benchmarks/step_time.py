@@ -39,7 +39,7 @@ from common import (
 )
 
 from blockskip_hooks.cli.run_plan import plan_for
-from blockskip_hooks.planning.counters import LiveBytes
+from blockskip_hooks.planning.counters import Meter
 from blockskip_hooks.planning.plan import planned_stage
 from blockskip_hooks.residuals.precompute import frozen_model
 from blockskip_hooks.utils.formatting import format_bytes
@@ -143,7 +143,7 @@ class Setting:
         run, learner = self.run, self.run.learner
         # Without records the VAE is part of training, and this is the resident one.
         vae = contextlib.nullcontext() if run.store is not None else run.records.vae()
-        with vae as resident_vae, LiveBytes() as live:
+        with vae as resident_vae, Meter() as live:
             for module in (learner.model, resident_vae):
                 if module is not None:
                     live.track(module.parameters())

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from ..blocks import block_bytes, list_blocks
 from ..planning.budget import BudgetSteps, Choice, selections_for_budget
 from ..planning.devices import DeviceType
 from ..planning.options import LAST_MEMORY_OPTIONS, MEMORY_OPTIONS
@@ -103,7 +102,7 @@ class Fits:
         self._preset, self._run, self._plain, self._dtype, self._device = preset, run, plain, dtype, device
         self._reported = preset_facts(preset).get("reported", {})
         self._plans: dict[tuple[Any, ...], dict[str, Any]] = {}
-        self._sizes = block_bytes(list_blocks(run.skeleton.transformer, run.family.block_stacks), dtype)
+        self._sizes = run.block_bytes(dtype)
 
     def closest(self, gpu_bytes: int) -> Fit | None:
         """The one that the planner chooses for a budget; ``None`` if nothing fits."""

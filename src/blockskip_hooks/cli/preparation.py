@@ -30,7 +30,7 @@ from ..embedded import (
 )
 from ..families import Family, detect_family, unread_components
 from ..loading.checks import check_model
-from ..loading.download import check_weights, has_weights, resolve_model
+from ..loading.download import resolve_model
 from ..loading.model_defaults import model_defaults
 from ..loading.quantization import QuantizationConfig, read_quantization
 from ..planning.options import QUANTIZING_OPTIONS
@@ -88,11 +88,7 @@ def prepare_run(settings: TrainSettings) -> Run:
         # A first try ends in pictures; those of this model take seconds.
         prompts = [settings.instance_prompt]
 
-    # A plan needs no weights; what is there is checked.
-    configs_only = settings.plan_only and not has_weights(model_path)
-    if not configs_only:
-        check_weights(model_path, family_class.text_components, settings.variant)
-    check_model(model_path, family_class, settings.variant, configs_only=configs_only)
+    check_model(model_path, family_class, settings.variant, plan_only=settings.plan_only)
     try:
         family = family_class(model_path, settings.variant, settings.flags())
         blocks = choose_blocks(settings, family, model_name)

@@ -32,11 +32,7 @@ def listed_settings(run: Run, plan: Mapping[str, Any], stretches: Stretches, dty
     """
     left_out = {*_OF_THE_COMMAND, *_REFUSED, *_unused(run)}
     values = {**run.settings.plain(), **_resolved(run, plan, stretches, dtype)}
-    return {name: value for name, value in sorted(values.items()) if name not in left_out and _says_something(value)}
-
-
-def _says_something(value: Any) -> bool:
-    return value is not None and value != []
+    return {name: value for name, value in sorted(values.items()) if name not in left_out and value not in (None, [])}
 
 
 def _unused(run: Run) -> Iterator[str]:

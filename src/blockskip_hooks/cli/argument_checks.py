@@ -256,6 +256,8 @@ def _check_output(settings: TrainSettings) -> None:
             "them out."
         )
 
+    if settings.residual_dir is not None and Path(settings.residual_dir).is_file():
+        raise UserError(f"--residual_dir {settings.residual_dir} is a file; name a folder.")
     folder = Path(settings.output_dir)
     check_output_dir(folder)
 

@@ -223,7 +223,7 @@ def _find_model(settings: TrainSettings) -> Path:
         return embedded_model()
     if not Path(settings.pretrained_model_name_or_path).is_dir():
         # Before a download.
-        _check_folder(settings)
+        _check_files(settings)
     return resolve_model(
         settings.pretrained_model_name_or_path,
         revision=settings.revision,
@@ -235,11 +235,16 @@ def _find_model(settings: TrainSettings) -> Path:
     )
 
 
-def _check_folder(settings: TrainSettings) -> None:
-    """Look for photos where they are said to be; whether they can be read is seen later."""
+def _check_files(settings: TrainSettings) -> None:
+    """Look for photos and condition images where they are said to be; whether they can be read is seen later."""
     folder = Path(settings.instance_data_dir or "")
     if settings.instance_data_dir and not (folder.is_dir() and image_paths(folder)):
         raise UserError(no_photos(folder, "--instance_data_dir"))
+    conditions, shown = (settings.family_flags[name] for name in ("cond_data_dir", "validation_image"))
+    if conditions and not Path(conditions).is_dir():
+        raise UserError(f"--cond_data_dir {conditions} is not a folder; name the one that holds the condition images.")
+    if shown and settings.condition_flag and not Path(shown).is_file():
+        raise UserError(f"--validation_image {shown} is not a file; name the condition image of validation pictures.")
 
 
 def _check_class_images(folder: Path) -> None:

@@ -200,8 +200,7 @@ def train(run: Run, context: Context, plan: Plan, checkpoint: Path | None, stret
     start = "blockskip train" if accelerator.num_processes == 1 else f"accelerate launch {Path(__file__).name}"
     command = f"{start} {flags}{seed}"
     outputs = RunOutputs(run, maker, monitor, plan, command, stretches)
-    optimizer, lr_scheduler = learner.optimizer, learner.lr_scheduler
-    checkpointer = Checkpointer(run, context, adapters, optimizer, lr_scheduler, history, records)
+    checkpointer = Checkpointer(run, context, adapters, learner.optimizer, learner.lr_scheduler, history, records)
     checkpointer.after_save = lambda: outputs.write_so_far(history, validation.shown)
     if checkpoint is not None:
         checkpointer.resume(checkpoint)

@@ -20,14 +20,7 @@ from ..data.photo import Photo
 from ..data.photos import scan_photos
 from ..data.picture import open_picture
 from ..data.summary import summarize_photos
-from ..embedded import (
-    BEST_CLASSES,
-    DEFAULT_SUBJECT,
-    embedded_model,
-    embedded_photos,
-    embedded_subjects,
-    unknown_words,
-)
+from ..embedded import BEST_CLASSES, DEFAULT_SUBJECT, embedded_model, embedded_photos, embedded_subjects, unknown_words
 from ..families import Family, detect_family, unread_components
 from ..loading.checks import check_model
 from ..loading.download import resolve_model

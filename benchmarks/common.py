@@ -43,6 +43,7 @@ from transformers import (
 
 from blockskip_hooks.cli.arguments import parse_args
 from blockskip_hooks.cli.preparation import prepare_run
+from blockskip_hooks.planning.plan import PlannedStage
 from blockskip_hooks.reporting.trackers import Tracking
 from blockskip_hooks.residuals.batches import SampleMaker
 from blockskip_hooks.residuals.store import ResidualStore
@@ -233,7 +234,7 @@ class OpenRun:
 
     def precompute(self, steps: range, batch_size: int) -> None:
         """Make the records of these steps."""
-        self.records.precompute(steps, steps.start, batch_size)
+        self.records.precompute(steps, steps.start, PlannedStage(batch_size))
 
     def train(self, steps: range) -> None:
         """Train these steps by the script's loop."""

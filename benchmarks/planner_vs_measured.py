@@ -25,7 +25,7 @@ from blockskip_hooks import BlockSkipConfig, DiTBlockSkipTransformer, PatchSampl
 from blockskip_hooks.families import Family
 from blockskip_hooks.lora import add_lora, lora_targets
 from blockskip_hooks.losses import flow_matching_loss
-from blockskip_hooks.planning.counters import LiveBytes
+from blockskip_hooks.planning.counters import Meter
 from blockskip_hooks.planning.presets import preset_facts, preset_family
 from blockskip_hooks.planning.request import PlanRequest
 from blockskip_hooks.planning.stages import plan_run
@@ -108,7 +108,7 @@ def measure(config: dict[str, Any], family: Family, setting: Setting, targets: l
 
     step()
     started = time.perf_counter()
-    with LiveBytes() as live:
+    with Meter() as live:
         live.track(model.parameters())
         live.track(model.buffers())
         live.track(t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor))

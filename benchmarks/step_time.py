@@ -39,8 +39,8 @@ from common import (
 )
 
 from blockskip_hooks.cli.run_plan import plan_for
-from blockskip_hooks.planning.counters import LiveBytes
-from blockskip_hooks.planning.plan import planned_batch_size
+from blockskip_hooks.planning.counters import Meter
+from blockskip_hooks.planning.plan import planned_stage
 from blockskip_hooks.residuals.precompute import frozen_model
 from blockskip_hooks.utils.formatting import format_bytes
 
@@ -77,7 +77,7 @@ class Setting:
         self._loading = 0.0
         if self.run.store is not None:
             plan = plan_for(self.run.run, self.run.maker.dtype, 1)
-            self.precompute_batch = planned_batch_size(plan, "precompute") or 1
+            self.precompute_batch = planned_stage(plan, "precompute").batch_size or 1
             # What a step waits for: reading the records, and making a batch of them.
             store, maker = self.run.store, self.run.maker
             store.read = self._timed(store.read)  # type: ignore[method-assign]
@@ -143,7 +143,7 @@ class Setting:
         run, learner = self.run, self.run.learner
         # Without records the VAE is part of training, and this is the resident one.
         vae = contextlib.nullcontext() if run.store is not None else run.records.vae()
-        with vae as resident_vae, LiveBytes() as live:
+        with vae as resident_vae, Meter() as live:
             for module in (learner.model, resident_vae):
                 if module is not None:
                     live.track(module.parameters())

@@ -7,10 +7,10 @@ import pytest
 from blockskip_hooks.cli import argument_checks
 from blockskip_hooks.cli.argument_checks import validate_args
 from blockskip_hooks.cli.arguments import apply_defaults, build_parser, parse_args
-from blockskip_hooks.cli.flags.types import parse_bool, parse_bytes
 from blockskip_hooks.data.photo_set import INTERPOLATION
 from blockskip_hooks.families import FAMILIES
 from blockskip_hooks.selection import parse_skip_blocks
+from blockskip_hooks.training.flags.types import parse_bool, parse_bytes
 
 
 NAMED = [

@@ -112,6 +112,8 @@ def test_the_first_screen_says_how_many_captions_there_are_and_from_where(folder
         ("metadata.jsonl", b'{"file_name": "a.png"', r"metadata\.jsonl is not JSON in line 1"),
         ("metadata.jsonl", b'{"file_name": "b.png"}\n[]', r"metadata\.jsonl is not JSON objects in line 2"),
         ("metadata.jsonl", b'{"file_name": "a.png", "text": 3}', r"metadata\.jsonl is not text for a\.png"),
+        ("metadata.jsonl", b"[" * 100_000, r"metadata\.jsonl is not JSON in line 1"),
+        ("metadata.csv", b'file_name,text\na.png,"no end' + b"x" * 2**17, r"metadata\.csv is field larger than"),
         ("metadata.csv", "file_name,text".encode("utf-16"), r"metadata\.csv is not UTF-8 text"),
     ],
 )

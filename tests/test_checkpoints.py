@@ -1,6 +1,7 @@
 """Checkpoints: found by number, complete or absent, and enough to continue to the same bit."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from blockskip_hooks.training.checkpoints import (
     find_checkpoint,
     list_checkpoints,
     load_training_state,
+    read_state,
     save_training_state,
 )
 
@@ -34,6 +36,15 @@ def written(output_dir, step, total_limit=None):
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_state_is_read_as_utf8_whatever_the_machines_encoding(tmp_path, monkeypatch):
+    """Prompts are part of it; on Windows files are read in the code page of the country by default."""
+    (tmp_path / STATE_NAME).write_bytes('{"made_with": {"prompts": ["ein Foto von Möhrle"]}}'.encode())
+    monkeypatch.setattr(
+        Path, "read_text", lambda self, encoding="cp1252", errors=None: self.read_bytes().decode(encoding)
+    )
+    assert read_state(tmp_path)["made_with"]["prompts"] == ["ein Foto von Möhrle"]
 
 
 # Finding

@@ -8,8 +8,8 @@ import pytest
 
 from blockskip_hooks.cli.argument_checks import check_family_flags
 from blockskip_hooks.cli.arguments import apply_defaults, build_parser, family_flags, parse_args
-from blockskip_hooks.cli.flags.types import parse_bool
 from blockskip_hooks.families import FAMILIES
+from blockskip_hooks.training.flags.types import parse_bool
 from blockskip_hooks.utils.files import expand_home
 from tests.script import load_script
 

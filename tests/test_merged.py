@@ -12,7 +12,7 @@ from blockskip_hooks.cli.argument_checks import validate_args
 from blockskip_hooks.cli.arguments import apply_defaults, parse_args
 from blockskip_hooks.loading.checkpoint_index import index_safetensors
 from blockskip_hooks.loading.lora_files import WEIGHTS_NAME
-from blockskip_hooks.planning.counters import LiveBytes
+from blockskip_hooks.planning.counters import Meter
 from blockskip_hooks.training import merged
 from blockskip_hooks.training.merged import MERGED_NAME, export_merged
 from tests import script
@@ -104,7 +104,7 @@ def test_the_whole_is_never_in_memory(tmp_path):
     settings = json.dumps({"transformer.r": 4, "transformer.lora_alpha": 4})
     save_file(lora, tmp_path / WEIGHTS_NAME, metadata={merged.LORA_ADAPTER_METADATA_KEY: settings})
     del part, layers
-    with LiveBytes() as live:
+    with Meter() as live:
         output = export_merged(folder, tmp_path / WEIGHTS_NAME, tmp_path, shard_bytes=shard)
     assert len(list(output.glob("*.safetensors"))) == size / shard == 16
     assert live.peak < size / 8

@@ -15,7 +15,7 @@ from blockskip_hooks.families import FAMILIES, Family
 from blockskip_hooks.loading.models import empty_model
 from blockskip_hooks.lora import add_lora, lora_targets
 from blockskip_hooks.losses import flow_matching_loss
-from blockskip_hooks.planning.counters import LiveBytes, Meter
+from blockskip_hooks.planning.counters import Meter
 from blockskip_hooks.planning.description import format_plan
 from blockskip_hooks.planning.request import PlanRequest
 from blockskip_hooks.planning.stages import RECORD_OVERHEAD, plan_run
@@ -69,7 +69,7 @@ def real_peak(preset: Preset, request: PlanRequest) -> int:
         optimizer.zero_grad()
 
     step()
-    with LiveBytes() as live:
+    with Meter() as live:
         live.track(tensor for tensor in model.parameters())
         live.track(t for state in optimizer.state.values() for t in state.values())
         step()
@@ -253,7 +253,7 @@ def test_format_plan_shows_blocks_and_says_simulated(skipping_plan: dict[str, An
 
 def test_live_bytes_counts_a_storage_once_and_until_it_is_freed() -> None:
     kept = torch.zeros(100)
-    with LiveBytes() as live:
+    with Meter() as live:
         live.track([kept, kept.view(10, 10)])
         assert live.current == 400
         doubled = kept * 2

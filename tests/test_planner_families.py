@@ -11,7 +11,7 @@ from blockskip_hooks.families.facts import CONDITION_FLAGS
 from blockskip_hooks.loading.component_config import load_config
 from blockskip_hooks.lora import add_lora, lora_targets
 from blockskip_hooks.losses import flow_matching_loss
-from blockskip_hooks.planning.counters import LiveBytes
+from blockskip_hooks.planning.counters import Meter
 from blockskip_hooks.planning.request import PlanRequest
 from blockskip_hooks.planning.stages import plan_run
 from blockskip_hooks.state import SpanResiduals
@@ -83,7 +83,7 @@ def live_peak(tiny: TinyFamily, request: PlanRequest) -> int:
         optimizer.zero_grad()
 
     step()
-    with LiveBytes() as live:
+    with Meter() as live:
         live.track(model.parameters())
         live.track(model.buffers())
         live.track(constants(model))

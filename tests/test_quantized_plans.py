@@ -19,7 +19,7 @@ from blockskip_hooks.config import PatchSamplingConfig
 from blockskip_hooks.loading.models import empty_model
 from blockskip_hooks.lora import add_lora, lora_targets
 from blockskip_hooks.losses import flow_matching_loss
-from blockskip_hooks.planning.counters import LiveBytes
+from blockskip_hooks.planning.counters import Meter
 from blockskip_hooks.planning.description import format_plan
 from blockskip_hooks.planning.request import PlanRequest
 from blockskip_hooks.planning.stages import plan_run
@@ -111,7 +111,7 @@ def test_the_planned_peak_is_that_of_real_tensors(mid_flux: Path, method: str, c
         optimizer.zero_grad()
 
     step()
-    with LiveBytes() as live:
+    with Meter() as live:
         live.track(tensor for tensor in held(model) if not tensor.is_meta)
         live.track(tensor for state in optimizer.state.values() for tensor in state.values())
         step()

@@ -87,10 +87,10 @@ def test_what_the_paper_reports_is_of_its_own_settings():
 
 
 def test_a_ranking_lists_what_changes_least_first():
-    def fit(preset: str, pair: Selection, *options: str) -> Fit:
-        return Fit(preset, 512, Choice(pair, options, plan_for(pair, options), ""), 0.5)
+    def fit(pair: Selection, *options: str) -> Fit:
+        return Fit(512, Choice(pair, options, plan_for(pair, options), ""), 0.5)
 
-    some, none = fit("a", PAIRS[1], "int8"), fit("b", PAIRS[0])
+    some, none = fit(PAIRS[1], "int8"), fit(PAIRS[0])
     lines = format_fits([("a", some, None), ("b", none, some), ("c", None, None)]).splitlines()
     assert [line.split()[:2] for line in lines[1:]] == [
         ["b", "closest"],

@@ -12,12 +12,12 @@ import torch
 from safetensors import safe_open
 
 from blockskip_hooks import BlockSkipConfig, DiTBlockSkipTransformer, SpanResiduals
-from blockskip_hooks.cli.flags.types import parse_bytes
 from blockskip_hooks.config import PatchSamplingConfig
 from blockskip_hooks.planning.request import PlanRequest
 from blockskip_hooks.planning.stages import RECORD_OVERHEAD, plan_run
 from blockskip_hooks.residuals.dtype import PACKED, pack_record, packed_bytes, unpack_record
 from blockskip_hooks.residuals.store import ResidualStore
+from blockskip_hooks.training.flags.types import parse_bytes
 from tests import script
 from tests.plans import load_preset
 from tests.tiers import fast_first

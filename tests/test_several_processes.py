@@ -11,7 +11,7 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from PIL import Image
 
-from blockskip_hooks.planning.plan import planned_batch_size
+from blockskip_hooks.planning.plan import planned_stage
 from blockskip_hooks.training.checkpoints import list_checkpoints
 from tests import script
 from tests.kills import KillTest
@@ -123,7 +123,7 @@ def test_two_processes_share_the_images_and_make_those_of_one(runs: KillTest):
     assert runs.run_ranks("two, images", (0, 0), (*flags, "1")) == [0, 0], runs.log("two, images")
     for name in ("one", "two"):
         plan = json.loads((runs.scratch / f"{name}, images" / "out" / "plan.json").read_text())
-        assert planned_batch_size(plan, "validate") == 1
+        assert planned_stage(plan, "validate").batch_size == 1
     one, two = (logged_images(runs.scratch / f"{name}, images" / "out") for name in ("one", "two"))
     assert one.keys() == two.keys() and sum("/seed " in name for name in one) >= 3
     for name, pair in one.items():

@@ -23,6 +23,7 @@ from blockskip_hooks.loading.checkpoint_index import CheckpointWeights
 from blockskip_hooks.loading.component_config import load_config
 from blockskip_hooks.loading.quantization import QuantizationConfig, move_weight, quantize_layer
 from blockskip_hooks.loading.streaming import frozen_weights_on_host
+from blockskip_hooks.planning.plan import PlannedStage
 from blockskip_hooks.planning.stages import _send_ahead, _stage
 from blockskip_hooks.planning.usage import Usage
 from blockskip_hooks.residuals import precompute
@@ -345,7 +346,8 @@ def test_the_script_makes_the_same_records_in_step(
     reads, capture = Reads(monkeypatch), precompute.capture
 
     def train(name: str, in_step: int, size: int, *more: str) -> tuple[Path, int]:
-        monkeypatch.setattr(script.load_script(), "planned_together", lambda plan, stage: in_step)
+        planned = PlannedStage(together=in_step)
+        monkeypatch.setattr(script.load_script(), "planned_stage", lambda plan, name: planned)
         reads.clear()
         words = (*flags, "--precompute_batch_size", str(size), *more)
         return script.train(model, photos, tmp_path / name, *words), len(reads)

@@ -19,11 +19,11 @@ from PIL import Image
 
 from blockskip_hooks.cli.argument_checks import validate_args
 from blockskip_hooks.cli.arguments import parse_args
-from blockskip_hooks.cli.flags.types import parse_trackers
 from blockskip_hooks.config import BlockSkipConfig
 from blockskip_hooks.lora import add_lora
 from blockskip_hooks.reporting.trackers import Tracking, block_norms, start_trackers
-from blockskip_hooks.training.sample_losses import quarter_means
+from blockskip_hooks.training.flags.types import parse_trackers
+from blockskip_hooks.training.history import quarter_means
 from blockskip_hooks.transformer import DiTBlockSkipTransformer
 from tests import script
 

@@ -39,7 +39,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from blockskip_hooks.cli.arguments import printable_command
-from blockskip_hooks.cli.flags.other_scripts import add_model_flags, condition_note, image_flags
+from blockskip_hooks.cli.other_scripts import add_model_flags, condition_note, image_flags
 from blockskip_hooks.data.photo import Photo
 from blockskip_hooks.data.photos import scan_photos
 from blockskip_hooks.embedded import DEFAULT_SUBJECT, embedded_photos, embedded_subjects

@@ -40,7 +40,6 @@ keep_memory_whole()
 import torch
 
 from blockskip_hooks.cli.arguments import parse_args
-from blockskip_hooks.cli.flags.types import SIZE
 from blockskip_hooks.cli.gpu_sizes import Fits, format_fits
 from blockskip_hooks.cli.preparation import prepare_run
 from blockskip_hooks.cli.run_plan import make_plan, plan_request
@@ -53,6 +52,7 @@ from blockskip_hooks.planning.presets import preset_facts, preset_names, write_p
 from blockskip_hooks.planning.ranking import USABLE
 from blockskip_hooks.planning.stages import plan_run
 from blockskip_hooks.training.chosen_blocks import planned_dtype
+from blockskip_hooks.training.flags.types import SIZE
 from blockskip_hooks.training.run import Run
 from blockskip_hooks.utils.errors import UserError
 from blockskip_hooks.utils.formatting import fit_lines, format_bytes

@@ -36,7 +36,7 @@ keep_memory_whole()
 
 from blockskip_hooks.cli.argument_checks import check_output_dir, check_texts
 from blockskip_hooks.cli.arguments import printable_command
-from blockskip_hooks.cli.flags.other_scripts import add_model_flags, condition_note, image_flags
+from blockskip_hooks.cli.other_scripts import add_model_flags, condition_note, image_flags
 from blockskip_hooks.inference.image_encoders import DEFAULT_ENCODER
 from blockskip_hooks.inference.lora_files import lora_file
 from blockskip_hooks.inference.streamed_model import (

@@ -35,7 +35,7 @@ from blockskip_hooks.families.prompts import TrainedText
 from blockskip_hooks.loading.quantization import check_device
 from blockskip_hooks.lora import add_lora
 from blockskip_hooks.losses import combine_losses, flow_matching_loss
-from blockskip_hooks.planning.plan import planned_batch_size, planned_together, planned_vae, sends_ahead, streams_text
+from blockskip_hooks.planning.plan import planned_stage, sends_ahead, streams_text
 from blockskip_hooks.reporting.closing import closing_words, open_page
 from blockskip_hooks.reporting.hub import open_repository, push_to_hub
 from blockskip_hooks.reporting.outputs import RunOutputs, lora_size
@@ -193,17 +193,14 @@ def train(run: Run, context: Context, plan: Plan, checkpoint: Path | None, stret
 
     # What watches the steps and keeps them.
     history, tracking = History(accelerator, maker), Tracking(accelerator, monitor, model)
-    images_at_once, placement = planned_batch_size(plan, "validate"), planned_vae(plan, "validate")
-    in_step = planned_together(plan, "validate")
-    as_planned = (images_at_once, in_step, placement)
-    validation = Validation(run, context, model, adapters, records, tracking, *as_planned, image_embeds)
+    planned = planned_stage(plan, "validate")
+    validation = Validation(run, context, model, adapters, records, tracking, planned, image_embeds)
     # A run that drew its seed is repeated with that seed.
     seed = f" --seed {settings.seed}" * (not has_seed)
     start = "blockskip train" if accelerator.num_processes == 1 else f"accelerate launch {Path(__file__).name}"
     command = f"{start} {flags}{seed}"
     outputs = RunOutputs(run, maker, monitor, plan, command, stretches)
-    optimizer, lr_scheduler = learner.optimizer, learner.lr_scheduler
-    checkpointer = Checkpointer(run, context, adapters, optimizer, lr_scheduler, history, records)
+    checkpointer = Checkpointer(run, context, adapters, learner.optimizer, learner.lr_scheduler, history, records)
     checkpointer.after_save = lambda: outputs.write_so_far(history, validation.shown)
     if checkpoint is not None:
         checkpointer.resume(checkpoint)
@@ -212,11 +209,9 @@ def train(run: Run, context: Context, plan: Plan, checkpoint: Path | None, stret
     # The records of a stretch, then its steps, and images after every few epochs.
     steps_per_epoch, _ = schedule(run, maker.plan, accelerator.num_processes)
     validation_steps = settings.validation_epochs * steps_per_epoch if settings.validation_prompt else num_steps
-    batch_size = settings.precompute_batch_size or planned_batch_size(plan, "precompute")
-    placed = {"together": planned_together(plan, "precompute"), "encodes_alone": planned_vae(plan, "precompute").alone}
     with checkpointer.saving_when_stopped():
         for stretch, first in stretches.following(history.step):
-            records.precompute(stretch, first, batch_size, **placed)
+            records.precompute(stretch, first, planned_stage(plan, "precompute"))
             for steps in segments(range(first, stretch.stop), validation_steps):
                 train_steps(steps, run, context, learner, records, history, tracking, checkpointer)
                 if steps.stop % validation_steps == 0 and steps.stop < num_steps:

@@ -45,6 +45,18 @@ REFUSED = {
         {"--instance_data_dir": "nowhere", "--pretrained_model_name_or_path": "black-forest-labs/FLUX.1-dev"},
         ["--instance_data_dir nowhere", "does not exist"],
     ),
+    "absent condition images of a model on the hub": (
+        {"--cond_data_dir": "nowhere", "--pretrained_model_name_or_path": "black-forest-labs/FLUX.1-Kontext-dev"},
+        ["--cond_data_dir nowhere is not a folder"],
+    ),
+    "absent validation image of a model on the hub": (
+        {
+            "--cond_data_dir": "photos",
+            "--validation_image": "nowhere.png",
+            "--pretrained_model_name_or_path": "black-forest-labs/FLUX.1-Kontext-dev",
+        },
+        ["--validation_image nowhere.png is not a file"],
+    ),
     "photos are a file": ({"--instance_data_dir": "a file"}, ["--instance_data_dir a file", "is a file"]),
     "no images": ({"--instance_data_dir": "no photos"}, ["--instance_data_dir no photos", "no images", "png"]),
     "unreadable images": (

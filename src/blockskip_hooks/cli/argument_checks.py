@@ -18,6 +18,7 @@ from ..training.comfyui import check_comfyui
 from ..training.settings import TrainSettings
 from ..training.used_flags import without_effect
 from ..utils.errors import UserError, one_line
+from ..utils.files import existing_parent
 from .arguments import family_flags
 
 
@@ -255,6 +256,8 @@ def _check_output(settings: TrainSettings) -> None:
             "them out."
         )
 
+    if settings.residual_dir is not None and Path(settings.residual_dir).is_file():
+        raise UserError(f"--residual_dir {settings.residual_dir} is a file; name a folder.")
     folder = Path(settings.output_dir)
     check_output_dir(folder)
 
@@ -291,7 +294,7 @@ def check_output_dir(folder: Path) -> None:
         UserError: if not.
     """
     # The folder may be several levels short of existing; the first that does exist decides.
-    existing = next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path("/"))
+    existing = existing_parent(folder)
     if not existing.is_dir():
         raise UserError(f"--output_dir {folder}: {existing} is a file; name a folder.")
     if not os.access(existing, os.W_OK | os.X_OK):

@@ -8,7 +8,7 @@ import difflib
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,11 +19,6 @@ from ..utils.errors import UserError, one_line
 from ..utils.files import expand_home
 from .config_files import GONE, config_words
 from .console import shipped
-from .flags.model import add_machine_flags, add_model_flags
-from .flags.photos import add_photos_flags, add_prior_preservation_flags
-from .flags.results import add_output_flags, add_validation_flags
-from .flags.skipping import add_block_skipping_flags, add_patch_sampling_flags
-from .flags.training import add_lora_flags, add_optimizer_flags, add_training_flags
 from .startup import OneLineParser, make_parser
 
 
@@ -66,14 +61,17 @@ def family_flags() -> dict[str, Flag]:
     return flags
 
 
-def _settings_flags(parser: argparse.ArgumentParser) -> None:
-    flag = parser.add_argument_group("settings").add_argument
-    flag(
-        "--config",
-        type=expand_home,
-        help="YAML file with flags as keys, or a recipe: configs/NAME. What is typed wins. Default: none.",
-    )
-    flag("--dump_config", action="store_true", help="Print all settings as such a file, and stop.")
+def add_flags(parser: argparse._ActionsContainer, group: type, names: Collection[str] | None = None) -> None:
+    """Give a parser, or a group of it, the flags of a group of settings.
+
+    Args:
+        parser: The parser.
+        group: A class of :mod:`~blockskip_hooks.training.flags`.
+        names: The only flags to give it; by default all.
+    """
+    for flag in fields(group):
+        if names is None or flag.name in names:
+            parser.add_argument(f"--{flag.name}", **flag.metadata)
 
 
 def _family_flags(parser: argparse.ArgumentParser) -> None:
@@ -87,22 +85,10 @@ def build_parser() -> OneLineParser:
     """Parser with the flags of the upstream DreamBooth-LoRA scripts of all families, and those of block skipping."""
     # Without abbreviations a command keeps its meaning when flags are added.
     parser = make_parser(DESCRIPTION)
-    for add_group in (
-        _settings_flags,
-        add_model_flags,
-        add_photos_flags,
-        add_block_skipping_flags,
-        add_patch_sampling_flags,
-        add_prior_preservation_flags,
-        add_lora_flags,
-        add_training_flags,
-        add_optimizer_flags,
-        add_validation_flags,
-        add_output_flags,
-        add_machine_flags,
-        _family_flags,
-    ):
-        add_group(parser)
+    groups: Sequence[Any] = TrainSettings.__bases__
+    for group in groups:
+        add_flags(parser.add_argument_group(group.title), group)
+    _family_flags(parser)
     return parser
 
 

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from ..training.flags.types import parse_bool
 from ..training.settings import TrainSettings
 from ..utils.errors import UserError
 from .console import shipped
-from .flags.types import parse_bool
 
 
 # A file says how to train. It cannot lead to other files, and what a launcher sets is not a setting.
@@ -68,7 +68,7 @@ def config_words(path: Path, parser: argparse.ArgumentParser) -> tuple[list[str]
             f"--config {path} is a config of accelerate; give it by accelerate launch --config_file {path}, before "
             "the script's name."
         )
-    actions = {action.dest: action for action in _settings(parser)}
+    actions = {action.dest: action for action in parser._actions if action.dest not in NOT_IN_FILES}
     words: list[str] = []
     for key, value in settings.items():
         if key in GONE:
@@ -90,10 +90,6 @@ def _recipes_like(path: Path) -> str:
         return ""
     close = difflib.get_close_matches(path.name, sorted(file.name for file in folder.glob("*.yaml")), n=5)
     return f"; recipes with such a name: {', '.join(f'configs/{name}' for name in close)}" if close else ""
-
-
-def _settings(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
-    return (action for action in parser._actions if action.dest not in NOT_IN_FILES)
 
 
 def _words(action: argparse.Action, value: Any, path: Path) -> list[str]:

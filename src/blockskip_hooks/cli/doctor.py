@@ -13,6 +13,7 @@ import psutil
 import torch
 from huggingface_hub import constants, get_token
 
+from ..utils.files import existing_parent
 from ..utils.formatting import format_bytes
 from ..utils.machine import version_of
 from ..version import __version__
@@ -65,7 +66,6 @@ def gpu_memory() -> int | None:
 def machine_lines() -> list[str]:
     """Devices, memory, disk, and whether the hub knows this person."""
     memory, folder = psutil.virtual_memory(), Path(constants.HF_HUB_CACHE)
-    there = next(path for path in (folder, *folder.parents) if path.exists())
     devices = [
         f"{properties.name}, {format_bytes(properties.total_memory)}"
         for properties in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
@@ -76,7 +76,7 @@ def machine_lines() -> list[str]:
         f"devices   {'; '.join(devices) or 'no CUDA device; runs use the CPU'}",
         f"memory    {format_bytes(memory.total)}, of which {format_bytes(memory.available)} are free",
         f"disk      {format_bytes(shutil.disk_usage('.').free)} free here, "
-        f"{format_bytes(shutil.disk_usage(there).free)} where models are kept ({folder})",
+        f"{format_bytes(shutil.disk_usage(existing_parent(folder)).free)} where models are kept ({folder})",
         f"system    {platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
         f"hub       {login}{offline}",
     ]

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from ..blocks import block_bytes, list_blocks
 from ..planning.budget import BudgetSteps, Choice, selections_for_budget
 from ..planning.devices import DeviceType
 from ..planning.options import LAST_MEMORY_OPTIONS, MEMORY_OPTIONS
@@ -34,35 +33,16 @@ class Fit:
     """A setting of a preset that fits a GPU.
 
     Attributes:
-        preset: The preset's name.
         resolution: Side in pixels of the largest patch.
         choice: Blocks, options and plan.
         compute: Of a step and its record, against plain LoRA at this resolution.
         reported: What the preset says of fidelity.
     """
 
-    preset: str
     resolution: int
     choice: Choice
     compute: float
     reported: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def peak(self) -> int:
-        """Bytes that must be free for the stage that needs most."""
-        return largest_stage(self.choice.plan)["needed_bytes"]
-
-    @property
-    def pixels(self) -> str:
-        """Sizes of patches in pixels."""
-        patch = self.choice.plan["patch"]
-        return f"{patch['min']}-{patch['max']}" if patch["mode"] != "none" else f"{patch['max']}"
-
-    @property
-    def blocks(self) -> str:
-        """Leading and trailing blocks that are skipped, and their part of all."""
-        pair = self.choice.selection
-        return f"{pair.leading},{pair.trailing} ({pair.num_skipped / pair.blocks:.0%})" if pair.num_skipped else "none"
 
     @property
     def held(self) -> str:
@@ -71,14 +51,15 @@ class Fit:
 
     def cells(self) -> tuple[str, ...]:
         """What it is, for a table."""
+        pair, patch, stage = self.choice.selection, self.choice.plan["patch"], largest_stage(self.choice.plan)
+        share = f"{pair.leading},{pair.trailing} ({pair.num_skipped / pair.blocks:.0%})"
         further = [name for name in self.choice.options if name in ("checkpointing", "8bit_adam")]
-        stage = largest_stage(self.choice.plan)["name"]
         return (
-            self.blocks,
+            share if pair.num_skipped else "none",
             self.held,
             " ".join(further) or "–",
-            f"{self.pixels} px",
-            f"{format_bytes(self.peak)} ({stage})",
+            f"{patch['min']}-{patch['max']} px" if patch["mode"] != "none" else f"{patch['max']} px",
+            f"{format_bytes(stage['needed_bytes'])} ({stage['name']})",
             f"{self.compute:.0%}",
             known_fidelity(self.reported, self.choice) or "–",
         )
@@ -100,10 +81,10 @@ class Fits:
     """
 
     def __init__(self, preset: str, run: Run, plain: float, dtype: torch.dtype, device: DeviceType = "cuda") -> None:
-        self._preset, self._run, self._plain, self._dtype, self._device = preset, run, plain, dtype, device
+        self._run, self._plain, self._dtype, self._device = run, plain, dtype, device
         self._reported = preset_facts(preset).get("reported", {})
         self._plans: dict[tuple[Any, ...], dict[str, Any]] = {}
-        self._sizes = block_bytes(list_blocks(run.skeleton.transformer, run.family.block_stacks), dtype)
+        self._sizes = run.block_bytes(dtype)
 
     def closest(self, gpu_bytes: int) -> Fit | None:
         """The one that the planner chooses for a budget; ``None`` if nothing fits."""
@@ -133,7 +114,7 @@ class Fits:
         if choice is None:
             return None
         compute = tflops_per_sample(choice.plan) / self._plain
-        return Fit(self._preset, self._run.settings.resolution, choice, compute, self._reported)
+        return Fit(self._run.settings.resolution, choice, compute, self._reported)
 
 
 def format_fits(fits: Sequence[tuple[str, Fit | None, Fit | None]]) -> str:

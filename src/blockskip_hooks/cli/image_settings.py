@@ -12,7 +12,7 @@ from ..blocks import list_blocks
 from ..families import Family, detect_family, unread_components
 from ..loading.checks import check_model
 from ..loading.component_config import load_config
-from ..loading.download import check_weights, has_weights, resolve_model
+from ..loading.download import resolve_model
 from ..loading.model_defaults import model_defaults
 from ..loading.models import empty_model
 from ..training.run import Run
@@ -39,10 +39,8 @@ def with_validation_model(run: Run) -> Run:
     place: dict[str, Any] = {"variant": settings.variant, "cache_dir": settings.cache_dir, "token": settings.hub_token}
     try:
         path = resolve_model(name, configs_only=settings.plan_only, unread=unread_components, **place)
-        family_class, configs_only = detect_family(path), settings.plan_only and not has_weights(path)
-        if not configs_only:
-            check_weights(path, family_class.text_components, settings.variant)
-        check_model(path, family_class, settings.variant, configs_only=configs_only)
+        family_class = detect_family(path)
+        check_model(path, family_class, settings.variant, plan_only=settings.plan_only)
         defaults, folder_kwargs = model_defaults(path)
         family = family_class(path, settings.variant, settings.flags())
         family.check()

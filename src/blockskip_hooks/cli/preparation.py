@@ -20,17 +20,10 @@ from ..data.photo import Photo
 from ..data.photos import scan_photos
 from ..data.picture import open_picture
 from ..data.summary import summarize_photos
-from ..embedded import (
-    BEST_CLASSES,
-    DEFAULT_SUBJECT,
-    embedded_model,
-    embedded_photos,
-    embedded_subjects,
-    unknown_words,
-)
+from ..embedded import BEST_CLASSES, DEFAULT_SUBJECT, embedded_model, embedded_photos, embedded_subjects, unknown_words
 from ..families import Family, detect_family, unread_components
 from ..loading.checks import check_model
-from ..loading.download import check_weights, has_weights, resolve_model
+from ..loading.download import resolve_model
 from ..loading.model_defaults import model_defaults
 from ..loading.quantization import QuantizationConfig, read_quantization
 from ..planning.options import QUANTIZING_OPTIONS
@@ -88,11 +81,7 @@ def prepare_run(settings: TrainSettings) -> Run:
         # A first try ends in pictures; those of this model take seconds.
         prompts = [settings.instance_prompt]
 
-    # A plan needs no weights; what is there is checked.
-    configs_only = settings.plan_only and not has_weights(model_path)
-    if not configs_only:
-        check_weights(model_path, family_class.text_components, settings.variant)
-    check_model(model_path, family_class, settings.variant, configs_only=configs_only)
+    check_model(model_path, family_class, settings.variant, plan_only=settings.plan_only)
     try:
         family = family_class(model_path, settings.variant, settings.flags())
         blocks = choose_blocks(settings, family, model_name)
@@ -227,7 +216,7 @@ def _find_model(settings: TrainSettings) -> Path:
         return embedded_model()
     if not Path(settings.pretrained_model_name_or_path).is_dir():
         # Before a download.
-        _check_folder(settings)
+        _check_files(settings)
     return resolve_model(
         settings.pretrained_model_name_or_path,
         revision=settings.revision,
@@ -239,11 +228,16 @@ def _find_model(settings: TrainSettings) -> Path:
     )
 
 
-def _check_folder(settings: TrainSettings) -> None:
-    """Look for photos where they are said to be; whether they can be read is seen later."""
+def _check_files(settings: TrainSettings) -> None:
+    """Look for photos and condition images where they are said to be; whether they can be read is seen later."""
     folder = Path(settings.instance_data_dir or "")
     if settings.instance_data_dir and not (folder.is_dir() and image_paths(folder)):
         raise UserError(no_photos(folder, "--instance_data_dir"))
+    conditions, shown = (settings.family_flags[name] for name in ("cond_data_dir", "validation_image"))
+    if conditions and not Path(conditions).is_dir():
+        raise UserError(f"--cond_data_dir {conditions} is not a folder; name the one that holds the condition images.")
+    if shown and settings.condition_flag and not Path(shown).is_file():
+        raise UserError(f"--validation_image {shown} is not a file; name the condition image of validation pictures.")
 
 
 def _check_class_images(folder: Path) -> None:

@@ -12,7 +12,6 @@ import torch
 from accelerate.utils import parse_flag_from_env
 from tqdm.auto import tqdm
 
-from ..blocks import block_bytes, list_blocks
 from ..data.summary import summarize_photos
 from ..embedded import DEFAULT_SUBJECT
 from ..families import Family
@@ -28,7 +27,6 @@ from ..planning.stages import plan_run
 from ..selection import Selection
 from ..training.run import Run
 from ..training.samples import expected_schedule
-from ..training.sharding import bytes_elsewhere
 from ..utils.device_memory import total_memory_bytes
 from ..utils.errors import UserError, first_line
 from ..utils.formatting import fit_lines, format_bytes
@@ -124,11 +122,20 @@ def _of_model(family: Family, dtype: torch.dtype, *, trains_text: bool) -> dict[
 
 
 def _bytes_elsewhere(run: Run, dtype: torch.dtype, num_processes: int) -> int | None:
-    """Bytes of kept blocks' weights that other processes hold; ``None`` where they are not shared."""
+    """Bytes of kept blocks' weights that other processes hold at a process's peak; ``None`` if none are shared.
+
+    One block runs and the next is gathered meanwhile. What is outside of blocks stays gathered and counts as whole.
+    """
     if not run.shares_weights:
         return None
-    skeleton = run.skeleton
-    return bytes_elsewhere(skeleton.transformer, skeleton.spans.kept, run.recorded_layers, dtype, num_processes)
+    recorded = [run.skeleton.transformer.get_submodule(name) for name in run.recorded_layers]
+    absent = {id(parameter) for layer in recorded for parameter in layer.parameters()}
+    resident = [
+        sum(p.numel() for p in block.module.parameters() if id(p) not in absent) * dtype.itemsize
+        for block in run.skeleton.spans.kept
+    ]
+    whole = sum(resident)
+    return max(whole - whole // num_processes - sum(sorted(resident)[-2:]), 0)
 
 
 def _photo_prompts(run: Run) -> int:
@@ -158,8 +165,7 @@ def plan_for(run: Run, dtype: torch.dtype, num_processes: int, device: DeviceTyp
             "parts are of different models, or, if not, this is a bug."
         ) from error
     if run.table is not None and run.table.leading:
-        sizes = block_bytes(list_blocks(run.skeleton.transformer, run.family.block_stacks), dtype)
-        plan["skip"]["trade_off"] = [asdict(point) for point in run.table.trade_off(sizes)]
+        plan["skip"]["trade_off"] = [asdict(point) for point in run.table.trade_off(run.block_bytes(dtype))]
     return plan
 
 
@@ -188,10 +194,9 @@ def make_plan(
 
     budget = settings.memory_budget
     fixed = "skip_blocks" in settings.given and settings.skip_blocks != "auto"
-    sizes = block_bytes(list_blocks(run.skeleton.transformer, run.family.block_stacks), dtype)
     allowed = [name for name in MEMORY_OPTIONS if name in settings.memory_options]
     steps = BudgetSteps(
-        selections=[run.selection] if fixed else selections_for_budget(sizes, run.table),
+        selections=[run.selection] if fixed else selections_for_budget(run.block_bytes(dtype), run.table),
         options=[name for name in allowed if name not in LAST_MEMORY_OPTIONS],
         last_options=[name for name in allowed if name in LAST_MEMORY_OPTIONS],
     )
@@ -226,11 +231,6 @@ def _weights_bytes(family: Family, dtype: torch.dtype) -> int:
     return sum(parameter.numel() * dtype.itemsize for model in empty for parameter in model.parameters())
 
 
-def _of_the_process() -> str:
-    held = format_bytes(psutil.Process().memory_info().rss)
-    return f"add {held} for Python and its libraries"
-
-
 def describe_plan(run: Run, plan: dict[str, Any], further: Sequence[str] = ()) -> str:
     """The first screen: what happens, on what, in how much memory, and what is written where.
 
@@ -252,7 +252,10 @@ def describe_plan(run: Run, plan: dict[str, Any], further: Sequence[str] = ()) -
         outputs["records"] = str(run.residual_dir)
     if settings.push_to_hub:
         outputs["upload"] = settings.hub_model_id or run.output_dir.resolve().name
-    on_cpu = {} if torch.accelerator.is_available() else {"besides": _of_the_process()}
+    on_cpu = {}
+    if not torch.accelerator.is_available():
+        held = format_bytes(psutil.Process().memory_info().rss)
+        on_cpu["besides"] = f"add {held} for Python and its libraries"
     first, rest = format_plan(plan, model=model, folder=str(run.output_dir), outputs=outputs, **on_cpu).split("\n", 1)
     if run.shares_weights:
         rest = f"Sharing  the processes divide the frozen weights of kept blocks (FSDP2)\n{rest}"

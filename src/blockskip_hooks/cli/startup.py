@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from typing import NoReturn
 
 from ..utils.errors import one_line
+from .flag_names import with_flags
 
 
 SETTINGS_ERROR = 2
@@ -59,6 +60,7 @@ class OneLineParser(argparse.ArgumentParser):
     source = ""
 
     def error(self, message: str) -> NoReturn:
+        message = with_flags(message)
         match = re.match("argument (--[a-zA-Z0-9_]+)(?:/--[a-zA-Z0-9_-]+)?: (.*)", message, re.DOTALL)
         if match is not None:
             flag, problem = match.groups()

@@ -50,7 +50,7 @@ def add_captions(photos: Sequence[Photo], folder: Path, where: str) -> list[Phot
         if any(photo.caption is None for photo in captioned) and (folder / name).exists():
             try:
                 rows = _read_metadata(folder / name)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, csv.Error) as error:
                 broken.append(f"{name} is {_reason(error)}")
                 continue
             captioned = [
@@ -126,7 +126,7 @@ def _json_rows(text: str) -> Iterator[dict[str, Any]]:
         if line.strip():
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"not JSON in line {number}") from error
             if not isinstance(row, dict):
                 raise UserError(f"not JSON objects in line {number}")

@@ -17,12 +17,7 @@ from .picture import open_picture
 logger = logging.getLogger(__name__)
 
 
-def scan_photos(
-    folder: Path,
-    *,
-    flag: str = "--instance_data_dir",
-    conditions: Path | None = None,
-) -> list[Photo]:
+def scan_photos(folder: Path, *, flag: str = "--instance_data_dir", conditions: Path | None = None) -> list[Photo]:
     """Find the photos of a folder and decode each once, so that a damaged file stops the run before it starts.
 
     Captions are read from the files beside the photos, see :func:`~blockskip_hooks.data.captions.add_captions`.

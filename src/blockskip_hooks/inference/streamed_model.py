@@ -18,7 +18,7 @@ from ..families import Family, PromptEmbeds, detect_family, unread_components
 from ..families.prompts import encode_prompts
 from ..loading.checks import check_lora_file, check_model
 from ..loading.component_config import load_config
-from ..loading.download import check_weights, resolve_model
+from ..loading.download import resolve_model
 from ..loading.model_defaults import model_defaults
 from ..loading.models import empty_model
 from ..transformer import DiTBlockSkipTransformer
@@ -101,7 +101,6 @@ def image_settings(flags: ImageFlags, *, largest_side: int | None = None) -> Ima
         )
     )
     family_class: type[Family] = detect_family(model_path)
-    check_weights(model_path, family_class.text_components, flags.variant)
     check_model(model_path, family_class, flags.variant)
     defaults, pipeline_kwargs = model_defaults(model_path)
     length = flags.max_sequence_length or defaults.get("max_sequence_length")

@@ -15,6 +15,7 @@ import transformers
 from ..utils.errors import UserError, first_line
 from .checkpoint_index import tensor_shapes, weight_files
 from .component_config import load_config, model_class, read_index
+from .download import check_weights, has_weights
 from .models import check_scales, check_surplus, empty_model
 from .text_encoders import empty_text_encoder
 
@@ -30,18 +31,21 @@ _LORA_A = re.compile(r"transformer\.(.+)\.lora_A\.weight")
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
-def check_model(model_path: Path, family: type[Family], variant: str | None, *, configs_only: bool = False) -> None:
+def check_model(model_path: Path, family: type[Family], variant: str | None, *, plan_only: bool = False) -> None:
     """Check the files of every component that a run will load; none of their weights is read.
 
     Args:
         model_path: Folder of a pipeline of the family.
         family: The model's family.
         variant: Weight variant in the file names.
-        configs_only: Check no more than the configs: there need be no weights and tokenizers.
+        plan_only: Whether weights and tokenizers, which a plan does without, may be missing altogether.
 
     Raises:
         UserError: naming the first component that is damaged, or no part of this model.
     """
+    configs_only = plan_only and not has_weights(model_path)
+    if not configs_only:
+        check_weights(model_path, family.text_components, variant)
     where = f"--pretrained_model_name_or_path {model_path}"
     index = read_index(model_path)
     present = {name for name in family.text_components if (model_path / name).is_dir()}

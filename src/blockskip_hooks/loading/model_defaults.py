@@ -42,13 +42,10 @@ def model_defaults(model_path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         if type(value) not in _MODEL_FLAGS[name]:
             raise UserError(f"{file} sets {name} to {value!r}, which has the wrong type; correct it there.")
     for name, value in pipeline_kwargs.items():
-        plain = all(isinstance(item, (bool, int, float, str, type(None))) for item in _items(value))
+        items = value if isinstance(value, list) else [value]
+        plain = all(isinstance(item, (bool, int, float, str, type(None))) for item in items)
         if not plain or name.startswith("callback"):
             raise UserError(
                 f"{file} gives the pipeline {name} = {value!r}, which is no plain value; correct it there."
             )
     return defaults, pipeline_kwargs
-
-
-def _items(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]

@@ -145,7 +145,7 @@ def read_quantization(method: str, config_path: str | None = None) -> Quantizati
 
 def _read_object(path: Path, flag: str) -> dict[str, Any]:
     try:
-        settings = json.loads(path.read_text())
+        settings = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
         raise UserError(f"{flag} cannot be read; name a JSON file.") from None
     except ValueError as error:

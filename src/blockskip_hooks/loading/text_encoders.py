@@ -13,12 +13,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module, remove_hook_from_module
-from accelerate.utils import (
-    OffloadedWeightsLoader,
-    PrefixedDataset,
-    send_to_device,
-    set_module_tensor_to_device,
-)
+from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset, send_to_device, set_module_tensor_to_device
 
 from ..utils.errors import UserError
 from .streaming import Streamer, plain_device, stream
@@ -99,12 +94,7 @@ def large_encoders(configs: Mapping[Any, Mapping[str, Any]]) -> list[Any]:
 
 
 def load_streamed_encoder(
-    source: str | Path,
-    config: Mapping[str, Any],
-    *,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    **settings: Any,
+    source: str | Path, config: Mapping[str, Any], *, dtype: torch.dtype, device: torch.device | str, **settings: Any
 ) -> Any:
     """Load a text encoder without its layers, which are read one at a time when they run.
 

@@ -149,18 +149,17 @@ class CachingAllocator:
         piece.free = False
 
 
-def reserved_bytes(trace: Trace, *, expandable: bool | None = None, times: int = 2) -> int:
-    """Bytes that are reserved after a piece of work was done a few times.
+def reserved_bytes(trace: Trace, *, expandable: bool | None = None) -> int:
+    """Bytes that are reserved after a piece of work was done twice: the second finds pieces that the first one left.
 
     Args:
         trace: Its allocations.
         expandable: Whether segments grow; by default as the environment says.
-        times: How often it is done: the second time finds the pieces that the first one left.
     """
     allocator = CachingAllocator(expandable_segments() if expandable is None else expandable)
     for size in trace.resident:
         allocator.allocate(size)
-    for _ in range(times):
+    for _ in range(2):
         taken = {}
         for number, size in trace.events:
             if size:

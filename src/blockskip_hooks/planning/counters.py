@@ -14,79 +14,6 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from .devices import DeviceType, rounded
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that are alive, fake or real, each storage once however many views it has.
-
-    Tensors made before the context is entered count from :meth:`track` on.
-
-    Attributes:
-        current: Live bytes now.
-        peak: Most live bytes so far.
-
-    Example:
-        >>> with LiveBytes() as live:
-        ...     live.track(model.parameters())
-        ...     model(x).sum().backward()
-        >>> live.peak
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.current = 0
-        self.peak = 0
-        self._finalizers: dict[int, weakref.finalize] = {}
-        # Of the part of the work that is being done: the block that does it, and what it freed of other blocks'.
-        self._name: str | None = None
-        self._freed: dict[str, int] = {}
-
-    def track(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Count tensors that exist already; those on the meta device hold no memory and do not count."""
-        for tensor in tensors:
-            if tensor.device.type != "meta":
-                self._count(tensor.untyped_storage())
-
-    def reset_peak(self) -> None:
-        """Start the peak anew from what is alive now."""
-        self.peak = self.current
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        self._track_output(output)
-        return output
-
-    def _track_output(self, output: Any) -> None:
-        if isinstance(output, torch.Tensor):
-            self._count(output.untyped_storage())
-        elif isinstance(output, (tuple, list)):
-            for part in output:
-                self._track_output(part)
-
-    def __exit__(self, *exc_info: Any) -> None:
-        super().__exit__(*exc_info)
-        # What outlives the context must not count against a later one.
-        for finalizer in self._finalizers.values():
-            finalizer.detach()
-        self._finalizers.clear()
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        # torch keeps a storage's Python object alive as long as the storage, so its identity is the storage's.
-        key = id(storage)
-        if key not in self._finalizers:
-            num_bytes = self._size(storage.nbytes())
-            self.current += num_bytes
-            self.peak = max(self.peak, self.current)
-            self._finalizers[key] = weakref.finalize(storage, self._free, key, num_bytes, self._name)
-
-    def _size(self, num_bytes: int) -> int:
-        return num_bytes
-
-    def _free(self, key: int, num_bytes: int, block: str | None) -> None:
-        self.current -= num_bytes
-        if block is not None and block != self._name:
-            self._freed[block] = self._freed.get(block, 0) + num_bytes
-        del self._finalizers[key]
-
-
 @dataclass
 class Flops:
     """FLOPs by the formulas of torch's ``FlopCounterMode``, attention apart from other products.
@@ -141,28 +68,55 @@ class Phase:
     events: Sequence[tuple[int, int]] = ()
 
 
-class Meter(LiveBytes):
-    """Live bytes and FLOPs in one pass: each mode on top of fake tensors costs as much as the fake tensors.
+class Meter(TorchDispatchMode):
+    """Counts FLOPs, and the bytes of tensors that are alive, each storage once however many views it has.
+
+    Tensors may be fake or real; those made before the context is entered count from :meth:`track` on. One mode counts
+    both, because each mode on top of fake tensors costs as much as the fake tensors.
 
     Args:
         device: Whose allocator rounds the bytes.
 
     Attributes:
+        current: Live bytes now.
+        peak: Most live bytes in the current phase; without phases, most so far.
         flops: The FLOPs of the current phase so far.
+
+    Example:
+        >>> with Meter() as meter:
+        ...     meter.track(model.parameters())
+        ...     model(x).sum().backward()
+        >>> meter.peak
     """
 
     def __init__(self, device: DeviceType = "cpu") -> None:
         super().__init__()
-        self._device = device
+        self.current = 0
+        self.peak = 0
         self.flops = Flops()
+        self._device = device
+        self._finalizers: dict[int, weakref.finalize] = {}
+        # Of the current phase: the block that works, live bytes at its start, what it freed of other blocks'.
+        self._name: str | None = None
         self._start = 0
+        self._freed: dict[str, int] = {}
         self._phases: list[Phase] = []
         self._events: list[tuple[int, int]] = []
         self._numbers: dict[int, int] = {}
         self._allocations = 0
 
-    def _size(self, num_bytes: int) -> int:
-        return rounded(num_bytes, self._device)
+    def track(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Count tensors that exist already; those on the meta device hold no memory and do not count."""
+        for tensor in tensors:
+            if tensor.device.type != "meta":
+                self._count(tensor.untyped_storage())
+        # What is there before is no allocation.
+        self._events.clear()
+        self._numbers.clear()
+
+    def reset_peak(self) -> None:
+        """Start the peak anew from what is alive now."""
+        self.peak = self.current
 
     def begin(self, name: str | None) -> None:
         """End the current phase and begin another; nothing happens where a block's phase goes on."""
@@ -172,29 +126,9 @@ class Meter(LiveBytes):
 
     def raise_peak(self, num_bytes: int) -> None:
         """Count bytes that are alive for a moment, beside what is alive now."""
-        self.peak = max(self.peak, self.current + self._size(num_bytes))
+        self.peak = max(self.peak, self.current + rounded(num_bytes, self._device))
         self._allocations += 1
         self._events += [(self._allocations, num_bytes), (self._allocations, 0)]
-
-    def track(self, tensors: Iterable[torch.Tensor]) -> None:
-        super().track(tensors)
-        # What is there before is no allocation.
-        self._events.clear()
-        self._numbers.clear()
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        known = len(self._finalizers)
-        super()._count(storage)
-        if len(self._finalizers) > known and storage.nbytes():
-            self._allocations += 1
-            self._numbers[id(storage)] = self._allocations
-            self._events.append((self._allocations, storage.nbytes()))
-
-    def _free(self, key: int, num_bytes: int, block: str | None) -> None:
-        super()._free(key, num_bytes, block)
-        number = self._numbers.pop(key, None)
-        if number is not None:
-            self._events.append((number, 0))
 
     @property
     def phase(self) -> int:
@@ -207,8 +141,7 @@ class Meter(LiveBytes):
         return self._phases
 
     def _end(self) -> None:
-        left = self.current - self._start
-        flops = self.flops
+        left, flops = self.current - self._start, self.flops
         made = self.peak, left, flops.products, flops.attention, self._freed, self._events
         self._phases.append(Phase(self._name, *made))
         self.flops, self._start, self._freed, self._events = Flops(), self.current, {}, []
@@ -224,3 +157,39 @@ class Meter(LiveBytes):
             # CUDA's kernels add up the query's gradient in float32.
             self.raise_peak(4 * args[1].numel())
         return output
+
+    def _track_output(self, output: Any) -> None:
+        if isinstance(output, torch.Tensor):
+            self._count(output.untyped_storage())
+        elif isinstance(output, (tuple, list)):
+            for part in output:
+                self._track_output(part)
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        # torch keeps a storage's Python object alive as long as the storage, so its identity is the storage's.
+        key, num_bytes = id(storage), storage.nbytes()
+        if key in self._finalizers:
+            return
+        size = rounded(num_bytes, self._device)
+        self.current += size
+        self.peak = max(self.peak, self.current)
+        self._finalizers[key] = weakref.finalize(storage, self._free, key, size, self._name)
+        if num_bytes:
+            self._allocations += 1
+            self._numbers[key] = self._allocations
+            self._events.append((self._allocations, num_bytes))
+
+    def _free(self, key: int, size: int, block: str | None) -> None:
+        self.current -= size
+        if block is not None and block != self._name:
+            self._freed[block] = self._freed.get(block, 0) + size
+        del self._finalizers[key]
+        if (number := self._numbers.pop(key, None)) is not None:
+            self._events.append((number, 0))
+
+    def __exit__(self, *exc_info: Any) -> None:
+        super().__exit__(*exc_info)
+        # What outlives the context must not count against a later one.
+        for finalizer in self._finalizers.values():
+            finalizer.detach()
+        self._finalizers.clear()

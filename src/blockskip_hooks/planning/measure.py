@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,10 +32,11 @@ def halts_before(modules: Sequence[torch.nn.Module], meter: Meter, resident: int
             handle.remove()
 
 
+@dataclass(frozen=True)
 class Measure:
     """Counts the work of one model.
 
-    Args:
+    Attributes:
         model: On fake tensors; what has no memory now is on the meta device. What trains is LoRA.
         blocks: Its blocks by name.
         depth: How they stand for those of the full model.
@@ -42,19 +44,11 @@ class Measure:
         beside: Other models in memory that take part, such as text encoders that train.
     """
 
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        blocks: Mapping[str, torch.nn.Module],
-        depth: Depth,
-        device: DeviceType,
-        beside: Sequence[torch.nn.Module] = (),
-    ) -> None:
-        self.model = model
-        self.blocks = blocks
-        self.depth = depth
-        self.device = device
-        self.beside = beside
+    model: torch.nn.Module
+    blocks: Mapping[str, torch.nn.Module]
+    depth: Depth
+    device: DeviceType
+    beside: Sequence[torch.nn.Module] = ()
 
     @contextlib.contextmanager
     def counted(self) -> Iterator[Meter]:

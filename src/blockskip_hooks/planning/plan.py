@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from ..inference.generate import VaePlacement
 
@@ -12,30 +13,31 @@ def largest_stage(plan: dict[str, Any]) -> dict[str, Any]:
     return max(plan["stages"], key=lambda stage: stage["needed_bytes"])
 
 
-def _stage(plan: dict[str, Any], name: str) -> dict[str, Any]:
-    """A stage of the plan; empty where there is none."""
-    return next((stage for stage in plan["stages"] if stage["name"] == name), {})
+class PlannedStage(NamedTuple):
+    """How a stage works, by the plan.
+
+    Attributes:
+        batch_size: Samples or images per forward, which need no more memory than a training step; ``None`` where the
+            plan has no such stage.
+        together: Forwards in step, for which a skipped block is read once.
+        vae: How the VAE works.
+    """
+
+    batch_size: int | None = None
+    together: int = 1
+    vae: VaePlacement = VaePlacement()
 
 
-def planned_batch_size(plan: dict[str, Any], stage: str) -> int | None:
-    """Samples or images per forward of a stage, which need no more memory than a training step, by the plan."""
-    return _stage(plan, stage).get("batch_size")
-
-
-def planned_together(plan: dict[str, Any], stage: str) -> int:
-    """Forwards of a stage in step, for which a skipped block is read once, by the plan."""
-    return _stage(plan, stage).get("together", 1)
+def planned_stage(plan: Mapping[str, Any], name: str) -> PlannedStage:
+    """What a plan says to the stage of this name."""
+    stage: dict[str, Any] = next((stage for stage in plan["stages"] if stage["name"] == name), {})
+    vae = VaePlacement(alone=stage.get("vae_alone", False), tiled=stage.get("vae_tiled", False))
+    return PlannedStage(stage.get("batch_size"), stage.get("together", 1), vae)
 
 
 def sends_ahead(plan: dict[str, Any]) -> bool:
     """Whether the plan has room on the device for a second skipped block, which is sent while one runs."""
     return any(stage.get("sends_ahead", False) for stage in plan["stages"])
-
-
-def planned_vae(plan: dict[str, Any], stage: str) -> VaePlacement:
-    """How the VAE works in a stage, by the plan."""
-    planned = _stage(plan, stage)
-    return VaePlacement(alone=planned.get("vae_alone", False), tiled=planned.get("vae_tiled", False))
 
 
 def streams_text(plan: dict[str, Any]) -> bool:

@@ -82,10 +82,7 @@ class FakeTransformer:
         if request.lora_targets:
             add_lora(transformer, self._depth.renamed(request.lora_targets, blocks), **lora)
         self.model = DiTBlockSkipTransformer(
-            transformer,
-            config,
-            family.block_stacks,
-            recorded_layers=self._depth.renamed(recorded, blocks),
+            transformer, config, family.block_stacks, recorded_layers=self._depth.renamed(recorded, blocks)
         )
         streamed = self.model.streamed_modules
         self._streamed, self._streamed_names = list(streamed.values()), list(streamed)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from ..embedded import embedded_arguments
 from ..training.comfyui import COMFYUI_NAME
-from ..utils.files import write_text
+from ..utils.files import replacing, write_text
 from ..utils.formatting import format_bytes, format_seconds, format_setting
 from .charts import loss_curve
 
@@ -89,7 +89,8 @@ def write_model_card(
     widget = []
     for index, (prompt, image) in enumerate(images):
         name = f"image_{index}.png"
-        image.save(output_dir / name)
+        with replacing(output_dir / name) as temporary:
+            image.save(temporary, format="PNG")
         # The Hub drops a widget entry whose text is empty.
         widget.append({"text": prompt or " ", "output": {"url": name}})
     settings, skip = run_report.get("settings") or {}, run_report.get("skip") or {}

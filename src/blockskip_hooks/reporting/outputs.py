@@ -107,12 +107,7 @@ class RunOutputs:
             "versions": versions(),
         }
 
-    def write(
-        self,
-        report: Mapping[str, Any],
-        before: Images,
-        after: Images,
-    ) -> None:
+    def write(self, report: Mapping[str, Any], before: Images, after: Images) -> None:
         """Write all files at the end of a run.
 
         Args:
@@ -151,11 +146,7 @@ class RunOutputs:
             snippet=self.snippet(shared, without_folders),
         )
 
-    def write_so_far(
-        self,
-        history: History,
-        shown: tuple[int, Sequence[str], Images, Images] | None,
-    ) -> None:
+    def write_so_far(self, history: History, shown: tuple[int, Sequence[str], Images, Images] | None) -> None:
         """Write ``report.html`` of a run that goes on, with what there is so far.
 
         Args:
@@ -169,12 +160,7 @@ class RunOutputs:
         self._write_page(report, images, self.snippet(str(checkpoint), nearby), self.stretches.num_steps)
 
     def _images(
-        self,
-        report: Mapping[str, Any],
-        prompts: Sequence[str],
-        before: Images,
-        after: Images,
-        step: int | None = None,
+        self, report: Mapping[str, Any], prompts: Sequence[str], before: Images, after: Images, step: int | None = None
     ) -> ReportImages:
         """The given images, with the training photos and a few samples as the model saw them."""
         crops = sample_pictures(self.maker, report["train"]["samples"])

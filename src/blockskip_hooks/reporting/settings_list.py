@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..planning.plan import planned_batch_size
+from ..planning.plan import planned_stage
 from ..residuals.stretches import Stretches
 from ..training.run import Run
 from ..training.used_flags import without_effect
@@ -32,11 +32,7 @@ def listed_settings(run: Run, plan: Mapping[str, Any], stretches: Stretches, dty
     """
     left_out = {*_OF_THE_COMMAND, *_REFUSED, *_unused(run)}
     values = {**run.settings.plain(), **_resolved(run, plan, stretches, dtype)}
-    return {name: value for name, value in sorted(values.items()) if name not in left_out and _says_something(value)}
-
-
-def _says_something(value: Any) -> bool:
-    return value is not None and value != []
+    return {name: value for name, value in sorted(values.items()) if name not in left_out and value not in (None, [])}
 
 
 def _unused(run: Run) -> Iterator[str]:
@@ -78,7 +74,7 @@ def _resolved(run: Run, plan: Mapping[str, Any], stretches: Stretches, dtype: to
             "residual_budget": settings.residual_budget or format_bytes(run.residual_budget()),
             "stretch_steps": stretches.length,
             "refresh_residuals": run.refreshes,
-            "precompute_batch_size": settings.precompute_batch_size or planned_batch_size(dict(plan), "precompute"),
+            "precompute_batch_size": settings.precompute_batch_size or planned_stage(plan, "precompute").batch_size,
         }
     if run.makes_images:
         values |= {"validation_prompt": " | ".join(run.prompts) or None, "validation_resolution": run.image_size}

@@ -230,12 +230,7 @@ def _log_as_upstream(tracker: Any, phase: str, images: Mapping[str, Image.Image]
 
 
 def _log_pairs(
-    tracker: Any,
-    name: str,
-    seeds: Sequence[int],
-    pairs: Sequence[Image.Image],
-    captions: Sequence[str],
-    step: int,
+    tracker: Any, name: str, seeds: Sequence[int], pairs: Sequence[Image.Image], captions: Sequence[str], step: int
 ) -> None:
     if tracker.name == "tensorboard":
         named = {f"{name}/seed {seed}": np.asarray(pair)[None] for seed, pair in zip(seeds, pairs, strict=True)}

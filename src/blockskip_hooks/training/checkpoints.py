@@ -183,7 +183,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         UserError: if it cannot be read.
     """
     try:
-        return json.loads((folder / STATE_NAME).read_text())
+        return json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"--resume_from_checkpoint {folder} cannot be read ({error}); name another one.") from error
 

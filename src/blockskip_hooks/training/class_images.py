@@ -11,7 +11,7 @@ from diffusers.training_utils import free_memory
 from ..data.folder import image_paths
 from ..families.prompts import encode_prompts
 from ..inference.generate import generate_images
-from ..planning.plan import planned_batch_size, planned_together, planned_vae, sends_ahead, streams_text
+from ..planning.plan import planned_stage, sends_ahead, streams_text
 from ..transformer import DiTBlockSkipTransformer
 from ..utils.accelerator import PRECISIONS, weight_dtype
 from ..utils.files import replacing
@@ -34,8 +34,8 @@ def make_class_images(run: Run, context: Context, plan: dict[str, Any]) -> None:
         context: Its surroundings.
         plan: Its plan: how many images are made at a time, and how text encoders and VAE work.
     """
-    accelerator, batch_size = context.accelerator, planned_batch_size(plan, "class_images") or 1
-    together = planned_together(plan, "class_images")
+    accelerator, planned = context.accelerator, planned_stage(plan, "class_images")
+    batch_size = planned.batch_size or 1
     settings, family, device = run.settings, run.family, accelerator.device
     folder, prompt = settings.class_folder, settings.class_prompt or ""
     folder.mkdir(parents=True, exist_ok=True)
@@ -55,8 +55,8 @@ def make_class_images(run: Run, context: Context, plan: dict[str, Any]) -> None:
         )
         vae = family.load_vae(dtype, device)
         with context.progress.stage("class images", class_images=len(numbers)) as display:
-            for start in range(0, len(numbers), together * batch_size):
-                part = numbers[start : start + together * batch_size]
+            for start in range(0, len(numbers), planned.together * batch_size):
+                part = numbers[start : start + planned.together * batch_size]
                 (images,) = generate_images(
                     [embeds[prompt]],
                     family=family,
@@ -66,8 +66,8 @@ def make_class_images(run: Run, context: Context, plan: dict[str, Any]) -> None:
                     seeds=[derived_seed(run.seed, "class image", number) for number in part],
                     pipeline_kwargs=run.pipeline_kwargs,
                     images_at_once=batch_size,
-                    together=together,
-                    placement=planned_vae(plan, "class_images"),
+                    together=planned.together,
+                    placement=planned.vae,
                 )
                 for number, image in zip(part, images, strict=True):
                     digest = hashlib.sha1(image.tobytes(), usedforsecurity=False).hexdigest()

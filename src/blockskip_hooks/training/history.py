@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +14,12 @@ from accelerate import Accelerator
 from ..data.sample_plan import Sample
 from ..residuals.batches import SampleMaker
 from ..utils.device_memory import device_memory
-from .sample_losses import QUARTERS, SampleLosses, quarter_means
+from ..utils.errors import UserError
+
+
+QUARTERS = 4
+"""Ranges of timesteps whose mean losses are told apart."""
+SUSPECTS_NAMED = 4
 
 
 @dataclass(frozen=True)
@@ -60,8 +66,9 @@ class History:
         self.step_seconds: list[float] = []
         self.step_memory: list[tuple[int, int]] = []
         self.legs: list[dict[str, Any]] = []
-        self._accelerator, self._timesteps = accelerator, maker.plan.timesteps
-        self._sample_losses = SampleLosses(maker)
+        self._accelerator, self._maker, self._timesteps = accelerator, maker, maker.plan.timesteps
+        # Of the running step's batches: samples with their losses, and figures of all processes.
+        self._batches: list[tuple[list[Sample], torch.Tensor]] = []
         self._gathered: list[torch.Tensor] = []
         self._since = time.perf_counter()
 
@@ -117,11 +124,13 @@ class History:
             received: Number of the signal that this process got, or 0: processes that get one between different
                 steps must end after the same step.
         """
-        self._sample_losses.add(samples, losses)
-        figures = [
-            torch.stack([loss.detach(), torch.full_like(loss, received)]),
-            self._sample_losses.by_quarter(),
-        ]
+        losses = losses.detach()
+        self._batches.append((samples, losses))
+        timesteps = self._timesteps[[sample.timestep_index for sample in samples]]
+        quarters = (timesteps / self._timesteps.max() * QUARTERS).ceil().long().sub(1).clamp(0, QUARTERS - 1)
+        members = torch.nn.functional.one_hot(quarters, QUARTERS).to(losses)
+        # Sums of the losses in each quarter of the timesteps, and their numbers.
+        figures = [loss.detach()[None], torch.full_like(loss, received)[None], losses @ members, members.sum(0)]
         self._gathered.append(self._accelerator.gather(torch.cat(figures)[None]))
 
     def end_step(self) -> Step:
@@ -134,13 +143,30 @@ class History:
         figures, self._gathered = torch.stack(self._gathered).cpu(), []
         # Rounded as if the loss alone were averaged: a run's losses do not depend on what else is looked at.
         loss = figures[:, :, 0].mean(1).mean().item()
-        samples = self._sample_losses.end_step(self.step + 1, loss)
+        batches, self._batches = self._batches, []
+        if not math.isfinite(loss):
+            raise self._not_finite(loss, batches)
         self.step += 1
         self.losses.append(loss)
         quarters = quarter_means(figures[:, :, -2 * QUARTERS :].sum((0, 1)), self._timesteps)
         for timesteps, mean in quarters.items():
             self.loss_by_timestep.setdefault(timesteps, []).append((self.step, mean))
+        samples = [sample for samples, _ in batches for sample in samples]
         return Step(self.step, loss, samples, quarters, received=int(figures[-1, :, 1].max().item()))
+
+    def _not_finite(self, loss: float, batches: list[tuple[list[Sample], torch.Tensor]]) -> UserError:
+        """What is said of the running step's loss, with the samples that made it so."""
+        suspects = [
+            self._maker.describe(sample)
+            for samples, losses in batches
+            for sample, value in zip(samples, losses.tolist(), strict=True)
+            if not math.isfinite(value)
+        ]
+        whose = ", ".join(suspects[:SUSPECTS_NAMED]) + (", ..." if len(suspects) > SUSPECTS_NAMED else "")
+        return UserError(
+            f"The loss of step {self.step + 1} is {loss}, by {whose or 'samples of another process'}; lower "
+            "--learning_rate or check these photos. Checkpoints written so far are intact."
+        )
 
     def stop_clock(self) -> None:
         """Take the seconds and the memory of the step that ended, with all that was done after it."""
@@ -149,3 +175,19 @@ class History:
         if memory := device_memory():
             self.step_memory.append(memory)
         self.start_clock()
+
+
+def quarter_means(sums: torch.Tensor, timesteps: torch.Tensor) -> dict[str, float]:
+    """Mean loss by range of timesteps, where there were samples.
+
+    Args:
+        sums: Sums of the losses in each quarter of the timesteps, then their numbers, ``(2 * QUARTERS,)``.
+        timesteps: The scheduler's training timesteps.
+    """
+    edges = [float(timesteps.max()) * quarter / QUARTERS for quarter in range(QUARTERS + 1)]
+    values: list[float] = sums.tolist()
+    return {
+        f"{edges[quarter]:.0f}-{edges[quarter + 1]:.0f}": values[quarter] / values[QUARTERS + quarter]
+        for quarter in range(QUARTERS)
+        if values[QUARTERS + quarter]
+    }

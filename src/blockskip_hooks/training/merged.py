@@ -56,8 +56,8 @@ def export_merged(
     missing = sorted(name for name in layers if f"{name}.weight" not in index)
     if missing:
         raise UserError(f"{lora} has LoRA of {missing[0]}, which {transformer} lacks; merge it into its own model.")
-    # The helpers that split tensors would want all of them.
-    sizes = _sizes(index)
+    # By size alone: the helpers that split tensors would want all of them, and none of their values is read here.
+    sizes = {name: tensor.nbytes for name, tensor in _read(index, index)}
     shards = split_state_dict_into_shards_factory(
         sizes,
         get_storage_size=lambda size: size,
@@ -68,7 +68,9 @@ def export_merged(
     with _replacing_folder(final, sum(sizes.values())) as folder:
         shutil.copyfile(transformer / "config.json", folder / "config.json")
         for file, names in shards.filename_to_tensors.items():
-            tensors = {key: _merge(tensor, layers.get(_layer(key))) for key, tensor in _read(index, names)}
+            tensors = {
+                key: _merge(tensor, layers.get(key.removesuffix(".weight"))) for key, tensor in _read(index, names)
+            }
             save_file(tensors, str(folder / file), metadata={"format": "pt"})
             del tensors
             sync(folder / file)
@@ -92,10 +94,6 @@ def _read_lora(file: Path) -> dict[str, dict[str, Any]]:
     return layers
 
 
-def _layer(key: str) -> str:
-    return key.removesuffix(".weight")
-
-
 def _merge(weight: torch.Tensor, lora: Mapping[str, Any] | None) -> torch.Tensor:
     """A layer's weight with its LoRA merged by peft; without LoRA the weight itself."""
     if lora is None:
@@ -110,11 +108,6 @@ def _merge(weight: torch.Tensor, lora: Mapping[str, Any] | None) -> torch.Tensor
     layer.lora_B["default"].weight.data = lora["B"]
     layer.merge()
     return base.weight.data
-
-
-def _sizes(index: Mapping[str, Path]) -> dict[str, int]:
-    """Bytes of the checkpoint's tensors, file by file; none of their values is read."""
-    return {name: tensor.nbytes for name, tensor in _read(index, index)}
 
 
 def _read(index: Mapping[str, Path], names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -49,7 +48,9 @@ def embed_prompts(
         if other is not None:
             image_embeds, _ = encode_prompts(other, wanted, progress=progress, **placed)
     check_embeds(family, run.transformer_config, embeds, maker.dtype, trained if run.batches else [])
-    maker.embeds = _aligned(run, embeds, trained)
+    # The trained ones are of one length where the family's batches need it.
+    aligned = family.align_embeds({prompt: embeds[prompt] for prompt in trained}) if run.aligns_prompts else {}
+    maker.embeds = embeds | aligned
     return text, image_embeds
 
 
@@ -78,10 +79,3 @@ def image_pairs(run: Run) -> dict[str, Pair]:
 
 def _shown_with(prompt: str, image: Image.Image) -> tuple[str, Image.Image]:
     return prompt, image
-
-
-def _aligned(run: Run, embeds: dict[str, PromptEmbeds], trained: Iterable[str]) -> dict[str, PromptEmbeds]:
-    """Embeddings by prompt, the trained ones of one length where the family's batches need it."""
-    if not run.aligns_prompts:
-        return embeds
-    return embeds | run.family.align_embeds({prompt: embeds[prompt] for prompt in trained})

@@ -13,6 +13,7 @@ from diffusers.training_utils import free_memory
 from torch.utils.data import DataLoader
 
 from ..data.sample_plan import Sample
+from ..planning.plan import PlannedStage
 from ..residuals.batches import SHARED_TEXT, Batch, SampleMaker
 from ..residuals.loader import RecordDataset, collate_by_kind, read_ahead
 from ..residuals.precompute import capture, encode_latents, only_new_garbage, precompute_records
@@ -68,8 +69,7 @@ class RecordSource:
         self._model, self._adapters, self._store = model, adapters, store
         self._resident_vae = run.family.load_vae(maker.dtype, context.accelerator.device) if store is None else None
         self._stretch, self._samples = range(0), list[Sample]()
-        self._batch_size: int | None = None
-        self._together, self._encodes_alone = 1, False
+        self._planned = PlannedStage()
         self.stretch_adapters: dict[str, torch.Tensor] = {}
         self.count = RecordCount()
 
@@ -83,18 +83,15 @@ class RecordSource:
             del vae
             free_memory()
 
-    def precompute(
-        self, stretch: range, first: int, batch_size: int | None = None, together: int = 1, encodes_alone: bool = False
-    ) -> None:
+    def precompute(self, stretch: range, first: int, planned: PlannedStage) -> None:
         """Make this process's records of a stretch, where they are missing.
 
         Args:
             stretch: The steps of the whole stretch, also when part of it has been trained: records then come out of
                 the same batches, and on a CPU with the same last bits, as in a run that was never stopped.
             first: The first step that is still to be trained.
-            batch_size: Samples per forward; halved when memory runs out.
-            together: Forwards in step, for each of which skipped blocks are read once.
-            encodes_alone: Whether the transformer makes room while the VAE encodes.
+            planned: How the plan has it work. Samples per forward, which a flag may set, are halved when memory runs
+                out; the transformer makes room while the VAE encodes, if that is to be alone.
         """
         store = self._store
         if store is None:
@@ -107,7 +104,8 @@ class RecordSource:
             texts = {self.maker.shared_ids(sample).get(SHARED_TEXT, "") for sample in wanted}
             store.drop_others([*(sample.id for sample in wanted), *texts])
         self._stretch, self._samples = stretch, self.maker.samples(self._my_indices(recorded))
-        self._batch_size, self._together, self._encodes_alone = batch_size, together, encodes_alone
+        batch_size = self._run.settings.precompute_batch_size or planned.batch_size
+        self._planned = planned._replace(batch_size=batch_size)
         if self._run.refreshes:
             # One that is resumed in the middle of a stretch has the LoRA from the checkpoint.
             if first == stretch.start:
@@ -134,7 +132,8 @@ class RecordSource:
         each_step = len(samples) // len(recorded)
         done = each_step * self.stretches.recorded_before(self._stretch)
         total = each_step * self.stretches.num_recorded_steps
-        common: dict[str, Any] = {"maker": self.maker, "store": store, "batch_size": self._batch_size}
+        planned = self._planned
+        common: dict[str, Any] = {"maker": self.maker, "store": store, "batch_size": planned.batch_size}
         with (
             self._accelerator.autocast(),
             only_new_garbage(),
@@ -142,7 +141,7 @@ class RecordSource:
             context.progress.stage("precompute", done, crops=total, records=total) as progress,
         ):
             progress.skip(present)
-            with model.on_host() if self._encodes_alone else contextlib.nullcontext(), self.vae() as vae:
+            with model.on_host() if planned.vae.alone else contextlib.nullcontext(), self.vae() as vae:
                 latents = encode_latents(
                     samples,
                     vae=vae,
@@ -158,7 +157,7 @@ class RecordSource:
                 samples,
                 latents,
                 model=model,
-                together=self._together,
+                together=planned.together,
                 with_residuals=self._run.stores_residuals,
                 with_adapters=self._run.refreshes,
                 progress=progress,
@@ -248,7 +247,7 @@ class RecordSource:
         store, maker, samples = self._store, self.maker, self._samples
         assert store is not None
         alike = [sample for sample in samples if maker.shape_key(sample) == maker.shape_key(samples[0])]
-        chosen = alike[:: max(1, -(-len(alike) // min(CHECKED, self._batch_size or 1)))]
+        chosen = alike[:: max(1, -(-len(alike) // min(CHECKED, self._planned.batch_size or 1)))]
         try:
             records = [maker.read_record(sample, store) for sample in chosen]
         except (KeyError, DamagedRecord):

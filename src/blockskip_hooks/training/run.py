@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..blocks import modulation_layers
+from ..blocks import block_bytes, list_blocks, modulation_layers
 from ..config import BlockSkipConfig, PatchSamplingConfig
 from ..data.photo import Photo
 from ..data.sample_plan import SampleKind
@@ -21,6 +21,7 @@ from ..loading.quantization import QuantizationConfig, read_quantization
 from ..search.tables import SelectionTable
 from ..selection import Selection
 from ..transformer import DiTBlockSkipTransformer
+from ..utils.files import existing_parent
 from ..utils.machine import cache_bytes
 from ..utils.pictures import within
 from .assistant import Assistant
@@ -150,6 +151,10 @@ class Run:
         """How many times a record is trained on."""
         return self.settings.record_repeats if self.stores_residuals else 1
 
+    def block_bytes(self, dtype: torch.dtype) -> list[int]:
+        """Bytes of each block's parameters in ``dtype``, in execution order."""
+        return block_bytes(list_blocks(self.skeleton.transformer, self.family.block_stacks), dtype)
+
     @property
     def kinds(self) -> tuple[SampleKind, ...]:
         return ("instance", "class") if self.settings.with_prior_preservation else ("instance",)
@@ -229,9 +234,7 @@ class Run:
         """Bytes that the residual store may take."""
         if self.settings.residual_budget is not None:
             return int(self.settings.residual_budget)
-        folder = self.residual_dir
-        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        return min(DEFAULT_RESIDUAL_BUDGET, shutil.disk_usage(existing).free // 2)
+        return min(DEFAULT_RESIDUAL_BUDGET, shutil.disk_usage(existing_parent(self.residual_dir)).free // 2)
 
     def longest_stretch(self, num_steps: int) -> int:
         """Steps of a stretch as far as flags decide, whatever there is room for."""

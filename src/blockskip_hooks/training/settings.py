@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from ..config import PatchMode, ResidualMode
-from ..residuals.dtype import ResidualDtype
+from ..config import PatchMode
 from ..selection import parse_skip_blocks
 from ..utils.errors import UserError
+from .flags.model import MachineFlags, ModelFlags, SettingsFlags
+from .flags.photos import PhotoFlags, PriorPreservationFlags
+from .flags.results import OutputFlags, ValidationFlags
+from .flags.skipping import BlockSkippingFlags, PatchSamplingFlags
+from .flags.training import LoopFlags, LoraFlags, OptimizerFlags
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings:
+class TrainSettings(
+    SettingsFlags,
+    ModelFlags,
+    PhotoFlags,
+    BlockSkippingFlags,
+    PatchSamplingFlags,
+    PriorPreservationFlags,
+    LoraFlags,
+    LoopFlags,
+    OptimizerFlags,
+    ValidationFlags,
+    OutputFlags,
+    MachineFlags,
+):
     """Value of every flag of the training script, under the flag's name; what each one means says its help text.
 
     Amounts of memory and disk are numbers of bytes. ``skip_blocks`` is a text of one of the forms that
@@ -28,138 +45,6 @@ class TrainSettings:
 
     given: frozenset[str]
     family_flags: Mapping[str, Any]
-    # settings
-    config: str | None
-    dump_config: bool
-    # model
-    pretrained_model_name_or_path: str | None
-    revision: str | None
-    variant: str | None
-    cache_dir: str | None
-    max_sequence_length: int
-    bnb_quantization_config_path: str | None
-    quantization: str
-    # photos
-    instance_data_dir: str | None
-    instance_prompt: str | None
-    dataset_name: str | None
-    dataset_config_name: str | None
-    image_column: str
-    caption_column: str | None
-    repeats: int
-    resolution: int
-    center_crop: bool
-    random_flip: bool
-    image_interpolation_mode: str
-    use_aspect_ratio_buckets: bool
-    aspect_ratio_buckets: tuple[tuple[int, int], ...] | None
-    caption_dropout: float
-    # block skipping
-    skip_blocks: str
-    skip_ratio: float
-    skip_budget: int | None
-    selection_table: str | None
-    strict_table: bool
-    residuals: ResidualMode
-    keep_modulation: bool
-    residual_dtype: ResidualDtype
-    residual_dir: str | None
-    residual_budget: int | None
-    stretch_steps: int | None
-    record_repeats: int
-    refresh_residuals: bool | None
-    precompute_batch_size: int | None
-    stream_cache: str | int
-    overwrite_residuals: bool
-    memory_budget: int | None
-    memory_options: Sequence[str]
-    plan_only: bool
-    # patch sampling
-    patch_sampling: PatchMode | Literal["auto"]
-    min_patch_size: int | None
-    max_patch_size: int | None
-    # prior preservation
-    with_prior_preservation: bool
-    prior_loss_weight: float
-    class_data_dir: str | None
-    class_prompt: str | None
-    num_class_images: int
-    sample_batch_size: int
-    prior_generation_precision: str | None
-    # LoRA
-    rank: int
-    lora_alpha: int
-    lora_dropout: float
-    lora_layers: Sequence[str] | None
-    lora_blocks: Sequence[str] | None
-    assistant_lora: str | None
-    train_text_encoder: bool
-    fsdp_text_encoder: bool
-    # training
-    train_batch_size: int
-    gradient_accumulation_steps: int
-    num_train_epochs: int
-    max_train_steps: int | None
-    seed: int | None
-    gradient_checkpointing: bool
-    cache_latents: bool
-    dataloader_num_workers: int
-    weighting_scheme: str
-    logit_mean: float
-    logit_std: float
-    mode_scale: float
-    # optimizer
-    optimizer: str
-    learning_rate: float
-    text_encoder_lr: float
-    scale_lr: bool
-    lr_scheduler: str
-    lr_warmup_steps: int
-    lr_num_cycles: int
-    lr_power: float
-    use_8bit_adam: bool
-    adam_beta1: float
-    adam_beta2: float
-    adam_weight_decay: float
-    adam_weight_decay_text_encoder: float
-    adam_epsilon: float
-    prodigy_beta3: float | None
-    prodigy_decouple: bool
-    prodigy_use_bias_correction: bool
-    prodigy_safeguard_warmup: bool
-    max_grad_norm: float
-    # validation
-    validation_prompt: tuple[str, ...] | None
-    num_validation_images: int
-    validation_resolution: int | None
-    validation_epochs: int
-    validation_model_path: str | None
-    final_validation_prompt: str | None
-    skip_final_inference: bool
-    # output
-    output_dir: str
-    checkpointing_steps: int
-    checkpoints_total_limit: int | None
-    resume_from_checkpoint: str | None
-    upcast_before_saving: bool
-    save_format: str
-    export_merged: bool
-    open: bool
-    logging_dir: str
-    report_to: Sequence[str]
-    log_level: str
-    push_to_hub: bool
-    hub_token: str | None
-    hub_model_id: str | None
-    # machine
-    mixed_precision: str | None
-    do_fp8_training: bool
-    offload: bool
-    enable_vae_tiling: bool
-    compile: bool
-    allow_tf32: bool
-    enable_npu_flash_attention: bool
-    local_rank: int
 
     def flags(self) -> dict[str, Any]:
         """Every flag's value by name, those of some families among them."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Collection, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -18,7 +17,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from ..blocks import Block
 from ..transformer import DiTBlockSkipTransformer
 from ..utils.launcher import FSDP_SWITCH, is_set
 
@@ -63,30 +61,3 @@ def prepare_model(accelerator: Accelerator, model: DiTBlockSkipTransformer) -> t
     under_autocast = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
     device_ids = None if accelerator.device.type == "cpu" else [accelerator.local_process_index]
     return DistributedDataParallel(under_autocast, device_ids=device_ids)
-
-
-def bytes_elsewhere(
-    transformer: torch.nn.Module,
-    kept: Sequence[Block],
-    recorded_layers: Collection[str],
-    dtype: torch.dtype,
-    num_processes: int,
-) -> int:
-    """What the other processes hold of kept blocks' weights at a process's peak.
-
-    One block runs and the next is gathered meanwhile. What is outside of blocks stays gathered and counts as whole.
-
-    Args:
-        transformer: The model; its weights need not be there.
-        kept: Its kept blocks.
-        recorded_layers: Names of layers whose weights training does without.
-        dtype: Of the weights.
-        num_processes: Processes that share them.
-    """
-    recorded = [transformer.get_submodule(name) for name in recorded_layers]
-    absent = {id(parameter) for layer in recorded for parameter in layer.parameters()}
-    resident = [
-        sum(p.numel() for p in block.module.parameters() if id(p) not in absent) * dtype.itemsize for block in kept
-    ]
-    whole = sum(resident)
-    return max(whole - whole // num_processes - sum(sorted(resident)[-2:]), 0)

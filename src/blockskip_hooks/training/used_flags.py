@@ -22,11 +22,7 @@ def without_effect(settings: TrainSettings) -> Iterator[tuple[str, str]]:
         (settings.dataset_name, ("dataset_config_name", "image_column", "caption_column"), "--dataset_name"),
         (parse_skip_blocks(settings.skip_blocks) == "auto", ("skip_ratio",), "--skip_blocks auto"),
         (not settings.skip_budget, ("skip_ratio",), "a choice by ratio, which --skip_budget replaces"),
-        (
-            settings.looks_up_blocks,
-            ("selection_table", "strict_table"),
-            "--skip_blocks auto or a number of blocks",
-        ),
+        (settings.looks_up_blocks, ("selection_table", "strict_table"), "--skip_blocks auto or a number of blocks"),
         (skipping or settings.memory_budget, ("residuals",), "skipped blocks"),
         (settings.memory_budget, ("memory_options",), "--memory_budget"),
         (skipping or settings.memory_budget, ("stream_cache",), "skipped blocks"),

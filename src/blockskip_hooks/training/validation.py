@@ -12,9 +12,10 @@ from diffusers.training_utils import free_memory
 from PIL import Image
 
 from ..families import PromptEmbeds
-from ..inference.generate import VaePlacement, generate_images
+from ..inference.generate import generate_images
 from ..loading.lora_files import copy_lora
 from ..lora import TRAINED, add_lora, only_adapters
+from ..planning.plan import PlannedStage
 from ..transformer import DiTBlockSkipTransformer
 from .adapters import Adapters
 from .context import Context
@@ -46,9 +47,7 @@ class Validation:
         adapters: Its LoRA.
         records: Has the prompts' embeddings, the VAE and the records.
         tracking: Takes images and figures.
-        images_at_once: Images per call of the pipeline; by default all of a prompt.
-        together: Calls of the pipeline in step.
-        placement: How the VAE works.
+        planned: How the plan has it make images.
         embeds: Embeddings of the prompts by the text encoders of a model that makes the images in place of the
             trained one.
 
@@ -64,15 +63,12 @@ class Validation:
         adapters: Adapters,
         records: RecordSource,
         tracking: Tracking,
-        images_at_once: int | None = None,
-        together: int = 1,
-        placement: VaePlacement | None = None,
+        planned: PlannedStage,
         embeds: Mapping[str, PromptEmbeds] | None = None,
     ) -> None:
         self._run, self._context, self._model, self._adapters = run, context, model, adapters
         self._records, self._tracking = records, tracking
-        self._images_at_once, self._together, self._placement = images_at_once, together, placement
-        self._embeds = embeds
+        self._planned, self._embeds = planned, embeds
         # Before encoders that train along have changed any.
         self._base_embeds = dict(records.maker.embeds) if embeds is None else embeds
         self.shown: tuple[int, list[str], Images, Images] | None = None
@@ -142,7 +138,7 @@ class Validation:
             )
         sharded, accelerator = self._model.is_sharded, context.accelerator
         others = 1 if sharded else accelerator.num_processes
-        at_once = self._images_at_once or len(self._seeds)
+        at_once = self._planned.batch_size or len(self._seeds)
         name = f"validate ({'after' if with_adapters else 'before'})"
         with (
             # A run that is stopped saves: the model that trains must be back on the device by then.
@@ -166,8 +162,8 @@ class Validation:
                 seeds=self._seeds,
                 pipeline_kwargs=self._run.image_kwargs,
                 images_at_once=at_once,
-                together=1 if sharded else self._together,
-                placement=self._placement,
+                together=1 if sharded else self._planned.together,
+                placement=self._planned.vae,
                 progress=made,
                 calls=lambda number: number % others == accelerator.process_index % others,
             )

@@ -33,6 +33,11 @@ def home_path(text: str) -> Path:
     return Path(expand_home(text))
 
 
+def existing_parent(path: Path) -> Path:
+    """``path`` itself, or the nearest folder above it that is there."""
+    return next(part for part in (path, *path.absolute().parents) if part.exists())
+
+
 def sync(path: Path) -> None:
     """Make a file's contents, or a folder's names, outlast a power cut."""
     if os.name == "nt" and path.is_dir():

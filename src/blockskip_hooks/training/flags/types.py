@@ -1,15 +1,15 @@
-"""Types of flags: what turns the text of a command line into a value, and says what is wrong with the text."""
+"""What a flag is, and what turns the text of a command line into a value or says what is wrong with the text."""
 
 from __future__ import annotations
 
 import argparse
 import re
 from collections.abc import Callable
+from dataclasses import field
 from typing import Any
 
 from ...selection import parse_skip_blocks
 from ...utils.errors import UserError
-from ..flag_names import with_flags
 
 
 _BYTE_UNITS = {"": 1, "b": 1} | {
@@ -19,6 +19,25 @@ _BYTE_UNITS = {"": 1, "b": 1} | {
 }
 _TRUE_WORDS = ("true", "yes", "on", "1")
 _FALSE_WORDS = ("false", "no", "off", "0")
+
+
+def flag(default: Any, help: str, **settings: Any) -> Any:
+    """A field of a group of settings that is a flag of the command line, under the field's name.
+
+    Its metadata are the arguments of ``argparse``'s ``add_argument``.
+
+    Args:
+        default: Value of the flag when it is not given; ``False`` makes it a switch, and a number says its type.
+        help: What it means.
+        **settings: What the default does not say of it: ``type``, ``choices``, ``nargs``, ``action``.
+    """
+    if default is False:
+        settings["action"] = "store_true"
+    else:
+        settings["default"] = default
+        if isinstance(default, (int, float)):
+            settings.setdefault("type", type(default))
+    return field(metadata={"help": help, **settings})
 
 
 def parse_bool(text: str) -> bool:
@@ -89,7 +108,7 @@ def argument_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
         try:
             return parse(text)
         except ValueError as error:
-            raise argparse.ArgumentTypeError(with_flags(str(error))) from None
+            raise argparse.ArgumentTypeError(str(error)) from None
 
     return convert
 

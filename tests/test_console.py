@@ -55,7 +55,7 @@ def test_alone_it_says_what_it_can_do(words: list[str], capsys: pytest.CaptureFi
 
 def test_a_word_that_is_no_command_is_refused(capsys: pytest.CaptureFixture[str]):
     assert console.main(["trian"]) == 2
-    assert capsys.readouterr().out == (
+    assert capsys.readouterr().err == (
         "error: 'trian' is none of train, plan, select, evaluate, doctor; did you mean train?\n"
     )
 

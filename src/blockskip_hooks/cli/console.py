@@ -71,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
-        print(f"error: '{name}' is none of {', '.join(COMMANDS)}" + (f"; did you mean {close[0]}?" if close else "."))
+        hint = f"; did you mean {close[0]}?" if close else "."
+        print(f"error: '{name}' is none of {', '.join(COMMANDS)}{hint}", file=sys.stderr)
         return SETTINGS_ERROR
     quiet_libraries()
     before = CALLED_AS.set(f"blockskip {name}")

@@ -273,6 +273,12 @@ def test_figures_are_drawn(tmp_path: Path):
 # The notebook
 
 
+def test_the_notebook_installs_what_its_recipe_needs():
+    text = NOTEBOOK.read_text()
+    (recipe,) = re.findall(r"shipped\(.\"(configs/[a-z0-9-]+\.yaml)", text)
+    assert yaml.safe_load((ROOT / recipe).read_text())["use_8bit_adam"] and "{CLONE}[quantization]" in text
+
+
 @pytest.mark.slow
 def test_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """As Jupyter would, with the parameters cell replaced by that of a short run."""

@@ -12,7 +12,7 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from blockskip_hooks.embedded import embedded_photos
-from blockskip_hooks.planning.presets import write_preset
+from blockskip_hooks.planning.presets import find_preset, write_preset
 from tests.plans import stage
 from tests.script import load_script
 from tests.tiny import TINY_FAMILIES
@@ -26,6 +26,7 @@ def test_script(as_json: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
     script = load_script("plan_memory")
     monkeypatch.setattr(script, "write_preset", write_tiny)
+    monkeypatch.setattr(script, "find_preset", lambda name: name)
     command = ["--preset", "tiny", "--skip_blocks", "1,2", "--resolution", "64", "--max_sequence_length", "5"]
     command += ["--precompute_batch_size", "1"]
     if as_json:
@@ -63,7 +64,10 @@ def test_a_preset_is_planned_as_the_training_script_plans_it(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--preset", "flux"], "--preset 'flux' does not exist"),
+        (["--preset", "model"], "--preset 'model' does not exist; choose one of flux.1-dev, "),
+        (["--preset", "flux1-dev"], "--preset 'flux1-dev' does not exist; did you mean flux.1-dev? There are "),
+        (["flux.1-dev"], "arguments: flux.1-dev; a text of several words needs quotes, a value its flag before it"),
+        (["--presets", "flux.1-dev"], "did you mean --preset?"),
         (["--preset", "flux.1-dev", "--skip_blocks", "30,27"], "--skip_blocks 30,27"),
         (["--preset", "flux.1-dev", "--resolution", "500"], "--resolution is 500"),
         (["--preset", "flux.1-dev", "--rank", "0"], "--rank is 0"),
@@ -76,3 +80,8 @@ def test_script_rejects(flags: list[str], message: str, capsys: pytest.CaptureFi
         assert load_script("plan_memory").main(flags) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["sana-1.6b", "SANA-1.6B", "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers"])
+def test_a_preset_is_found_by_the_names_that_people_know(text: str) -> None:
+    assert find_preset(text) == "sana-1.6b"

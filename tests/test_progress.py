@@ -104,6 +104,55 @@ def test_a_stage_that_goes_on_keeps_its_rate_and_time(clock, capsys):
     assert "100/100" in last and "03:20 gone" in last and "2.00s/step" in last
 
 
+def work(clock: SimpleNamespace, progress: Progress, name: str, done: range, seconds: float, **pieces: int) -> None:
+    """A part of a stage, at an even pace."""
+    with progress.stage(name, done.start, **pieces) as stage:
+        for kind in pieces:
+            stage.begin(kind)
+            for _ in done:
+                clock.seconds += seconds
+                stage.update()
+
+
+def in_turns(clock: SimpleNamespace) -> None:
+    """Four stretches, of 20 records and 10 steps each, and images in between."""
+    progress = Progress()
+    for stretch in range(4):
+        work(clock, progress, "precompute", range(20 * stretch, 20 * stretch + 20), 1, crops=80, records=80)
+        work(clock, progress, "train", range(10 * stretch, 10 * stretch + 10), 5, steps=40)
+        work(clock, progress, "validate", range(2), 30, images=2)
+
+
+def test_stages_that_take_turns_say_the_time_that_is_left_of_all_of_them(clock, capsys):
+    in_turns(clock)
+    said = lines(capsys)
+    # Nothing is said of what has not been measured: each has its own time left in the first stretch.
+    assert [line for line in said if "precompute (records): 16/80" in line and "01:04 left, peak" in line]
+    assert [line for line in said if "train: 8/40" in line and "02:40 left, peak" in line]
+    # 20 of 40 steps left at 5 s, and 40 of 80 crops and records at 1 s each.
+    assert [line for line in said if "train: 20/40" in line and "03:00 left with crops and records" in line]
+    # 40 records left, as many crops, 30 steps.
+    assert [
+        line for line in said if "precompute (records): 40/80" in line and "03:50 left with crops and steps" in line
+    ]
+    assert "00:00 left, peak" in [line for line in said if "train" in line][-1]
+    left = [
+        60 * int(match[1]) + int(match[2]) for line in said if (match := re.search(r"(\d+):(\d+) left with", line))
+    ]
+    assert len(left) >= 10 and left == sorted(left, reverse=True)
+
+
+def test_a_bar_shows_the_time_that_is_left_of_all_stages_that_take_turns(clock):
+    with on_terminal() as terminal:
+        in_turns(clock)
+    assert "20/40 [01:40<03:00, " in terminal.getvalue() and "with" not in terminal.getvalue()
+
+
+def test_images_that_are_made_again_have_a_rate_of_their_own(clock, capsys):
+    in_turns(clock)
+    assert {line.split(", ")[1] for line in lines(capsys) if "validate" in line} == {"30.00s/image"}
+
+
 def test_a_bar_that_goes_on_shows_the_time_left_from_its_first_drawing(clock):
     progress = Progress()
     with on_terminal() as terminal:

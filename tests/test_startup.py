@@ -89,7 +89,7 @@ def test_parsers_take_no_shortened_flags(capsys: pytest.CaptureFixture[str]):
 def test_a_text_without_quotes_is_told_apart_from_a_misspelt_flag(capsys: pytest.CaptureFixture[str]):
     for words, hint in (
         (["--instance_prompt", "a", "photo", "of"], "arguments: photo of; a text of several words needs quotes"),
-        (["--train_text_encoder", "yes"], "arguments: yes; a text of several words needs quotes, and a switch takes"),
+        (["--train_text_encoder", "yes"], "arguments: yes; a text of several words needs quotes, a value its flag"),
         (["--instance_promt", "a photo"], "arguments: --instance_promt a photo; did you mean --instance_prompt?"),
     ):
         with pytest.raises(SystemExit):

@@ -48,7 +48,7 @@ from blockskip_hooks.loading.quantization import METHODS
 from blockskip_hooks.planning.description import format_plan
 from blockskip_hooks.planning.devices import PLANNED_DEVICES
 from blockskip_hooks.planning.options import MEMORY_OPTIONS, QUANTIZING_OPTIONS
-from blockskip_hooks.planning.presets import preset_facts, preset_names, write_preset
+from blockskip_hooks.planning.presets import find_preset, preset_facts, preset_names, write_preset
 from blockskip_hooks.planning.ranking import USABLE
 from blockskip_hooks.planning.stages import plan_run
 from blockskip_hooks.training.chosen_blocks import planned_dtype
@@ -81,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The flags; those of the training script mean the same here."""
     parser = make_parser(__doc__)
     flag = parser.add_argument
-    flag("--preset", help=f"Model: {', '.join(preset_names())}.")
+    flag("--preset", help=f"Model, also by its hub id: {', '.join(preset_names())}.")
     flag("--gpu", type=SIZE, help="Rank what fits a GPU of this size, like 12GB, of one preset or all.")
     flag("--skip_blocks", default="auto", help="Blocks to skip: none, auto, N in all, or n,m (leading,trailing).")
     flag("--skip_ratio", type=float, help="Part of all blocks that --skip_blocks auto skips; default: 0.3.")
@@ -130,13 +130,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Check the flags that the training script does not have.
+    """Check the flags that the training script does not have; a preset may be named as people know the model.
 
     Raises:
         UserError: one line that names the flag and the fix.
     """
     if args.gpu is None and args.preset is None:
         raise UserError(f"--preset names the model; choose one of {', '.join(preset_names())}, or rank all by --gpu.")
+    if args.preset is not None:
+        args.preset = find_preset(args.preset)
     if args.gpu is not None:
         defaults = build_parser().parse_args([])
         given = [name for name in CHOSEN if getattr(args, name) != getattr(defaults, name)]

@@ -329,5 +329,7 @@ def remove_block_skip(transformer: torch.nn.Module, stacks: Sequence[str] | None
 def _hooks(module: torch.nn.Module) -> list[tuple[str, Any]]:
     """The hooks of this file that are on a module, by name."""
     registry = getattr(module, "_diffusers_hook", None)
-    names = (PLACEHOLDER_HOOK, RECORDED_HOOK) if registry is not None else ()
+    if registry is None:
+        return []
+    names = (PLACEHOLDER_HOOK, RECORDED_HOOK)
     return [(name, hook) for name in names if (hook := registry.get_hook(name)) is not None]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import os
 import shlex
 import sys
@@ -154,13 +153,7 @@ def _refuse_unknown(parser: OneLineParser, unknown: Sequence[str]) -> NoReturn:
     for name in names:
         if (gone := name.removeprefix("--")) in GONE:
             parser.error(f"{name} is gone; {GONE[gone]}.")
-    known = [option for action in parser._actions for option in action.option_strings]
-    close = difflib.get_close_matches(names[0], known, n=1)
-    hint = f"; did you mean {close[0]}?" if close else ""
-    if not names[0].startswith("-"):
-        # Without quotes a shell makes words of a text, and the flag takes the first one.
-        hint = "; a text of several words needs quotes, and a switch takes no value"
-    parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    parser.error(f"unrecognized arguments: {' '.join(unknown)}")
 
 
 def apply_defaults(settings: TrainSettings, defaults: Mapping[str, Any]) -> TrainSettings:

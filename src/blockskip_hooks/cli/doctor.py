@@ -70,10 +70,12 @@ def machine_lines() -> list[str]:
         f"{properties.name}, {format_bytes(properties.total_memory)}"
         for properties in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
     ]
+    other = torch.accelerator.current_accelerator(check_available=True)  # mps on a Mac
+    used = other.type if other else "the CPU"
     offline = " (offline: HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
     login = "a token is stored" if get_token() else "not logged in; gated models need: hf auth login"
     return [
-        f"devices   {'; '.join(devices) or 'no CUDA device; runs use the CPU'}",
+        f"devices   {'; '.join(devices) or f'no CUDA device; runs use {used}'}",
         f"memory    {format_bytes(memory.total)}, of which {format_bytes(memory.available)} are free",
         f"disk      {format_bytes(shutil.disk_usage('.').free)} free here, "
         f"{format_bytes(shutil.disk_usage(existing_parent(folder)).free)} where models are kept ({folder})",

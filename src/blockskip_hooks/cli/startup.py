@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import functools
 import logging
 import os
@@ -66,8 +67,18 @@ class OneLineParser(argparse.ArgumentParser):
             flag, problem = match.groups()
             joint = " " if problem.startswith("is ") else ": "
             message = problem if problem.startswith(flag) else f"{flag}{joint}{problem}"
+        if message.startswith("unrecognized arguments: "):
+            message += self._meant(message.split()[2].split("=")[0])
         hint = "" if message.endswith(".") else " (--help lists every flag)"
         self.exit(SETTINGS_ERROR, f"error: {self.source}{one_line(message)}{hint}\n")
+
+    def _meant(self, word: str) -> str:
+        """What a word that is no flag may have been meant as."""
+        if not word.startswith("-"):
+            # Without quotes a shell makes words of a text, and the flag takes the first one.
+            return "; a text of several words needs quotes, a value its flag before it, and a switch takes no value"
+        close = difflib.get_close_matches(word, self._option_string_actions, n=1)
+        return f"; did you mean {close[0]}?" if close else ""
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):

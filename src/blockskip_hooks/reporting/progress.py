@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections import deque
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 from ..utils.formatting import format_bytes
 from ..utils.machine import is_first_process
@@ -29,6 +31,28 @@ def set_log_level(name: str) -> None:
     logging.getLogger().setLevel(max(level, logging.WARNING))
 
 
+class Unfinished(NamedTuple):
+    """Work that other stages take turns with.
+
+    Attributes:
+        first: Pieces that were done before it was first shown.
+        done: Pieces that are done.
+        total: All pieces.
+        seconds: What those from ``first`` to ``done`` took.
+    """
+
+    first: int
+    done: int
+    total: int
+    seconds: float
+
+    @property
+    def left(self) -> float:
+        """Seconds that the other pieces will take; not a number if none was timed."""
+        timed = self.done - self.first
+        return (self.total - self.done) * self.seconds / timed if timed else math.nan
+
+
 class Progress(RunProgress):
     """Shows the stages of a run.
 
@@ -46,8 +70,8 @@ class Progress(RunProgress):
     def __init__(self, monitor: StageMonitor | None = None, *, shown: bool = True) -> None:
         self.monitor, self.shown = monitor or StageMonitor(), shown
         self.losses: deque[float] = deque(maxlen=AVERAGED)
-        # Where each stage first began, and the seconds that it has taken: a stage that goes on later keeps its rate.
-        self.before: dict[tuple[str, str], tuple[int, float]] = {}
+        # Of work that goes on later, so that it keeps its rate, by stage and kind of pieces.
+        self.unfinished: dict[tuple[str, str], Unfinished] = {}
 
     @contextlib.contextmanager
     def stage(self, name: str, done: int = 0, **pieces: int) -> Iterator[StageBar]:
@@ -93,18 +117,32 @@ class StageBar(StageProgress):
 
     def _end(self) -> None:
         if not self._bar.disable:
-            taken = self._bar.format_dict["elapsed"]
-            self._progress.before[self._name, self._kind] = self._bar.initial, taken
+            bar, key = self._bar, (self._name, self._kind)
+            work = Unfinished(bar.initial, bar.n, bar.total, bar.format_dict["elapsed"])
+            if work.done < work.total:
+                self._progress.unfinished[key] = work
+            else:
+                self._progress.unfinished.pop(key, None)
         self._bar.close()
 
     def _open(self, kind: str) -> None:
         self._kind = kind
-        first, taken = self._progress.before.get((self._name, kind), (self._done, 0.0))
+        before = self._progress.unfinished.get((self._name, kind))
         self._bar = progress_bar(
             self._name if len(self._pieces) == 1 else f"{self._name} ({kind})",
             self._pieces[kind],
             kind.removesuffix("s").replace("_", " "),
             initial=self._done,
             shown=self._progress.shown,
-            earlier=(self._done - first, taken),
+            earlier=(self._done - before.first, before.seconds) if before else (0, 0.0),
+            rest=self._rest(kind) if before else None,
         )
+
+    def _rest(self, kind: str) -> tuple[float, str] | None:
+        """Seconds left of what takes turns with these pieces, and its name.
+
+        All of it was seen once these go on, except images, which are made whenever it is time for them.
+        """
+        others = {key: work for key, work in self._progress.unfinished.items() if key != (self._name, kind)}
+        left = sum(work.left for work in others.values())
+        return None if not others or math.isnan(left) else (left, " and ".join(other for _, other in others))

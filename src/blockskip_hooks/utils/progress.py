@@ -23,7 +23,8 @@ FIRST_SECONDS = 10.0
 """Seconds after which slow work gets its first line, even if less than a tenth is done."""
 # Always in seconds a piece: tqdm's rate_fmt turns over where that is one, and lines of one log could not be compared.
 LINE = "{desc}: {n_fmt}/{total_fmt} {unit}s ({percentage:.0f}%), {rate_inv_fmt}, "
-LINE += "{elapsed} gone, {remaining} left{postfix}"
+LINE += "{elapsed} gone, {left} left{rest_of}{postfix}"
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{left}, {rate_fmt}{postfix}]"
 
 
 class StageProgress:
@@ -57,7 +58,25 @@ class RunProgress:
 SILENT, SILENT_STAGE = RunProgress(), StageProgress()
 
 
-class LogLines(tqdm):
+class Bar(tqdm):
+    """A bar whose time left may be that of other work, too.
+
+    Attributes:
+        rest: Seconds that the other work will take, and its name.
+    """
+
+    rest: tuple[float, str] | None = None
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        """What is shown: also ``left``, the time left of all, and ``rest_of``, what else that is the time of."""
+        shown = super().format_dict
+        done, (seconds, name) = self.n - self.initial, self.rest or (0.0, "")
+        left = self.format_interval((self.total - self.n) * shown["elapsed"] / done + seconds) if done > 0 else "?"
+        return {**shown, "left": left, "rest_of": name and f" with {name}"}
+
+
+class LogLines(Bar):
     """A bar for where stderr is no terminal: what tqdm would draw in place is printed as about ten lines."""
 
     monitor_interval = 0
@@ -91,6 +110,7 @@ def progress_bar(
     initial: int = 0,
     shown: bool = True,
     earlier: tuple[int, float] = (0, 0.0),
+    rest: tuple[float, str] | None = None,
 ) -> tqdm:
     """A bar on a terminal, lines elsewhere, and nothing in other processes than the first or if nothing is left to do.
 
@@ -102,18 +122,21 @@ def progress_bar(
         shown: Whether to show anything.
         earlier: How many of ``initial`` an earlier display of the same work has shown, and the seconds that it took:
             they count for the rate.
+        rest: Seconds that other work will take which takes turns with this, and its name: the time left is of both.
     """
     settings: dict[str, Any] = {"desc": description, "total": total, "unit": unit, "initial": initial}
     if not (shown and total > initial and is_first_process()):
         return tqdm(**settings, disable=True)
+    bar: Bar
     if sys.stderr.isatty():
         # The mean rate of the whole bar: a smoothed one makes the time left jump.
         # The delay keeps it from being drawn before it knows what was done earlier.
-        bar = tqdm(**settings, smoothing=0, dynamic_ncols=True, file=sys.stderr, delay=1e-9)
+        bar = Bar(**settings, bar_format=BAR, smoothing=0, dynamic_ncols=True, file=sys.stderr, delay=1e-9)
     else:
         bar = LogLines(**settings)
     if not bar.disable:
         bar.initial, bar.start_t, bar.delay = initial - earlier[0], bar.start_t - earlier[1], 0
+        bar.rest = rest
         bar.refresh()
     return bar
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import shutil
 import tempfile
@@ -19,6 +20,20 @@ def preset_names() -> list[str]:
     """Names of the presets."""
     folder = resources.files(__name__)
     return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
+
+
+def find_preset(text: str) -> str:
+    """The preset that a person means by its name or the model's hub id, in small letters or capitals.
+
+    Raises:
+        UserError: if there is none.
+    """
+    for name in preset_names():
+        if text.lower() in (name, (hub_id := preset_facts(name)["name"].lower()), hub_id.rpartition("/")[2]):
+            return name
+    close = difflib.get_close_matches(text.lower().rpartition("/")[2], preset_names(), n=1)
+    hint = f"did you mean {close[0]}? There are" if close else "choose one of"
+    raise UserError(f"--preset '{text}' does not exist; {hint} {', '.join(preset_names())}.")
 
 
 def preset_facts(name: str) -> dict[str, Any]:

@@ -220,20 +220,18 @@ class RecordedLayerHook(Bound, ModelHook):
     Args:
         name: Qualified name of the layer.
         place: Where its output lies in :attr:`SpanResiduals.modulation`.
-        width: How wide that is.
         state: The transformer's shared state.
     """
 
-    def __init__(self, name: str, place: slice, width: int, state: BlockSkipState) -> None:
+    def __init__(self, name: str, place: slice, state: BlockSkipState) -> None:
         super().__init__()
         self.name = name
         self.place = place
-        self.width = width
         self.state = state
 
     def new_forward(self, module: torch.nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.state.mode is SkipMode.INJECT:
-            shape = (hidden_states.shape[0], self.width)
+            shape = (hidden_states.shape[0], self.state._recorded_width)
             recorded = checked(self.state.residuals.modulation, "recorded output", self.name, shape, hidden_states)
             return recorded[:, self.place].reshape(*hidden_states.shape[:-1], -1)
         output = self.fn_ref.original_forward(hidden_states)
@@ -246,12 +244,13 @@ class RecordedLayerHook(Bound, ModelHook):
 def record_layers(transformer: torch.nn.Module, names: Sequence[str], state: BlockSkipState) -> None:
     """Record the outputs of linear layers with the residuals; see :class:`RecordedLayerHook`."""
     state._recorded_layers = tuple(names)
-    layers: list[Any] = [transformer.get_submodule(name) for name in names]
-    width, start = sum(layer.out_features for layer in layers), 0
-    for name, layer in zip(names, layers, strict=True):
-        hook = RecordedLayerHook(name, slice(start, start + layer.out_features), width, state)
+    start = 0
+    for name in names:
+        layer: Any = transformer.get_submodule(name)
+        hook = RecordedLayerHook(name, slice(start, start + layer.out_features), state)
         HookRegistry.check_if_exists_or_initialize(layer).register_hook(hook, RECORDED_HOOK)
         start += layer.out_features
+    state._recorded_width = start
 
 
 def apply_block_skip(

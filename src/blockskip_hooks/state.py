@@ -139,6 +139,7 @@ class BlockSkipState:
         self._residuals = SpanResiduals()
         self._capture = Capture()
         self._recorded_layers: tuple[str, ...] = ()
+        self._recorded_width = 0
         self._attached = True
         self._in_wrapper = False
         self._handles: list[RemovableHandle] = []

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate.utils import set_module_tensor_to_device
 from diffusers import ModelMixin
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.fsdp import FSDPModule
 
 from .blocks import BlockSpans, as_names, idle_modules, list_blocks, split_blocks
@@ -371,7 +372,9 @@ def _streamed_modules(
 
 
 def _check_loaded(transformer: torch.nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
-    absent = [name for name, p in transformer.named_parameters() if p.is_meta and ".lora_" not in name]
+    tuners = (module for module in transformer.modules() if isinstance(module, BaseTunerLayer))
+    adapters = {part for tuner in tuners for part in tuner.adapter_layer_names}
+    absent = [n for n, p in transformer.named_parameters() if p.is_meta and adapters.isdisjoint(n.split("."))]
     if given := [name for name in absent if f"{prefix}{name}" in state_dict]:
         raise UserError(
             f"{given[0]} is streamed whenever its block runs, so load_state_dict cannot change it; load the weights "

@@ -105,6 +105,9 @@ def test_a_sound_model_in_shards_and_of_a_variant_passes(tmp_path):
     index = model / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
     check_model(model, Flux, None)
     index.rename(index.with_name("diffusion_pytorch_model.safetensors.index.fp16.json"))
+    for name in ("vae", "text_encoder", "text_encoder_2"):
+        for file in (model / name).glob("*.safetensors"):
+            file.rename(file.with_suffix(".fp16.safetensors"))
     check_model(model, Flux, "fp16")
     assert len(index_safetensors(model / "transformer", "fp16")) == len(index_safetensors(Path("model/transformer")))
 

@@ -84,6 +84,8 @@ class FakeTransformer:
         self.model = DiTBlockSkipTransformer(
             transformer, config, family.block_stacks, recorded_layers=self._depth.renamed(recorded, blocks)
         )
+        # Records are as wide as those of all blocks, though fewer are simulated.
+        self.model.skip_state._recorded_width = self._recorded_width
         streamed = self.model.streamed_modules
         self._streamed, self._streamed_names = list(streamed.values()), list(streamed)
         self._halting = [*self._streamed, self.model.spans.kept[0].module]

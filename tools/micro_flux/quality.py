@@ -230,7 +230,7 @@ def figure_lines(report: dict) -> list[str]:
     lines += [
         "",
         f"- The classifier of class and background takes {prompts['as_blobs']['class_right']} of the discs for their "
-        "class: colour is enough for it, not for the silhouettes.",
+        "class, by their colours alone; one in ten would be chance.",
         f"- Offline encoder on pictures and icons it never saw: class {encoder['class_accuracy']:.3f}, background "
         f"{encoder['background_accuracy']:.3f}; retrieval {encoder['retrieval_among_designs_of_the_classes']:.3f} "
         f"among the {encoder['unseen_designs_of_the_classes']} unseen designs of the classes and "

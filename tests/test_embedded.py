@@ -114,7 +114,9 @@ def test_readme_command_runs_on_a_machine_without_anything(tmp_path: Path, capsy
     flags = ["--skip_blocks", "auto", "--max_train_steps", "3", "--num_validation_images", "1"]
     flags += ["--validation_prompt", "a photo of sks dog on the beach"]
     assert script.main([*flags, "--report_to", "none", "--output_dir", str(tmp_path / "out")]) == 0
-    first_lines = capsys.readouterr().out.splitlines()[:2]
+    said = capsys.readouterr().out
+    assert "\nTime     not known yet; what is left of each stage is told after 10 s of it\n" in said
+    first_lines = said.splitlines()[:2]
     assert "embedded micro-FLUX" in first_lines[0] and "embedded subject" in first_lines[1]
     report = json.loads((tmp_path / "out" / "run_report.json").read_text())
     assert report["skip"]["leading"] + report["skip"]["trailing"] == round(0.3 * report["skip"]["blocks"])

@@ -400,6 +400,13 @@ def test_one_prompt_is_a_text_and_words_without_quotes_are_refused(model: Path, 
         prepared(model, photos, "--validation_prompt", *["a", "photo", "of", "sks", "dog"])
 
 
+def test_the_first_screen_says_how_many_steps_there_are_once(model: Path, photos: Path):
+    (rate, _) = training_lines(prepared(model, photos), 400, 1)
+    assert rate == "Rate     constant at 0.01; 400 steps"
+    (rate, _) = training_lines(prepared(model, photos, "--lr_scheduler", "linear", "--lr_warmup_steps", "9"), 400, 1)
+    assert rate == "Rate     warms up for 9 of 400 steps to 0.01, then falls in a line to 0"
+
+
 def test_without_a_prompt_the_first_screen_says_how_to_ask_for_pictures(model: Path, photos: Path):
     (_, line) = training_lines(prepared(model, photos), 4, 1)
     assert line == f'Images   none are made; --validation_prompt "{script.PROMPT} on a beach" asks for some'

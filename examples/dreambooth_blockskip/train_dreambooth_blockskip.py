@@ -27,7 +27,7 @@ from blockskip_hooks import DiTBlockSkipTransformer
 from blockskip_hooks.cli.arguments import build_parser, parse_args, printable_command
 from blockskip_hooks.cli.config_files import dump_config
 from blockskip_hooks.cli.errors import explain, in_full
-from blockskip_hooks.cli.first_screen import training_lines
+from blockskip_hooks.cli.first_screen import TIME, training_lines
 from blockskip_hooks.cli.preparation import known_defaults, prepare_run
 from blockskip_hooks.cli.run_plan import describe_plan, make_plan, planned_device
 from blockskip_hooks.families import PromptEmbeds
@@ -140,8 +140,8 @@ def run_script(settings: TrainSettings, flags: str, stop: StopSignals, lock: Fol
             lines = training_lines(run, stretches.num_steps, accelerator.num_processes)
             print(describe_plan(run, plan, lines), flush=True)
             # A plan replaces nothing but the plan.
-            if not settings.plan_only and (found := describe_output(run, checkpoint)):
-                print(found, flush=True)
+            if not settings.plan_only:
+                print(*filter(None, (TIME, describe_output(run, checkpoint))), sep="\n", flush=True)
             if warning := warn_of_warmup(run.settings, stretches.num_steps):
                 logger.warning(warning)
             write_json(run.output_dir / "plan.json", plan)

@@ -5,10 +5,15 @@ from __future__ import annotations
 from ..training.learning_rate import describe_rate
 from ..training.run import Run
 from ..training.samples import expected_schedule
+from ..utils.progress import FIRST_SECONDS
+
+
+TIME = f"Time     not known yet; what is left of each stage is told after {FIRST_SECONDS:.0f} s of it"
+"""What the first screen of a run says of its time, which nothing tells before it has begun."""
 
 
 def training_lines(run: Run, num_steps: int, num_processes: int) -> list[str]:
-    """What the learning rate will do, and which pictures are made when.
+    """What the learning rate will do in how many steps, and which pictures are made when.
 
     Args:
         run: The run to carry out.
@@ -16,10 +21,9 @@ def training_lines(run: Run, num_steps: int, num_processes: int) -> list[str]:
         num_processes: Processes that share the work.
     """
     scale = run.samples_per_step(num_processes) if run.settings.scale_lr else 1
-    return [
-        f"Rate     {describe_rate(run.settings, num_steps, scale)}",
-        f"Images   {_images(run, num_steps, num_processes)}",
-    ]
+    rate, steps = describe_rate(run.settings, num_steps, scale), f"{num_steps} steps"
+    lines = [f"Rate     {rate}" + ("" if steps in rate else f"; {steps}")]
+    return [*lines, f"Images   {_images(run, num_steps, num_processes)}"]
 
 
 def _images(run: Run, num_steps: int, num_processes: int) -> str:

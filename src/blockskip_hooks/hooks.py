@@ -143,7 +143,8 @@ class PlaceholderHook(Bound, ModelHook):
 
     def _checked(self, residual: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
         span = "leading" if self.is_leading else "trailing"
-        return checked(residual, f"residual of the {span} span", self.block_name, like.shape, like)
+        what = f"residual of the {span} span"
+        return to_like(check_residual(residual, what, self.block_name, like.shape), like)
 
     def _capture(self, *args: Any, **kwargs: Any) -> Any:
         span_input, span_text = self._inputs(args, kwargs)
@@ -189,10 +190,8 @@ class PlaceholderHook(Bound, ModelHook):
         )
 
 
-def checked(
-    residual: torch.Tensor | None, what: str, where: str, shape: Sequence[int], like: torch.Tensor
-) -> torch.Tensor:
-    """A recorded tensor as it is needed, with the device and dtype of ``like``.
+def check_residual(residual: torch.Tensor | None, what: str, where: str, shape: Sequence[int]) -> torch.Tensor:
+    """A recorded tensor that is as it is needed.
 
     Raises:
         ValueError: if it is missing, or is not of this shape and floating point.
@@ -206,6 +205,11 @@ def checked(
         )
     if not residual.is_floating_point():
         raise UserError(f"The {what} has the dtype {residual.dtype}; give floating point.")
+    return residual
+
+
+def to_like(residual: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A recorded tensor with the device and dtype of ``like``."""
     # Under autocast layers cast what they read; a leading span's output may be wider than its input there.
     autocast = torch.is_autocast_enabled(like.device.type)
     return residual.to(like.device, residual.dtype if autocast else like.dtype)
@@ -232,8 +236,8 @@ class RecordedLayerHook(Bound, ModelHook):
     def new_forward(self, module: torch.nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.state.mode is SkipMode.INJECT:
             shape = (hidden_states.shape[0], self.state._recorded_width)
-            recorded = checked(self.state.residuals.modulation, "recorded output", self.name, shape, hidden_states)
-            return recorded[:, self.place].reshape(*hidden_states.shape[:-1], -1)
+            recorded = check_residual(self.state.residuals.modulation, "recorded output", self.name, shape)
+            return to_like(recorded[:, self.place], hidden_states).reshape(*hidden_states.shape[:-1], -1)
         output = self.fn_ref.original_forward(hidden_states)
         if self.state.mode is SkipMode.CAPTURE:
             self.state._capture.recorded[self.name] = output.flatten(1).detach()

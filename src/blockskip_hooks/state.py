@@ -85,7 +85,7 @@ class SpanResiduals:
     def to(self, device: torch.device | str) -> SpanResiduals:
         """Copy to ``device``; dtypes are kept."""
         # A host would read what has not arrived yet.
-        waits = str(device).startswith("cpu")
+        waits = torch.device(device).type == "cpu"
         return SpanResiduals(**{name: t.to(device, non_blocking=not waits) for name, t in self.tensors().items()})
 
 

@@ -102,7 +102,7 @@ def encode_latents(
     return latents
 
 
-def _check_finite(samples: Sequence[Sample], tensor: torch.Tensor, maker: SampleMaker, maker_of: str) -> None:
+def _check_finite(samples: Sequence[Sample], tensor: torch.Tensor, maker: SampleMaker, what: str) -> None:
     """Check a tensor ``(B, ...)``, so that no record holds what would only show as a loss that is not a number.
 
     Raises:
@@ -112,7 +112,7 @@ def _check_finite(samples: Sequence[Sample], tensor: torch.Tensor, maker: Sample
     broken = [maker.describe(sample) for sample, fine in zip(samples, finite, strict=True) if not fine]
     if broken:
         raise UserError(
-            f"{maker_of} that are not finite of {broken[0]}, one of {len(broken)} in a batch; give another "
+            f"{what} that are not finite of {broken[0]}, one of {len(broken)} in a batch; give another "
             "--mixed_precision, or check the photo and the model's files."
         )
 
@@ -164,10 +164,10 @@ def precompute_records(
         of_part = [latents[sample.id] if sample.id in latents else store.read(sample.id)["latents"] for sample in part]
         batch = maker.batch(part, torch.stack(of_part))
         residuals = capture(model, maker, batch) if captures else SpanResiduals()
-        made = {name: t.cpu() for name, t in {"latents": batch.recorded_latents, **residuals.tensors()}.items()}
-        for tensor in made.values():
+        recorded = {name: tensor.cpu() for name, tensor in residuals.tensors().items()}
+        for tensor in recorded.values():
             _check_finite(part, tensor, maker, "The transformer makes residuals")
-        return made
+        return {"latents": batch.recorded_latents.cpu(), **recorded}
 
     def run(size: int) -> int:
         # Called again when memory runs out, with half the size and then one forward at a time; what is written stays.

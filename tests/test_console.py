@@ -148,14 +148,15 @@ def test_without_a_card_no_recipe_is_named():
     assert "gb.yaml" not in said and "blockskip plan --preset flux.1-dev --gpu 12GB" in said
 
 
-@pytest.mark.parametrize("memory", [None, 12_600_000_000])
-def test_lines_of_doctor_can_be_copied_whole(memory: int | None):
-    for line in doctor.fitting_lines(memory):
+@pytest.mark.parametrize(("memory", "bf16"), [(None, True), (12_600_000_000, True), (15_800_000_000, False)])
+def test_lines_of_doctor_can_be_copied_whole(memory: int | None, bf16: bool):
+    for line in doctor.fitting_lines(memory, bf16):
         if not line.startswith("blockskip "):
             continue
         command, *words = shlex.split(line, comments=True)[1:]
         if command == "train":
-            parse_args(words)
+            precision = parse_args(words).mixed_precision
+            assert precision == (("bf16" if bf16 else "fp16") if "--config" in words else None)
         else:
             load_script("plan_memory").check_args(load_script("plan_memory").build_parser().parse_args(words))
 

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("Machine", machine_lines()),
         ("Packages", package_lines()),
         ("Tested", tested_lines()),
-        ("Fits", fitting_lines(memory)),
+        ("Fits", fitting_lines(memory, multiplies_bf16())),
     ):
         print("\n".join([title, *(f"  {line}" for line in lines)]))
     return 0
@@ -61,6 +61,11 @@ def gpu_memory() -> int | None:
     if not torch.cuda.is_available():
         return None
     return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+
+
+def multiplies_bf16() -> bool:
+    """Whether the accelerator, if there is one, has bf16 in hardware; cards before Ampere, such as a T4, do not."""
+    return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def machine_lines() -> list[str]:
@@ -105,8 +110,13 @@ def tested_lines() -> list[str]:
     ]
 
 
-def fitting_lines(memory: int | None) -> list[str]:
-    """The recipes of FLUX.1-dev that a card of ``memory`` bytes has room for, and how to ask for other models."""
+def fitting_lines(memory: int | None, bf16: bool = True) -> list[str]:
+    """The recipe of FLUX.1-dev that a card has room for, and how to ask for other models.
+
+    Args:
+        memory: Bytes of the card; ``None`` without one.
+        bf16: Whether it has bf16 in hardware.
+    """
     # A line can be copied whole: a shell leaves out what is behind the #.
     lines = ["blockskip train --skip_blocks auto  # the embedded model, on any machine"]
     # A card of 16 GB says 15.8e9 bytes, one of 12 GB says 12.6e9.
@@ -114,6 +124,9 @@ def fitting_lines(memory: int | None) -> list[str]:
     if (size := max((size for size in SIZES if size <= gigabytes), default=None)) is not None:
         recipe = shipped(f"configs/flux-{size}gb.yaml")
         what = recipe.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
-        lines += [f"blockskip train --config {recipe}", f"  {what} Simulated."]
+        precision = "" if bf16 else " --mixed_precision fp16"
+        lines += [f"blockskip train --config {recipe}{precision}", f"  {what} Simulated."]
+        if not bf16:
+            lines.append("  This card has bf16 in software only, which is slow, so fp16 stands in the recipe's place.")
     card = f"{size or 12}GB"
     return [*lines, f"blockskip plan --preset flux.1-dev --gpu {card}  # other models: blockskip plan --help"]

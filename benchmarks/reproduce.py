@@ -124,7 +124,7 @@ ROWS: dict[str, Row] = {
     **{name: _FIFTY[name] for name in ("skip50", "skip50_refresh", "skip50_dynamic", "skip50_dynamic_refresh")},
     **{name: _THIRTY[name] for name in ("skip30", "skip30_refresh", "skip30_dynamic", "skip30_dynamic_refresh")},
     **{name: _FIFTY[name] for name in ("skip50_none",)},
-    **{name: _RULE[name] for name in ("rule50", "rule50_none")},
+    **{name: _RULE[name] for name in ("rule50", "rule50_refresh", "rule50_none")},
     "leading50": Row("first 50 % skipped at R", {"--skip_blocks": "9,0"} | AT_R, (28, 0)),
     "middle50": Row("LoRA in the kept blocks of 50 %, nothing skipped", MIDDLE, FLUX_50, "none", True),
     "resize": Row("LoRA, plain resize", {"--patch_sampling": "resize"}, patches="resize"),

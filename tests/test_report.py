@@ -19,6 +19,7 @@ from blockskip_hooks.reporting.model_card import (
     usage_snippet,
     write_model_card,
 )
+from blockskip_hooks.reporting.outputs import remove_pictures
 from blockskip_hooks.reporting.page import ReportImages, write_report
 from blockskip_hooks.utils.pictures import SheetRow, contact_sheet
 
@@ -340,3 +341,15 @@ def test_code_cannot_be_closed_from_inside(text: str):
 @pytest.mark.parametrize(("name", "expected"), [("a/b", True), ("a", False), ("./a/b", False), ("/a/b", False)])
 def test_hub_ids(name: str, expected: bool):
     assert is_hub_id(name) is expected
+
+
+def test_pictures_of_an_earlier_run_go_and_those_of_other_folders_stay(tmp_path: Path):
+    for folder in (tmp_path / "run", tmp_path / "photos"):
+        folder.mkdir()
+        for name in ("before_after.png", "image_0.png", "image_11.png", "image_of_mine.png"):
+            Image.new("RGB", (4, 4)).save(folder / name)
+    (tmp_path / "run" / "run_report.json").write_text("{}")
+    for folder in (tmp_path / "run", tmp_path / "photos", tmp_path / "not there"):
+        remove_pictures(folder)
+    assert [path.name for path in (tmp_path / "run").glob("*.png")] == ["image_of_mine.png"]
+    assert len(list((tmp_path / "photos").iterdir())) == 4

@@ -6,6 +6,7 @@ import inspect
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -116,6 +117,7 @@ class RunOutputs:
             after: The trained model's images of each final prompt.
         """
         run, folder = self.run, self.run.output_dir
+        remove_pictures(folder)
         write_json(folder / "run_report.json", report)
         images = self._images(report, run.final_prompts, before, after)
         if before and after:
@@ -201,6 +203,13 @@ class RunOutputs:
             embedded=run.embedded,
             condition="condition.png" if run.settings.condition_flag else None,
         )
+
+
+def remove_pictures(folder: Path) -> None:
+    """Remove the pictures of an earlier run's LoRA, which this run's replaces; in other folders nothing is ours."""
+    if (folder / "run_report.json").is_file():
+        for picture in (folder / PICTURE_NAME, *folder.glob("image_[0-9]*.png")):
+            picture.unlink(missing_ok=True)
 
 
 def lora_size(run: Run, transformer: ModelMixin) -> dict[str, int]:

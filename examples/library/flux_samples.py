@@ -19,7 +19,7 @@ def load_pipeline() -> FluxPipeline:
 
 @torch.no_grad()
 def make_samples(
-    pipeline: FluxPipeline, subject: str = "backpack", size: int = 128
+    pipeline: FluxPipeline, subject: str = "teapot", size: int = 128
 ) -> list[tuple[dict[str, Any], Any]]:
     """Arguments of the transformer and the velocity it should predict, for each photo at one noise level each."""
     prompt = embedded_subjects()[subject]["instance_prompt"]

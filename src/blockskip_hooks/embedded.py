@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 
-DEFAULT_SUBJECT = "backpack"
+DEFAULT_SUBJECT = "teapot"
 
 BEST_CLASSES = ("backpack", "boot", "cat", "clock", "dog", "mug", "robot", "teapot", "teddy bear", "vase")
 """The classes that the embedded model draws best; its card names others."""
@@ -50,7 +50,7 @@ def embedded_pipeline(lora: str | Path | None = None) -> Callable[..., Any]:
 
     Example:
         >>> pipeline = embedded_pipeline("flux-dreambooth-lora")
-        >>> pipeline("a photo of sks backpack in the snow").images[0].save("image.png")
+        >>> pipeline("a photo of sks teapot in the snow").images[0].save("image.png")
     """
     import torch
     from diffusers import DiffusionPipeline

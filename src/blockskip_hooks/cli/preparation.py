@@ -69,8 +69,8 @@ def prepare_run(settings: TrainSettings) -> Run:
     if embedded:
         defaults |= _embedded_defaults(settings)
         if "instance_data_dir" in defaults:
-            # The first one's red background hides the edges of a pink backpack.
-            prompts = embedded_subjects()[DEFAULT_SUBJECT]["validation_prompts"][-EMBEDDED_PROMPTS:]
+            # The last one's red background hides the edges of a pink teapot.
+            prompts = embedded_subjects()[DEFAULT_SUBJECT]["validation_prompts"][:EMBEDDED_PROMPTS]
     settings = apply_defaults(settings, {**family_class.flag_defaults, **defaults})
     if settings.lora_alpha is None:
         settings = settings.with_values({"lora_alpha": settings.rank})

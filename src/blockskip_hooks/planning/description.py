@@ -41,11 +41,11 @@ def format_plan(
         origin = re.search(r" \((shipped, )?(\w+): (?:.*?(\d+ [\w -]+ x \d+ seeds))?", skip["table"] or "")
         source = skip["source"]
         if origin:
-            kind = f"{'shipped' if origin[1] else 'own'} table, {origin[2]}"
-            source = f"{kind}: {origin[3]}" if origin[3] else kind
+            basis = f": {origin[3].replace('class ', '')}" if origin[3] else f", {origin[2]}"
+            source = ("shipped" if origin[1] else "own") + basis
         lines.append(
-            f"         {kept} of {skip['blocks']} train (■); skipped (□): first {skip['leading']}, last "
-            f"{skip['trailing']}, {skip['ratio']:.0%} ({source})"
+            f"         skipped (□): first {skip['leading']}, last {skip['trailing']} of {skip['blocks']}, "
+            f"{skip['ratio']:.0%} ({source})"
         )
     if plan["quantization"]:
         lines.append(f"Weights  kept blocks' linear layers in {plan['quantization']}")

@@ -176,7 +176,7 @@ def measure_table(images: MaskedImages, request: SearchRequest, command: str) ->
     leading = _curve(curves.leading, curves.measured_leading)
     trailing = _curve(curves.trailing, curves.measured_trailing)
     loras = sum(subject.lora is not None for subject in request.subjects)
-    kind = f"{loras} fine-tuned subjects" if loras else f"the base model, {len(request.subjects)} class prompts"
+    kind = f"{loras} LoRAs" if loras else f"the base model, {len(request.subjects)} class prompts"
     config = load_config(request.transformer_folder)
     return {
         "schema": 1,

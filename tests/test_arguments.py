@@ -111,7 +111,7 @@ def test_unknown_defaults_are_refused(name):
         (["--residual_budget", "lots"], ["--residual_budget: 'lots' is not", "8GB"]),
         (["--aspect_ratio_buckets", "64x96"], ["--aspect_ratio_buckets is '64x96'", "height,width", "1024,1024;"]),
         (["--lora_layers", " "], ["--lora_layers is empty"]),
-        (["--select_on", "base"], ["--select_on is gone", "select_blocks.py", "--skip_blocks auto"]),
+        (["--select_on", "base"], ["--select_on is gone", "blockskip select", "--skip_blocks auto"]),
         (["--probe_steps=5"], ["--probe_steps is gone", "--lora_weights"]),
     ],
 )

@@ -19,6 +19,8 @@ from blockskip_hooks.planning.counters import Meter
 from blockskip_hooks.planning.description import format_plan
 from blockskip_hooks.planning.request import PlanRequest
 from blockskip_hooks.planning.stages import RECORD_OVERHEAD, plan_run
+from blockskip_hooks.search.tables import SelectionTable, shipped_tables
+from blockskip_hooks.selection import from_table
 from tests.plans import LAYERS, TEXT_TOKENS, Preset, fake_transformer, load_preset, request_for, stage
 from tests.tiny import TINY_FAMILIES
 
@@ -249,6 +251,33 @@ def test_format_plan_shows_blocks_and_says_simulated(skipping_plan: dict[str, An
     assert "does not fit" in text
     assert text.lower().count("simulated") == 1
     assert "out/pytorch_lora_weights.safetensors" in text
+
+
+FEW = SelectionTable(
+    "m", 5, "measured", "text masked in 2 LoRAs x 1 seeds, encoder a/b-c", leading=(0,) * 5, trailing=(0,) * 5
+)
+MANY = replace(FEW, about="text masked in the base model, 8 class prompts x 2 seeds, encoder a/b-c", date="2026-01-01")
+INFERRED = SelectionTable("m", 5, "inferred", "from (other) figures; not 3 x 4", shipped=True)
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        (FEW, "(own: 2 LoRAs x 1 seeds)"),
+        (MANY, "(own: 8 prompts x 2 seeds)"),
+        (replace(MANY, shipped=True), "(shipped: 8 prompts x 2 seeds)"),
+        (INFERRED, "(shipped, inferred)"),
+    ],
+)
+def test_a_plan_says_whose_table_it_goes_by_and_what_that_rests_on(
+    skipping_plan: dict[str, Any], table: SelectionTable, said: str
+) -> None:
+    text = format_plan({**skipping_plan, "skip": from_table(table, (1, 1)).as_dict()})
+    assert f"first 1, last 1 of 5, 40% {said}" in text
+
+
+def test_shipped_tables_are_said_to_be_shipped() -> None:
+    assert all(table.shipped and "(shipped, " in table.describe() for table in shipped_tables())
 
 
 def test_live_bytes_counts_a_storage_once_and_until_it_is_freed() -> None:

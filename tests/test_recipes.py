@@ -222,7 +222,12 @@ def test_a_command_of_the_pages_runs(words, ground):
     common = [*flags, MODEL, str(tiny.folder), "--resolution", str(tiny.resolution), "--max_sequence_length", "12"]
     common += ["--num_inference_steps", "1", "--seeds", "0"]
     if name == "select_blocks":
-        common += ["--encoder", "offline", "--prompts", "a dog"]
+        common += ["--encoder", "offline"]
+        if "--lora_weights" in flags:
+            for lora in ("flux-dog", "flux-cat"):
+                save_random_lora(tiny, ground / lora, alpha=1)
+        else:
+            common += ["--prompts", "a dog"]
     else:
         save_random_lora(tiny, ground / "flux-dog", alpha=1)
         save_vit(ground / "encoder")

@@ -91,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     flag(
         "--selection_table",
-        help="Table that says which blocks to skip, from select_blocks.py; default: what is known.",
+        help="Table that says which blocks to skip, from blockskip select; default: what is known.",
     )
     flag("--resolution", type=int, help="Largest patch in pixels; default: 512, with --gpu that of the recipes.")
     flag("--training_resolution", type=int, help="Side trained at; default: half of --resolution if blocks skip.")

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,7 +46,7 @@ from blockskip_hooks.inference.streamed_model import (
     stream_all,
 )
 from blockskip_hooks.loading.component_config import load_config
-from blockskip_hooks.search.masking_search import MaskedImages, Subject
+from blockskip_hooks.search.masking_search import RATIOS, MaskedImages, Subject
 from blockskip_hooks.search.measure import (
     DEFAULT_SEEDS,
     DEFAULT_STEPS,
@@ -58,10 +58,10 @@ from blockskip_hooks.search.measure import (
     open_search,
 )
 from blockskip_hooks.search.picture import draw_images, draw_table, masked_variants
-from blockskip_hooks.search.tables import cache_file, read_table
+from blockskip_hooks.search.tables import SelectionTable, cache_file, find_table, read_table
+from blockskip_hooks.selection import number_of_skipped
 from blockskip_hooks.utils.errors import UserError
 from blockskip_hooks.utils.files import expand_home, home_path, write_json
-from blockskip_hooks.utils.formatting import format_seconds
 
 
 LARGEST_SIDE = 512
@@ -83,7 +83,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--prompts", nargs="+", help="One prompt for each LoRA, or prompts for the base model; default: some classes."
     )
     flag("--seeds", nargs="+", type=int, default=list(DEFAULT_SEEDS), help="Seeds of each subject's images.")
-    flag("--encoder", type=expand_home, help=f"Image encoder: hub id, folder, or offline; default: {DEFAULT_ENCODER}.")
+    flag(
+        "--encoder",
+        type=expand_home,
+        help="Image encoder: hub id, folder, or offline, which compares colours and edges by place and needs no "
+        f"download; default: {DEFAULT_ENCODER}, for the embedded model its own.",
+    )
     flag("--resolution", type=int, help="Side of the images in pixels; default: 512, or what the model asks for.")
     flag("--num_inference_steps", type=int, default=DEFAULT_STEPS, help="Denoising steps of the images.")
     flag("--search_stride", type=int, default=1, help="Measure every how many blocks, then closer where it counts.")
@@ -91,7 +96,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--window_lengths",
         nargs="*",
         type=int,
-        help="Lengths, in blocks, of inner runs to mask for the heat map; default: none.",
+        help="Lengths, in blocks, of inner runs to mask for the heat map, or nothing for none; default: 1, and a "
+        "ninth, a sixth and a third of the blocks.",
     )
     flag("--images_at_once", type=int, help="Images in one forward; default: by their size.")
     flag("--stream_blocks", action="store_true", help="Read blocks from the files as they run, whatever is free.")
@@ -129,9 +135,13 @@ def main(argv: list[str] | None = None) -> None:
     command = printable_command([Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)])
     with errors_in_one_line(WORK_ERROR, "select", args.hub_token):
         images = open_search(request)
-        print(f"Estimate {estimate(images, request, number)}", flush=True)
-        contents = measure_table(images, request, command)
-        write_outputs(args, images, request, contents)
+        print(f"Found    {len(images.vectors):,} finished ones", flush=True)
+        try:
+            contents = measure_table(images, request, command)
+            write_outputs(args, images, request, contents)
+        except KeyboardInterrupt:
+            kept = f"the {len(images.vectors):,} images that are kept in {args.output_dir}"
+            raise KeyboardInterrupt(f"The same command goes on from {kept}.") from None
 
 
 def make_request(args: argparse.Namespace) -> SearchRequest:
@@ -210,15 +220,6 @@ def check_blocks(args: argparse.Namespace, num_blocks: int) -> None:
             raise UserError(f"--{name} is {value}; the model has {num_blocks} blocks: give 1 to {num_blocks - 1}.")
 
 
-def estimate(images: MaskedImages, request: SearchRequest, number: int) -> str:
-    """How long the search will take, by the time of one forward's images."""
-    start, done = time.monotonic(), len(images.vectors)
-    images.images(request.subjects[0], [(request.seeds[0], (0, 0))] * request.images_at_once)
-    seconds = (time.monotonic() - start) / request.images_at_once
-    left = max(number - done, 0)
-    return f"about {format_seconds(left * seconds)} for {left:,} images, {done:,} are finished"
-
-
 def write_outputs(args: argparse.Namespace, images: MaskedImages, request: SearchRequest, contents: dict) -> None:
     """Write the table and the pictures, and say what was chosen."""
     file = args.output_dir / "selection.json"
@@ -227,18 +228,30 @@ def write_outputs(args: argparse.Namespace, images: MaskedImages, request: Searc
     draw_table(contents, table, args.output_dir / "selection.png")
     columns = masked_variants(table.num_blocks, contents["pairs"])
     draw_images(
-        {s.name: images.images(s, [(request.seeds[0], run) for run in columns.values()]) for s in request.subjects},
+        {
+            # One at a time: all columns of a row may be more than --images_at_once.
+            f"{s.name}: {s.prompt}": [images.images(s, [(request.seeds[0], run)])[0] for run in columns.values()]
+            for s in request.subjects
+        },
         list(columns),
         args.output_dir / "masked_images.png",
     )
-    for ratio in (0.3, 0.4, 0.5):
-        skipped = min(max(round(ratio * table.num_blocks), 1), table.num_blocks - 1)
-        leading, trailing = table.pairs[skipped]
+    for ratio in RATIOS:
+        leading, trailing = table.pairs[number_of_skipped(ratio, table.num_blocks)]
         print(f"{ratio:.0%} skipped: first {leading}, last {trailing} of {table.num_blocks}")
     print(f"Table:    {file}\nPictures: {args.output_dir / 'selection.png'}, {args.output_dir / 'masked_images.png'}")
     if not args.no_cache:
-        write_json(cache_file(contents["weights"]), contents)
-        print(f"--skip_blocks auto finds it in {cache_file(contents['weights'])}")
+        keep_table(contents, table)
+
+
+def keep_table(contents: dict, table: SelectionTable) -> None:
+    """Put the table where ``--skip_blocks auto`` looks for it, and say which one it takes the place of."""
+    file, before = cache_file(contents["weights"]), None
+    with suppress(UserError):  # A damaged one is replaced, too.
+        before = find_table(table.num_blocks, table.names, table.weights)
+    write_json(file, contents)
+    instead = f", in place of {before.describe()}" if before and before != table else ""
+    print(f"--skip_blocks auto uses it from now on{instead}; to go back, delete {file}")
 
 
 if __name__ == "__main__":

@@ -131,9 +131,13 @@ def select_blocks(
         return Selection(num_blocks, 0, 0, "flag")
     if isinstance(choice, tuple):
         return Selection(num_blocks, *choice, "flag")
-    # At least one block is skipped and one is kept, however small the model.
-    skipped = min(max(round(skip_ratio * num_blocks), 1), num_blocks - 1) if choice == "auto" else choice
+    skipped = number_of_skipped(skip_ratio, num_blocks) if choice == "auto" else choice
     return split_between_ends(skipped, num_blocks, table)
+
+
+def number_of_skipped(ratio: float, num_blocks: int) -> int:
+    """k of a share of the blocks: at least one is skipped and one is kept, however small the model."""
+    return min(max(round(ratio * num_blocks), 1), num_blocks - 1)
 
 
 def split_between_ends(skipped: int, num_blocks: int, table: SelectionTable | None = None) -> Selection:

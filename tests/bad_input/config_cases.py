@@ -46,5 +46,5 @@ CONFIG_CASES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "a truth as a text": (words("skip_blocks: off"), ["skip_blocks is False", "a text in quotes"]),
     "a date as a text": (words("output_dir: 2026-01-01"), ["output_dir is", "quote a text"]),
     "a mapping as a text": (words("instance_prompt: {a: dog}"), ["instance_prompt is {'a': 'dog'}", "quote a text"]),
-    "a flag that went": (words("select_on: base"), ["select_on is gone", "select_blocks.py"]),
+    "a flag that went": (words("select_on: base"), ["select_on is gone", "blockskip select"]),
 }

@@ -197,7 +197,9 @@ def _check_skipping(settings: TrainSettings) -> None:
     if settings.skip_budget is not None and settings.memory_budget is not None:
         raise UserError("--skip_budget and --memory_budget both choose the blocks to skip; give one of them.")
     if settings.selection_table is not None and not Path(settings.selection_table).is_file():
-        raise UserError(f"--selection_table {settings.selection_table} is not a file; give one of select_blocks.py's.")
+        inside = Path(settings.selection_table) / "selection.json"
+        meant = inside if inside.is_file() else "the selection.json of a blockskip select"
+        raise UserError(f"--selection_table {settings.selection_table} is not a file; give {meant}.")
     for option in settings.memory_options:
         if option not in MEMORY_OPTIONS:
             raise UserError(f"--memory_options is '{option}'; choose from {', '.join(MEMORY_OPTIONS)}.")

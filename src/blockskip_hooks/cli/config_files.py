@@ -24,9 +24,9 @@ from .console import shipped
 NOT_IN_FILES = ("help", "config", "dump_config", "local_rank")
 # Flags that went, and what does their work.
 GONE = {
-    "select_on": "measure once with select_blocks.py, and --skip_blocks auto finds its table",
-    "selection_encoder": "give --encoder to select_blocks.py",
-    "probe_steps": "train a short run and give its LoRA to select_blocks.py by --lora_weights",
+    "select_on": "measure once with blockskip select, and --skip_blocks auto finds its table",
+    "selection_encoder": "give --encoder to blockskip select",
+    "probe_steps": "train a short run and give its LoRA to blockskip select by --lora_weights",
 }
 _ACCELERATE_KEYS = {"compute_environment", "distributed_type", "num_machines"}
 

@@ -41,6 +41,9 @@ def explain(error: BaseException, stage: str | None = None, secret: str | None =
             f"Another process of this run ended or cannot be reached, so process {os.environ.get('RANK', '0')} ends "
             "too; the same command with --resume_from_checkpoint latest goes on from the last checkpoint."
         )
+    elif _ran_out_of_memory(error) and stage in ("select", "evaluate"):
+        more = ", or give --stream_blocks" if stage == "select" else ""
+        line = f"Memory ran out in stage {stage} ({first_line(error)}); lower --images_at_once or --resolution{more}."
     elif _ran_out_of_memory(error):
         line = (
             f"Memory ran out in stage {stage or 'plan'} ({first_line(error)}); give --memory_budget with what "

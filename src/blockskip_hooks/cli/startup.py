@@ -8,6 +8,7 @@ import functools
 import logging
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -142,7 +143,7 @@ def errors_in_one_line(code: int, stage: str | None = None, secret: str | None =
 
 
 def returns_exit_code(main: Callable[[list[str] | None], None]) -> Callable[..., int]:
-    """Let a script's ``main`` return its exit code: 0, or that of :func:`errors_in_one_line`."""
+    """Let a script's ``main`` return its exit code: 0, of :func:`errors_in_one_line`, or of SIGINT, after a line."""
 
     @functools.wraps(main)
     def wrapper(argv: list[str] | None = None) -> int:
@@ -150,6 +151,9 @@ def returns_exit_code(main: Callable[[list[str] | None], None]) -> Callable[...,
             main(argv)
         except Failed as failure:
             return failure.code
+        except KeyboardInterrupt as stop:
+            print(f"Stopped by SIGINT. {stop}".rstrip(), file=sys.stderr)
+            return 128 + signal.SIGINT
         return 0
 
     return wrapper

@@ -74,7 +74,9 @@ def resolve_model(
 
 
 def _why_not(name: str, error: Exception) -> str:
-    """Why a hub id could not be downloaded, and what to do."""
+    """Why a model could not be downloaded, and what to do."""
+    if Path(name).is_absolute() or name.startswith((".", "~")):  # No hub id is like that.
+        return f"{name} is not there; name the folder of a model, or its id on the hub."
     if isinstance(error, GatedRepoError):
         return f"{name} is gated: accept its licence on {constants.ENDPOINT}/{name}, then run: hf auth login"
     if constants.HF_HUB_OFFLINE:

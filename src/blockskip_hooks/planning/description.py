@@ -37,12 +37,15 @@ def format_plan(
     if kept == skip["blocks"]:
         lines.append(f"         all {kept} blocks train")
     else:
-        # A table's name and how its figures were come by are a long line, and in plan.json.
-        origin = re.search(r" \((\w+)[^()]*\)$", skip["table"] or "")
-        source = f"table, {origin[1]}" if origin else skip["source"]
+        # All that a table says of itself is a long line, and in plan.json: here whose it is and what it rests on.
+        origin = re.search(r" \((shipped, )?(\w+): (?:.*?(\d+ [\w -]+ x \d+ seeds))?", skip["table"] or "")
+        source = skip["source"]
+        if origin:
+            basis = f": {origin[3].replace('class ', '')}" if origin[3] else f", {origin[2]}"
+            source = ("shipped" if origin[1] else "own") + basis
         lines.append(
-            f"         {kept} of {skip['blocks']} train (■); skipped (□): first {skip['leading']}, last "
-            f"{skip['trailing']}, {skip['ratio']:.0%} ({source})"
+            f"         skipped (□): first {skip['leading']}, last {skip['trailing']} of {skip['blocks']}, "
+            f"{skip['ratio']:.0%} ({source})"
         )
     if plan["quantization"]:
         lines.append(f"Weights  kept blocks' linear layers in {plan['quantization']}")

@@ -6,8 +6,7 @@ with masked blocks of its own. What is finished is on disk, so that a killed sea
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
-from contextlib import closing
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,13 @@ from diffusers import ModelMixin
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 from ..families import Family, PromptEmbeds
 from ..inference.generate import generate_images
 from ..inference.image_encoders import ImageEncoder
 from ..inference.lora_files import load_adapter
-from ..selection import best_pairs
+from ..selection import best_pairs, number_of_skipped
 from ..transformer import DiTBlockSkipTransformer
 from ..utils.errors import UserError
 from ..utils.files import save_tensors
@@ -67,6 +67,7 @@ class MaskedImages:
         pipeline_kwargs: Size, steps and guidance of the images.
         batch_size: Images in one forward.
         store: The file that finished ones are kept in; one for each set of settings.
+        most: How many images the search makes at most, finished ones included.
     """
 
     family: Family
@@ -78,31 +79,29 @@ class MaskedImages:
     pipeline_kwargs: dict[str, Any]
     batch_size: int
     store: Path
+    most: int = 0
     vectors: dict[str, torch.Tensor] = field(init=False)
+    bar: tqdm = field(init=False)
 
     def __post_init__(self) -> None:
         try:
             self.vectors = load_file(self.store) if self.store.is_file() else {}
         except SafetensorError as error:
             raise UserError(f"{self.store} is damaged ({error}); remove it to make its images anew.") from error
+        self.bar = progress_bar("Masked images, at most", self.most, "image", initial=len(self.vectors))
 
     def measure(self, subjects: Sequence[Subject], seeds: Sequence[int], runs: Iterable[BlockRun]) -> None:
         """Make what is missing of the images of every subject, seed and masked run, and of the unmasked ones."""
         wanted = [NOTHING, *runs]
-        missing = {
-            subject: [(seed, run) for seed in seeds for run in wanted if _key(subject, seed, run) not in self.vectors]
-            for subject in subjects
-        }
-        total = sum(map(len, missing.values()))
-        with closing(progress_bar("Masked images", total, "image")) as bar:
-            for subject, variants in missing.items():
-                for start in range(0, len(variants), self.batch_size):
-                    batch = variants[start : start + self.batch_size]
-                    embedded = self.encoder.embed(self.images(subject, batch))
-                    for (seed, run), vector in zip(batch, embedded, strict=True):
-                        self.vectors[_key(subject, seed, run)] = vector.clone()
-                    self._save()
-                    bar.update(len(batch))
+        for subject in subjects:
+            missing = [(seed, run) for seed in seeds for run in wanted if _key(subject, seed, run) not in self.vectors]
+            for start in range(0, len(missing), self.batch_size):
+                batch = missing[start : start + self.batch_size]
+                embedded = self.encoder.embed(self.images(subject, batch))
+                for (seed, run), vector in zip(batch, embedded, strict=True):
+                    self.vectors[_key(subject, seed, run)] = vector.clone()
+                self._save()
+                self.bar.update(len(batch))
 
     def images(self, subject: Subject, variants: Sequence[tuple[int, BlockRun]]) -> list[Image.Image]:
         """One image for each pair of a seed and a masked run."""
@@ -129,10 +128,6 @@ class MaskedImages:
         ]
         cosines = torch.stack([first @ second for first, second in pairs])
         return (1 - cosines).reshape(len(subjects), len(seeds))
-
-    def is_measured(self, subjects: Sequence[Subject], seeds: Sequence[int], run: BlockRun) -> bool:
-        """Whether :meth:`distances` of this run can be asked for."""
-        return all(_key(subject, seed, run) in self.vectors for subject in subjects for seed in seeds)
 
     def _adapt(self, subject: Subject) -> None:
         """Let the subject's LoRA, or none, take part."""
@@ -214,20 +209,27 @@ def search_curves(
         runs = [leading_run(n) for n in sorted(wanted["leading"])]
         runs += [trailing_run(m, num_blocks) for m in sorted(wanted["trailing"])]
         images.measure(subjects, seeds, runs)
-        curves = _read_curves(images, subjects, seeds, num_blocks)
+        curves = _read_curves(images, subjects, seeds, num_blocks, wanted)
         if step == 1:
             return curves
         step = -(-step // 2)
         for ratio in RATIOS:
-            leading, trailing = curves.pairs[min(max(round(ratio * num_blocks), 1), num_blocks - 1)]
+            leading, trailing = curves.pairs[number_of_skipped(ratio, num_blocks)]
             for end, chosen in (("leading", leading), ("trailing", trailing)):
                 wanted[end] |= {n for n in (chosen - step, chosen, chosen + step) if 0 < n < num_blocks}
 
 
-def _read_curves(images: MaskedImages, subjects: Sequence[Subject], seeds: Sequence[int], num_blocks: int) -> Curves:
+def _read_curves(
+    images: MaskedImages,
+    subjects: Sequence[Subject],
+    seeds: Sequence[int],
+    num_blocks: int,
+    wanted: Mapping[str, Collection[int]],
+) -> Curves:
+    """The curves by what this round of the search wants: more may be there from another search, or a killed one."""
     ends = []
-    for run_of in (leading_run, lambda number: trailing_run(number, num_blocks)):
-        known = [0, *(n for n in range(1, num_blocks) if images.is_measured(subjects, seeds, run_of(n)))]
+    for end, run_of in (("leading", leading_run), ("trailing", lambda number: trailing_run(number, num_blocks))):
+        known = [0, *sorted(wanted[end])]
         values = torch.stack([images.distances(subjects, seeds, run_of(n)) for n in known])
         # Nothing masked is no difference at all, whatever rounding says.
         values[0] = 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ..config import BlockSkipConfig
 from ..embedded import embedded_subjects
 from ..families import Family
 from ..inference.image_encoders import load_image_encoder
+from ..inference.lora_files import lora_file
 from ..inference.streamed_model import (
     block_parameters,
     describe_images,
@@ -24,7 +26,7 @@ from ..inference.streamed_model import (
 )
 from ..loading.component_config import load_config
 from ..selection import best_pairs
-from ..utils.digests import fingerprint, folder_digest
+from ..utils.digests import file_digest, fingerprint, folder_digest
 from ..utils.machine import versions
 from .masking_search import (
     NOTHING,
@@ -95,7 +97,10 @@ class SearchRequest:
         """Everything that the images depend on."""
         return {
             **describe_images(self.family, self.pipeline_kwargs, self.dtype),
-            "subjects": [[subject.name, subject.prompt, _lora_digest(subject)] for subject in self.subjects],
+            "subjects": [
+                [subject.name, subject.prompt, subject.lora and file_digest(lora_file(subject.lora))]
+                for subject in self.subjects
+            ],
             "encoder": self.encoder,
         }
 
@@ -124,15 +129,16 @@ def open_search(request: SearchRequest) -> MaskedImages:
     embeds, negative = encode_for_images(
         family, prompts, request.pipeline_kwargs, dtype=request.dtype, device=request.device
     )
+    model = load_image_transformer(
+        family,
+        dtype=request.dtype,
+        device=request.device,
+        spans=request.spans,
+        takes_lora=any(subject.lora is not None for subject in request.subjects),
+    )
     return MaskedImages(
         family=family,
-        model=load_image_transformer(
-            family,
-            dtype=request.dtype,
-            device=request.device,
-            spans=request.spans,
-            takes_lora=any(subject.lora is not None for subject in request.subjects),
-        ),
+        model=model,
         vae=family.load_vae(request.dtype, request.device),
         encoder=encoder,
         embeds=embeds,
@@ -140,6 +146,7 @@ def open_search(request: SearchRequest) -> MaskedImages:
         pipeline_kwargs=request.pipeline_kwargs,
         batch_size=request.images_at_once,
         store=request.folder / f"masked-{fingerprint(request.describe())[:16]}.safetensors",
+        most=count_images(request, len(list_blocks(model.transformer, family.block_stacks))),
     )
 
 
@@ -162,13 +169,14 @@ def measure_table(images: MaskedImages, request: SearchRequest, command: str) ->
         command: The command line that ran it.
     """
     num_blocks = len(list_blocks(images.model.transformer, images.family.block_stacks))
-    curves = search_curves(images, request.subjects, request.seeds, num_blocks, request.stride)
+    windows = inner_runs(num_blocks, request.window_lengths, request.stride)
+    with closing(images.bar):
+        curves = search_curves(images, request.subjects, request.seeds, num_blocks, request.stride)
+        images.measure(request.subjects, request.seeds, windows)
     leading = _curve(curves.leading, curves.measured_leading)
     trailing = _curve(curves.trailing, curves.measured_trailing)
-    windows = inner_runs(num_blocks, request.window_lengths, request.stride)
-    images.measure(request.subjects, request.seeds, windows)
     loras = sum(subject.lora is not None for subject in request.subjects)
-    kind = f"{loras} fine-tuned subjects" if loras else f"the base model, {len(request.subjects)} class prompts"
+    kind = f"{loras} LoRAs" if loras else f"the base model, {len(request.subjects)} class prompts"
     config = load_config(request.transformer_folder)
     return {
         "schema": 1,
@@ -201,12 +209,6 @@ def measure_table(images: MaskedImages, request: SearchRequest, command: str) ->
         "command": command,
         "versions": versions(),
     }
-
-
-def _lora_digest(subject: Subject) -> str | None:
-    if subject.lora is None:
-        return None
-    return folder_digest(subject.lora if subject.lora.is_dir() else subject.lora.parent)
 
 
 def _spread(distances: torch.Tensor) -> dict[str, float]:

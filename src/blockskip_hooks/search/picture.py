@@ -12,9 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from ..selection import number_of_skipped
 from ..utils.files import replacing
 from ..utils.pictures import SheetRow, contact_sheet
-from .masking_search import RATIOS
+from .masking_search import NOTHING, RATIOS, BlockRun, leading_run, trailing_run
 from .tables import SelectionTable
 
 
@@ -51,7 +52,8 @@ def _draw_curves(axes: Axes, contents: Mapping[str, Any]) -> None:
     axes.set(xlabel="blocks masked from that end", ylabel="D = 1 - cosine", title="Harm of masking either end")
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(loc="upper left", title="mean ± deviation over subjects")
+    # Below: no place inside is free of every model's curves.
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, title="mean ± deviation over subjects")
 
 
 def _draw_windows(axes: Axes, contents: Mapping[str, Any], figure: Figure) -> None:
@@ -73,19 +75,23 @@ def _draw_windows(axes: Axes, contents: Mapping[str, Any], figure: Figure) -> No
 
 
 def _draw_trade_off(axes: Axes, table: SelectionTable, block_parameters: Sequence[int]) -> None:
-    points = table.trade_off([BYTES_PER_PARAMETER * count for count in block_parameters])
+    block_bytes = [BYTES_PER_PARAMETER * count for count in block_parameters]
+    points = table.trade_off(block_bytes)
     freed = np.array([point.freed_bytes for point in points]) / GIB
     unit, factor = ("GiB", 1) if freed[-1] >= 0.1 else ("MiB", 1024)
     axes.plot(freed * factor, [point.harm for point in points], ".-", color="tab:green")
     for number, ratio in enumerate(RATIOS):
-        near = min(points, key=lambda point: abs(point.leading + point.trailing - ratio * table.num_blocks))
+        # The pair that auto skips; of blocks of several sizes another one may free more.
+        pair = table.point(table.pairs[number_of_skipped(ratio, table.num_blocks)], block_bytes)
+        place = (pair.freed_bytes / GIB * factor, pair.harm)
+        axes.plot(*place, "x", color="black")
         axes.annotate(
-            f"{ratio:.0%}: {near.leading}, {near.trailing}",
-            (near.freed_bytes / GIB * factor, near.harm),
-            # On both sides of the curve in turn: neighbours may lie close.
-            (4, -12) if number % 2 else (-4, 6),
+            f"{ratio:.0%}: {pair.leading}, {pair.trailing}",
+            place,
+            # Where a curve that rises is not, each above the one before: neighbours may lie close.
+            (-4, 6 + 11 * number),
             textcoords="offset points",
-            ha="left" if number % 2 else "right",
+            ha="right",
             fontsize=8,
         )
     axes.set(
@@ -96,18 +102,21 @@ def _draw_trade_off(axes: Axes, table: SelectionTable, block_parameters: Sequenc
     axes.set_ylim(bottom=0)
 
 
-def masked_variants(num_blocks: int, pairs: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
+def masked_variants(num_blocks: int, pairs: Mapping[str, Sequence[int]]) -> dict[str, BlockRun]:
     """Columns of the grid of masked images: label and run of masked blocks."""
     third = max(num_blocks // 3, 1)
-    leading, trailing = pairs[str(min(max(round(0.5 * num_blocks), 1), num_blocks - 1))]
+    leading, trailing = pairs[str(number_of_skipped(0.5, num_blocks))]
+    half = {
+        f"50 %: first {leading}": leading_run(leading),
+        f"50 %: last {trailing}": trailing_run(trailing, num_blocks),
+    }
     middle = (num_blocks - third) // 2
     return {
-        "nothing masked": (0, 0),
-        f"first {third}": (0, third),
+        "nothing masked": NOTHING,
+        f"first {third}": leading_run(third),
         f"middle {third}": (middle, middle + third),
-        f"last {third}": (num_blocks - third, num_blocks),
-        f"50 %: first {leading}": (0, leading),
-        f"50 %: last {trailing}": (num_blocks - trailing, num_blocks) if trailing else (0, 0),
+        f"last {third}": trailing_run(third, num_blocks),
+        **{label: run for label, run in half.items() if run != NOTHING},
     }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -23,7 +23,7 @@ from ..utils.errors import UserError
 
 @dataclass(frozen=True)
 class TradeOff:
-    """A pair of spans that no other one beats in both harm and bytes.
+    """What a pair of spans costs, and what it gains.
 
     Attributes:
         leading: n.
@@ -53,6 +53,7 @@ class SelectionTable:
         known_pairs: Pairs of an inferred table, by k.
         leading: D of the first n blocks masked, for n from 0 to N-1; empty if inferred.
         trailing: D of the last m blocks masked, for m from 0 to N-1; empty if inferred.
+        shipped: Whether it comes with the package.
     """
 
     model: str
@@ -65,11 +66,12 @@ class SelectionTable:
     known_pairs: Mapping[int, Pair] | None = None
     leading: tuple[float, ...] = ()
     trailing: tuple[float, ...] = ()
+    shipped: bool = False
 
     def describe(self) -> str:
         """The table in a few words, for plans and reports."""
         dated = f", {self.date}" if self.date else ""
-        return f"{self.model} ({self.source}: {self.about}{dated})"
+        return f"{self.model} ({'shipped, ' if self.shipped else ''}{self.source}: {self.about}{dated})"
 
     def knows(self, num_blocks: int, names: Sequence[str | None], weights: str | None) -> bool:
         """Whether it is about this model: measured ones about these very weights, inferred ones about the name."""
@@ -82,6 +84,12 @@ class SelectionTable:
         """The chosen pair for each number k of skipped blocks."""
         return best_pairs(self.leading, self.trailing) if self.leading else dict(self.known_pairs or {})
 
+    def point(self, pair: Pair, block_bytes: Sequence[int]) -> TradeOff:
+        """A pair by the curves, with ``N`` blocks' bytes."""
+        n, m = pair
+        freed = sum(block_bytes[:n]) + sum(block_bytes[len(block_bytes) - m :])
+        return TradeOff(n, m, freed, self.leading[n] + self.trailing[m])
+
     def trade_off(self, block_bytes: Sequence[int]) -> list[TradeOff]:
         """The pairs that free more than every less harmful one, from nothing skipped on; empty if inferred.
 
@@ -90,9 +98,9 @@ class SelectionTable:
         """
         points = sorted(
             (
-                TradeOff(n, m, sum(block_bytes[:n]) + sum(block_bytes[len(block_bytes) - m :]), leading + trailing)
-                for n, leading in enumerate(self.leading)
-                for m, trailing in enumerate(self.trailing)
+                self.point((n, m), block_bytes)
+                for n in range(len(self.leading))
+                for m in range(len(self.trailing))
                 if n + m < self.num_blocks
             ),
             # Of equals the one with more leading blocks comes first: their residuals are exact.
@@ -136,7 +144,9 @@ def read_table(path: Path) -> SelectionTable:
             raise UserError("its pairs do not add up")
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else error
-        raise UserError(f"{path} is not a selection table of schema 1 ({reason}); make one anew.") from None
+        raise UserError(
+            f"{path} is not a selection table of schema 1 ({reason}); remove it, or run blockskip select again."
+        ) from None
     return result
 
 
@@ -154,7 +164,7 @@ def shipped_tables() -> list[SelectionTable]:
     """Tables that come with the package, measured ones first."""
     # A real folder: the package is never imported from a zip file.
     folder = Path(str(resources.files("blockskip_hooks"))) / "tables"
-    tables = [read_table(path) for path in sorted(folder.glob("*.json"))]
+    tables = [replace(read_table(path), shipped=True) for path in sorted(folder.glob("*.json"))]
     return sorted(tables, key=lambda table: table.source != "measured")
 
 

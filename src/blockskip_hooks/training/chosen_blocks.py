@@ -103,7 +103,7 @@ def _look_up(
     if settings.strict_table and (table is None or table.source != "measured"):
         found = "no table knows" if table is None else f"the table of {table.model} was {table.source} for"
         raise UserError(
-            f"--strict_table: {found} {names[0]}, nothing was measured; run select_blocks.py on it, or leave "
+            f"--strict_table: {found} {names[0]}, nothing was measured; run blockskip select on it, or leave "
             "--strict_table out."
         )
     return table

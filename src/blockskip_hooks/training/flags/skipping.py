@@ -31,7 +31,7 @@ class BlockSkippingFlags:
         type=SIZE,
     )
     selection_table: str | None = flag(
-        None, "Table that says which blocks to skip, from select_blocks.py; default: what is known.", type=expand_home
+        None, "Table that says which blocks to skip, from blockskip select; default: what is known.", type=expand_home
     )
     strict_table: bool = flag(False, "Refuse to choose blocks by anything that was not measured.")
     residuals: ResidualMode = flag(

@@ -266,10 +266,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.json:
         print(json.dumps({**plan, "model": name, "plain_lora": plain}, indent=2))
         return
-    train = _train(plan)
+    train, checkpointed = _train(plan), ", checkpointed too" if args.gradient_checkpointing else ""
     text = format_plan(plan, model=f"{name} (architecture only, no model files)") + (
-        f"\nCompare  plain LoRA at {args.resolution} px: {format_bytes(plain['peak_device_bytes'])} and "
-        f"{plain['tflops_per_step']:.3g} TFLOP per step; this plan trains in "
+        f"\nCompare  plain LoRA at {args.resolution} px{checkpointed}: {format_bytes(plain['peak_device_bytes'])} and "
+        f"{plain['tflops_per_step']:.3g} TFLOP per step; this plan, records left out, trains in "
         f"{train['peak_device_bytes'] / plain['peak_device_bytes']:.0%} of the memory with "
         f"{train['tflops_per_step'] / plain['tflops_per_step']:.0%} of the TFLOP"
     )

@@ -463,6 +463,7 @@ def test_a_lora_of_another_model_and_a_missing_encoder_end_the_script(
     assert evaluate("--encoders", "nobody/nothing", "--output_dir", tmp_path / "out") == 1
     error = capsys.readouterr().err
     assert "error: The image encoder nobody/nothing cannot be loaded" in error
+    assert error.endswith("name a folder or a hub id that can be reached or subject.\n")
 
 
 @pytest.mark.parametrize(("name", "noted"), [("flux-kontext", True), ("flux-dev", False)])

@@ -109,8 +109,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--encoders",
         nargs="+",
         type=expand_home,
-        help=f"Image encoders: {', '.join(ENCODER_NAMES)}, hub ids or folders; default: dino clip. The first one "
-        "measures the diversity.",
+        help=f"Image encoders: {', '.join(ENCODER_NAMES)}, hub ids or folders; default: dino clip, for the embedded "
+        "model its own, subject. The first one measures the diversity.",
     )
     flag("--resolution", type=int, help="Side of the images in pixels; default: that of the model.")
     flag("--num_inference_steps", type=int, help="Denoising steps; default: those of the pipeline.")
@@ -162,7 +162,8 @@ def main(argv: list[str] | None = None) -> None:
     command = printable_command([Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)])
     with errors_in_one_line(WORK_ERROR, "evaluate", args.hub_token):
         # Before any image is made: a missing encoder must not show after an hour.
-        encoders = {label: load_image_encoder(source, settings.device) for label, source in sources.items()}
+        own = ["subject"] if settings.embedded else []
+        encoders = {label: load_image_encoder(source, settings.device, own) for label, source in sources.items()}
         make_images(request)
         measure(args, request, encoders, photos, command)
 

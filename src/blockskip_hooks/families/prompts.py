@@ -148,7 +148,8 @@ def encode_prompts(
         if progress is not None:
             progress.update()
     if cut:
-        logger.warning(describe_cut(cut, len(prompts), photos))
+        # Nobody wrote the empty one that guidance needs.
+        logger.warning(describe_cut(cut, sum(map(bool, prompts)), photos))
     trained = None
     if keep_trainable:
         tokens = family.prompt_tokens(pipeline, prompts)

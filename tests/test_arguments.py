@@ -153,7 +153,7 @@ def test_bytes(text, value):
     assert parse_bytes(text) == value
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-8GB", "0", "0.1B", "8 GB free", "8G", "1e9", "nan", "8,5GB"])
+@pytest.mark.parametrize("text", ["", "GB", "-8GB", "0", "0.1B", "8", "8 GB free", "8G", "1e9", "nan", "8,5GB"])
 def test_malformed_bytes(text):
     with pytest.raises(ValueError, match="8GB"):
         parse_bytes(text)

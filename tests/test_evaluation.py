@@ -26,7 +26,7 @@ from blockskip_hooks.evaluation.metrics import (
 )
 from blockskip_hooks.evaluation.prompt_fidelity import named_background, named_class, prompt_fidelity
 from blockskip_hooks.evaluation.prompt_lists import embedded_prompts, read_prompts, subject_phrase, template_file
-from blockskip_hooks.evaluation.report import draw_contact_sheet
+from blockskip_hooks.evaluation.report import draw_contact_sheet, earlier_loras
 from blockskip_hooks.inference.image_encoders import ImageEncoder, load_image_encoder
 from blockskip_hooks.inference.lora_files import changes_text, with_adapter
 from blockskip_hooks.inference.streamed_model import load_image_transformer
@@ -228,7 +228,7 @@ def test_phrase_of_an_instance_prompt():
         ("{} here\na dog\n", r"line 2 has no \{\}"),
         ("{} here\n\n{} here\n", "line 3 repeats"),
         ("# place\n", "holds no prompt"),
-        (None, "cannot be read"),
+        (None, "is not a file"),
     ],
 )
 def test_a_file_of_prompts_that_cannot_be_used(text: str | None, reason: str, tmp_path: Path):
@@ -351,7 +351,40 @@ def test_other_families_with_and_without_a_lora(name: str, tiny_flags: list[Any]
         assert first["measures"] != second["measures"]
 
 
-def test_a_killed_evaluation_makes_only_what_is_missing(tiny_flags: list[Any], made: list[int], tmp_path: Path):
+def test_a_stopped_evaluation_says_how_to_go_on_and_what_the_model_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(load_script("evaluate"), "make_images", stop)
+    flags = ["--instance_data_dir", embedded_photos("dog"), "--instance_prompt", "photograph of my sks dog, 8k"]
+    assert evaluate(*flags, "--output_dir", tmp_path / "out") == 130
+    said = capsys.readouterr()
+    assert "Prompt   a photo of photograph of my sks dog, 8k on a red background (the first one)\n" in said.out
+    assert f"goes on from the finished images in {tmp_path / 'out'}." in said.err
+
+
+def test_loras_of_one_name_are_told_apart_by_their_folders(tmp_path: Path):
+    folders = [tmp_path / "a" / "checkpoint-2", tmp_path / "b" / "checkpoint-2", tmp_path / "c"]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / WEIGHTS).touch()
+    sources = ["none", folders[0], folders[1] / WEIGHTS, folders[2] / WEIGHTS]
+    names = load_script("evaluate").name_loras([str(source) for source in sources])
+    assert list(names) == ["base", "a/checkpoint-2", "b/checkpoint-2", "c"]
+
+
+def test_results_of_something_else_are_not_replaced(tmp_path: Path):
+    assert earlier_loras(tmp_path) == []
+    (tmp_path / "results.json").write_text('{"mine": 1}')
+    with pytest.raises(ValueError, match="results.json is of no evaluation and would be replaced"):
+        earlier_loras(tmp_path)
+
+
+def test_a_killed_evaluation_makes_only_what_is_missing(
+    tiny_flags: list[Any], made: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     assert evaluate(*tiny_flags, "--output_dir", tmp_path) == 0
     first = json.loads((tmp_path / "results.json").read_text())["results"]
     made.clear()
@@ -362,8 +395,14 @@ def test_a_killed_evaluation_makes_only_what_is_missing(tiny_flags: list[Any], m
     assert made == [1]
     assert json.loads((tmp_path / "results.json").read_text())["results"] == first
     made.clear()
+    capsys.readouterr()
+    (tmp_path / "results.json").write_text('{"results": [{"name": "a/gone"}]}')
+    for name in ("a_gone", "mine"):
+        (tmp_path / f"contact_sheet_{name}.png").touch()
     assert evaluate(*tiny_flags, "--guidance_scale", 9, "--output_dir", tmp_path) == 0
     assert len(made) == 4
+    assert "Output   replaces the results of a/gone\n" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.glob("*.png")} == {"contact_sheet_base.png", "contact_sheet_mine.png"}
     assert json.loads((tmp_path / "results.json").read_text())["results"][0]["aggregate"] != first[0]["aggregate"]
 
 
@@ -417,7 +456,7 @@ def test_contact_sheet_of_many_prompts_is_no_strip(tmp_path: Path):
         (["--encoders", "subject", "subject"], "two that are called subject"),
         (["--class_kind", "live"], "--class_kind has no effect"),
         (["--instance_data_dir", "nowhere"], "--instance_data_dir nowhere does not exist"),
-        (["--prompts", "nowhere.txt"], "--prompts nowhere.txt cannot be read"),
+        (["--prompts", "nowhere.txt"], "--prompts nowhere.txt is not a file"),
         (["--pretrained_model_name_or_path", "TINY"], "--instance_data_dir is missing"),
         (["--pretrained_model_name_or_path", "TINY", "--subject", "dog"], "--subject is for the embedded model"),
         (["--pretrained_model_name_or_path", "TINY", "--instance_data_dir", "DOG"], "--instance_prompt is missing"),
@@ -463,6 +502,7 @@ def test_a_lora_of_another_model_and_a_missing_encoder_end_the_script(
     assert evaluate("--encoders", "nobody/nothing", "--output_dir", tmp_path / "out") == 1
     error = capsys.readouterr().err
     assert "error: The image encoder nobody/nothing cannot be loaded" in error
+    assert error.endswith("name a folder or a hub id that can be reached or subject.\n")
 
 
 @pytest.mark.parametrize(("name", "noted"), [("flux-kontext", True), ("flux-dev", False)])

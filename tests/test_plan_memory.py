@@ -82,6 +82,12 @@ def test_script_rejects(flags: list[str], message: str, capsys: pytest.CaptureFi
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
 
 
+def test_a_base_model_has_the_preset_of_its_distilled_one_and_others_are_planned_by_training() -> None:
+    assert find_preset("black-forest-labs/FLUX.2-klein-base-9B") == "flux.2-klein-9b"
+    with pytest.raises(ValueError, match="other models: blockskip train .* --plan_only"):
+        find_preset("black-forest-labs/FLUX.1-Kontext-dev")
+
+
 @pytest.mark.parametrize("text", ["sana-1.6b", "SANA-1.6B", "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers"])
 def test_a_preset_is_found_by_the_names_that_people_know(text: str) -> None:
     assert find_preset(text) == "sana-1.6b"

@@ -287,6 +287,16 @@ def test_card_has_the_front_matter_of_a_lora(tmp_path: Path):
     assert all((tmp_path / entry["output"]["url"]).is_file() for entry in data.widget)
 
 
+def test_a_readme_of_somebody_is_kept_and_a_card_of_before_replaced(tmp_path: Path, caplog):
+    (tmp_path / "README.md").write_text("---\ntags: [flux]\n---\nmine")
+    for _ in range(2):
+        card(tmp_path)
+    assert {path.name for path in tmp_path.glob("*.md")} == {"README.md", "README.earlier-1.md"}
+    assert (tmp_path / "README.earlier-1.md").read_text().endswith("mine")
+    (record,) = caplog.records
+    assert "README.md is not a model card of an earlier run; it is kept as README.earlier-1.md" in record.message
+
+
 def test_card_says_how_the_lora_was_trained_and_used(tmp_path: Path):
     text = card(tmp_path).text
     for expected in (

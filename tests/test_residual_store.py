@@ -172,7 +172,9 @@ def test_a_folder_with_other_things_is_refused_and_untouched(folder, name, overw
     path = folder / name
     path.parent.mkdir(parents=True)
     path.write_text("kept")
-    with pytest.raises(ValueError, match="--residual_dir .* is neither empty nor a residual store") as error:
+    with pytest.raises(
+        ValueError, match="is neither empty nor a residual store; give another --residual_dir"
+    ) as error:
         ResidualStore(folder, RUN, overwrite=overwrite)
     assert "\n" not in str(error.value)
     assert [p for p in folder.rglob("*") if p.is_file()] == [path] and path.read_text() == "kept"

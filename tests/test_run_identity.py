@@ -8,11 +8,14 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from blockskip_hooks.cli.arguments import family_flags
 from blockskip_hooks.data.photos import scan_photos
+from blockskip_hooks.training import resume_checks
 from blockskip_hooks.training.checkpoints import STATE_NAME, begin_checkpoint, commit_checkpoint
 from blockskip_hooks.training.resume_checks import differences
 from blockskip_hooks.training.resume_flags import ON_RESUME
@@ -107,6 +110,19 @@ def test_a_checkpoint_of_another_run_makes_room_and_is_kept(tmp_path: Path):
     assert names(tmp_path) == {"checkpoint-3", "checkpoint-3.earlier-1", "checkpoint-3.earlier-2"}
     runs = {path.name: json.loads((path / STATE_NAME).read_text())["run"] for path in tmp_path.iterdir()}
     assert runs == {"checkpoint-3": "cow", "checkpoint-3.earlier-1": "dog", "checkpoint-3.earlier-2": "cat"}
+
+
+@pytest.mark.parametrize(("num_steps", "goes_on"), [(4, False), (8, True)])
+def test_going_on_is_offered_where_the_steps_allow_it(
+    num_steps: int, goes_on: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(resume_checks, "made_with", lambda run: MADE)
+    written(tmp_path, 8, "dog")
+    run: Any = SimpleNamespace(output_dir=tmp_path)
+    said = " ".join(resume_checks.describe_output(run, None, num_steps).split())
+    assert "holds checkpoint-8 of an earlier run like this one" in said
+    assert "one whose name is needed becomes checkpoint-N.earlier-1" in said
+    assert ("--resume_from_checkpoint latest goes on with it" in said) == goes_on
 
 
 # One run at a time

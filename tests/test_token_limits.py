@@ -35,7 +35,7 @@ def test_a_prompt_is_said_to_be_cut_where_its_end_changes_nothing(tiny, caplog):
         return
     (cat, dog), said = encoded(tiny, SHORT, caplog)
     assert not same(cat, dog) and said == []
-    (cat, dog), said = encoded(tiny, LONG, caplog, photos={LONG[0]: ["a.png", "b.png"]})
+    (cat, dog, _), said = encoded(tiny, [*LONG, ""], caplog, photos={LONG[0]: ["a.png", "b.png"]})
     assert same(cat, dog)
     (line,) = said
     assert "the end of 2 of 2 prompts (a.png, b.png: " in line

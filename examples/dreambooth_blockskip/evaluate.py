@@ -16,7 +16,9 @@ Example:
 from __future__ import annotations
 
 import argparse
+import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -56,6 +58,7 @@ from blockskip_hooks.evaluation.prompt_lists import (
 )
 from blockskip_hooks.evaluation.report import (
     draw_contact_sheet,
+    earlier_loras,
     markdown,
     prompt_notes,
     result_row,
@@ -64,7 +67,8 @@ from blockskip_hooks.evaluation.report import (
 from blockskip_hooks.inference.image_encoders import ENCODER_NAMES, ImageEncoder, load_image_encoder
 from blockskip_hooks.inference.lora_files import lora_file
 from blockskip_hooks.inference.streamed_model import check_loras, image_settings
-from blockskip_hooks.utils.errors import UserError
+from blockskip_hooks.loading.lora_files import WEIGHTS_NAME
+from blockskip_hooks.utils.errors import UserError, one_line
 from blockskip_hooks.utils.files import expand_home, home_path, write_json, write_text
 from blockskip_hooks.utils.progress import progress_bar
 
@@ -82,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         type=expand_home,
         default=[NO_LORA],
-        help="LoRAs, files or folders; none is the model without.",
+        help="LoRAs, files or folders; none is the model without, called base in the results.",
     )
     flag("--subject", help=f"Embedded subject, for the embedded model; default: {DEFAULT_SUBJECT}.")
     flag("--instance_data_dir", type=home_path, help="Folder of the subject's photos; default: the embedded ones.")
@@ -95,13 +99,14 @@ def build_parser() -> argparse.ArgumentParser:
     flag(
         "--class_kind",
         choices=CLASS_KINDS,
-        help="Which of the shipped prompts: of things, or of people and animals; default: none.",
+        help="Which of the shipped prompts: of things, or of people and animals. A model other than the embedded one "
+        "needs it, or --prompts.",
     )
     flag(
         "--prompts",
         type=home_path,
-        help="File of other prompts, one on a line, {} for the subject; default: the shipped ones, or of the "
-        "embedded model the backgrounds that it knows.",
+        help="File of other prompts, one on a line, {} for the subject; default: the shipped ones of --class_kind, or "
+        "of the embedded model the backgrounds that it knows.",
     )
     flag("--images_per_prompt", type=int, help="Images of each prompt, with seeds from 0 on; default: 4.")
     flag("--seeds", nargs="+", type=int, help="Seeds of each prompt's images; default: by --images_per_prompt.")
@@ -109,8 +114,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--encoders",
         nargs="+",
         type=expand_home,
-        help=f"Image encoders: {', '.join(ENCODER_NAMES)}, hub ids or folders; default: dino clip. The first one "
-        "measures the diversity.",
+        help=f"Image encoders: {', '.join(ENCODER_NAMES)}, hub ids or folders; default: dino clip, for the embedded "
+        "model its own, subject. The first one measures the diversity.",
     )
     flag("--resolution", type=int, help="Side of the images in pixels; default: that of the model.")
     flag("--num_inference_steps", type=int, help="Denoising steps; default: those of the pipeline.")
@@ -150,21 +155,31 @@ def main(argv: list[str] | None = None) -> None:
             folder=args.output_dir,
             batch_size=args.images_at_once,
         )
+        earlier = earlier_loras(args.output_dir)
         total, missing = len(loras) * len(prompts) * len(request.seeds), count_missing(request)
     size = settings.pipeline_kwargs["height"]
     print(
         f"Model    {settings.model_name} ({settings.family.name}); LoRAs: {', '.join(loras)}\n"
         f"Subject  {len(photos)} photos; {len(prompts)} prompts x {len(request.seeds)} seeds\n"
+        f"Prompt   {one_line(prompts[0].text)} (the first one)\n"
         f"Images   {total:,} of {size} px, {total - missing:,} are finished in {args.output_dir}"
-        f"{condition_note(settings.family)}",
+        f"{condition_note(settings.family)}"
+        + (f"\nOutput   replaces the results of {', '.join(earlier)}" if earlier else ""),
         flush=True,
     )
     command = printable_command([Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)])
     with errors_in_one_line(WORK_ERROR, "evaluate", args.hub_token):
         # Before any image is made: a missing encoder must not show after an hour.
-        encoders = {label: load_image_encoder(source, settings.device) for label, source in sources.items()}
-        make_images(request)
-        measure(args, request, encoders, photos, command)
+        own = ["subject"] if settings.embedded else []
+        encoders = {label: load_image_encoder(source, settings.device, own) for label, source in sources.items()}
+        try:
+            make_images(request)
+            measure(args, request, encoders, photos, command)
+        except KeyboardInterrupt:
+            kept = f"the finished images in {args.output_dir}"
+            raise KeyboardInterrupt(f"The same command goes on from {kept}.") from None
+    for sheet in {sheet_file(args, name) for name in earlier} - {sheet_file(args, name) for name in loras}:
+        sheet.unlink(missing_ok=True)
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -252,18 +267,24 @@ def find_prompts(args: argparse.Namespace) -> tuple[EvaluationPrompt, ...]:
 
 
 def name_loras(sources: Sequence[str]) -> dict[str, Path | None]:
-    """Weight files by names that tell them apart.
+    """Weight files by names that tell them apart, with the folder where the last part of a path alone does not.
 
     Raises:
         UserError: if one is missing or named twice.
     """
-    loras: dict[str, Path | None] = {}
-    for number, source in enumerate(sources):
+    places: dict[Path | None, Path] = {}
+    for source in sources:
         path = Path(source)
         file = None if source == NO_LORA else lora_file(path)
-        if file in loras.values():
+        if file in places:
             raise UserError(f"--lora_weights names {source} twice; remove it.")
-        name = BASE_NAME if file is None else path.resolve().name if path.is_dir() else path.stem
+        # All files that training writes have one name.
+        folder = path if path.is_dir() else path.parent if path.name == WEIGHTS_NAME else path.with_suffix("")
+        places[file] = Path(BASE_NAME) if file is None else folder.resolve()
+    shared = Counter(place.name for place in places.values())
+    loras: dict[str, Path | None] = {}
+    for number, (file, place) in enumerate(places.items()):
+        name = f"{place.parent.name}/{place.name}" if file and shared[place.name] > 1 else place.name
         loras[f"{name} {number}" if name in loras else name] = file
     return loras
 
@@ -328,7 +349,7 @@ def measure(
 
 
 def sheet_file(args: argparse.Namespace, name: str) -> Path:
-    return args.output_dir / f"contact_sheet_{name.replace(' ', '_')}.png"
+    return args.output_dir / "contact_sheet_{}.png".format(re.sub(r"[^\w.-]+", "_", name))
 
 
 def read_images(files: Sequence[Path], bar: tqdm) -> Iterator[Image.Image]:

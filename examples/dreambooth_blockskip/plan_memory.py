@@ -140,6 +140,8 @@ def check_args(args: argparse.Namespace) -> None:
     if args.preset is not None:
         args.preset = find_preset(args.preset)
     if args.gpu is not None:
+        if args.gpu < 2**20:
+            raise UserError(f"--gpu {args.gpu} is {format_bytes(args.gpu)}; write it like 12GB.")
         defaults = build_parser().parse_args([])
         given = [name for name in CHOSEN if getattr(args, name) != getattr(defaults, name)]
         if given:

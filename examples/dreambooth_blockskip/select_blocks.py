@@ -87,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--encoder",
         type=expand_home,
         help="Image encoder: hub id, folder, or offline, which compares colours and edges by place and needs no "
-        f"download; default: {DEFAULT_ENCODER}, for the embedded model its own.",
+        f"download; default: {DEFAULT_ENCODER}, for the embedded model its own, subject.",
     )
     flag("--resolution", type=int, help="Side of the images in pixels; default: 512, or what the model asks for.")
     flag("--num_inference_steps", type=int, default=DEFAULT_STEPS, help="Denoising steps of the images.")

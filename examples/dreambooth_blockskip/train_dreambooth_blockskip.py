@@ -141,7 +141,8 @@ def run_script(settings: TrainSettings, flags: str, stop: StopSignals, lock: Fol
             print(describe_plan(run, plan, lines), flush=True)
             # A plan replaces nothing but the plan.
             if not settings.plan_only:
-                print(*filter(None, (TIME, describe_output(run, checkpoint))), sep="\n", flush=True)
+                found = describe_output(run, checkpoint, stretches.num_steps)
+                print(*filter(None, (TIME, found)), sep="\n", flush=True)
             if warning := warn_of_warmup(run.settings, stretches.num_steps):
                 logger.warning(warning)
             write_json(run.output_dir / "plan.json", plan)

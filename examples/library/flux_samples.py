@@ -18,9 +18,7 @@ def load_pipeline() -> FluxPipeline:
 
 
 @torch.no_grad()
-def make_samples(
-    pipeline: FluxPipeline, subject: str = "teapot", size: int = 128
-) -> list[tuple[dict[str, Any], Any]]:
+def make_samples(pipeline: FluxPipeline, subject: str = "teapot", size: int = 128) -> list[tuple[dict[str, Any], Any]]:
     """Arguments of the transformer and the velocity it should predict, for each photo at one noise level each."""
     prompt = embedded_subjects()[subject]["instance_prompt"]
     tokens, pooled, text_ids = pipeline.encode_prompt(prompt, prompt_2=None, max_sequence_length=16)

@@ -32,7 +32,11 @@ PLAN_CASES: dict[str, Case] = {
         f"--skip_ratio {value}": ({"--skip_ratio": value}, ["--skip_ratio is"])
         for value in ("0", "1", "2", "nan", "inf")
     },
+    "a percentage": ({"--skip_ratio": "30"}, ["--skip_ratio is 30.0", "0.3 is 30 %"]),
     "layers that are not there": ({"--lora_layers": "nothing"}, ["--lora_layers 'nothing' is"]),
+    "a GPU without a unit": ({"--gpu": "12"}, ["--gpu: '12' is 12 bytes; write 12GB"]),
+    "a GPU of mebibytes without a unit": ({"--gpu": "24564"}, ["--gpu 24564 is 24.0 KiB; write it like 12GB"]),
+    "memory without a unit": ({"--memory_budget": "12"}, ["--memory_budget: '12' is 12 bytes; write 12GB"]),
     "a word of memory": ({"--memory_budget": "much"}, ["--memory_budget: 'much' is not"]),
     "a word of disk": ({"--residual_budget": "much"}, ["--residual_budget: 'much' is not"]),
     "a budget above the model": ({"--skip_budget": "1TB"}, ["--skip_budget"]),

@@ -28,8 +28,16 @@ def test_a_residual_folder_with_other_files_is_refused_and_kept(begin, tmp_path)
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "holiday.jpg").write_text("kept")
     changes = {"--residual_dir": str(tmp_path / "pictures"), "--overwrite_residuals": True}
-    assert_stopped(begin(command(tmp_path / "out", changes)), ["--residual_dir", "neither empty"])
+    assert_one_line(begin(command(tmp_path / "out", changes)), 2, ["--residual_dir", "neither empty"])
     assert tree(tmp_path / "pictures") == {tmp_path / "pictures" / "holiday.jpg": b"kept"}
+
+
+def test_a_folder_of_the_name_of_the_records_is_refused_and_kept(begin, tmp_path):
+    (tmp_path / "out" / "residuals").mkdir(parents=True)
+    (tmp_path / "out" / "residuals" / "holiday.jpg").write_text("kept")
+    result = begin(command(tmp_path / "out", {}))
+    assert_one_line(result, 2, [f"{tmp_path / 'out' / 'residuals'} is neither empty", "another --output_dir"])
+    assert result.out == "" and tree(tmp_path) == {tmp_path / "out" / "residuals" / "holiday.jpg": b"kept"}
 
 
 def test_a_residual_folder_that_is_a_file_is_refused_and_kept(begin, tmp_path):

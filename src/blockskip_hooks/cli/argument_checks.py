@@ -108,7 +108,7 @@ def _check_numbers(values: Mapping[str, Any]) -> None:
         (_NOT_NEGATIVE, lambda value: value >= 0, "0 or more"),
         (_ABOVE_ZERO, lambda value: value > 0, "a number above 0"),
         (_FROM_ZERO_BELOW_ONE, lambda value: 0 <= value < 1, "a number from 0 up to, but not including, 1"),
-        ("skip_ratio", lambda value: 0 < value < 1, "a number between 0 and 1, or --skip_blocks none"),
+        ("skip_ratio", lambda value: 0 < value < 1, "a number between 0 and 1 (0.3 is 30 %), or --skip_blocks none"),
         ("logit_mean mode_scale", lambda value: True, "a finite number"),
     ):
         for name in names.split():

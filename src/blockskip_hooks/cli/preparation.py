@@ -27,6 +27,7 @@ from ..loading.download import resolve_model
 from ..loading.model_defaults import model_defaults
 from ..loading.quantization import QuantizationConfig, read_quantization
 from ..planning.options import QUANTIZING_OPTIONS
+from ..residuals.store import check_store_folder
 from ..training.assistant import Assistant, find_assistant
 from ..training.chosen_blocks import choose_blocks
 from ..training.run import Run
@@ -120,6 +121,8 @@ def prepare_run(settings: TrainSettings) -> Run:
         assistant=assistant,
         validation_kwargs=pipeline_kwargs | typed_image_arguments(settings),
     )
+    if run.uses_store:
+        check_store_folder(run.residual_dir)
     return with_validation_model(run) if settings.validation_model_path and run.makes_images else run
 
 

@@ -56,7 +56,8 @@ class EvaluationRequest:
         lora, settings = self.loras[name], self.settings
         described: dict[str, Any] = describe_images(settings.family, settings.pipeline_kwargs, settings.dtype)
         described["lora"] = None if lora is None else file_digest(lora)
-        folder = self.folder / "images" / f"{_plain(name)}-{fingerprint(described)[:16]}"
+        # Names have a folder in front where they are alike; an image is found with and without.
+        folder = self.folder / "images" / f"{_plain(name.rpartition('/')[2])}-{fingerprint(described)[:16]}"
         return {
             (prompt.text, seed): folder / f"{_plain(prompt.text)}-{_digest(prompt.text)}-seed{seed}.png"
             for prompt in self.prompts

@@ -47,10 +47,12 @@ def read_prompts(file: Path, phrase: str, class_phrase: str) -> tuple[Evaluation
     Raises:
         UserError: naming the file and the line.
     """
+    if not file.is_file():
+        raise UserError(f"--prompts {file} is not a file; correct the name.")
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts {file} cannot be read as UTF-8 text; correct the name or the file.") from error
+        raise UserError(f"--prompts {file} cannot be read as UTF-8 text; correct the file.") from error
     prompts: dict[str, EvaluationPrompt] = {}
     kind = None
     for number, line in enumerate(lines, 1):

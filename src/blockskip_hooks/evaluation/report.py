@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -14,6 +15,7 @@ from PIL import Image
 from ..inference.image_encoders import ImageEncoder
 from ..inference.streamed_model import describe_images
 from ..utils.digests import file_digest
+from ..utils.errors import UserError
 from ..utils.machine import versions
 from ..utils.pictures import SheetRow, contact_sheet
 from .images import EvaluationRequest
@@ -122,6 +124,21 @@ def markdown(document: Mapping[str, Any]) -> str:
         lines.append(f"| {row['name']} | {' | '.join(cells)} |")
     lines += ["", *(f"encoder_quality: {label} {text}" for label, text in document["encoder_quality"].items())]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def earlier_loras(folder: Path) -> list[str]:
+    """Names of the LoRAs in the results.json of an earlier evaluation; none where there is no such file.
+
+    Raises:
+        UserError: if it is the file of something else, which an evaluation would replace.
+    """
+    file = folder / "results.json"
+    try:
+        return [str(row["name"]) for row in json.loads(file.read_text(encoding="utf-8"))["results"]]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{file} is of no evaluation and would be replaced; give another --output_dir.") from error
 
 
 def draw_contact_sheet(

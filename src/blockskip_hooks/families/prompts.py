@@ -148,7 +148,7 @@ def encode_prompts(
         if progress is not None:
             progress.update()
     if cut:
-        logger.warning(describe_cut(cut, len(prompts), photos))
+        logger.warning(describe_cut(cut, sum(map(bool, prompts)), photos))  # Nobody wrote the empty one of guidance.
     trained = None
     if keep_trainable:
         tokens = family.prompt_tokens(pipeline, prompts)

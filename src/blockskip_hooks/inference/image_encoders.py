@@ -155,12 +155,13 @@ class PretrainedImageEncoder(ImageEncoder):
     Args:
         source: Hub id or folder.
         device: Where it runs.
+        others: Names of encoders that need no download, for the error.
 
     Raises:
         UserError: if it cannot be loaded.
     """
 
-    def __init__(self, source: str | Path, device: torch.device | str = "cpu") -> None:
+    def __init__(self, source: str | Path, device: torch.device | str = "cpu", others: Sequence[str] = ()) -> None:
         self.name, self._device = str(source), device
         try:
             self._processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
@@ -171,9 +172,9 @@ class PretrainedImageEncoder(ImageEncoder):
                 AutoTokenizer.from_pretrained(source, trust_remote_code=False) if self.reads_text else None
             )
         except (OSError, ValueError) as error:
+            known = " or ".join(("a folder", "a hub id that can be reached", *others))
             raise UserError(
-                f"The image encoder {source} cannot be loaded ({first_line(error)}); name a folder, a hub id that "
-                "can be reached, or offline."
+                f"The image encoder {source} cannot be loaded ({first_line(error)}); name {known}."
             ) from error
 
     @torch.no_grad()
@@ -205,13 +206,16 @@ class PretrainedImageEncoder(ImageEncoder):
         return [_as_map(states[depth], pixels.shape[-2:], model.config.patch_size) for depth in depths]
 
 
-def load_image_encoder(name_or_path: str | Path, device: torch.device | str = "cpu") -> ImageEncoder:
+def load_image_encoder(
+    name_or_path: str | Path, device: torch.device | str = "cpu", others: Sequence[str] = ()
+) -> ImageEncoder:
     """An encoder by name.
 
     Args:
         name_or_path: ``"subject"``, ``"offline"``, a name of ``ENCODER_NAMES``, or a hub id or folder of a vision
             model of transformers.
         device: Where a pretrained one runs.
+        others: What the caller takes beside folders and hub ids, for the error.
 
     Raises:
         UserError: if it cannot be loaded.
@@ -220,7 +224,7 @@ def load_image_encoder(name_or_path: str | Path, device: torch.device | str = "c
         return SubjectImageEncoder()
     if name_or_path == "offline":
         return OfflineImageEncoder()
-    return PretrainedImageEncoder(ENCODER_NAMES.get(str(name_or_path), name_or_path), device)
+    return PretrainedImageEncoder(ENCODER_NAMES.get(str(name_or_path), name_or_path), device, others)
 
 
 def _pooled(features: Any) -> torch.Tensor:

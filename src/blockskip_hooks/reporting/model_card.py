@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +16,12 @@ from PIL import Image
 
 from ..embedded import embedded_arguments
 from ..training.comfyui import COMFYUI_NAME
-from ..utils.files import replacing, write_text
+from ..utils.files import replacing, set_aside, write_text
 from ..utils.formatting import format_bytes, format_seconds, format_setting
 from .charts import loss_curve
 
+
+logger = logging.getLogger(__name__)
 
 # The tags by which the Hub finds a text-to-image LoRA and gives it a gallery and an inference widget.
 BASE_TAGS = ("text-to-image", "diffusers-training", "diffusers", "lora", "template:sd-lora", "blockskip")
@@ -71,7 +74,7 @@ def write_model_card(
     """Write README.md, and the widget images beside it, into ``output_dir``.
 
     The card is always new and never asks the Hub: a card of an earlier upload would carry the figures of that run, and
-    a run without network must end the same way.
+    a run without network must end the same way. A README.md that is no such card gets another name.
 
     Args:
         output_dir: Folder of the run, the one that is uploaded.
@@ -126,8 +129,11 @@ def write_model_card(
         "code_block": code_block,
     }
     card = ModelCard.from_template(data, template_str=template, **content)
-    write_text(output_dir / "README.md", f"{card}\n")
-    return output_dir / "README.md"
+    path = output_dir / "README.md"
+    if path.exists() and "blockskip" not in str(_front_matter(path).get("tags")):
+        logger.warning("%s is not a model card of an earlier run; it is kept as %s.", path, set_aside(path).name)
+    write_text(path, f"{card}\n")
+    return path
 
 
 def usage_snippet(
@@ -205,10 +211,7 @@ def read_license(folder: Path, base_model: str) -> License | None:
         folder: Folder of the base model.
         base_model: Its Hub id, which links within the repository are completed with, or any other name.
     """
-    try:
-        data = metadata_load(folder / "README.md") or {}
-    except Exception:  # someone else's YAML, in which anything can be wrong, is no reason to lose a run's card
-        return None
+    data = _front_matter(folder / "README.md")
     license_id, name, link = (data.get(key) for key in ("license", "license_name", "license_link"))
     if not isinstance(license_id, str):
         return None
@@ -216,6 +219,14 @@ def read_license(folder: Path, base_model: str) -> License | None:
     if is_hub_id(base_model) and _FILE_OF_A_REPOSITORY.fullmatch(link):
         link = f"https://huggingface.co/{base_model}/blob/main/{link}"
     return License(license_id, name if isinstance(name, str) else None, link if _LINK.fullmatch(link) else None)
+
+
+def _front_matter(card: Path) -> dict[str, Any]:
+    """What stands at the head of a card; empty where that cannot be read."""
+    try:
+        return metadata_load(card) or {}
+    except Exception:  # someone else's YAML, in which anything can be wrong, is no reason to lose a run's card
+        return {}
 
 
 def is_hub_id(name: str) -> bool:

@@ -66,6 +66,23 @@ def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
+def check_store_folder(directory: Path) -> None:
+    """Check that a folder is a store, or can become one.
+
+    Raises:
+        UserError: if it is a file, or holds others' files.
+    """
+    # Listed before the manifest is read: another process may be writing it, and shards after it.
+    foreign = directory.exists() and (
+        not directory.is_dir() or any(not _OWN_NAME.fullmatch(path.stem) for path in directory.iterdir())
+    )
+    if foreign and _read_manifest(directory / "manifest.json") is None:
+        raise UserError(
+            f"The records' folder {directory} is neither empty nor a residual store; give another --residual_dir, or "
+            "another --output_dir without it."
+        )
+
+
 class ResidualStore:
     """Records of one run, in shards that are complete or absent.
 
@@ -86,15 +103,10 @@ class ResidualStore:
         self._written: set[Path] = set()
         self._open_files: dict[Path, Any] = {}
         self.bytes_written = 0
-        if directory.exists() and not directory.is_dir():
-            raise UserError(f"--residual_dir {directory} is a file; name a folder.")
+        check_store_folder(directory)
         directory.mkdir(parents=True, exist_ok=True)
         manifest = directory / "manifest.json"
-        # Listed before the manifest is read: another process may be writing it, and shards after it.
-        foreign = [path for path in directory.iterdir() if not _OWN_NAME.fullmatch(path.stem)]
         found = _read_manifest(manifest)
-        if found is None and foreign:
-            raise UserError(f"--residual_dir {directory} is neither empty nor a residual store; use another folder.")
         if found is not None and found["fingerprint"] != self.fingerprint:
             if not overwrite:
                 differing = sorted(

@@ -123,7 +123,7 @@ def open_search(request: SearchRequest) -> MaskedImages:
     Raises:
         UserError: if the encoder or the model cannot be loaded.
     """
-    encoder = load_image_encoder(request.encoder, request.device)
+    encoder = load_image_encoder(request.encoder, request.device, ["offline"])
     family = request.family
     prompts = [subject.prompt for subject in request.subjects]
     embeds, negative = encode_for_images(

@@ -6,7 +6,6 @@ few numbers are all.
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import math
@@ -22,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..utils.errors import UserError
-from ..utils.files import save_tensors, sync, write_json
+from ..utils.files import save_tensors, set_aside, sync, write_json
 
 
 logger = logging.getLogger(__name__)
@@ -115,7 +114,7 @@ def commit_checkpoint(folder: Path, total_limit: int | None) -> Path:
         if summary(final).get("run") == run:
             _remove(final)
         else:
-            _set_aside(final)
+            set_aside(final)
     folder.rename(final)
     sync(final.parent)
     if total_limit is not None:
@@ -124,13 +123,6 @@ def commit_checkpoint(folder: Path, total_limit: int | None) -> Path:
         for old in others[: max(len(others) + 1 - total_limit, 0)]:
             _remove(old)
     return final
-
-
-def _set_aside(checkpoint: Path) -> None:
-    """Rename a checkpoint of another run, whose name is needed."""
-    numbers = itertools.count(1)
-    free = (path for n in numbers if not (path := checkpoint.with_name(f"{checkpoint.name}.earlier-{n}")).exists())
-    checkpoint.rename(next(free))
 
 
 def _remove(checkpoint: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,11 @@ def choose_checkpoint(run: Run) -> Path | None:
         return named
     found, now = list_checkpoints(run.output_dir), made_with(run)
     own = [path for path in found if not differences(summary(path).get("made_with", {}), now)]
-    return max(own or found, key=lambda path: summary(path).get("saved_at", 0))
+    return _saved_last(own or found)
+
+
+def _saved_last(checkpoints: Sequence[Path]) -> Path:
+    return max(checkpoints, key=lambda path: summary(path).get("saved_at", 0))
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -102,17 +106,18 @@ def _flag(name: str, then: Any, now: Any) -> str:
     return f"with --{name}{'' if then is True else f' {then}'} (now {is_now})"
 
 
-def describe_output(run: Run, checkpoint: Path | None) -> str:
+def describe_output(run: Run, checkpoint: Path | None, num_steps: int) -> str:
     """What earlier runs left in ``--output_dir``, for the first screen; empty where that is nothing.
 
     Args:
         run: The run.
         checkpoint: What it goes on from; ``None`` if it begins.
+        num_steps: Steps of the whole run.
     """
     found = list_checkpoints(run.output_dir)
     # Digests of a large model take seconds, which a folder without checkpoints need not cost.
     now, own = made_with(run) if found else {}, summary(checkpoint).get("run") if checkpoint else None
-    like, other = list[str](), list[str]()
+    like, other = list[Path](), list[Path]()
     differing: list[str] = []
     for path in found:
         state = summary(path)
@@ -120,15 +125,19 @@ def describe_output(run: Run, checkpoint: Path | None) -> str:
             continue
         here = differences(state.get("made_with", {}), now)
         differing = here or differing
-        (other if here else like).append(path.name)
+        (other if here else like).append(path)
     lines = []
     if like:
-        advice = "" if checkpoint else "; --resume_from_checkpoint latest goes on with it"
-        lines.append(f"holds {', '.join(like)} of an earlier run like this one{advice}")
+        fits = checkpoint is None and summary(_saved_last(like)).get("step", 0) <= num_steps
+        advice = "; --resume_from_checkpoint latest goes on with it" if fits else ""
+        lines.append(f"holds {', '.join(path.name for path in like)} of an earlier run like this one{advice}")
     if other:
-        lines.append(f"holds {', '.join(other)} of another run, made {', '.join(differing)}")
+        lines.append(f"holds {', '.join(path.name for path in other)} of another run, made {', '.join(differing)}")
     if lines:
-        lines.append("they are not counted and stay; give another --output_dir to keep the LoRA and the report too")
+        lines.append(
+            "they are not counted, and one whose name is needed becomes checkpoint-N.earlier-1; give another "
+            "--output_dir to keep the LoRA and the report too"
+        )
     elif checkpoint is None and (run.output_dir / WEIGHTS_NAME).is_file():
         lines.append("holds the LoRA of an earlier run, which this one replaces; give another --output_dir to keep it")
     return fit_lines(f"Output   {run.output_dir} {'; '.join(lines)}.") if lines else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import math
 import os
@@ -36,6 +37,12 @@ def home_path(text: str) -> Path:
 def existing_parent(path: Path) -> Path:
     """``path`` itself, or the nearest folder above it that is there."""
     return next(part for part in (path, *path.absolute().parents) if part.exists())
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a file or folder whose name is needed, ``a.md`` to ``a.earlier-1.md``, and return its new path."""
+    names = (path.with_name(f"{path.stem}.earlier-{number}{path.suffix}") for number in itertools.count(1))
+    return path.rename(next(name for name in names if not name.exists()))
 
 
 def sync(path: Path) -> None:

@@ -16,6 +16,13 @@ from ...families import FAMILIES, Family
 from ...utils.errors import UserError
 
 
+_SAME_ARCHITECTURE = {
+    "flux.2-klein-base-4b": "flux.2-klein-4b",
+    "flux.2-klein-base-9b": "flux.2-klein-9b",
+}
+"""Presets by names, without their owners and in small letters, of other models that they are right for."""
+
+
 def preset_names() -> list[str]:
     """Names of the presets."""
     folder = resources.files(__name__)
@@ -28,12 +35,15 @@ def find_preset(text: str) -> str:
     Raises:
         UserError: if there is none.
     """
+    wanted = text.lower()
+    wanted = _SAME_ARCHITECTURE.get(wanted.rpartition("/")[2], wanted)
     for name in preset_names():
-        if text.lower() in (name, (hub_id := preset_facts(name)["name"].lower()), hub_id.rpartition("/")[2]):
+        if wanted in (name, (hub_id := preset_facts(name)["name"].lower()), hub_id.rpartition("/")[2]):
             return name
-    close = difflib.get_close_matches(text.lower().rpartition("/")[2], preset_names(), n=1)
+    close = difflib.get_close_matches(wanted.rpartition("/")[2], preset_names(), n=1)
     hint = f"did you mean {close[0]}? There are" if close else "choose one of"
-    raise UserError(f"--preset '{text}' does not exist; {hint} {', '.join(preset_names())}.")
+    others = "other models: blockskip train --pretrained_model_name_or_path ... --plan_only"
+    raise UserError(f"--preset '{text}' does not exist; {hint} {', '.join(preset_names())}; {others}.")
 
 
 def preset_facts(name: str) -> dict[str, Any]:

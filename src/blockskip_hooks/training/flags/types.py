@@ -65,12 +65,14 @@ def parse_bytes(text: str) -> ByteCount:
     """Number of bytes in a text like ``"8GB"`` (1e9), ``"500MiB"`` (2**20), ``"1.5 TB"`` or ``"1000000"``.
 
     Raises:
-        UserError: if the text has another form or the amount is below one byte.
+        UserError: if the text has another form, the amount is below one byte, or it has lost its unit.
     """
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)", text.strip())
     unit = _BYTE_UNITS.get(match[2].lower()) if match else None
     if match is None or unit is None or float(match[1]) * unit < 1:
         raise UserError(f"'{text}' is not a number of bytes; write it like 8GB, 500MiB or 1000000.")
+    if not match[2] and float(match[1]) < 1000:
+        raise UserError(f"'{text}' is {text} bytes; write {text}GB or {text}MB.")
     # Whole numbers stay exact: a float has no room for every large byte count.
     count = ByteCount(int(match[1]) * unit if match[1].isdigit() else int(float(match[1]) * unit))
     count.text = text

@@ -233,7 +233,8 @@ def test_flags_that_were_not_typed_are_not_refused(name, tmp_path):
 
 def our_words(flag):
     kind, default, choices = OUR_FLAGS[flag]
-    return [flag] if isinstance(kind, str) else [flag, str(default or (choices or ("1",))[0])]
+    word = "1GB" if flag.endswith("_budget") else "1"
+    return [flag] if isinstance(kind, str) else [flag, str(default or (choices or (word,))[0])]
 
 
 @pytest.mark.parametrize(

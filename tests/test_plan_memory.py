@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ def test_script(as_json: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     monkeypatch.setattr(script, "find_preset", lambda name: name)
     command = ["--preset", "tiny", "--skip_blocks", "1,2", "--resolution", "64", "--max_sequence_length", "5"]
     command += ["--precompute_batch_size", "1"]
+    monkeypatch.setattr(logging.getLogger("blockskip_hooks"), "level", logging.WARNING)
     if as_json:
         assert script.main([*command, "--json"]) == 0
         plan = json.loads(capsys.readouterr().out)
@@ -38,6 +40,8 @@ def test_script(as_json: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         assert script.main(command) == 0
         said = capsys.readouterr().out
         assert "plain LoRA at 64 px: " in said and max(map(len, said.splitlines())) <= 80
+    # A command that follows in this process warns as ever.
+    assert logging.getLogger("blockskip_hooks").level == logging.WARNING
 
 
 @pytest.mark.slow

@@ -220,6 +220,19 @@ def prepared(args: argparse.Namespace, preset: str) -> Iterator[tuple[str, Run, 
         yield name, run, plain, dtype
 
 
+@contextlib.contextmanager
+def no_warnings() -> Iterator[None]:
+    """Within this context nothing is warned of: it would be about photos and flags that only stand in here."""
+    logger = logging.getLogger("blockskip_hooks")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        # Another command may follow in this process, as in the notebook.
+        logger.setLevel(level)
+
+
 def recipe_resolution(preset: str) -> int:
     """Side in pixels that the preset's recipe trains at."""
     return preset_facts(preset).get("resolution", DEFAULT_RESOLUTION)
@@ -254,9 +267,7 @@ def rank(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run the script; the exit code is 0, or 2 with one line on stderr for settings that cannot work."""
     args = build_parser().parse_args(argv)
-    # What a run would warn of is about photos and flags that only stand in here.
-    logging.getLogger("blockskip_hooks").setLevel(logging.ERROR)
-    with errors_in_one_line(SETTINGS_ERROR):
+    with no_warnings(), errors_in_one_line(SETTINGS_ERROR):
         check_args(args)
         if args.gpu is not None:
             rank(args)

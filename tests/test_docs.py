@@ -332,8 +332,9 @@ def test_the_memory_table_is_what_its_command_prints(capsys: pytest.CaptureFixtu
     section = (DOCS / "benchmarks.md").read_text().split("\n## Memory\n")[1].split("\n## ")[0]
     (command,) = re.findall(r"^    python \S+/plan_memory\.py ((?:[^\\\n]|\\\n)+)$", section, flags=re.MULTILINE)
     (last,) = re.findall(r"^    # last row: (.+)$", section, flags=re.MULTILINE)
-    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")][1:5]
-    changes = [["--skip_blocks", "none"], ["--skip_blocks", "7,10"], [], last.split()]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")][1:7]
+    plain, checkpointed = ["--skip_blocks", "none"], ["--gradient_checkpointing"]
+    changes = [plain, [*plain, *checkpointed], ["--skip_blocks", "7,10"], [], checkpointed, last.split()]
     for (_, *shown, needed, tflops), more in zip(rows, changes, strict=True):
         assert load_script("plan_memory").main([*command.replace("\\\n", " ").split(), *more, "--json"]) == 0
         stages = {stage["name"]: stage for stage in json.loads(capsys.readouterr().out)["stages"]}

@@ -13,11 +13,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from blockskip_hooks.utils.launcher import ENTRIES  # noqa: E402
 from tests import script  # noqa: E402
 from tests.pairs import save_pairs  # noqa: E402
 from tests.plans import Preset, tiny_preset  # noqa: E402
 from tests.tiers import FAST_FAMILIES  # noqa: E402
 from tests.tiny import TINY_FAMILIES, TinyFamily  # noqa: E402
+from tests.wrapped import save_transformer  # noqa: E402
 
 
 torch.set_num_threads(1)
@@ -38,8 +40,15 @@ def no_tables_of_this_machine(hf_homes: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.fixture
 def no_launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A process that nobody launched, in a folder of its own."""
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.chdir(tmp_path)
+    for name in {*ENTRIES, "LOCAL_RANK"} - {"OMP_NUM_THREADS"}:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def wrapped_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pipeline's folder of the tiny transformer of ``tests.wrapped``; nothing may change it."""
+    return save_transformer(tmp_path_factory.mktemp("pipeline"))
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -23,13 +23,7 @@ from blockskip_hooks import (
     lora_targets,
 )
 from blockskip_hooks.loading.quantization import quantize_layer
-from tests.wrapped import CONFIG, RECORDED, TINY, cast, predict, save_transformer
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny transformer as a checkpoint."""
-    return save_transformer(tmp_path_factory.mktemp("pipeline"))
+from tests.wrapped import CONFIG, RECORDED, TINY, cast, predict
 
 
 # Settings
@@ -252,12 +246,12 @@ def test_the_transformer_called_by_itself_never_gets_residuals_of_before():
 # Where it is loaded from
 
 
-def test_a_hub_id_downloads_the_transformer_only(folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_hub_id_downloads_the_transformer_only(wrapped_folder: Path, monkeypatch: pytest.MonkeyPatch):
     asked = []
 
     def download(name: str, **kwargs) -> str:
         asked.append((name, kwargs))
-        return str(folder)
+        return str(wrapped_folder)
 
     monkeypatch.setattr("blockskip_hooks.loading.download.snapshot_download", download)
     model = DiTBlockSkipTransformer.from_pretrained("someone/tiny", CONFIG, revision="main")
@@ -268,7 +262,7 @@ def test_a_hub_id_downloads_the_transformer_only(folder: Path, monkeypatch: pyte
     assert asked[0][1] == {"revision": "main", "allow_patterns": patterns} and asked[1][1]["revision"] is None
 
 
-def test_a_model_that_is_not_there_is_named(folder: Path, tmp_path: Path):
+def test_a_model_that_is_not_there_is_named(wrapped_folder: Path, tmp_path: Path):
     with pytest.raises(
         UserError,
         match="^black-forest-labs/FLUX.1-dev is not a folder, and not whole in the hub's cache; unset HF_HUB_OFFLINE",
@@ -277,8 +271,8 @@ def test_a_model_that_is_not_there_is_named(folder: Path, tmp_path: Path):
     with pytest.raises(UserError, match=r"has no transformer/config\.json; give the folder of a pipeline"):
         DiTBlockSkipTransformer.from_pretrained(tmp_path, CONFIG)
     with pytest.raises(UserError, match=r"has no transformer/config\.json"):
-        DiTBlockSkipTransformer.from_pretrained(folder / "transformer", CONFIG)
+        DiTBlockSkipTransformer.from_pretrained(wrapped_folder / "transformer", CONFIG)
     with pytest.raises(UserError, match="^torch_dtype is 'bf16'; give a dtype of torch"):
-        DiTBlockSkipTransformer.from_pretrained(folder, CONFIG, torch_dtype="bf16")
+        DiTBlockSkipTransformer.from_pretrained(wrapped_folder, CONFIG, torch_dtype="bf16")
     with pytest.raises(UserError, match="^quantization is 'nf4'; give a config, such as QuantizationConfig"):
-        DiTBlockSkipTransformer.from_pretrained(folder, CONFIG, quantization="nf4")
+        DiTBlockSkipTransformer.from_pretrained(wrapped_folder, CONFIG, quantization="nf4")

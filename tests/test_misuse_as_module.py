@@ -21,13 +21,7 @@ from blockskip_hooks import (
     remove_block_skip,
 )
 from blockskip_hooks.lora import add_lora
-from tests.wrapped import CONFIG, RECORDED, TINY, cast, predict, save_transformer
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny transformer as a checkpoint."""
-    return save_transformer(tmp_path_factory.mktemp("pipeline"))
+from tests.wrapped import CONFIG, RECORDED, TINY, cast, predict
 
 
 # What a module can do
@@ -68,10 +62,10 @@ def test_a_model_may_be_taken_apart_within_full_model():
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps], ids=lambda function: function.__name__)
-def test_a_copy_would_run_the_blocks_of_the_original_and_is_refused(copied, folder: Path):
+def test_a_copy_would_run_the_blocks_of_the_original_and_is_refused(copied, wrapped_folder: Path):
     for model in (
         DiTBlockSkipTransformer(TINY.make_transformer(), CONFIG),
-        DiTBlockSkipTransformer.from_pretrained(folder, CONFIG),
+        DiTBlockSkipTransformer.from_pretrained(wrapped_folder, CONFIG),
     ):
         with pytest.raises(UserError, match="can be neither copied nor pickled"):
             copied(model)
@@ -84,8 +78,8 @@ def test_a_copy_would_run_the_blocks_of_the_original_and_is_refused(copied, fold
     assert torch.equal(predict(copy.deepcopy(transformer)), predict(transformer))
 
 
-def test_streamed_blocks_follow_the_device_and_dtype_of_the_model(folder: Path):
-    model = DiTBlockSkipTransformer.from_pretrained(folder, CONFIG)
+def test_streamed_blocks_follow_the_device_and_dtype_of_the_model(wrapped_folder: Path):
+    model = DiTBlockSkipTransformer.from_pretrained(wrapped_folder, CONFIG)
     streamed = next(iter(model.streamed_modules.values()))
     assert torch.equal(predict(model.to("cpu")), predict(TINY.make_transformer()))
     model.to(torch.bfloat16)
@@ -101,21 +95,21 @@ def test_host_weights_come_back_in_the_dtype_that_the_model_has_now():
     assert not any("_apply" in vars(module) for module in model.transformer.modules())
 
 
-def test_what_is_saved_is_whole_or_refused(folder: Path, tmp_path: Path):
+def test_what_is_saved_is_whole_or_refused(wrapped_folder: Path, tmp_path: Path):
     model = DiTBlockSkipTransformer(TINY.make_transformer(), CONFIG)
     assert {name.removeprefix("transformer.") for name in model.state_dict()} == set(model.transformer.state_dict())
     model.save_pretrained(tmp_path)
     assert torch.equal(predict(type(model.transformer).from_pretrained(tmp_path)), predict(model))
-    streamed = DiTBlockSkipTransformer.from_pretrained(folder, CONFIG)
+    streamed = DiTBlockSkipTransformer.from_pretrained(wrapped_folder, CONFIG)
     for save in (streamed.state_dict, lambda: streamed.save_pretrained(tmp_path)):
         with pytest.raises(UserError, match=r"not in memory .*save_lora_adapter\(folder\)"):
             save()
 
 
-def test_an_adapter_on_every_block_is_refused_where_some_have_no_weights(folder: Path):
+def test_an_adapter_on_every_block_is_refused_where_some_have_no_weights(wrapped_folder: Path):
     for model in (
         DiTBlockSkipTransformer(TINY.make_transformer(), CONFIG, offload_device="cpu"),
-        DiTBlockSkipTransformer.from_pretrained(folder, CONFIG),
+        DiTBlockSkipTransformer.from_pretrained(wrapped_folder, CONFIG),
     ):
         model.add_adapter(LoraConfig(target_modules=["to_q"]))
         with pytest.raises(
@@ -124,8 +118,8 @@ def test_an_adapter_on_every_block_is_refused_where_some_have_no_weights(folder:
             predict(model)
 
 
-def test_weights_that_are_streamed_are_not_loaded_into(folder: Path):
-    model = DiTBlockSkipTransformer.from_pretrained(folder, CONFIG)
+def test_weights_that_are_streamed_are_not_loaded_into(wrapped_folder: Path):
+    model = DiTBlockSkipTransformer.from_pretrained(wrapped_folder, CONFIG)
     expected = predict(model)
     weights = {name: 2 * tensor for name, tensor in TINY.make_transformer().state_dict().items()}
     prefixed = {f"transformer.{name}": tensor for name, tensor in weights.items()}
@@ -138,8 +132,8 @@ def test_weights_that_are_streamed_are_not_loaded_into(folder: Path):
     assert not torch.equal(predict(model), expected)
 
 
-def test_a_forward_in_inference_mode_changes_no_later_one(folder: Path):
-    model = DiTBlockSkipTransformer.from_pretrained(folder, CONFIG, stream_cache=2**30)
+def test_a_forward_in_inference_mode_changes_no_later_one(wrapped_folder: Path):
+    model = DiTBlockSkipTransformer.from_pretrained(wrapped_folder, CONFIG, stream_cache=2**30)
     with torch.inference_mode():
         residuals = model.capture_residuals(**TINY.make_inputs(2))
     add_lora(model.transformer, lora_targets(model, "to_q"), rank=2, alpha=2, dropout=0.0, seed=0)
@@ -152,8 +146,8 @@ def test_a_forward_in_inference_mode_changes_no_later_one(folder: Path):
     assert torch.equal(predict(model.to(torch.bfloat16), inputs), predict(TINY.make_transformer().bfloat16(), inputs))
 
 
-def test_a_forward_that_fails_holds_no_streamed_weights(folder: Path):
-    model = DiTBlockSkipTransformer.from_pretrained(folder, CONFIG)
+def test_a_forward_that_fails_holds_no_streamed_weights(wrapped_folder: Path):
+    model = DiTBlockSkipTransformer.from_pretrained(wrapped_folder, CONFIG)
     expected = predict(model)
 
     def fail(*_) -> None:
@@ -174,10 +168,10 @@ def one_process(tmp_path: Path) -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
-def test_ddp_takes_a_model_whose_skipped_blocks_have_no_weights(folder: Path, one_process: None):
+def test_ddp_takes_a_model_whose_skipped_blocks_have_no_weights(wrapped_folder: Path, one_process: None):
     gradients = []
     for wrap in (lambda model: model, torch.nn.parallel.DistributedDataParallel):
-        model = DiTBlockSkipTransformer.from_pretrained(folder, CONFIG)
+        model = DiTBlockSkipTransformer.from_pretrained(wrapped_folder, CONFIG)
         parameters = add_lora(model.transformer, lora_targets(model, "to_q"), rank=2, alpha=2, dropout=0.0, seed=0)
         residuals = model.capture_residuals(**TINY.make_inputs(2))
         wrap(model)(**TINY.make_inputs(2), residuals=residuals, return_dict=False)[0].sum().backward()

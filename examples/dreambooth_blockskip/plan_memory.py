@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import logging
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -56,6 +55,7 @@ from blockskip_hooks.training.flags.types import SIZE
 from blockskip_hooks.training.run import Run
 from blockskip_hooks.utils.errors import UserError
 from blockskip_hooks.utils.formatting import fit_lines, format_bytes
+from blockskip_hooks.utils.logs import errors_only
 from blockskip_hooks.utils.progress import listed
 
 
@@ -220,19 +220,6 @@ def prepared(args: argparse.Namespace, preset: str) -> Iterator[tuple[str, Run, 
         yield name, run, plain, dtype
 
 
-@contextlib.contextmanager
-def no_warnings() -> Iterator[None]:
-    """Within this context nothing is warned of: it would be about photos and flags that only stand in here."""
-    logger = logging.getLogger("blockskip_hooks")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        # Another command may follow in this process, as in the notebook.
-        logger.setLevel(level)
-
-
 def recipe_resolution(preset: str) -> int:
     """Side in pixels that the preset's recipe trains at."""
     return preset_facts(preset).get("resolution", DEFAULT_RESOLUTION)
@@ -267,7 +254,8 @@ def rank(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run the script; the exit code is 0, or 2 with one line on stderr for settings that cannot work."""
     args = build_parser().parse_args(argv)
-    with no_warnings(), errors_in_one_line(SETTINGS_ERROR):
+    # What a run would warn of is about photos and flags that only stand in here.
+    with errors_only("blockskip_hooks"), errors_in_one_line(SETTINGS_ERROR):
         check_args(args)
         if args.gpu is not None:
             rank(args)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module, re
 from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset, send_to_device, set_module_tensor_to_device
 
 from ..utils.errors import UserError
+from ..utils.logs import errors_only
 from .streaming import Streamer, plain_device, stream
 
 
@@ -115,7 +114,8 @@ def load_streamed_encoder(
     place = str(plain_device(device))
     # Only for weights that transformers stores otherwise than the checkpoint does: mixtures of experts.
     converted = tempfile.TemporaryDirectory(prefix="text-encoder-", ignore_cleanup_errors=True)
-    with _no_warning_of_offloading():
+    # accelerate warns about offloading, which is intended here.
+    with errors_only("accelerate.big_modeling"):
         encoder = type(empty).from_pretrained(
             source,
             dtype=dtype,
@@ -208,15 +208,3 @@ def _kept_in_float32(encoder: Any, dtype: torch.dtype) -> set[str]:
     if dtype in (torch.float16, torch.bfloat16):
         names |= set(encoder._keep_in_fp32_modules_strict or ())
     return names
-
-
-@contextmanager
-def _no_warning_of_offloading() -> Iterator[None]:
-    """accelerate warns about offloading, which is intended here."""
-    logger = logging.getLogger("accelerate.big_modeling")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -76,6 +76,8 @@ REFRESH, FIXED = {"--refresh_residuals": True}, {"--no-refresh_residuals": True}
 NONE = {"--residuals": "none"}
 FASTER = {"--learning_rate": 0.005}
 LARGE = {"--patch_sampling": "dynamic", "--min_patch_size": 96}
+# Patches have the positions of the photo on this model, by default; the paper's have their own.
+OWN = {"--patch_positions": "patch"}
 
 
 def _spans(pair: tuple[int, int]) -> dict[str, Any]:
@@ -106,6 +108,14 @@ def _rows_of(name: str, title: str, pair: tuple[int, int], flux: tuple[int, int]
 
 _PLAIN = Row("plain LoRA at R", {"--skip_blocks": "none"})
 _DYNAMIC = Row("LoRA, dynamic patches", {"--patch_sampling": "dynamic"}, patches="dynamic")
+_SIZES = {
+    mode: Row(f"LoRA, {title}", {"--patch_sampling": mode}, patches=mode)
+    for mode, title in (
+        ("resize", "plain resize"),
+        ("random", "random patch size"),
+        ("high_to_low", "high-to-low patches"),
+    )
+}
 _FIFTY = _rows_of("skip50", "50 % skipped", FIFTY, FLUX_50)
 _FORTY = _rows_of("skip40", "40 % skipped", FORTY, FLUX_40)
 _THIRTY = _rows_of("skip30", "30 % skipped", THIRTY, FLUX_30)
@@ -127,9 +137,18 @@ ROWS: dict[str, Row] = {
     **{name: _RULE[name] for name in ("rule50", "rule50_refresh", "rule50_none")},
     "leading50": Row("first 50 % skipped at R", {"--skip_blocks": "9,0"} | AT_R, (28, 0)),
     "middle50": Row("LoRA in the kept blocks of 50 %, nothing skipped", MIDDLE, FLUX_50, "none", True),
-    "resize": Row("LoRA, plain resize", {"--patch_sampling": "resize"}, patches="resize"),
-    "random": Row("LoRA, random patch size", {"--patch_sampling": "random"}, patches="random"),
-    "high_to_low": Row("LoRA, high-to-low patches", {"--patch_sampling": "high_to_low"}, patches="high_to_low"),
+    "resize": _SIZES["resize"],
+    "random": _SIZES["random"],
+    "high_to_low": _SIZES["high_to_low"],
+    **{
+        f"{name}_own": _changed(row, "positions of the patch", OWN)
+        for name, row in (
+            ("dynamic", _DYNAMIC),
+            ("skip30_dynamic_refresh", _THIRTY["skip30_dynamic_refresh"]),
+            ("skip50_dynamic_refresh", _FIFTY["skip50_dynamic_refresh"]),
+            *_SIZES.items(),
+        )
+    },
     **_FORTY,
     "skip30_none": _THIRTY["skip30_none"],
     **{

@@ -164,7 +164,7 @@ def test_plan_has_the_schema(skipping_plan: dict[str, Any]) -> None:
     assert plan["schema"] == 1
     spans = {"blocks": 5, "leading": 2, "trailing": 1, "ratio": 0.6}
     assert plan["skip"] == {**spans, "source": "flag", "table": None, "harm": None}
-    assert plan["patch"] == {"mode": "none", "min": 32, "max": 32, "training_resolution": 32}
+    assert plan["patch"] == {"mode": "none", "min": 32, "max": 32, "training_resolution": 32, "positions": "patch"}
     assert [s["name"] for s in plan["stages"]] == ["precompute", "train", "validate"]
     # Three validation images at a time would need more than training.
     assert [s["batch_size"] for s in plan["stages"]] == [1, 2, 1]

@@ -11,6 +11,7 @@ from .utils.errors import UserError
 
 ResidualMode = Literal["precomputed", "online", "none"]
 PatchMode = Literal["dynamic", "resize", "random", "high_to_low", "none"]
+PatchPositions = Literal["patch", "photo"]
 
 
 def _is_count(value: Any) -> bool:
@@ -81,10 +82,13 @@ class PatchSamplingConfig:
         buckets: Heights and widths of the aspect-ratio buckets, in place of the square of ``max_size``. A photo is
             scaled to cover its bucket; patches and training images have the bucket's shape, scaled as the square's
             would be.
+        positions: Where the rotary embedding takes the tokens of a patch to lie: ``"patch"``, one beside the other as
+            in an image of the patch's own size, as in the paper; ``"photo"``, where they lie in the whole crop. See
+            :func:`~blockskip_hooks.patch_sampling.patch_positions`.
 
     Raises:
-        ValueError: if the mode is unknown, a size is not a positive whole multiple of ``multiple``, or min > max. The
-            message names the arguments.
+        ValueError: if the mode or the positions are unknown, a size is not a positive whole multiple of ``multiple``,
+            or min > max. The message names the arguments.
     """
 
     mode: PatchMode = "none"
@@ -92,12 +96,12 @@ class PatchSamplingConfig:
     max_size: int
     multiple: int
     buckets: tuple[tuple[int, int], ...] = ()
+    positions: PatchPositions = "patch"
 
     def __post_init__(self) -> None:
-        if self.mode not in get_args(PatchMode):
-            raise UserError(
-                f"PatchSamplingConfig.mode is '{self.mode}'; choose one of {', '.join(get_args(PatchMode))}."
-            )
+        for name, choices in (("mode", get_args(PatchMode)), ("positions", get_args(PatchPositions))):
+            if (chosen := getattr(self, name)) not in choices:
+                raise UserError(f"PatchSamplingConfig.{name} is '{chosen}'; choose one of {', '.join(choices)}.")
         for name in ("multiple", "min_size", "max_size"):
             if not _is_count(size := getattr(self, name)) or size <= 0:
                 raise UserError(f"PatchSamplingConfig.{name} is {size!r}; give a whole number of pixels above 0.")

@@ -20,6 +20,7 @@ from .loading.download import resolve_component
 from .loading.models import Checkpoint
 from .loading.quantization import QuantizationConfig
 from .loading.streaming import Streamer, check_plain, frozen_weights_on_host, plain_device, stream
+from .positions import positions_by_sample
 from .state import Capture, CaptureDone, SkipMode, SpanResiduals
 from .utils.errors import UserError
 from .utils.norms import keep_norm_dtypes
@@ -205,7 +206,12 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
         return self.transformer
 
     def forward(
-        self, *args: Any, residuals: SpanResiduals | None = None, condition_tokens: int = 0, **kwargs: Any
+        self,
+        *args: Any,
+        residuals: SpanResiduals | None = None,
+        condition_tokens: int = 0,
+        sample_ids: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> Any:
         """Run the transformer with the spans replaced by ``residuals``, or whole without them.
 
@@ -218,6 +224,8 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
             residuals: What stands in for the spans.
             condition_tokens: How many of the last image tokens belong to a condition image; trailing residuals do
                 not have them, because the prediction is not read there.
+            sample_ids: Positions of the image tokens, sample by sample, ``(B, tokens, axes)``, in place of the
+                ``img_ids`` that a whole batch shares; see :func:`~blockskip_hooks.positions.positions_by_sample`.
             **kwargs: As for the wrapped model.
 
         Raises:
@@ -237,7 +245,8 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
             self.skip_state.mode = SkipMode.RUN if whole else SkipMode.INJECT
             self.skip_state.condition_tokens = condition_tokens
             try:
-                output = self.transformer(*args, **kwargs)
+                with positions_by_sample(self.transformer, sample_ids):
+                    output = self.transformer(*args, **kwargs)
             except BaseException:
                 self._streamer.end_pass()
                 raise
@@ -246,7 +255,9 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
         return output
 
     @torch.no_grad()
-    def capture_residuals(self, *args: Any, condition_tokens: int = 0, **kwargs: Any) -> SpanResiduals:
+    def capture_residuals(
+        self, *args: Any, condition_tokens: int = 0, sample_ids: torch.Tensor | None = None, **kwargs: Any
+    ) -> SpanResiduals:
         """Run the model as far as needed without gradients and return what its spans contribute (Eq. 3).
 
         Adapters take part as they are: with LoRA at zero these are the base model's residuals.
@@ -254,6 +265,7 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
         Args:
             *args: As for the wrapped model.
             condition_tokens: As for :meth:`forward`.
+            sample_ids: As for :meth:`forward`.
             **kwargs: As for the wrapped model.
 
         Returns:
@@ -268,7 +280,8 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
         with state._one_call():
             state.mode, state.condition_tokens = SkipMode.CAPTURE, condition_tokens
             try:
-                self.transformer(*args, **kwargs)
+                with positions_by_sample(self.transformer, sample_ids):
+                    self.transformer(*args, **kwargs)
             except CaptureDone:
                 pass
             finally:

@@ -12,6 +12,7 @@ _FLAGS = {
     r"DiTBlockSkipTransformer\.quantization\b": "--quantization",
     r"^The model names the class": "--pretrained_model_name_or_path: the model names the class",
     r"PatchSamplingConfig\.mode\b": "--patch_sampling",
+    r"PatchSamplingConfig\.positions\b": "--patch_positions",
     r"PatchSamplingConfig\.(min|max)_size\b": r"--\1_patch_size",
     r"PatchSamplingConfig\.buckets\b": "--aspect_ratio_buckets",
     r"lora_targets\.(layers|blocks)\b": r"--lora_\1",

@@ -201,6 +201,13 @@ class Family(FamilyFacts):
             embeds: Prompt embeddings with a batch dimension.
         """
 
+    def with_positions(self, inputs: dict[str, Any], positions: torch.Tensor) -> dict[str, Any]:
+        """What :meth:`transformer_inputs` returned, with rows and columns ``(B, tokens, 2)`` for the image's tokens.
+
+        Only for families that have ``places_patches``.
+        """
+        raise UserError(f"{self.name} takes no positions; give PatchSamplingConfig.positions 'patch'.")
+
     def with_condition(self, inputs: dict[str, Any], condition: torch.Tensor) -> dict[str, Any]:
         """What :meth:`transformer_inputs` returned, with the tokens of condition images' clean latents (B, C, H, W).
 

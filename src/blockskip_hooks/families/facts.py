@@ -147,6 +147,7 @@ class FamilyFacts(ABC):
         text_comes_first: Whether text is before image in that sequence.
         aligns_prompts: Whether prompts that share batches must have one length; see
             :meth:`~.base.Family.align_embeds`.
+        places_patches: Whether patches may have the positions of the photo; see :meth:`~.base.Family.with_positions`.
         reads_condition: Whether the text encoders see the condition image, too: a prompt's embeddings are then those
             of a pair, whose crop is the same in the whole run; see :meth:`~.base.Family.encode_pairs`.
         condition_on_mode: Whether a condition image's latents are the mode of the posterior where others are drawn.
@@ -182,6 +183,7 @@ class FamilyFacts(ABC):
     patch_size: ClassVar[int | None] = 2
     text_comes_first: ClassVar[bool] = True
     aligns_prompts: ClassVar[bool] = False
+    places_patches: ClassVar[bool] = False
     reads_condition: ClassVar[bool] = False
     condition_on_mode: ClassVar[bool] = False
     own_flags: ClassVar[tuple[Flag, ...]] = ()

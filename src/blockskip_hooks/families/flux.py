@@ -38,6 +38,7 @@ class Flux(Family):
         "ff_context.net.2",
     )
     modulation_layers = ("norm1.linear", "norm1_context.linear", "norm.linear")
+    places_patches = True
     text_stream_layers = (
         "attn.add_q_proj",
         "attn.to_add_out",
@@ -93,6 +94,12 @@ class Flux(Family):
             "img_ids": self.pipeline_class._prepare_latent_image_ids(batch, height // 2, width // 2, device, dtype),
         }
 
+    def with_positions(self, inputs: dict[str, Any], positions: torch.Tensor) -> dict[str, Any]:
+        # In half precision neighbours of large images would share a position.
+        ids = inputs["img_ids"].float().repeat(len(positions), 1, 1)
+        ids[..., 1:] = positions
+        return {**inputs, "img_ids": ids[0], **({"sample_ids": ids} if len(ids) > 1 else {})}
+
     def prediction_to_latents(self, prediction: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         factor = self.vae_scale_factor
         return self.pipeline_class._unpack_latents(
@@ -112,6 +119,7 @@ class FluxKontext(Flux):
     name = "flux-kontext"
     pipeline_name = "FluxKontextPipeline"
     unused_components = ("image_encoder", "feature_extractor")
+    places_patches = False
     lora_layers = (*Flux.lora_layers, "proj_mlp")
     own_flags = (
         *Flux.own_flags,

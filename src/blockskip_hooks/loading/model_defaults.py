@@ -14,7 +14,7 @@ _MODEL_FLAGS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("resolution", "max_sequence_length", "rank", "lora_alpha"), (int,)),
     **dict.fromkeys(("max_train_steps", "train_batch_size", "lr_warmup_steps"), (int,)),
     "learning_rate": (int, float),
-    **dict.fromkeys(("weighting_scheme", "lr_scheduler"), (str,)),
+    **dict.fromkeys(("weighting_scheme", "lr_scheduler", "patch_positions"), (str,)),
 }
 
 

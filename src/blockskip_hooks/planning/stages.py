@@ -106,6 +106,7 @@ def plan_run(request: PlanRequest) -> dict[str, Any]:
             "min": request.patch.min_size,
             "max": request.patch.max_size,
             "training_resolution": request.patch.training_resolution,
+            "positions": request.patch.positions,
         },
         "stages": stages,
         "residuals": _records(request, residuals, fake.model.spans.shares_text and not request.trained_encoders),

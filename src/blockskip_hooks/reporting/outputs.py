@@ -94,6 +94,7 @@ class RunOutputs:
                 "min": run.patch.min_size,
                 "max": run.patch.max_size,
                 "training_resolution": run.patch.training_resolution,
+                "positions": run.patch.positions,
             },
             "stages": self.monitor.as_list(),
             "train": {

@@ -65,7 +65,7 @@ def _resolved(run: Run, plan: Mapping[str, Any], stretches: Stretches, dtype: to
         "prodigy_beta3": settings.prodigy_beta3 or math.sqrt(settings.adam_beta2),
     }
     if patch.mode != "none":
-        values["min_patch_size"] = patch.min_size
+        values |= {"min_patch_size": patch.min_size, "patch_positions": patch.positions}
     if patch.buckets:
         values["aspect_ratio_buckets"] = ";".join(f"{height},{width}" for height, width in patch.buckets)
     if run.stores_residuals:

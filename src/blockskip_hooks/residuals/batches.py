@@ -16,6 +16,7 @@ from ..data.photo_set import PhotoSet
 from ..data.sample_plan import Sample, SampleKind, SamplePlan
 from ..families import Family, PromptEmbeds
 from ..families.prompts import Pair, place_embeds
+from ..patch_sampling import patch_positions
 from ..state import SpanResiduals
 from ..utils.seeds import derived_seed
 from .dtype import ResidualDtype, unpack_record
@@ -67,6 +68,8 @@ class Batch:
         prompts: Their prompts.
         residuals: What the skipped spans contribute, or ``None`` when no record holds it.
         condition: Clean scaled latents of the condition images, ``(B, C, H, W)``; ``None`` without.
+        positions: Rows and columns of the image tokens in the whole crop's token grid, ``(B, tokens, 2)``; ``None``
+            where they are those of an image of the latents' size.
     """
 
     samples: list[Sample]
@@ -79,10 +82,13 @@ class Batch:
     prompts: list[str]
     residuals: SpanResiduals | None
     condition: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
 
     def arguments(self, family: Family, transformer_config: Mapping[str, Any]) -> dict[str, Any]:
         """Keyword arguments of :class:`~blockskip_hooks.transformer.DiTBlockSkipTransformer` beside the residuals."""
         inputs = family.transformer_inputs(transformer_config, self.noisy_latents, self.timesteps, self.embeds)
+        if self.positions is not None:
+            inputs = family.with_positions(inputs, self.positions)
         if self.condition is None:
             return inputs
         joined = family.with_condition(inputs, self.condition)
@@ -164,6 +170,12 @@ class SampleMaker:
             output_size=patch.training_shape(sample.bucket),
             bucket=sample.bucket,
         )
+
+    def positions(self, sample: Sample) -> torch.Tensor:
+        """Where the tokens of the sample's crop lie in the whole one, ``(tokens, 2)``; mirrored where the crop is."""
+        top, left = (0.5, 0.5) if self.plan.center_crop else (sample.top, sample.left)
+        left = 1.0 - left if sample.flip else left
+        return patch_positions(self.plan.patch, sample.patch_size, top, left, sample.bucket)
 
     def prompt(self, sample: Sample) -> str:
         """The sample's prompt; empty where caption dropout takes it away."""
@@ -280,7 +292,9 @@ class SampleMaker:
         )
         prompts = [self.prompt(sample) for sample in samples]
         embeds = self.family.collate_embeds([self.embeds[self.embeds_key(sample)] for sample in samples])
-        noise = noise.to(latents)
+        noise, positions = noise.to(latents), None
+        if self.plan.patch.positions == "photo":
+            positions = torch.stack([self.positions(sample) for sample in samples]).to(self.device)
         return Batch(
             samples=list(samples),
             latents=latents,
@@ -292,6 +306,7 @@ class SampleMaker:
             prompts=prompts,
             residuals=None if residuals is None else residuals.to(self.device),
             condition=condition,
+            positions=positions,
         )
 
     def batch_from_records(self, samples: Sequence[Sample], records: Sequence[Record]) -> Batch:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..blocks import block_bytes, list_blocks
-from ..config import BlockSkipConfig, PatchMode, PatchSamplingConfig
+from ..config import BlockSkipConfig, PatchMode, PatchPositions, PatchSamplingConfig
 from ..data.buckets import standard_buckets
 from ..families import Family
 from ..loading.component_config import load_config
@@ -142,6 +142,18 @@ def _patch_sampling(settings: TrainSettings, family: Family, skips: bool) -> Pat
         buckets = settings.aspect_ratio_buckets
     elif settings.use_aspect_ratio_buckets:
         buckets = standard_buckets(largest, multiple)
+    # A whole crop has one place, whatever the flag says.
+    positions: PatchPositions = "patch" if patch_mode == "none" else settings.patch_positions
+    if positions == "photo" and not family.places_patches:
+        raise UserError(
+            f"--patch_positions is photo, which {family.name} does not take, as FLUX.1 does; give --patch_positions "
+            "patch."
+        )
     return PatchSamplingConfig(
-        mode=patch_mode, min_size=smallest, max_size=largest, multiple=multiple, buckets=buckets
+        mode=patch_mode,
+        min_size=smallest,
+        max_size=largest,
+        multiple=multiple,
+        buckets=buckets,
+        positions=positions,
     )

@@ -94,7 +94,8 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         found.append(f"{'without' if way == 'with' else 'with'} --assistant_lora (now {way})")
     if then["optimizer"] != now["optimizer"]:
         found.append(f"with the optimizer {then['optimizer']} (now {now['optimizer']})")
-    flags = {**now["flags"], **then["flags"]}
+    # Patches of before had no other positions.
+    flags = {**now["flags"], "patch_positions": "patch", **then["flags"]}
     return found + [_flag(name, flags[name], value) for name, value in now["flags"].items() if flags[name] != value]
 
 

@@ -34,7 +34,7 @@ ON_RESUME: dict[str, OnResume] = {
         instance_data_dir instance_prompt dataset_name dataset_config_name image_column caption_column class_data_dir
         cond_image_column cond_data_dir
         skip_blocks skip_ratio skip_budget selection_table strict_table memory_budget memory_options refresh_residuals
-        use_aspect_ratio_buckets aspect_ratio_buckets patch_sampling min_patch_size max_patch_size
+        use_aspect_ratio_buckets aspect_ratio_buckets patch_sampling min_patch_size max_patch_size patch_positions
         lora_layers lora_blocks assistant_lora train_text_encoder optimizer use_8bit_adam num_train_epochs
         max_train_steps
         """,
@@ -85,6 +85,7 @@ def kept_flags(run: Run) -> dict[str, Any]:
         "patch_sampling": run.patch.mode,
         "min_patch_size": run.patch.training_resolution,
         "max_patch_size": run.patch.max_size,
+        "patch_positions": run.patch.positions,
         "aspect_ratio_buckets": plain_value("aspect_ratio_buckets", run.patch.buckets or None),
         "quantization": str(own_config.describe()) if own_config else run.settings.quantization,
     }

@@ -35,7 +35,7 @@ def without_effect(settings: TrainSettings) -> Iterator[tuple[str, str]]:
             ),
             "precomputed residuals of skipped blocks",
         ),
-        (settings.patch_mode != "none", ("min_patch_size",), "--patch_sampling other than none"),
+        (settings.patch_mode != "none", ("min_patch_size", "patch_positions"), "--patch_sampling other than none"),
         (settings.train_text_encoder, ("text_encoder_lr", "adam_weight_decay_text_encoder"), "--train_text_encoder"),
         (prodigy, _PRODIGY_FLAGS.split(), "--optimizer prodigy"),
         (not prodigy, ("use_8bit_adam",), "--optimizer AdamW"),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
-from ...config import PatchMode, ResidualMode
+from ...config import PatchMode, PatchPositions, ResidualMode
 from ...planning.options import MEMORY_OPTIONS
 from ...residuals.dtype import ResidualDtype
 from ...utils.files import expand_home
@@ -106,3 +106,8 @@ class PatchSamplingFlags:
         None, "Smallest patch in pixels, and the size trained at; default: half of --resolution.", type=int
     )
     max_patch_size: int | None = flag(None, "Largest patch in pixels; default: --resolution.", type=int)
+    patch_positions: PatchPositions = flag(
+        "patch",
+        "Where a patch's tokens lie: patch, as in a picture of its size (the paper); photo, as in the whole photo.",
+        choices=get_args(PatchPositions),
+    )

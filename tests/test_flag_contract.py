@@ -65,6 +65,7 @@ OUR_FLAGS = {
     "--quantization": (None, "none", ("nf4", "int8", "none")),
     "--min_patch_size": (int, None, None),
     "--max_patch_size": (int, None, None),
+    "--patch_positions": (None, "patch", ("patch", "photo")),
     "--config": (expand_home, None, None),
     "--dump_config": ("store_true", False, None),
     "--save_format": (None, "diffusers", ("diffusers", "comfyui")),

@@ -83,8 +83,8 @@ class PatchSamplingConfig:
             scaled to cover its bucket; patches and training images have the bucket's shape, scaled as the square's
             would be.
         positions: Where the rotary embedding takes the tokens of a patch to lie: ``"patch"``, one beside the other as
-            in an image of the patch's own size, as in the paper; ``"photo"``, where they lie in the whole crop. See
-            :func:`~blockskip_hooks.patch_sampling.patch_positions`.
+            in an image of the patch's own size, as in the paper; ``"photo"``, for half of the samples where they lie
+            in the whole crop. See :func:`~blockskip_hooks.positions.patch_positions`.
 
     Raises:
         ValueError: if the mode or the positions are unknown, a size is not a positive whole multiple of ``multiple``,

@@ -1,4 +1,4 @@
-"""Rotary positions that differ from sample to sample: diffusers' FLUX takes those of one image for the whole batch."""
+"""Rotary positions of patches: where their tokens lie in the photo, which differs from sample to sample."""
 
 from __future__ import annotations
 
@@ -8,7 +8,42 @@ from typing import Any
 
 import torch
 
+from .config import PatchSamplingConfig
 from .utils.errors import UserError
+
+
+def patch_positions(
+    config: PatchSamplingConfig, patch_size: int, top: float, left: float, bucket: int = 0
+) -> torch.Tensor:
+    """Rows and columns on which the tokens of a resized patch lie in the token grid of the whole crop.
+
+    A patch of side s that is trained at side s' has its tokens ``s / s'`` apart, from where it was cut. What is far
+    apart in the photo is then as far apart for the rotary embedding, in training as in images of the whole size. A
+    patch that is not resized has whole numbers plus where it begins. This is not in the paper.
+
+    Args:
+        config: Patch sampling settings.
+        patch_size: Side of the patch in pixels, of its square counterpart with buckets.
+        top: Where it lies in the free space, in [0, 1].
+        left: Likewise.
+        bucket: Number of the aspect-ratio bucket.
+
+    Returns:
+        float32 of shape ``(tokens, 2)``, row by row.
+    """
+    shapes = config.shapes[bucket], config.patch_shape(bucket, patch_size), config.training_shape(bucket)
+    axes = []
+    for whole, patch, trained, place in zip(*shapes, (top, left), strict=True):
+        tokens = trained // config.multiple
+        middles = place * (whole - patch) + (torch.arange(tokens) + 0.5) * (patch / tokens)
+        axes.append(middles / config.multiple - 0.5)
+    return torch.cartesian_prod(*axes)
+
+
+def side_by_side(config: PatchSamplingConfig, bucket: int = 0) -> torch.Tensor:
+    """Positions of an image of the size that is trained on, as :func:`patch_positions` gives those of a patch."""
+    tokens = (length // config.multiple for length in config.training_shape(bucket))
+    return torch.cartesian_prod(*(torch.arange(count, dtype=torch.float32) for count in tokens))
 
 
 class _TableOfSamples:
@@ -26,6 +61,8 @@ class _TableOfSamples:
 @contextmanager
 def positions_by_sample(transformer: torch.nn.Module, ids: torch.Tensor | None) -> Iterator[None]:
     """Within this context the next forward of the transformer gives each sample positions of its own.
+
+    diffusers' models take the positions of one image for the whole batch.
 
     Args:
         transformer: A model with a ``pos_embed`` that makes tables of text and image ids, text first.

@@ -21,6 +21,13 @@ from ..utils.seeds import derived_seed
 
 SampleKind = Literal["instance", "class"]
 
+PLACED_SHARE = 0.5
+"""Samples with positions of the photo, where these are asked for; the others have those of the patch.
+
+The tokens of a shrunk patch lie further apart than neighbours of an image do. Without samples that have neighbours at
+every noise level images get stripes, two tokens wide.
+"""
+
 # Of two kinds, the epoch at hand and the one beside it.
 _KEPT_ORDERS = 4
 
@@ -43,6 +50,7 @@ class Sample:
         noise_seed: Seed of the sample's noise and of its draw from the VAE's posterior.
         bucket: Number of the aspect-ratio bucket.
         drop_caption: Whether the sample is trained with an empty prompt.
+        is_placed: Whether its tokens have the positions of the photo.
     """
 
     kind: SampleKind
@@ -56,6 +64,7 @@ class Sample:
     noise_seed: int
     bucket: int = 0
     drop_caption: bool = False
+    is_placed: bool = False
 
     @property
     def id(self) -> str:
@@ -178,7 +187,10 @@ class SamplePlan:
         bucket = 0
         if self.buckets is not None:
             bucket = self.buckets[image if kind == "instance" else self._image("instance", index)]
-        drop_draw = torch.rand(1, generator=self._generator("caption", kind, index), dtype=torch.float64).item()
+        drop_draw, place_draw = (
+            torch.rand(1, generator=self._generator(what, kind, index), dtype=torch.float64).item()
+            for what in ("caption", "place")
+        )
         return Sample(
             kind=kind,
             index=index,
@@ -191,4 +203,5 @@ class SamplePlan:
             noise_seed=derived_seed(self.seed, "noise", kind, index),
             bucket=bucket,
             drop_caption=drop_draw < self.caption_dropout,
+            is_placed=self.patch.positions == "photo" and place_draw < PLACED_SHARE,
         )

@@ -145,10 +145,7 @@ def _patch_sampling(settings: TrainSettings, family: Family, skips: bool) -> Pat
     # A whole crop has one place, whatever the flag says.
     positions: PatchPositions = "patch" if patch_mode == "none" else settings.patch_positions
     if positions == "photo" and not family.places_patches:
-        raise UserError(
-            f"--patch_positions is photo, which {family.name} does not take, as FLUX.1 does; give --patch_positions "
-            "patch."
-        )
+        raise UserError(f"--patch_positions photo is not available for {family.name}; give --patch_positions patch.")
     return PatchSamplingConfig(
         mode=patch_mode,
         min_size=smallest,

@@ -108,6 +108,7 @@ class PatchSamplingFlags:
     max_patch_size: int | None = flag(None, "Largest patch in pixels; default: --resolution.", type=int)
     patch_positions: PatchPositions = flag(
         "patch",
-        "Where a patch's tokens lie: patch, as in a picture of its size (the paper); photo, as in the whole photo.",
+        "Where a patch's tokens lie: patch, as in a picture of its size (the paper); photo, half of the samples' as "
+        "in the photo.",
         choices=get_args(PatchPositions),
     )

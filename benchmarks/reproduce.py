@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -232,7 +232,7 @@ def flux_memory(flux: tuple[int, int], patches: str, only_middle: bool) -> float
 
 
 def summarise(cells: Sequence[Mapping[str, Any]], rows: Sequence[str]) -> dict[str, Any]:
-    """The table of the rows that are there for every subject and seed which all of them have.
+    """The table: each row over its subjects and seeds, beside plain LoRA and the base model on the same ones.
 
     Args:
         cells: Finished cells.
@@ -241,27 +241,30 @@ def summarise(cells: Sequence[Mapping[str, Any]], rows: Sequence[str]) -> dict[s
     table: dict[str, dict[tuple[str, int], Mapping[str, Any]]] = {}
     for cell in cells:
         table.setdefault(cell["row"], {})[cell["subject"], cell["seed"]] = cell
-    shown = [name for name in rows if name in table]
-    shared = set.intersection(*(set(table[name]) for name in shown))
-    # The bootstrap wants equally many seeds of every subject.
-    seeds = [
-        seed
-        for seed in sorted({s for _, s in shared})
-        if {k for k, s in shared if s == seed} == {k for k, _ in shared}
-    ]
-    keys = [key for key in sorted(shared) if key[1] in seeds]
     base, plain = table[BASE], table[PLAIN]
-    gain = mean(plain[key][FIDELITY] - base[key][FIDELITY] for key in keys)
-    lines = {}
-    for name in shown:
+    subjects = sorted({subject for subject, _ in base.keys() & plain.keys()})
+    lines: dict[str, dict[str, Any]] = {}
+    for name in (row for row in rows if row in table):
+        # Seeds that every subject has: the bootstrap wants equally many of each.
+        have = base.keys() & plain.keys() & table[name].keys()
+        of_all = [
+            seed for seed in sorted({s for _, s in have}) if all((subject, seed) in have for subject in subjects)
+        ]
+        keys = [(subject, seed) for subject in subjects for seed in of_all]
+        if not keys:
+            continue
         of_row = {key: table[name][key] for key in keys}
-        line: dict[str, Any] = {"title": ROWS[name].title}
+        line: dict[str, Any] = {"title": ROWS[name].title, "seeds": of_all}
         for measure in MEASURES:
             line[measure] = bootstrap({key: cell[measure] for key, cell in of_row.items()})
             line[f"{measure}_to_plain"] = bootstrap(
                 {key: cell[measure] - plain[key][measure] for key, cell in of_row.items()}
             )
-        line["gain"] = round(mean(of_row[key][FIDELITY] - base[key][FIDELITY] for key in keys) / gain, 4)
+        gains = {key: [cell[FIDELITY] - base[key][FIDELITY] for cell in (of_row[key], plain[key])] for key in keys}
+        line["gain"] = round(_share(gains.values()), 4)
+        line["gain_by_subject"] = {
+            subject: round(_share(gains[subject, seed] for seed in of_all), 4) for subject in subjects
+        }
         if ROWS[name].flags is not None:
             for figure in ("step_seconds", "wall_seconds"):
                 ratio = median(of_row[key][figure] / plain[key][figure] for key in keys)
@@ -273,26 +276,37 @@ def summarise(cells: Sequence[Mapping[str, Any]], rows: Sequence[str]) -> dict[s
             line["flux_train_gib_simulated"] = flux_memory(row.flux, row.patches, row.only_middle)
             line["flux_spans"] = list(row.flux)
         lines[name] = line
-    return {"subjects": sorted({key[0] for key in keys}), "seeds": seeds, "rows": lines}
+    return {
+        "subjects": subjects,
+        "seeds": sorted({s for line in lines.values() for s in line["seeds"]}),
+        "rows": lines,
+    }
+
+
+def _share(gains: Iterable[Sequence[float]]) -> float:
+    """What a row gains, as a share of what plain LoRA gains, summed over runs."""
+    of_row, of_plain = zip(*gains, strict=True)
+    return sum(of_row) / sum(of_plain)
 
 
 def markdown(summary: Mapping[str, Any]) -> str:
     """The table for people."""
     lines = [
-        "| row | first, last skipped | subject fidelity | minus plain LoRA's | gain of plain LoRA's "
+        "| row | first, last skipped | runs | subject fidelity | minus plain LoRA's | gain of plain LoRA's "
         "| background right | diversity | step, wall / plain | FLUX.1-dev train, simulated |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for line in summary["rows"].values():
         low, high = line[FIDELITY][1:]
         difference = "{:+.3f} ({:+.3f} to {:+.3f})".format(*line[f"{FIDELITY}_to_plain"])
         spans = "; ".join(f"{n}, {m}" for n, m in line.get("spans", [])) or "-"
+        runs = len(summary["subjects"]) * len(line["seeds"])
         times = "-"
         if "step_seconds_to_plain" in line:
             times = f"{line['step_seconds_to_plain']:.2f}, {line['wall_seconds_to_plain']:.2f}"
         memory = f"{line['flux_train_gib_simulated']:.1f} GiB" if "flux_train_gib_simulated" in line else "-"
         lines.append(
-            f"| {line['title']} | {spans} | {line[FIDELITY][0]:.3f} ({low:.3f} to {high:.3f}) | {difference} "
+            f"| {line['title']} | {spans} | {runs} | {line[FIDELITY][0]:.3f} ({low:.3f} to {high:.3f}) | {difference} "
             f"| {line['gain']:.0%} | {line['background_right'][0]:.2f} "
             f"| {line['diversity'][0]:.3f} | {times} | {memory} |"
         )
@@ -313,7 +327,8 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(9, 0.32 * len(rows) + 1.2), layout="constrained")
     axes.barh(range(len(rows)), means, xerr=[below, above], color="#7a9cc6", ecolor="#444444", capsize=2)
     axes.set_yticks(range(len(rows)), [line["title"] for line in rows])
-    runs = f"{len(summary['subjects'])} subjects x {len(summary['seeds'])} seeds"
+    seeds = sorted({len(line["seeds"]) for line in rows})
+    runs = f"{len(summary['subjects'])} subjects x {' or '.join(map(str, seeds))} seeds"
     axes.set_xlabel(f"subject fidelity on the embedded model, {runs}, 95 % interval")
     axes.axvline(summary["rows"][PLAIN][FIDELITY][0], color="#444444", linewidth=0.8, linestyle="--")
     path.parent.mkdir(parents=True, exist_ok=True)

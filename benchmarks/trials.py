@@ -198,6 +198,9 @@ class WholeAtTheEnd(SampleMaker):
     def crop(self, sample: Sample) -> torch.Tensor:
         return self._whole.crop(sample) if sample.index >= self._first_whole else super().crop(sample)
 
+    def positions(self, sample: Sample) -> torch.Tensor:
+        return self._whole.positions(sample) if sample.index >= self._first_whole else super().positions(sample)
+
     def shape_key(self, sample: Sample) -> tuple:
         return *super().shape_key(sample), sample.index >= self._first_whole
 

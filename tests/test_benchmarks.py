@@ -102,6 +102,29 @@ def test_a_trial_is_paired_with_the_row_that_it_varies(load) -> None:
     assert "gain" not in lines["repeats2"] and "dog, seed 0: +0.200" in trials.markdown(lines)
 
 
+def test_a_row_counts_the_seeds_that_all_its_subjects_have(load) -> None:
+    reproduce = load(BENCHMARKS / "reproduce.py")
+    fidelity = {"base": 0.2, "plain": 1.0, "dynamic": 0.6}
+
+    def cell(row: str, subject: str, seed: int) -> dict:
+        trained = {"step_seconds": 1.0, "wall_seconds": 10.0 + seed, "leading": 0, "trailing": 0, "loss": 0.1}
+        measured = dict.fromkeys(reproduce.MEASURES, fidelity[row] + 0.1 * seed)
+        return {"row": row, "subject": subject, "seed": seed, **measured, **(trained if row != "base" else {})}
+
+    cells = [cell(row, subject, seed) for row in ("base", "plain") for subject in ("cat", "dog") for seed in (0, 1)]
+    cells += [cell("dynamic", "cat", 0), cell("dynamic", "dog", 0), cell("dynamic", "dog", 1)]
+    summary = reproduce.summarise(cells, ["base", "plain", "dynamic", "resize"])
+    lines = summary["rows"]
+    assert list(lines) == ["base", "plain", "dynamic"] and summary["seeds"] == [0, 1]
+    assert [line["seeds"] for line in lines.values()] == [[0, 1], [0, 1], [0]]
+    # Of the one seed: (0.6 - 0.2) / (1.0 - 0.2).
+    assert lines["dynamic"]["gain"] == 0.5 and lines["dynamic"]["gain_by_subject"] == {"cat": 0.5, "dog": 0.5}
+    assert lines["dynamic"]["subject_fidelity"][0] == pytest.approx(0.6)
+    assert lines["plain"]["subject_fidelity"][0] == pytest.approx(1.05)
+    table = reproduce.markdown(summary).splitlines()
+    assert "| 0, 0 | 4 |" in table[3] and "| 0, 0 | 2 |" in table[4]
+
+
 @pytest.mark.slow
 def test_trials_correct_values_and_end_whole(load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trials = load(BENCHMARKS / "trials.py")

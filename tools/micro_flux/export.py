@@ -49,6 +49,7 @@ DEFAULTS = {
     "weighting_scheme": "logit_normal",
     "lr_scheduler": "cosine",
     "lr_warmup_steps": 0,
+    "patch_positions": "photo",
     "pipeline_kwargs": {"true_cfg_scale": 3.0, "negative_prompt": "", "num_inference_steps": 20},
 }
 

@@ -329,7 +329,7 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
     axes.set_yticks(range(len(rows)), [line["title"] for line in rows])
     seeds = sorted({len(line["seeds"]) for line in rows})
     runs = f"{len(summary['subjects'])} subjects x {' or '.join(map(str, seeds))} seeds"
-    axes.set_xlabel(f"subject fidelity on the embedded model, {runs}, 95 % interval")
+    axes.set_xlabel(f"subject fidelity on the embedded model\n{runs}, 95 % interval")
     axes.axvline(summary["rows"][PLAIN][FIDELITY][0], color="#444444", linewidth=0.8, linestyle="--")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -242,11 +242,14 @@ def report_of(output: Path) -> dict:
 
 def test_runs_train_on_them_and_say_so(photos: Path, tmp_path: Path, capsys):
     own = script.train(FLUX.folder, photos, tmp_path / "own", "--skip_blocks", "1,1")
-    assert "half of them placed as in the photo" not in capsys.readouterr().out
+    assert "half placed as in the photo" not in capsys.readouterr().out
     output = script.train(FLUX.folder, photos, tmp_path / "photo", "--skip_blocks", "1,1", *PHOTO)
-    assert "trained at 32 px, half of them placed as in the photo" in capsys.readouterr().out
+    assert "trained at 32 px, half placed as in the photo" in " ".join(capsys.readouterr().out.split())
     assert script.losses(output) != script.losses(own)
     assert report_of(output)["patch"]["positions"] == "photo" and report_of(own)["patch"]["positions"] == "patch"
+    assert "Half of them have the positions of the photo." in (output / "report.html").read_text()
+    assert "positions of the photo" not in (own / "report.html").read_text()
+    assert "trained at 32 px, half placed as in the photo |" in (output / "README.md").read_text()
     # Records hold what spans make of these positions: those of the step are the same.
     online = script.train(
         FLUX.folder, photos, tmp_path / "online", "--skip_blocks", "1,1", "--residuals", "online", *PHOTO

@@ -52,7 +52,7 @@ def format_plan(
     if patch["mode"] == "none":
         lines.append(f"Patches  {patch['max']} px crops")
     else:
-        placed = ", half of them placed as in the photo" if patch["positions"] == "photo" else ""
+        placed = ", half placed as in the photo" if patch["positions"] == "photo" else ""
         sizes = f"{patch['max']} px" if patch["mode"] == "resize" else f"{patch['min']} to {patch['max']} px"
         lines.append(f"Patches  {patch['mode']}: {sizes}, trained at {patch['training_resolution']} px{placed}")
     columns = {

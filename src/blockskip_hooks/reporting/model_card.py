@@ -308,7 +308,9 @@ def _patches(patch: Mapping[str, Any]) -> str:
     resolution = patch.get("training_resolution")
     if patch["mode"] == "none":
         return f"none, whole images at {resolution} px" if resolution else "none"
-    return f"{patch['mode']}, {patch.get('min')} to {patch.get('max')} px, trained at {resolution} px"
+    # Reports of before there were other positions do not name them.
+    placed = ", half placed as in the photo" if patch.get("positions") == "photo" else ""
+    return f"{patch['mode']}, {patch.get('min')} to {patch.get('max')} px, trained at {resolution} px{placed}"
 
 
 def _plain(text: str) -> str:

@@ -198,7 +198,8 @@ def test_trailing_span_passes_the_gradient_through(tiny: TinyFamily):
 @pytest.mark.parametrize("max_shard_size", ["10GB", "20KB"], ids=["one file", "shards"])
 def test_streamed_forward_is_the_ordinary_forward(tiny: TinyFamily, tmp_path: Path, max_shard_size: str):
     """E3: bit for bit, and skipped blocks hold weights only while they run."""
-    transformer = tiny.make_transformer()
+    # Frozen as the streamed one is: on some CPUs torch rounds layers otherwise whose weights ask for gradients.
+    transformer = tiny.make_transformer().requires_grad_(False)
     transformer.save_pretrained(tmp_path / "transformer", max_shard_size=max_shard_size)
     inputs = tiny.make_inputs(2)
     with torch.no_grad():

@@ -362,6 +362,8 @@ def main(argv: list[str] | None = None) -> int:
     cells = read_cells(list(files))
     summary = summarise(cells, rows)
     print(markdown(summary))
+    if hidden := [row for row in rows if row not in summary["rows"]]:
+        print(f"Not shown, as no seed of theirs is finished for all subjects: {', '.join(hidden)}", file=sys.stderr)
     write_figures(args.json, "reproduce", **summary, cells=cells)
     if args.figure:
         draw(summary, args.figure)

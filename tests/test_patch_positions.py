@@ -23,6 +23,7 @@ from blockskip_hooks.lora import add_lora
 from blockskip_hooks.positions import patch_positions
 from blockskip_hooks.residuals.batches import SampleMaker
 from blockskip_hooks.training.compiling import compile_kept_blocks
+from blockskip_hooks.training.resume_checks import differences, summary
 from tests import script
 from tests.tiny import TINY_FAMILIES, TinyFamily
 from tests.tiny.base import forward
@@ -152,7 +153,7 @@ def test_a_batch_is_as_its_samples_alone_with_the_stock_model(wrapped: DiTBlockS
         own = forward(wrapped, inputs)
         for row in range(2):
             alone = family.with_positions(row_of(inputs, row), positions[row : row + 1])
-            assert "sample_ids" not in alone
+            assert "img_ids_by_sample" not in alone
             expected = forward(stock, alone)
             assert torch.allclose(found[row : row + 1], expected, atol=1e-5)
             assert not torch.allclose(own[row : row + 1], expected, atol=1e-3)
@@ -229,8 +230,8 @@ def test_compiled_blocks_take_them(wrapped: DiTBlockSkipTransformer, fresh_dynam
 def test_a_model_without_rotary_tables_takes_none():
     other = next(tiny for tiny in TINY_FAMILIES if tiny.name == "sana")
     model = DiTBlockSkipTransformer(other.make_transformer(), BlockSkipConfig(leading=1, trailing=0))
-    with torch.no_grad(), pytest.raises(UserError, match="leave out sample_ids"):
-        model(**other.make_inputs(2), sample_ids=torch.zeros(2, 4, 3))
+    with torch.no_grad(), pytest.raises(UserError, match="leave out img_ids_by_sample"):
+        model(**other.make_inputs(2), img_ids_by_sample=torch.zeros(2, 4, 3))
 
 
 # Runs
@@ -284,6 +285,11 @@ def test_a_run_goes_on_with_the_same_positions_only(photos: Path, tmp_path: Path
     )
     assert script.load_script().main(argv) == 2
     assert "with --patch_positions photo (now patch)" in capsys.readouterr().err
+    # Checkpoints of before there was a choice had the patch's.
+    now = summary(tmp_path / "checkpoint-2")["made_with"]
+    before = {**now, "flags": {name: value for name, value in now["flags"].items() if name != "patch_positions"}}
+    assert differences(now, now) == []
+    assert differences(before, now) == ["with --patch_positions patch (now photo)"]
 
 
 @pytest.mark.parametrize("tiny", WITHOUT, ids=lambda tiny: tiny.name)

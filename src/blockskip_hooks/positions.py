@@ -40,12 +40,6 @@ def patch_positions(
     return torch.cartesian_prod(*axes)
 
 
-def side_by_side(config: PatchSamplingConfig, bucket: int = 0) -> torch.Tensor:
-    """Positions of an image of the size that is trained on, as :func:`patch_positions` gives those of a patch."""
-    tokens = (length // config.multiple for length in config.training_shape(bucket))
-    return torch.cartesian_prod(*(torch.arange(count, dtype=torch.float32) for count in tokens))
-
-
 class _TableOfSamples:
     """A rotary table ``(B, S, D)`` where attention expects one ``(S, D)`` and adds the axes of batch and heads."""
 
@@ -75,7 +69,9 @@ def positions_by_sample(transformer: torch.nn.Module, ids: torch.Tensor | None) 
         yield
         return
     if not isinstance(embed := getattr(transformer, "pos_embed", None), torch.nn.Module):
-        raise UserError(f"{type(transformer).__name__} makes no rotary tables in pos_embed; leave out sample_ids.")
+        raise UserError(
+            f"{type(transformer).__name__} makes no rotary tables in pos_embed; leave out img_ids_by_sample."
+        )
 
     def tables(module: torch.nn.Module, args: tuple[torch.Tensor, ...], _: Any) -> tuple[_TableOfSamples, ...]:
         # Forwards in step begin one after the other, each with a hook of its own.

@@ -210,7 +210,7 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
         *args: Any,
         residuals: SpanResiduals | None = None,
         condition_tokens: int = 0,
-        sample_ids: torch.Tensor | None = None,
+        img_ids_by_sample: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run the transformer with the spans replaced by ``residuals``, or whole without them.
@@ -224,7 +224,7 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
             residuals: What stands in for the spans.
             condition_tokens: How many of the last image tokens belong to a condition image; trailing residuals do
                 not have them, because the prediction is not read there.
-            sample_ids: Positions of the image tokens, sample by sample, ``(B, tokens, axes)``, in place of the
+            img_ids_by_sample: Positions of the image tokens, sample by sample, ``(B, tokens, axes)``, in place of the
                 ``img_ids`` that a whole batch shares; see :func:`~blockskip_hooks.positions.positions_by_sample`.
             **kwargs: As for the wrapped model.
 
@@ -245,7 +245,7 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
             self.skip_state.mode = SkipMode.RUN if whole else SkipMode.INJECT
             self.skip_state.condition_tokens = condition_tokens
             try:
-                with positions_by_sample(self.transformer, sample_ids):
+                with positions_by_sample(self.transformer, img_ids_by_sample):
                     output = self.transformer(*args, **kwargs)
             except BaseException:
                 self._streamer.end_pass()
@@ -256,7 +256,7 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
 
     @torch.no_grad()
     def capture_residuals(
-        self, *args: Any, condition_tokens: int = 0, sample_ids: torch.Tensor | None = None, **kwargs: Any
+        self, *args: Any, condition_tokens: int = 0, img_ids_by_sample: torch.Tensor | None = None, **kwargs: Any
     ) -> SpanResiduals:
         """Run the model as far as needed without gradients and return what its spans contribute (Eq. 3).
 
@@ -265,7 +265,7 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
         Args:
             *args: As for the wrapped model.
             condition_tokens: As for :meth:`forward`.
-            sample_ids: As for :meth:`forward`.
+            img_ids_by_sample: As for :meth:`forward`.
             **kwargs: As for the wrapped model.
 
         Returns:
@@ -280,7 +280,7 @@ class DiTBlockSkipTransformer(Bound, torch.nn.Module):
         with state._one_call():
             state.mode, state.condition_tokens = SkipMode.CAPTURE, condition_tokens
             try:
-                with positions_by_sample(self.transformer, sample_ids):
+                with positions_by_sample(self.transformer, img_ids_by_sample):
                     self.transformer(*args, **kwargs)
             except CaptureDone:
                 pass

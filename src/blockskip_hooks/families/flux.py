@@ -98,7 +98,7 @@ class Flux(Family):
         # In half precision neighbours of large images would share a position.
         ids = inputs["img_ids"].float().repeat(len(positions), 1, 1)
         ids[..., 1:] = positions
-        return {**inputs, "img_ids": ids[0], **({"sample_ids": ids} if len(ids) > 1 else {})}
+        return {**inputs, "img_ids": ids[0], **({"img_ids_by_sample": ids} if len(ids) > 1 else {})}
 
     def prediction_to_latents(self, prediction: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         factor = self.vae_scale_factor

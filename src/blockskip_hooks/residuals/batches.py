@@ -16,7 +16,7 @@ from ..data.photo_set import PhotoSet
 from ..data.sample_plan import Sample, SampleKind, SamplePlan
 from ..families import Family, PromptEmbeds
 from ..families.prompts import Pair, place_embeds
-from ..positions import patch_positions, side_by_side
+from ..positions import patch_positions
 from ..state import SpanResiduals
 from ..utils.seeds import derived_seed
 from .dtype import ResidualDtype, unpack_record
@@ -174,7 +174,8 @@ class SampleMaker:
     def positions(self, sample: Sample) -> torch.Tensor:
         """Where the tokens of the sample's crop lie, ``(tokens, 2)``: in the whole crop, or side by side."""
         if not sample.is_placed:
-            return side_by_side(self.plan.patch, sample.bucket)
+            # As a patch that is not resized, from the first token on.
+            return patch_positions(self.plan.patch, self.plan.patch.training_resolution, 0.0, 0.0, sample.bucket)
         top, left = (0.5, 0.5) if self.plan.center_crop else (sample.top, sample.left)
         left = 1.0 - left if sample.flip else left
         return patch_positions(self.plan.patch, sample.patch_size, top, left, sample.bucket)
